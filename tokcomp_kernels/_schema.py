@@ -1,0 +1,132 @@
+"""The one table of operators: name, schema, which inputs have a gradient, and a line of documentation.
+
+Everything that needs a list of operators reads this one: the Python registration, the C++ library's generated
+``TORCH_LIBRARY`` block (CMake runs this file as a script), the tests that demand a sample of each, and ``tokcomp info``.
+This module imports nothing but the standard library, so a build can read it before torch is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NAMESPACE = "tokcomp"
+#: Namespaces under which a compiled kernel can be called directly, whoever owns the operator: dispatch key -> namespace.
+NATIVE_NAMESPACES = {"CPU": "tokcomp_cpu", "CUDA": "tokcomp_cuda"}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator. ``signature`` follows the name in the schema; a leading underscore marks a backward pass."""
+
+    name: str
+    signature: str
+    doc: str
+    differentiable: tuple[str, ...] = ()
+    backward: str | None = None
+
+    @property
+    def schema(self) -> str:
+        return self.name + self.signature
+
+    @property
+    def public(self) -> bool:
+        return not self.name.startswith("_")
+
+
+OPERATORS: tuple[Operator, ...] = (
+    Operator(
+        "class_attention_sort",
+        "(Tensor q_cls, Tensor k, Tensor? size=None, float? scale=None, int num_prefix_tokens=1)"
+        " -> (Tensor cls_attn, Tensor token_order)",
+        "Class-token attention averaged over heads, and the tokens in its descending order.",
+    ),
+    Operator(
+        "prune_merge",
+        "(Tensor x, Tensor importance, int num_prune_kept, int num_merge_kept, *, Tensor? size=None,"
+        " int num_prefix_tokens=1, bool similarity_weighted_size=True) -> (Tensor x_out, Tensor size_out, Tensor source)",
+        "Keep the most important tokens, merge the next ones into their most similar kept token, drop the rest.",
+        differentiable=("x",),
+        backward="_merge_backward",
+    ),
+    Operator(
+        "masked_softmax",
+        "(Tensor scores, Tensor token_mask, float eps=1e-06) -> Tensor",
+        "Softmax in which masked tokens are invisible to all but themselves, with a gradient to the mask.",
+        differentiable=("scores", "token_mask"),
+        backward="_masked_softmax_backward",
+    ),
+    Operator(
+        "masked_attention",
+        "(Tensor q, Tensor k, Tensor v, Tensor token_mask, *, Tensor? size=None, float? scale=None, float eps=1e-06)"
+        " -> (Tensor out, Tensor cls_attn)",
+        "Proportional attention with masked_softmax inside, without the [B, H, N, N] map.",
+        differentiable=("q", "k", "v", "token_mask"),
+        backward="_masked_attention_backward",
+    ),
+    Operator(
+        "attention",
+        "(Tensor q, Tensor k, Tensor v, *, Tensor? size=None, float? scale=None) -> (Tensor out, Tensor cls_attn)",
+        "Proportional attention that also returns the class token's row.",
+        differentiable=("q", "k", "v"),
+        backward="_attention_backward",
+    ),
+    Operator(
+        "tome_merge",
+        "(Tensor x, Tensor metric, int r, *, Tensor? size=None, int num_prefix_tokens=1)"
+        " -> (Tensor x_out, Tensor size_out, Tensor source)",
+        "ToMe's bipartite soft matching: the r most similar pairs become size-weighted means.",
+        differentiable=("x",),
+        backward="_merge_backward",
+    ),
+    Operator(
+        "unmerge",
+        "(Tensor x, Tensor source, *, Tensor? pruned_fill=None) -> Tensor",
+        "Give every original position the token its patch went into.",
+        differentiable=("x", "pruned_fill"),
+        backward="_unmerge_backward",
+    ),
+    Operator(
+        "_merge_backward",
+        "(Tensor grad, Tensor source, Tensor? size=None) -> Tensor",
+        "Gradient of a (size-weighted) group mean, for prune_merge and tome_merge.",
+    ),
+    Operator(
+        "_unmerge_backward",
+        "(Tensor grad, Tensor source, int num_tokens) -> Tensor",
+        "Gradient of unmerge to its tokens: the sum over each group.",
+    ),
+    Operator(
+        "_masked_softmax_backward",
+        "(Tensor grad, Tensor scores, Tensor token_mask, float eps=1e-06)"
+        " -> (Tensor grad_scores, Tensor grad_token_mask)",
+        "Gradient of masked_softmax.",
+    ),
+    Operator(
+        "_masked_attention_backward",
+        "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor token_mask, *, Tensor? size=None, float? scale=None,"
+        " float eps=1e-06) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_token_mask)",
+        "Gradient of masked_attention; recomputes each row.",
+    ),
+    Operator(
+        "_attention_backward",
+        "(Tensor grad_out, Tensor q, Tensor k, Tensor v, *, Tensor? size=None, float? scale=None)"
+        " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+        "Gradient of attention; recomputes each row.",
+    ),
+)
+
+BY_NAME = {operator.name: operator for operator in OPERATORS}
+
+
+def cpp_definitions() -> str:
+    """C++ source that defines every schema: the LibTorch library compiles it, Python registers the same table."""
+    lines = ["// Generated from tokcomp_kernels/_schema.py.", "#include <torch/library.h>", ""]
+    for namespace in (NAMESPACE, *NATIVE_NAMESPACES.values()):
+        lines.append(f"TORCH_LIBRARY({namespace}, m) {{")
+        lines += [f'  m.def("{operator.schema}");' for operator in OPERATORS]
+        lines.append("}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(cpp_definitions(), end="")
