@@ -1,0 +1,256 @@
+"""What each operator refuses, and in which words.
+
+One function per operator, called by the fake (meta) implementation, the reference and the Triton launchers;
+``csrc/common/checks.h`` says the same for compiled kernels, and one table of wrong inputs tests them all by message.
+Only shapes, dtypes, devices and counts are looked at: values stay on their device (``_value_checks`` reads those, on request).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def refuse(op: str, argument: str, rule: str, got: object, error: type[Exception] = ValueError) -> None:
+    raise error(f"{op}: {argument} must {rule}, got {got}")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _shape(sizes: Sequence[object]) -> str:
+    return "[" + ", ".join(str(size) for size in sizes) + "]"
+
+
+def _require_dim(op: str, argument: str, tensor: Tensor, letters: str) -> None:
+    if tensor.dim() != letters.count(",") + 1:
+        refuse(op, argument, f"be {letters}", f"a tensor of shape {_shape(tensor.shape)}")
+
+
+def _require_shape(op: str, argument: str, tensor: Tensor, letters: str, sizes: Sequence[int]) -> None:
+    if tensor.dim() != len(sizes) or any(have != want for have, want in zip(tensor.shape, sizes, strict=True)):
+        refuse(op, argument, f"be {letters} = {_shape(sizes)}", f"a tensor of shape {_shape(tensor.shape)}")
+
+
+def _require_floating(op: str, argument: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        refuse(op, argument, "be float16, bfloat16, float32 or float64", _dtype(tensor), TypeError)
+
+
+def _require_like(op: str, argument: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        refuse(op, argument, f"have the dtype of {other_name} ({_dtype(other)})", _dtype(tensor), TypeError)
+    _require_device(op, argument, tensor, other_name, other)
+
+
+def _require_device(op: str, argument: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        refuse(op, argument, f"be on the device of {other_name} ({other.device})", tensor.device)
+
+
+def _require_per_token(op: str, argument: str, tensor: Tensor, other_name: str, other: Tensor, sizes: Sequence[int]) -> None:
+    """A floating value per token, [B, N], such as size, token_mask or importance."""
+    _require_shape(op, argument, tensor, "[B, N]", sizes)
+    _require_floating(op, argument, tensor)
+    _require_device(op, argument, tensor, other_name, other)
+
+
+def _require_source(op: str, source: Tensor, other_name: str, other: Tensor) -> None:
+    _require_dim(op, "source", source, "[B, N]")
+    if source.dtype != torch.int64:
+        refuse(op, "source", "be int64", _dtype(source), TypeError)
+    _require_device(op, "source", source, other_name, other)
+    if source.shape[0] != other.shape[0]:
+        refuse(op, "source", f"have the batch size of {other_name} ({other.shape[0]})", source.shape[0])
+
+
+def _require_prefix(op: str, num_prefix_tokens: int, num_tokens: int) -> None:
+    if num_prefix_tokens < 0 or num_prefix_tokens > num_tokens:
+        refuse(op, "num_prefix_tokens", f"be between 0 and the number of tokens ({num_tokens})", num_prefix_tokens)
+
+
+def _require_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> None:
+    _require_dim(op, "q", q, "[B, H, N, D]")
+    _require_floating(op, "q", q)
+    if q.shape[2] < 1:
+        refuse(op, "q", "hold at least one token", f"a tensor of shape {_shape(q.shape)}")
+    for name, tensor in (("k", k), ("v", v)):
+        _require_shape(op, name, tensor, "[B, H, N, D]", q.shape)
+        _require_like(op, name, tensor, "q", q)
+    if size is not None:
+        _require_per_token(op, "size", size, "q", q, (q.shape[0], q.shape[2]))
+
+
+def check_class_attention_sort(
+    q_cls: Tensor, k: Tensor, size: Tensor | None = None, scale: float | None = None, num_prefix_tokens: int = 1
+) -> None:
+    op = "class_attention_sort"
+    _require_dim(op, "k", k, "[B, H, N, D]")
+    _require_floating(op, "k", k)
+    batch, heads, num_tokens, width = k.shape
+    _require_shape(op, "q_cls", q_cls, "[B, H, D]", (batch, heads, width))
+    _require_like(op, "q_cls", q_cls, "k", k)
+    if size is not None:
+        _require_per_token(op, "size", size, "k", k, (batch, num_tokens))
+    _require_prefix(op, num_prefix_tokens, num_tokens)
+
+
+def check_prune_merge(
+    x: Tensor,
+    importance: Tensor,
+    num_prune_kept: int,
+    num_merge_kept: int,
+    *,
+    size: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+    similarity_weighted_size: bool = True,
+) -> None:
+    op = "prune_merge"
+    _require_dim(op, "x", x, "[B, N, C]")
+    _require_floating(op, "x", x)
+    batch, num_tokens, _ = x.shape
+    _require_per_token(op, "importance", importance, "x", x, (batch, num_tokens))
+    if size is not None:
+        _require_per_token(op, "size", size, "x", x, (batch, num_tokens))
+    _require_prefix(op, num_prefix_tokens, num_tokens)
+    if num_prune_kept < num_prefix_tokens:
+        refuse(op, "num_prune_kept", f"be at least num_prefix_tokens ({num_prefix_tokens})", num_prune_kept)
+    pruned = num_prune_kept if num_prune_kept < num_tokens else num_tokens
+    if num_merge_kept < pruned and num_merge_kept <= num_prefix_tokens:
+        refuse(
+            op,
+            "num_merge_kept",
+            f"be more than num_prefix_tokens ({num_prefix_tokens}) where tokens merge, which need a destination",
+            num_merge_kept,
+        )
+
+
+def check_masked_softmax(scores: Tensor, token_mask: Tensor, eps: float = 1e-6) -> None:
+    _check_scores("masked_softmax", scores, token_mask, eps)
+
+
+def check_masked_softmax_backward(grad: Tensor, scores: Tensor, token_mask: Tensor, eps: float = 1e-6) -> None:
+    op = "_masked_softmax_backward"
+    _check_scores(op, scores, token_mask, eps)
+    _require_shape(op, "grad", grad, "[B, H, N, N]", scores.shape)
+    _require_like(op, "grad", grad, "scores", scores)
+
+
+def _check_scores(op: str, scores: Tensor, token_mask: Tensor, eps: float) -> None:
+    _require_dim(op, "scores", scores, "[B, H, N, N]")
+    batch, heads, _, num_tokens = scores.shape
+    _require_shape(op, "scores", scores, "[B, H, N, N]", (batch, heads, num_tokens, num_tokens))
+    _require_floating(op, "scores", scores)
+    _require_per_token(op, "token_mask", token_mask, "scores", scores, (batch, num_tokens))
+    _require_eps(op, eps)
+
+
+def _require_eps(op: str, eps: float) -> None:
+    if not eps > 0:
+        refuse(op, "eps", "be positive", eps)
+
+
+def check_masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor,
+    *,
+    size: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+) -> None:
+    _check_masked_attention("masked_attention", q, k, v, token_mask, size, eps)
+
+
+def check_masked_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor,
+    *,
+    size: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+) -> None:
+    op = "_masked_attention_backward"
+    _check_masked_attention(op, q, k, v, token_mask, size, eps)
+    _require_shape(op, "grad_out", grad_out, "[B, H, N, D]", q.shape)
+    _require_like(op, "grad_out", grad_out, "q", q)
+
+
+def _check_masked_attention(
+    op: str, q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor, size: Tensor | None, eps: float
+) -> None:
+    _require_qkv(op, q, k, v, size)
+    _require_per_token(op, "token_mask", token_mask, "q", q, (q.shape[0], q.shape[2]))
+    _require_eps(op, eps)
+
+
+def check_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None
+) -> None:
+    _require_qkv("attention", q, k, v, size)
+
+
+def check_attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None
+) -> None:
+    op = "_attention_backward"
+    _require_qkv(op, q, k, v, size)
+    _require_shape(op, "grad_out", grad_out, "[B, H, N, D]", q.shape)
+    _require_like(op, "grad_out", grad_out, "q", q)
+
+
+def check_tome_merge(
+    x: Tensor, metric: Tensor, r: int, *, size: Tensor | None = None, num_prefix_tokens: int = 1
+) -> None:
+    op = "tome_merge"
+    _require_dim(op, "x", x, "[B, N, C]")
+    _require_floating(op, "x", x)
+    batch, num_tokens, _ = x.shape
+    _require_dim(op, "metric", metric, "[B, N, K]")
+    _require_shape(op, "metric", metric, "[B, N, K]", (batch, num_tokens, metric.shape[2]))
+    _require_floating(op, "metric", metric)
+    _require_device(op, "metric", metric, "x", x)
+    if size is not None:
+        _require_per_token(op, "size", size, "x", x, (batch, num_tokens))
+    _require_prefix(op, num_prefix_tokens, num_tokens)
+    if r < 0:
+        refuse(op, "r", "be at least 0", r)
+
+
+def check_unmerge(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = None) -> None:
+    op = "unmerge"
+    _require_dim(op, "x", x, "[B, M, C]")
+    _require_floating(op, "x", x)
+    _require_source(op, source, "x", x)
+    if pruned_fill is not None:
+        _require_shape(op, "pruned_fill", pruned_fill, "[B, N, C]", (x.shape[0], source.shape[1], x.shape[2]))
+        _require_like(op, "pruned_fill", pruned_fill, "x", x)
+
+
+def check_merge_backward(grad: Tensor, source: Tensor, size: Tensor | None = None) -> None:
+    op = "_merge_backward"
+    _require_dim(op, "grad", grad, "[B, M, C]")
+    _require_floating(op, "grad", grad)
+    _require_source(op, source, "grad", grad)
+    if size is not None:
+        _require_per_token(op, "size", size, "grad", grad, (source.shape[0], source.shape[1]))
+
+
+def check_unmerge_backward(grad: Tensor, source: Tensor, num_tokens: int) -> None:
+    op = "_unmerge_backward"
+    _require_dim(op, "grad", grad, "[B, N, C]")
+    _require_floating(op, "grad", grad)
+    _require_source(op, source, "grad", grad)
+    if source.shape[1] != grad.shape[1]:
+        refuse(op, "source", f"have the tokens of grad ({grad.shape[1]})", source.shape[1])
+    if num_tokens < 0:
+        refuse(op, "num_tokens", "be at least 0", num_tokens)
