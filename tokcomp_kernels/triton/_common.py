@@ -1,0 +1,37 @@
+"""What the launchers share: dtype rules, layouts, the current device, and two small device functions."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokcomp_kernels._checks import refuse
+
+SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
+LOG2_E = 1.4426950408889634
+
+
+def require_supported(op: str, argument: str, tensor: Tensor) -> None:
+    """float64 is for the CPU kernels and the reference: Triton kernels accumulate in float32."""
+    if tensor.dtype not in SUPPORTED:
+        got = str(tensor.dtype).removeprefix("torch.")
+        refuse(op, argument, "be float16, bfloat16 or float32 for the Triton kernel", got, TypeError)
+
+
+def inner_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor, or a compact copy where its last dimension is strided (kernels take that stride to be 1)."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def device_guard(tensor: Tensor) -> torch.cuda.device_of:
+    """Make the tensor's GPU current while a kernel is launched; nothing for a CPU tensor."""
+    return torch.cuda.device_of(tensor)
+
+
+@triton.jit
+def effective_size(size):
+    """``size`` where it is above 1e-6, else 1e-6: also for NaN, which compares false."""
+    size = size.to(tl.float32)
+    return tl.where(size > 1e-6, size, 1e-6)
