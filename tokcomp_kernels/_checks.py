@@ -53,7 +53,9 @@ def _require_device(op: str, argument: str, tensor: Tensor, other_name: str, oth
         refuse(op, argument, f"be on the device of {other_name} ({other.device})", tensor.device)
 
 
-def _require_per_token(op: str, argument: str, tensor: Tensor, other_name: str, other: Tensor, sizes: Sequence[int]) -> None:
+def _require_per_token(
+    op: str, argument: str, tensor: Tensor, other_name: str, other: Tensor, sizes: Sequence[int]
+) -> None:
     """A floating value per token, [B, N], such as size, token_mask or importance."""
     _require_shape(op, argument, tensor, "[B, N]", sizes)
     _require_floating(op, argument, tensor)
@@ -193,9 +195,7 @@ def _check_masked_attention(
     _require_eps(op, eps)
 
 
-def check_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None
-) -> None:
+def check_attention(q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None) -> None:
     _require_qkv("attention", q, k, v, size)
 
 

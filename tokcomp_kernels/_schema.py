@@ -43,7 +43,7 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(
         "prune_merge",
         "(Tensor x, Tensor importance, int num_prune_kept, int num_merge_kept, *, Tensor? size=None,"
-        " int num_prefix_tokens=1, bool similarity_weighted_size=True) -> (Tensor x_out, Tensor size_out, Tensor source)",
+        " int num_prefix_tokens=1, bool similarity_weighted_size=True) -> (Tensor x, Tensor size, Tensor source)",
         "Keep the most important tokens, merge the next ones into their most similar kept token, drop the rest.",
         differentiable=("x",),
         backward="_merge_backward",
@@ -73,7 +73,7 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(
         "tome_merge",
         "(Tensor x, Tensor metric, int r, *, Tensor? size=None, int num_prefix_tokens=1)"
-        " -> (Tensor x_out, Tensor size_out, Tensor source)",
+        " -> (Tensor x, Tensor size, Tensor source)",
         "ToMe's bipartite soft matching: the r most similar pairs become size-weighted means.",
         differentiable=("x",),
         backward="_merge_backward",

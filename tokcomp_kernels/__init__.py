@@ -1,0 +1,25 @@
+"""Token-compression operators for PyTorch: importing this package registers ``torch.ops.tokcomp.*``."""
+
+from tokcomp_kernels._library import build_info, load_error, native_kernels
+from tokcomp_kernels.ops import (
+    attention,
+    class_attention_sort,
+    masked_attention,
+    masked_softmax,
+    prune_merge,
+    tome_merge,
+    unmerge,
+)
+
+__all__ = [
+    "attention",
+    "build_info",
+    "class_attention_sort",
+    "load_error",
+    "masked_attention",
+    "masked_softmax",
+    "native_kernels",
+    "prune_merge",
+    "tome_merge",
+    "unmerge",
+]

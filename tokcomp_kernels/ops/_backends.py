@@ -1,0 +1,91 @@
+"""Which implementation owns an operator on a device.
+
+TOKCOMP_BACKEND, read once at import:
+
+- ``auto`` (default): on CPU the compiled kernel, on CUDA the compiled kernel where it is the measured winner, else Triton;
+- ``cuda``: on CUDA the compiled kernel wherever there is one, else Triton;
+- ``triton``: on CUDA Triton; on CPU Triton's interpreter where TRITON_INTERPRET=1 is set;
+- ``reference``: plain PyTorch everywhere.
+
+What is missing falls back to the reference, which runs on every device; so does float64 on CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokcomp_kernels._library import native_kernels
+
+BACKENDS = ("auto", "cuda", "triton", "reference")
+#: Operators whose compiled CUDA kernel has run on a GPU and beaten Triton's there. Until then Triton owns the key.
+CUDA_WINNERS: frozenset[str] = frozenset()
+
+
+def requested_backend() -> str:
+    backend = os.environ.get("TOKCOMP_BACKEND", "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"TOKCOMP_BACKEND must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One operator's backends. ``triton`` names the launcher as ``module:function``: Triton is imported on first use."""
+
+    name: str
+    reference: Callable[..., Any]
+    triton: str
+
+    def backend(self, device_type: str) -> str:
+        """``cpp``, ``cuda``, ``triton`` or ``reference``."""
+        requested = requested_backend()
+        if requested == "reference":
+            return "reference"
+        if device_type == "cpu":
+            if requested == "triton" and _interpreting() and _has_triton():
+                return "triton"
+            return "cpp" if self.name in native_kernels()["cpu"] else "reference"
+        if device_type == "cuda":
+            built = self.name in native_kernels()["cuda"]
+            if built and (requested == "cuda" or (requested == "auto" and self.name in CUDA_WINNERS)):
+                return "cuda"
+            return "triton" if _has_triton() else "reference"
+        return "reference"
+
+    def callable(self, backend: str) -> Callable[..., Any]:
+        """The implementation itself, outside the dispatcher."""
+        if backend == "reference":
+            return self.reference
+        if backend == "cpp":
+            return getattr(torch.ops.tokcomp_cpu, self.name).default
+        if backend == "cuda":
+            return _float64_elsewhere(getattr(torch.ops.tokcomp_cuda, self.name).default, self.reference)
+        if backend == "triton":
+            return _float64_elsewhere(self._launch_triton, self.reference)
+        raise ValueError(f"backend must be one of cpp, cuda, triton, reference, got {backend!r}")
+
+    def _launch_triton(self, *args: Any, **kwargs: Any) -> Any:
+        module, function = self.triton.split(":")
+        return getattr(importlib.import_module(f"tokcomp_kernels.triton.{module}"), function)(*args, **kwargs)
+
+
+def _float64_elsewhere(fast: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    def run(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (reference if first.dtype == torch.float64 else fast)(first, *args, **kwargs)
+
+    return run

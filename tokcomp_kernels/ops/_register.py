@@ -1,0 +1,148 @@
+"""Registers one operator: fake, backends, autograd, autocast. The schema itself stands in ``_schema.py``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from tokcomp_kernels._library import LIBRARY, native_kernels
+from tokcomp_kernels._schema import BY_NAME, NAMESPACE
+from tokcomp_kernels.ops._backends import Implementation
+from tokcomp_kernels.ops._value_checks import VALUE_CHECKS
+
+#: Every registered operator, for tests, benchmarks and `tokcomp info`.
+IMPLEMENTATIONS: dict[str, Implementation] = {}
+
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+class Arguments:
+    """Arguments of an operator in schema order: the dispatcher leaves out trailing ones that have their default."""
+
+    def __init__(self, name: str) -> None:
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self._schema = self.overload._schema.arguments
+        self._num_positional = sum(not argument.kwarg_only for argument in self._schema)
+
+    def flatten(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        rest = self._schema[len(args) :]
+        return [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]
+
+    def redispatch(self, keyset: Any, flat: Sequence[Any]) -> Any:
+        """The operator below autograd."""
+        names = (argument.name for argument in self._schema[self._num_positional :])
+        keywords = dict(zip(names, flat[self._num_positional :], strict=True))
+        with torch._C._AutoDispatchBelowAutograd():
+            keyset = keyset & torch._C._after_autograd_keyset
+            return self.overload.redispatch(keyset, *flat[: self._num_positional], **keywords)
+
+    def call(self, flat: Sequence[Any]) -> Any:
+        names = (argument.name for argument in self._schema[self._num_positional :])
+        keywords = dict(zip(names, flat[self._num_positional :], strict=True))
+        return self.overload(*flat[: self._num_positional], **keywords)
+
+    def positions(self, names: Sequence[str]) -> list[int]:
+        return [i for i, argument in enumerate(self._schema) if argument.name in names]
+
+
+def register(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    triton: str,
+    autograd: Callable[[Arguments], type[torch.autograd.Function]] | None = None,
+    autocast: Sequence[str] = (),
+    autocast_dtype: torch.dtype | None = None,
+) -> None:
+    """Register ``tokcomp::name``, whose schema names the differentiable inputs.
+
+    ``autograd(arguments)`` gives the Function whose ``apply(keyset, *flat_arguments)`` runs where one of them requires a
+    gradient. ``autocast`` names the inputs that take autocast's dtype, or ``autocast_dtype`` where one is given.
+    """
+    implementation = Implementation(name, reference, triton)
+    IMPLEMENTATIONS[name] = implementation
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    for device in _DISPATCH_KEYS:
+        _give_key(implementation, device)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    arguments = Arguments(name)
+    function = autograd(arguments) if autograd is not None else None
+    LIBRARY.impl(name, _autograd_kernel(arguments, name, function), "Autograd", with_keyset=True)
+    if autocast:
+        for device, key in _DISPATCH_KEYS.items():
+            kernel = _autocast_kernel(arguments, arguments.positions(autocast), device, autocast_dtype)
+            LIBRARY.impl(name, kernel, f"Autocast{key}")
+
+
+def _give_key(implementation: Implementation, device: str) -> None:
+    """Make the chosen backend answer on a device, unless it does already."""
+    name = implementation.name
+    backend = implementation.backend(device)
+    value_check = VALUE_CHECKS.get(name) if os.environ.get("TOKCOMP_CHECK", "0") == "1" else None
+    # A compiled CPU kernel has registered itself; elsewhere the reference answers from below every key.
+    answers_now = "cpp" if device == "cpu" and name in native_kernels()["cpu"] else "reference"
+    if backend == answers_now and value_check is None:
+        return
+    run = implementation.callable(backend)
+    if value_check is not None:
+        run = _checked(value_check, run)
+    LIBRARY.impl(name, run, _DISPATCH_KEYS[device], allow_override=True)
+
+
+def _checked(value_check: Callable[..., None], run: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        value_check(*args, **kwargs)
+        return run(*args, **kwargs)
+
+    return checked
+
+
+def _autograd_kernel(
+    arguments: Arguments, name: str, function: type[torch.autograd.Function] | None
+) -> Callable[..., Any]:
+    operator = BY_NAME[name]
+    differentiable = arguments.positions(operator.differentiable)
+
+    def autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        flat = arguments.flatten(args, kwargs)
+        if torch.is_grad_enabled():
+            if function is not None and any(flat[i] is not None and flat[i].requires_grad for i in differentiable):
+                return function.apply(keyset, *flat)
+            if not operator.public and any(isinstance(value, torch.Tensor) and value.requires_grad for value in flat):
+                raise RuntimeError(
+                    f"{name}: gradients of gradients are not available; call backward without create_graph=True"
+                )
+        return arguments.redispatch(keyset, flat)
+
+    return autograd
+
+
+def _autocast_kernel(
+    arguments: Arguments, positions: Sequence[int], device: str, dtype: torch.dtype | None
+) -> Callable[..., Any]:
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{_DISPATCH_KEYS[device]}"))
+
+    def autocast(*args: Any, **kwargs: Any) -> Any:
+        flat = arguments.flatten(args, kwargs)
+        target = torch.get_autocast_dtype(device) if dtype is None else dtype
+        for i in positions:
+            if _autocasts(flat[i], device):
+                flat[i] = flat[i].to(target)
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return arguments.call(flat)
+
+    return autocast
+
+
+def _autocasts(value: Any, device: str) -> bool:
+    """Floating tensors of the device, float64 excepted, as for torch's own operators."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.device.type == device
+        and value.is_floating_point()
+        and value.dtype != torch.float64
+    )

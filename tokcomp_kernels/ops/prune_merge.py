@@ -1,0 +1,116 @@
+"""prune_merge: keep the important, merge the similar, drop the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokcomp_kernels._checks import check_merge_backward, check_prune_merge
+from tokcomp_kernels.ops._fake import accumulate_dtype
+from tokcomp_kernels.ops._register import Arguments, register
+from tokcomp_kernels.reference.merge_backward import merge_backward_reference
+from tokcomp_kernels.reference.prune_merge import prune_merge_reference
+
+
+def prune_merge(
+    x: Tensor,
+    importance: Tensor,
+    num_prune_kept: int,
+    num_merge_kept: int,
+    *,
+    size: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+    similarity_weighted_size: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prune and merge tokens (DiffRate, section 3, as its published inference does).
+
+    The prefix tokens as they stand, then the others by descending importance (ties by lower index, NaN last), give each
+    token its rank. The first M ranks are kept; each token ranked M .. P - 1 goes into the kept token, prefix excepted, to
+    which its cosine similarity is largest; what ranks behind is pruned. P = min(N, num_prune_kept), M = min(P, num_merge_kept).
+
+    Args:
+        x: Tokens, [B, N, C], of any floating dtype and any strides.
+        importance: Score of each token, [B, N]; the prefix's are not looked at.
+        num_prune_kept: Tokens left by pruning, prefix included.
+        num_merge_kept: Tokens left by merging, prefix included.
+        size: Patches in each token, [B, N]; ones where None.
+        num_prefix_tokens: Class, distillation and register tokens: never pruned, merged or a destination.
+        similarity_weighted_size: Whether a merged token adds its size times its cosine similarity, or its whole size.
+
+    Returns:
+        x [B, M, C], the plain mean of each group, in the order of rank; size [B, M] float32, at least 1e-6;
+        source [B, N] int64, the output slot each input token went to, -1 where it was pruned.
+        Differentiable in x alone.
+
+    Raises:
+        ValueError: num_prune_kept below num_prefix_tokens; num_merge_kept not above it where tokens merge; wrong shapes.
+        TypeError: A dtype that is not floating.
+    """
+    return torch.ops.tokcomp.prune_merge(
+        x,
+        importance,
+        num_prune_kept,
+        num_merge_kept,
+        size=size,
+        num_prefix_tokens=num_prefix_tokens,
+        similarity_weighted_size=similarity_weighted_size,
+    )
+
+
+def _fake(
+    x: Tensor,
+    importance: Tensor,
+    num_prune_kept: int,
+    num_merge_kept: int,
+    *,
+    size: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+    similarity_weighted_size: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_prune_merge(x, importance, num_prune_kept, num_merge_kept, size=size, num_prefix_tokens=num_prefix_tokens)
+    batch, num_tokens, channels = x.shape
+    num_kept = min(num_tokens, num_prune_kept, num_merge_kept)
+    return (
+        x.new_empty(batch, num_kept, channels),
+        x.new_empty(batch, num_kept, dtype=accumulate_dtype(x)),
+        x.new_empty(batch, num_tokens, dtype=torch.int64),
+    )
+
+
+def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
+    class PruneMerge(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+            x_out, size_out, source = arguments.redispatch(keyset, flat)
+            ctx.save_for_backward(source)
+            ctx.mark_non_differentiable(size_out, source)
+            return x_out, size_out, source
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+            (source,) = ctx.saved_tensors
+            return (None, torch.ops.tokcomp._merge_backward(grad, source), *[None] * 6)
+
+    return PruneMerge
+
+
+def _merge_backward_fake(grad: Tensor, source: Tensor, size: Tensor | None = None) -> Tensor:
+    check_merge_backward(grad, source, size)
+    return grad.new_empty(source.shape[0], source.shape[1], grad.shape[2])
+
+
+register(
+    "_merge_backward",
+    fake=_merge_backward_fake,
+    reference=merge_backward_reference,
+    triton="merge_backward:merge_backward_triton",
+)
+register(
+    "prune_merge",
+    fake=_fake,
+    reference=prune_merge_reference,
+    triton="prune_merge:prune_merge_triton",
+    autograd=_autograd,
+)
