@@ -8,14 +8,14 @@
 #include <torch/library.h>
 
 #define TOKCOMP_REGISTER_CPU(op, function)                                             \
-  TORCH_LIBRARY_IMPL(tokcomp, CPU, m) { m.impl(TORCH_SELECTIVE_NAME(#op), function); } \
-  TORCH_LIBRARY_IMPL(tokcomp_cpu, CPU, m) { m.impl(TORCH_SELECTIVE_NAME(#op), function); }
+  TORCH_LIBRARY_IMPL(tokcomp, CPU, m) { m.impl(#op, function); } \
+  TORCH_LIBRARY_IMPL(tokcomp_cpu, CPU, m) { m.impl(#op, function); }
 
 #ifdef TOKCOMP_OWN_CUDA_KEY
 #define TOKCOMP_REGISTER_CUDA(op, function)                                             \
-  TORCH_LIBRARY_IMPL(tokcomp, CUDA, m) { m.impl(TORCH_SELECTIVE_NAME(#op), function); } \
-  TORCH_LIBRARY_IMPL(tokcomp_cuda, CUDA, m) { m.impl(TORCH_SELECTIVE_NAME(#op), function); }
+  TORCH_LIBRARY_IMPL(tokcomp, CUDA, m) { m.impl(#op, function); } \
+  TORCH_LIBRARY_IMPL(tokcomp_cuda, CUDA, m) { m.impl(#op, function); }
 #else
 #define TOKCOMP_REGISTER_CUDA(op, function) \
-  TORCH_LIBRARY_IMPL(tokcomp_cuda, CUDA, m) { m.impl(TORCH_SELECTIVE_NAME(#op), function); }
+  TORCH_LIBRARY_IMPL(tokcomp_cuda, CUDA, m) { m.impl(#op, function); }
 #endif
