@@ -1,23 +1,95 @@
-"""The torch libraries that hold the operators' schemas, and what was built."""
+"""Define the operators and load the compiled kernels, if there are any that fit this machine.
+
+Importing never fails for want of kernels: ``load_error`` then says why there are none, in one line.
+"""
 
 from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import json
+import platform
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from tokcomp_kernels._schema import NAMESPACE, NATIVE_NAMESPACES, OPERATORS
 
-LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-_NATIVE = [torch.library.Library(namespace, "DEF") for namespace in NATIVE_NAMESPACES.values()]
-for _operator in OPERATORS:
-    for _library in (LIBRARY, *_NATIVE):
-        _library.define(_operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-load_error: str | None = None
+REBUILD = "pip install -e . (or make build)"
 
 
-def build_info() -> dict[str, object]:
-    return {}
+def _define(namespace: str, tags: tuple[torch.Tag, ...] = ()) -> torch.library.Library:
+    library = torch.library.Library(namespace, "DEF")
+    for operator in OPERATORS:
+        library.define(operator.schema, tags=tags)
+    return library
+
+
+#: The handle on which ops/ registers fakes, gradients and backends.
+LIBRARY = _define(NAMESPACE, (torch.Tag.pt2_compliant_tag,))
+# A library's definitions live as long as its handle.
+_NATIVE_LIBRARIES = [_define(namespace) for namespace in NATIVE_NAMESPACES.values()]
+
+
+def _module_path() -> Path | None:
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name("_C" + suffix)
+        if path.exists():
+            return path
+    return None
+
+
+def _cpu_features() -> frozenset[str] | None:
+    """The instruction sets of this CPU in /proc/cpuinfo's names, or None where that is not to be had."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((frozenset(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), None)
+
+
+def _mismatch(built: dict[str, Any]) -> str | None:
+    """Why kernels built so cannot be loaded here, or None. Asked before loading: afterwards is too late."""
+    if built["torch"] != torch.__version__:
+        return f"built for torch {built['torch']}, running torch {torch.__version__}: rebuild with {REBUILD}"
+    features = _cpu_features()
+    missing = [] if features is None else [name for name in built["cpu_features"].split() if name not in features]
+    if missing:
+        return (
+            f"built for a CPU with {', '.join(missing)}, which this one lacks: "
+            f"rebuild with TOKCOMP_CPU_ARCH=native {REBUILD}"
+        )
+    return None
+
+
+def _load() -> tuple[Any, str | None]:
+    path = _module_path()
+    if path is None:
+        return None, f"no compiled kernels for this Python in {Path(__file__).parent}: build them with {REBUILD}"
+    try:
+        reason = _mismatch(json.loads(path.with_suffix(".json").read_text()))
+        if reason is None:
+            return importlib.import_module("tokcomp_kernels._C"), None
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}; rebuild with {REBUILD}"
+    return None, f"{path.name}: {reason}"
+
+
+_C, load_error = _load()
+
+
+def build_info() -> dict[str, Any]:
+    """What was built: versions, architectures, compiler, operators per backend. Empty where nothing is loaded."""
+    return _C.build_info() if _C is not None else {}
 
 
 def native_kernels() -> dict[str, frozenset[str]]:
-    return {"cpu": frozenset(), "cuda": frozenset()}
+    """The operators that have a compiled kernel, by device type ("cpu", "cuda"), as the dispatcher knows them."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return {
+        key.lower(): frozenset(op.name for op in OPERATORS if has_kernel(f"{namespace}::{op.name}", key))
+        for key, namespace in NATIVE_NAMESPACES.items()
+    }

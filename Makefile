@@ -1,0 +1,5 @@
+PYTHON ?= python3
+
+.PHONY: build
+build:
+	$(PYTHON) build_backend/native.py

@@ -1,0 +1,47 @@
+// The module _C: says what was built and how many threads it uses. Loading it registers the kernels, which each file in
+// csrc/cpu and csrc/cuda does for itself.
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "build_info.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> kernels(const std::string& name_space, c10::DispatchKey key) {
+  std::vector<std::string> names;
+  for (const auto& op : c10::Dispatcher::singleton().getRegistrationsForDispatchKey(key)) {
+    const std::string prefix = name_space + "::";
+    if (op.name.rfind(prefix, 0) == 0) names.push_back(op.name.substr(prefix.size()));
+  }
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+py::dict build_info() {
+  py::dict info = py::module_::import("json").attr("loads")(kBuildInfo);
+  const std::map<std::string, std::vector<std::string>> operators = {
+      {"cpu", kernels("tokcomp_cpu", c10::DispatchKey::CPU)},
+      {"cuda", kernels("tokcomp_cuda", c10::DispatchKey::CUDA)},
+  };
+  info["operators"] = operators;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of tokcomp_kernels.";
+  m.def("build_info", &build_info, "What was built: versions, architectures, compiler, operators per backend.");
+  m.def("get_num_threads", &at::get_num_threads, "Threads the CPU kernels run on.");
+  m.def("set_num_threads", &at::set_num_threads, py::arg("num_threads"),
+        "Set the threads the CPU kernels, and torch, run on.");
+}
