@@ -1,0 +1,85 @@
+"""The implementations that can run here, as parameters of a test."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from tokcomp_kernels import native_kernels
+from tokcomp_kernels._schema import OPERATORS
+from tokcomp_kernels.ops import IMPLEMENTATIONS
+from tokcomp_kernels.testing import Sample, samples
+
+HAS_GPU = torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NAMES = [operator.name for operator in OPERATORS]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One backend of one operator on one device."""
+
+    op: str
+    backend: str
+    device: str
+
+    @property
+    def call(self) -> Callable[..., Any]:
+        return IMPLEMENTATIONS[self.op].callable(self.backend)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return ALL_DTYPES if self.backend in ("reference", "cpp") else ALL_DTYPES[1:]
+
+    def run(self, sample: Sample) -> tuple[torch.Tensor, ...]:
+        outputs = self.call(*sample.args, **sample.kwargs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def targets(op: str) -> list[Target]:
+    found = [Target(op, "reference", "cpu")]
+    if op in native_kernels()["cpu"]:
+        found.append(Target(op, "cpp", "cpu"))
+    if HAS_TRITON and (HAS_GPU or os.environ.get("TRITON_INTERPRET") == "1"):
+        found.append(Target(op, "triton", "cuda" if HAS_GPU else "cpu"))
+    if HAS_GPU:
+        found.append(Target(op, "reference", "cuda"))
+        if op in native_kernels()["cuda"]:
+            found.append(Target(op, "cuda", "cuda"))
+    return found
+
+
+def all_targets() -> list[Any]:
+    return [
+        pytest.param(target, id=f"{target.op}-{target.backend}-{target.device}")
+        for op in NAMES
+        for target in targets(op)
+    ]
+
+
+def all_samples() -> list[Any]:
+    """Every sample of every operator on every backend that can run here, in every dtype it takes."""
+    return [
+        pytest.param(
+            target, dtype, sample.id, id=f"{target.op}-{target.backend}-{target.device}-{_short(dtype)}-{sample.id}"
+        )
+        for op in NAMES
+        for target in targets(op)
+        for dtype in target.dtypes
+        for sample in samples(op, dtype)
+    ]
+
+
+def find(op: str, sample_id: str, dtype: torch.dtype, device: str) -> Sample:
+    return next(sample for sample in samples(op, dtype, device) if sample.id == sample_id)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]

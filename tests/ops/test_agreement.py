@@ -1,0 +1,86 @@
+"""Every backend of every operator against the reference in float64, and its promises about bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.backends import Target, all_samples, all_targets, find
+from tokcomp_kernels.compare import assert_right
+from tokcomp_kernels.testing import Sample, samples
+
+
+@pytest.mark.parametrize(("target", "dtype", "sample_id"), all_samples())
+def test_agrees_with_float64(target: Target, dtype: torch.dtype, sample_id: str) -> None:
+    sample = find(target.op, sample_id, dtype, target.device)
+    before = [t.clone() for t in _tensors(sample)]
+    outputs = target.run(sample)
+    assert_right(sample, outputs)
+    for have, was in zip(_tensors(sample), before, strict=True):
+        assert torch.equal(have.nan_to_num(7.0), was.nan_to_num(7.0)), "an input was changed"
+    storages = {t.untyped_storage().data_ptr() for t in _tensors(sample) if t.numel()}
+    assert not storages & {t.untyped_storage().data_ptr() for t in outputs if t.numel()}, "an output aliases an input"
+
+
+@pytest.mark.parametrize("target", all_targets())
+def test_layout_and_dtypes_match_the_fake(target: Target) -> None:
+    """What torch.compile plans for is what a kernel allocates."""
+    for sample in samples(target.op, torch.float16, target.device):
+        meta = sample.map(lambda t: t.to("meta"))
+        args = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in meta.args]
+        planned = getattr(torch.ops.tokcomp, target.op)(*args, **meta.kwargs)
+        planned = planned if isinstance(planned, tuple) else (planned,)
+        for have, want in zip(target.run(sample), planned, strict=True):
+            assert (have.shape, have.dtype) == (want.shape, want.dtype), sample.id
+            if have.numel() > 1:
+                assert _effective_strides(have) == _effective_strides(want), sample.id
+
+
+@pytest.mark.parametrize("target", all_targets())
+def test_same_bits_twice_and_in_any_batch(target: Target) -> None:
+    if target.backend == "reference":
+        pytest.skip("the reference is the oracle of numbers, not of bits: it uses library matrix products")
+    for sample in samples(target.op, torch.float32, target.device):
+        whole = target.run(sample)
+        for have, again in zip(whole, target.run(sample), strict=True):
+            assert _same_bits(have, again), f"{sample.id}: two runs differ"
+        for image in range(whole[0].shape[0]):
+            alone = _image(sample, image)
+            for have, single in zip(whole, target.run(alone), strict=True):
+                assert _same_bits(have[image : image + 1], single), f"{sample.id}: depends on the batch"
+
+
+@pytest.mark.parametrize("target", all_targets())
+def test_same_bits_on_any_number_of_threads(target: Target) -> None:
+    if target.backend != "cpp":
+        pytest.skip("only the compiled CPU kernels use threads of their own")
+    threads = torch.get_num_threads()
+    for sample in samples(target.op, torch.float32):
+        whole = target.run(sample)
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                for have, again in zip(whole, target.run(sample), strict=True):
+                    assert _same_bits(have, again), f"{sample.id}: depends on the number of threads"
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _tensors(sample: Sample) -> list[torch.Tensor]:
+    return [value for value in (*sample.args, *sample.kwargs.values()) if isinstance(value, torch.Tensor)]
+
+
+def _image(sample: Sample, image: int) -> Sample:
+    def one(value: object) -> object:
+        return value[image : image + 1] if isinstance(value, torch.Tensor) else value
+
+    args = tuple(one(value) for value in sample.args)
+    return Sample(sample.op, sample.id, args, {name: one(value) for name, value in sample.kwargs.items()})
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0))
+
+
+def _effective_strides(t: torch.Tensor) -> list[int]:
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]

@@ -1,0 +1,220 @@
+"""Whether an operator's output is right.
+
+The oracle is the reference in float64 on the very values a kernel was given. Two tiers:
+
+- Discrete outputs (orders, source maps) are right when they are a right choice: an order must sort the scores that came with
+  it, a match must be as similar as the best one within the rounding of a cosine. Samples marked exact must match outright.
+- Numbers, given those choices, must lie within what float64 says rounding does: the change of the exact result when each
+  input moves by a random relative rounding of the kernel's precision, and what plain PyTorch loses when it accumulates in
+  the kernel's precision (on other inputs than the kernel's, so that the reference can fail too), times a margin; plus the
+  output's own rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokcomp_kernels import reference
+from tokcomp_kernels.reference._common import cosine, descending_order, effective_size
+from tokcomp_kernels.testing import Sample
+
+#: Rounding responses are random draws; a kernel's own rounding is another. Its size against the largest of the draws.
+MARGIN = 8.0
+DRAWS = 3
+
+
+def assert_right(sample: Sample, outputs: Any) -> None:
+    """Fail unless ``outputs`` is a right answer of ``sample.op`` for ``sample``."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    _COMPARE.get(sample.op, _compare_numbers)(sample, *outputs)
+
+
+def _compare_numbers(sample: Sample, *outputs: Tensor) -> None:
+    function = reference.REFERENCES[sample.op]
+
+    def exact(call: Sample) -> tuple[Tensor, ...]:
+        result = function(*call.args, **call.kwargs)
+        return result if isinstance(result, tuple) else (result,)
+
+    assert_within_rounding(sample, exact, outputs)
+
+
+def assert_within_rounding(
+    sample: Sample, exact: Callable[[Sample], tuple[Tensor, ...]], outputs: tuple[Tensor, ...]
+) -> None:
+    """Each output against ``exact`` evaluated in float64, within the response to rounding of the inputs."""
+    base = sample.map(lambda t: t.detach().double())
+    want = exact(base)
+    for position, (have, target) in enumerate(zip(outputs, want, strict=True)):
+        if not have.is_floating_point():
+            continue
+        name = f"{sample.op}[{sample.id}] output {position}"
+        assert have.shape == target.shape, f"{name}: shape {tuple(have.shape)}, not {tuple(target.shape)}"
+        have64, target = have.detach().double(), target.detach()
+        assert torch.equal(have64.isnan(), target.isnan()), f"{name}: NaN where the reference has none, or the reverse"
+        if have.numel() == 0:
+            continue
+        epsilon = torch.finfo(have.dtype).eps
+        loss = MARGIN * _rounding_loss(base, exact, position, target, epsilon)
+        bound = loss + epsilon * target.abs() + torch.finfo(have.dtype).tiny
+        error = torch.where(target.isnan() | (have64 == target), 0.0, (have64 - target).abs())
+        worst = (error - bound).argmax()
+        assert bool((error <= bound).all()), (
+            f"{name}: {have64.flatten()[worst].item()} where float64 gives {target.flatten()[worst].item()}; "
+            f"error {error.flatten()[worst].item():.3g}, bound {bound.flatten()[worst].item():.3g}"
+        )
+
+
+def _rounding_loss(
+    base: Sample, exact: Callable[[Sample], tuple[Tensor, ...]], position: int, target: Tensor, epsilon: float
+) -> Tensor:
+    """What rounding does to an image's values at most, over a few draws: [B, 1, ...]."""
+    single = torch.finfo(torch.float32).eps
+    losses = []
+    for draw in range(DRAWS):
+        generator = torch.Generator().manual_seed(draw)
+
+        def rounded(t: Tensor, generator: torch.Generator = generator) -> Tensor:
+            noise = torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t.device) * 2 - 1
+            return t * (1 + epsilon * noise)
+
+        moved = base.map(rounded)
+        losses.append(_largest_per_image(exact(moved)[position] - target))
+        moved = moved.map(lambda t: t.float())
+        accumulated = exact(moved)[position].double() - exact(moved.map(lambda t: t.double()))[position]
+        # Accumulation is in float32 for every output but float64's.
+        losses.append(_largest_per_image(accumulated) * min(1.0, epsilon / single))
+    return torch.stack(losses).amax(0).reshape(-1, *[1] * (target.dim() - 1))
+
+
+def _largest_per_image(change: Tensor) -> Tensor:
+    return change.detach().abs().nan_to_num(0.0, 0.0, 0.0).flatten(1).amax(1)
+
+
+def _compare_class_attention_sort(sample: Sample, cls_attn: Tensor, token_order: Tensor) -> None:
+    _compare_numbers(sample, cls_attn, token_order)
+    prefix = sample.args[4] if len(sample.args) > 4 else sample.kwargs.get("num_prefix_tokens", 1)
+    assert torch.equal(token_order, descending_order(cls_attn, prefix)), (
+        f"{sample.id}: token_order does not sort cls_attn"
+    )
+    if sample.exact:
+        want = reference.REFERENCES[sample.op](*sample.args, **sample.kwargs)[1]
+        assert torch.equal(token_order, want), f"{sample.id}: ties must go to the lower index"
+
+
+def _cosine_slack(features: Tensor) -> float:
+    """How far two computations of one cosine over K features may lie apart: K products, each rounded."""
+    return 4 * max(features.shape[-1], 1) ** 0.5 * torch.finfo(_accumulate(features)).eps
+
+
+def _accumulate(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _compare_prune_merge(sample: Sample, x_out: Tensor, size_out: Tensor, source: Tensor) -> None:
+    x, importance, num_prune_kept, num_merge_kept = sample.args
+    prefix = sample.kwargs.get("num_prefix_tokens", 1)
+    num_tokens = x.shape[1]
+    alive = min(num_tokens, num_prune_kept)
+    kept = min(alive, num_merge_kept)
+    order = descending_order(importance, prefix)
+    slots = source.gather(1, order)
+    assert torch.equal(slots[:, :kept], torch.arange(kept, device=x.device).expand(x.shape[0], -1)), "kept slots"
+    assert bool((slots[:, alive:] == -1).all()), "tokens ranked behind num_prune_kept must be pruned"
+    merged = slots[:, kept:alive]
+    if merged.numel():
+        assert bool(((merged >= prefix) & (merged < kept)).all()), (
+            "a destination must be a kept token that is no prefix"
+        )
+        rows = x.double().gather(1, order[:, :, None].expand(-1, -1, x.shape[2]))
+        similarity = cosine(rows[:, kept:alive], rows[:, prefix:kept])
+        chosen = similarity.gather(2, (merged - prefix)[:, :, None]).squeeze(2)
+        assert bool((chosen >= similarity.amax(2) - _cosine_slack(x)).all()), (
+            "a merged token must go to its most similar"
+        )
+    if sample.exact:
+        want = reference.REFERENCES[sample.op](*sample.args, **sample.kwargs)[2]
+        assert torch.equal(source, want), f"{sample.id}: source differs from the reference's"
+
+    def given_source(call: Sample) -> tuple[Tensor, ...]:
+        return _prune_merge_given(call, order, source, kept, alive)
+
+    assert_within_rounding(sample, given_source, (x_out, size_out, source))
+    alone = torch.ones_like(size_out).scatter_add(1, merged, torch.ones_like(merged, dtype=size_out.dtype)) == 1
+    copies = x.gather(1, order[:, :kept, None].expand(-1, -1, x.shape[2]))
+    same = (x_out == copies) | (x_out.isnan() & copies.isnan())
+    assert bool((same | ~alone[:, :, None]).all()), "a kept token that nothing merged into must be an exact copy"
+
+
+def _prune_merge_given(call: Sample, order: Tensor, source: Tensor, kept: int, alive: int) -> tuple[Tensor, ...]:
+    """prune_merge in float64 with the choices taken from ``source``."""
+    x = call.args[0]
+    size = call.kwargs.get("size")
+    size = torch.ones_like(x[..., 0]) if size is None else effective_size(size, x.dtype)
+    rows = x.gather(1, order[:, :, None].expand(-1, -1, x.shape[2]))
+    ranked_size = size.gather(1, order)
+    dst = source.gather(1, order)[:, kept:alive]
+    weight = ranked_size[:, kept:alive]
+    if call.kwargs.get("similarity_weighted_size", True) and dst.numel():
+        similarity = cosine(rows[:, kept:alive], rows[:, :kept])
+        weight = weight * similarity.gather(2, dst[:, :, None]).squeeze(2)
+    total = rows[:, :kept].scatter_add(1, dst[:, :, None].expand(-1, -1, x.shape[2]), rows[:, kept:alive])
+    count = torch.ones_like(ranked_size[:, :kept]).scatter_add(1, dst, torch.ones_like(weight))
+    size_out = effective_size(ranked_size[:, :kept].scatter_add(1, dst, weight), x.dtype)
+    return total / count[:, :, None], size_out, source
+
+
+def _compare_tome_merge(sample: Sample, x_out: Tensor, size_out: Tensor, source: Tensor) -> None:
+    x, metric, r = sample.args
+    prefix = sample.kwargs.get("num_prefix_tokens", 1)
+    num_tokens = x.shape[1]
+    r = min(r, (num_tokens - prefix) // 2)
+    positions = torch.arange(num_tokens, device=x.device)
+    if r == 0:
+        assert torch.equal(source, positions.expand(x.shape[0], -1)) and torch.equal(x_out, x), "r = 0 is the identity"
+    else:
+        a = positions[prefix + prefix % 2 :: 2]
+        b = positions[prefix + 1 - prefix % 2 :: 2]
+        first_b = num_tokens - r - len(b)
+        is_merged = source[:, a] >= first_b  # [B, A]
+        assert bool((is_merged.sum(1) == r).all()), "exactly r tokens must merge"
+        expected = (~is_merged).cumsum(1) - 1 + prefix
+        assert torch.equal(torch.where(is_merged, 0, source[:, a]), torch.where(is_merged, 0, expected)), (
+            "unmerged order"
+        )
+        rest = torch.cat([positions[:prefix], positions[first_b : first_b + len(b)]]).expand(x.shape[0], -1)
+        assert torch.equal(torch.cat([source[:, :prefix], source[:, b]], 1), rest), (
+            "order of the prefix and the odd set"
+        )
+        similarity = cosine(metric[:, a].double(), metric[:, b].double())
+        best, slack = similarity.amax(2), _cosine_slack(metric)
+        chosen = similarity.gather(2, (source[:, a] - first_b).clamp_min(0)[:, :, None]).squeeze(2)
+        assert bool((~is_merged | (chosen >= best - slack)).all()), "a merged token must go to its most similar"
+        if x.shape[0]:
+            worst_in = torch.where(is_merged, best, float("inf")).amin(1)
+            best_out = torch.where(is_merged, float("-inf"), best).amax(1)
+            assert bool((worst_in >= best_out - 2 * slack).all()), "the r most similar pairs must merge"
+        if sample.exact:
+            want = reference.REFERENCES[sample.op](*sample.args, **sample.kwargs)[2]
+            assert torch.equal(source, want), f"{sample.id}: source differs from the reference's"
+
+    def given_source(call: Sample) -> tuple[Tensor, ...]:
+        x, size = call.args[0], call.kwargs.get("size")
+        size = torch.ones_like(x[..., 0]) if size is None else effective_size(size, x.dtype)
+        total = torch.zeros_like(x[:, : num_tokens - r, 0]).scatter_add(1, source, size)
+        index = source[:, :, None].expand(-1, -1, x.shape[2])
+        weighted = torch.zeros_like(x[:, : num_tokens - r]).scatter_add(1, index, x * size[:, :, None])
+        return weighted / total[:, :, None], total, source
+
+    assert_within_rounding(sample, given_source, (x_out, size_out, source))
+
+
+_COMPARE: dict[str, Callable[..., None]] = {
+    "class_attention_sort": _compare_class_attention_sort,
+    "prune_merge": _compare_prune_merge,
+    "tome_merge": _compare_tome_merge,
+}

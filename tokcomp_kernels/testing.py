@@ -1,0 +1,283 @@
+"""Sample inputs for every operator: one list for correctness, gradients, opcheck and benchmarks' gates.
+
+``samples(op, dtype, device)`` yields named arguments; ``tokcomp_kernels.compare`` says whether an output is right.
+Sizes are odd on purpose (1, 2, 33, 197, 257, 577 tokens), inputs random with a seed of their own, layouts mixed.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokcomp_kernels._schema import OPERATORS
+from tokcomp_kernels.reference._common import accumulate_dtype
+
+TOKEN_COUNTS = (1, 2, 33, 197, 257, 577)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an operator. ``exact``: discrete choices must equal the reference's (no value is near a tie, or all are)."""
+
+    op: str
+    id: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    exact: bool = False
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Sample:
+        """The same call on changed floating tensors."""
+
+        def apply(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        args = tuple(apply(value) for value in self.args)
+        kwargs = {name: apply(value) for name, value in self.kwargs.items()}
+        return Sample(self.op, self.id, args, kwargs, self.exact)
+
+
+class _Maker:
+    """Random tensors from one seed, moved to a device and dtype; every second one is laid out non-contiguously."""
+
+    def __init__(self, seed: str, dtype: torch.dtype, device: str) -> None:
+        self.generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+        self.dtype, self.device = dtype, device
+        self.accumulate = accumulate_dtype(torch.empty(0, dtype=dtype))
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype).to(self.device)
+
+    def strided(self, *shape: int) -> Tensor:
+        """As randn, a view with a gap after every row."""
+        wide = self.randn(*shape[:-1], shape[-1] + 3)
+        return wide[..., : shape[-1]]
+
+    def per_token(self, batch: int, num_tokens: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        values = torch.rand(batch, num_tokens, generator=self.generator, dtype=torch.float64)
+        return (low + (high - low) * values).to(self.accumulate).to(self.device)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator).to(self.device)
+
+    def packed_qkv(self, batch: int, heads: int, num_tokens: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as a model has them: [B, H, N, D] views of [B, N, 3, H, D]."""
+        q, k, v = self.randn(batch, num_tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def signs(self, batch: int, num_tokens: int, channels: int) -> Tensor:
+        """Rows of four nonzero signs: every norm is 2 and every cosine exact in any precision, so ties are ties."""
+        rows = torch.zeros(batch, num_tokens, channels, dtype=torch.float64)
+        places = torch.rand(rows.shape, generator=self.generator).topk(4, dim=-1).indices
+        values = torch.randint(0, 2, places.shape, generator=self.generator).double() * 2 - 1
+        return rows.scatter(-1, places, values).to(self.dtype).to(self.device)
+
+    def source(self, batch: int, num_tokens: int, num_kept: int) -> Tensor:
+        """A source map in which every slot has a token, some tokens are pruned and one index is out of range."""
+        source = torch.randint(-1, num_kept, (batch, num_tokens), generator=self.generator)
+        source[:, :num_kept] = torch.arange(num_kept)
+        if num_tokens > num_kept + 1:
+            source[:, -1] = num_kept + 5
+        return source[:, torch.randperm(num_tokens, generator=self.generator)].to(self.device)
+
+
+def samples(
+    op: str, dtype: torch.dtype = torch.float32, device: str = "cpu", *, small: bool = False
+) -> Iterator[Sample]:
+    """Calls of ``op``; ``small`` leaves out those too large for numerical gradients."""
+    for name, args, kwargs, exact in _CASES[op](lambda seed: _Maker(f"{op}-{seed}", dtype, device), small):
+        yield Sample(op, name, args, kwargs, exact)
+
+
+def _token_counts(small: bool) -> tuple[int, ...]:
+    return (1, 2, 9) if small else TOKEN_COUNTS
+
+
+def _class_attention_sort(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+    for num_tokens in _token_counts(small):
+        m = make(f"N{num_tokens}")
+        q, k, _ = m.packed_qkv(2, 3, num_tokens, 16)
+        yield f"N{num_tokens}-packed", (q[:, :, 0], k), {}, False
+        size = m.per_token(2, num_tokens, 0.5, 9.0)
+        yield f"N{num_tokens}-size-scale-prefix2", (q[:, :, 0], k, size, 0.3, min(2, num_tokens)), {}, False
+    m = make("ties")
+    q, k, _ = m.packed_qkv(2, 2, 41, 8)
+    yield "ties", (q[:, :, 0] * 0, k), {}, True
+    yield "B0", (q[:0, :, 0], k[:0]), {}, False
+    q, k, _ = m.packed_qkv(2, 1, 35, 80)
+    yield "prefix0-D80", (q[:, :, 0], k, None, None, 0), {}, False
+
+
+def _prune_merge(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+    channels = 5 if small else 48
+    for num_tokens in _token_counts(small):
+        m = make(f"N{num_tokens}")
+        x, importance = m.randn(2, num_tokens, channels), m.per_token(2, num_tokens)
+        alive, kept = max(1, num_tokens - num_tokens // 6), max(min(num_tokens, 2), num_tokens - num_tokens // 4)
+        size = m.per_token(2, num_tokens, 0.5, 9.0)
+        yield f"N{num_tokens}", (x, importance, alive, kept), {}, False
+        strided = m.strided(2, num_tokens, channels)
+        yield f"N{num_tokens}-size-strided", (strided, importance, alive, kept), {"size": size}, False
+        yield f"N{num_tokens}-keep-all", (x, importance, num_tokens + 4, num_tokens), {"size": size}, False
+    m = make("prefix")
+    x, importance, size = m.randn(3, 39, channels), m.per_token(3, 39), m.per_token(3, 39, 0.5, 4.0)
+    yield "prefix0", (x, importance, 30, 11), {"num_prefix_tokens": 0}, False
+    yield (
+        "prefix5-plain-size",
+        (x, importance, 30, 11),
+        {"num_prefix_tokens": 5, "similarity_weighted_size": False, "size": size},
+        False,
+    )
+    yield "one-destination", (x, importance, 39, 2), {"size": size}, False
+    yield "prune-only", (x, importance, 17, 39), {"size": size}, False
+    yield "prune-all", (x, importance, 1, 39), {"size": size}, False
+    yield "transposed", (m.randn(3, channels, 39).mT, importance, 30, 11), {}, False
+    yield "importance-dtype", (x, importance.to(x.dtype), 30, 11), {}, False
+    yield "B0", (x[:0], importance[:0], 30, 11), {"size": size[:0]}, False
+    tied = m.integers(0, 3, 3, 39).to(m.accumulate)
+    yield "ties", (m.signs(3, 39, 6), tied, 33, 9), {"size": m.integers(1, 4, 3, 39).to(m.accumulate)}, True
+    special = importance.clone()
+    special[:, 3:9] = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 0.0, float("nan")])
+    yield "special-importance", (m.signs(3, 39, 6), special, 38, 36), {}, True
+    zeros = m.randn(3, 39, channels)
+    zeros[:, ::2] = 0
+    yield "zero-vectors", (zeros, importance, 30, 11), {"size": size}, False
+    poor = size.clone()
+    poor[:, ::3] = torch.tensor(float("nan"))
+    poor[:, 1::3] = -1.0
+    yield "bad-sizes", (m.signs(3, 39, 6), importance, 30, 11), {"size": poor}, True
+
+
+def _tome_merge(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+    channels, width = (5, 3) if small else (48, 16)
+    for num_tokens in _token_counts(small):
+        m = make(f"N{num_tokens}")
+        x, metric = m.randn(2, num_tokens, channels), m.randn(2, num_tokens, width)
+        size = m.per_token(2, num_tokens, 0.5, 9.0)
+        yield f"N{num_tokens}-r13", (x, metric, 13), {}, False
+        strided = m.strided(2, num_tokens, width)
+        yield f"N{num_tokens}-r3-size-strided", (x, strided, 3), {"size": size}, False
+    m = make("prefix")
+    x, metric, size = m.strided(3, 40, channels), m.randn(3, 40, width), m.per_token(3, 40, 0.5, 4.0)
+    for prefix in (0, 2, 5):
+        yield f"prefix{prefix}", (x, metric, 11), {"num_prefix_tokens": prefix, "size": size}, False
+    yield "r0", (x, metric, 0), {"size": size}, False
+    yield "most", (x, metric, 99), {"size": size}, False
+    yield "B0", (x[:0], metric[:0], 4), {"size": size[:0]}, False
+    yield "ties", (x, m.signs(3, 40, 6), 7), {"size": size}, True
+    zeros = m.randn(3, 40, width)
+    zeros[:, 3:20] = 0
+    yield "zero-vectors", (x, zeros, 9), {}, False
+
+
+def _masked_softmax(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+    for num_tokens in (1, 2, 7) if small else (1, 2, 33, 197, 257):
+        m = make(f"N{num_tokens}")
+        scores, mask = m.randn(2, 2, num_tokens, num_tokens), _binary(m, 2, num_tokens)
+        yield f"N{num_tokens}-binary", (scores, mask), {}, False
+        yield f"N{num_tokens}-soft-transposed", (scores.mT * 3, m.per_token(2, num_tokens)), {"eps": 1e-3}, False
+    m = make("special")
+    scores = m.randn(2, 3, 6, 6)
+    yield "all-masked", (scores, torch.zeros_like(m.per_token(2, 6))), {}, False
+    yield "large", (scores * 40, _binary(m, 2, 6)), {}, False
+    yield "B0", (scores[:0], _binary(m, 2, 6)[:0]), {}, False
+
+
+def _binary(m: _Maker, batch: int, num_tokens: int) -> Tensor:
+    mask = m.integers(0, 2, batch, num_tokens)
+    mask[:, 0] = 1
+    return mask.to(m.accumulate)
+
+
+def _attention(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+    yield from _attention_cases(make, small, lambda m, batch, num_tokens: ())
+
+
+def _masked_attention(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+    yield from _attention_cases(make, small, lambda m, batch, num_tokens: (_binary(m, batch, num_tokens),))
+
+
+def _attention_cases(make: Callable[[str], _Maker], small: bool, extra: Callable[..., tuple]) -> Iterator[tuple]:
+    for num_tokens in _token_counts(small):
+        m = make(f"N{num_tokens}")
+        width = 4 if small else 16
+        qkv = m.packed_qkv(2, 2, num_tokens, width)
+        yield f"N{num_tokens}-packed", (*qkv, *extra(m, 2, num_tokens)), {}, False
+        size = m.per_token(2, num_tokens, 0.5, 9.0)
+        yield f"N{num_tokens}-size", (*qkv, *extra(m, 2, num_tokens)), {"size": size, "scale": 0.4}, False
+    m = make("widths")
+    for width in (1, 3) if small else (1, 24, 64, 80):
+        qkv = tuple(m.strided(1, 3, 10, width) for _ in range(3))
+        yield f"D{width}-strided", (*qkv, *extra(m, 1, 10)), {}, False
+    qkv = tuple(m.randn(2, 4, 11, 2).mT.contiguous().mT for _ in range(3))  # the last dimension is not the fast one
+    yield "last-dim-strided", (*qkv, *extra(m, 2, 11)), {}, False
+    yield "B0", (*(t[:0] for t in qkv), *(t[:0] for t in extra(m, 2, 11))), {}, False
+    qkv = tuple(m.randn(1, 2, 12, 4) * factor for factor in (6, 6, 1))
+    yield "peaked", (*qkv, *extra(m, 1, 12)), {"size": m.per_token(1, 12, 1e-9, 5.0)}, False
+
+
+def _unmerge(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+    channels = 3 if small else 40
+    for num_tokens in _token_counts(small):
+        m = make(f"N{num_tokens}")
+        kept = max(1, num_tokens // 2)
+        x, source = m.randn(2, kept, channels), m.source(2, num_tokens, kept)
+        yield f"N{num_tokens}", (x, source), {}, True
+        yield f"N{num_tokens}-fill", (x, source), {"pruned_fill": m.strided(2, num_tokens, channels)}, True
+    m = make("other")
+    x, source = m.strided(2, 6, channels), m.source(2, 14, 6)
+    yield "strided", (x, source), {}, True
+    yield "B0", (x[:0], source[:0]), {}, True
+    yield "M0", (x[:, :0], torch.full_like(source, -1)), {}, True
+
+
+def _merge_backward(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+    for num_tokens in _token_counts(small):
+        m = make(f"N{num_tokens}")
+        kept = max(1, num_tokens // 2)
+        grad, source = m.strided(2, kept, 12), m.source(2, num_tokens, kept)
+        yield f"N{num_tokens}", (grad, source), {}, False
+        yield f"N{num_tokens}-size", (grad, source, m.per_token(2, num_tokens, 0.5, 9.0)), {}, False
+    yield "B0", (grad[:0], source[:0]), {}, False
+
+
+def _unmerge_backward(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+    for num_tokens in _token_counts(small):
+        m = make(f"N{num_tokens}")
+        kept = max(1, num_tokens // 2)
+        yield f"N{num_tokens}", (m.strided(2, num_tokens, 12), m.source(2, num_tokens, kept), kept), {}, False
+    yield "B0", (m.randn(0, 5, 12), m.source(0, 5, 2), 2), {}, False
+
+
+def _with_grad(forward: Callable[..., Iterator[tuple]], like: int) -> Callable[..., Iterator[tuple]]:
+    """Samples of a backward pass: the forward's, with a random gradient in front shaped as argument ``like``."""
+
+    def cases(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+        for name, args, kwargs, exact in forward(make, small):
+            yield name, (make(name).randn(*args[like].shape), *args), kwargs, exact
+
+    return cases
+
+
+_CASES: dict[str, Callable[..., Iterator[tuple]]] = {
+    "class_attention_sort": _class_attention_sort,
+    "prune_merge": _prune_merge,
+    "masked_softmax": _masked_softmax,
+    "masked_attention": _masked_attention,
+    "attention": _attention,
+    "tome_merge": _tome_merge,
+    "unmerge": _unmerge,
+    "_merge_backward": _merge_backward,
+    "_unmerge_backward": _unmerge_backward,
+    "_masked_softmax_backward": _with_grad(_masked_softmax, 0),
+    "_masked_attention_backward": _with_grad(_masked_attention, 0),
+    "_attention_backward": _with_grad(_attention, 0),
+}
+
+_missing = {operator.name for operator in OPERATORS} - _CASES.keys()
+if _missing:
+    raise RuntimeError(f"operators without samples: {sorted(_missing)}")
