@@ -1,4 +1,4 @@
-"""Drive CMake: configure and build the module ``tokcomp_kernels/_C``. ``python build_backend/native.py`` builds in place.
+"""Drive CMake: configure and build ``tokcomp_kernels/_C``. ``python build_backend/native.py`` builds it in place.
 
 Standard library only, so it also serves a machine with no setuptools and no network. Environment variables are handed
 to CMakeLists.txt, which owns their meaning and defaults: TOKCOMP_BUILD_CUDA, TORCH_CUDA_ARCH_LIST, TOKCOMP_CPU_ARCH.

@@ -1,4 +1,4 @@
-"""Print, as JSON, what the build needs to know of a PyTorch: without importing it, which a build machine may be unable to.
+"""Print, as JSON, what the build needs to know of a PyTorch, without importing it: a build machine may be unable to.
 
 ``torch_facts.py`` describes the torch of the running Python; ``torch_facts.py --root DIR`` an unpacked LibTorch.
 """
