@@ -1,0 +1,61 @@
+"""Token compression for timm vision transformers: DiffRate, ToMe and EViT.
+
+>>> model = timm.create_model("deit_small_patch16_224", pretrained=True).eval()
+>>> tokcomp.compress(model, tokcomp.DiffRate.published("deit_small_patch16_224", gflops=2.3))
+>>> logits = model(images)
+
+Names are imported on first use, so ``import tokcomp`` itself needs neither torch nor timm.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokcomp.adapters import UnsupportedModelError
+    from tokcomp.api import compress, flops, restore, trace
+    from tokcomp.methods import DiffRate, EViT, Method, ToMe
+    from tokcomp.schedule import CompressionSchedule
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CompressionSchedule": "tokcomp.schedule",
+    "DiffRate": "tokcomp.methods",
+    "EViT": "tokcomp.methods",
+    "Method": "tokcomp.methods",
+    "ToMe": "tokcomp.methods",
+    "UnsupportedModelError": "tokcomp.adapters",
+    "compress": "tokcomp.api",
+    "flops": "tokcomp.api",
+    "restore": "tokcomp.api",
+    "trace": "tokcomp.api",
+}
+
+__all__ = [
+    "CompressionSchedule",
+    "DiffRate",
+    "EViT",
+    "Method",
+    "ToMe",
+    "UnsupportedModelError",
+    "__version__",
+    "compress",
+    "flops",
+    "restore",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

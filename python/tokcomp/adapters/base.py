@@ -1,0 +1,78 @@
+"""What an adapter for a model family has to offer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from tokcomp.methods.base import Geometry, Method
+
+
+class UnsupportedModelError(TypeError):
+    """A model, or a module inside it, that no adapter understands. The model is left unchanged."""
+
+
+class BlockCost(NamedTuple):
+    """Multiply-adds of one block: ``projections * N + 2 * width * N^2 + mlp * M`` for N tokens in and M out."""
+
+    projections: int
+    width: int
+    mlp: int
+
+
+class Cost(NamedTuple):
+    """Multiply-adds of one image: ``embed * N`` for N tokens in, the blocks, and ``head_per_token * M + head``."""
+
+    embed: int
+    blocks: tuple[BlockCost, ...]
+    head_per_token: int
+    head: int
+
+
+class Adapter(ABC):
+    """A model family."""
+
+    #: For messages: how people call the family.
+    family: str
+
+    @abstractmethod
+    def claims(self, model: nn.Module) -> bool:
+        """Whether ``model`` is of this family."""
+
+    @abstractmethod
+    def check(self, model: nn.Module) -> None:
+        """Raise UnsupportedModelError naming the first module that is not understood."""
+
+    @abstractmethod
+    def geometry(self, model: nn.Module) -> Geometry:
+        """Depth and token counts."""
+
+    @abstractmethod
+    def num_tokens(self, model: nn.Module) -> int:
+        """Tokens, prefix included, that enter block 0 at the model's own image size."""
+
+    @abstractmethod
+    def cost(self, model: nn.Module) -> Cost:
+        """Multiply-adds, for :func:`tokcomp.flops`."""
+
+    @abstractmethod
+    def validate(self, model: nn.Module, method: Method) -> None:
+        """Raise if this model's pooling or head cannot work with ``method``."""
+
+    @abstractmethod
+    def patch(self, model: nn.Module, method: Method) -> None:
+        """Make ``model`` compress by ``method``. Called on a plain model that passed every check; must not fail."""
+
+    @abstractmethod
+    def unpatch(self, model: nn.Module) -> None:
+        """Undo :meth:`patch`; does nothing to a plain model."""
+
+    @abstractmethod
+    def method(self, model: nn.Module) -> Method | None:
+        """The method that ``model`` is compressed by, None for a plain model."""
+
+    @abstractmethod
+    def sources(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Run the blocks: the embedded tokens [B, N, C], and per block its source map (None: nothing dropped)."""

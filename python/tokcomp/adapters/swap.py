@@ -1,0 +1,48 @@
+"""Swapping a module's class for a subclass of it, in place and reversibly.
+
+Unlike a patched ``forward`` attribute, a class survives deepcopy, pickle, replication and torch.compile, and leaves the
+module's parameters, buffers, hooks and ``__dict__`` untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+
+class Swapped:
+    """Base of the mixins that :func:`swap_class` puts in front of a module's own class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The swapped class is made at run time: name its two parts instead, so that pickle can make it again.
+        _, _, *rest = super().__reduce_ex__(protocol)
+        mixin, original = type(self).__bases__
+        return (_new, (mixin, original), *rest)
+
+
+@functools.cache
+def _swapped_class(mixin: type, original: type) -> type:
+    return type(f"Compressed{original.__name__}", (mixin, original), {"__module__": __name__, "__doc__": mixin.__doc__})
+
+
+def _new(mixin: type, original: type) -> object:
+    cls = _swapped_class(mixin, original)
+    return cls.__new__(cls)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module had before :func:`swap_class`; its own class if it was never swapped."""
+    cls = type(module)
+    return cls.__bases__[1] if issubclass(cls, Swapped) else cls
+
+
+def swap_class(module: nn.Module, mixin: type) -> None:
+    """Put ``mixin`` in front of the module's class."""
+    module.__class__ = _swapped_class(mixin, original_class(module))
+
+
+def restore_class(module: nn.Module) -> None:
+    """Give the module its own class back."""
+    module.__class__ = original_class(module)

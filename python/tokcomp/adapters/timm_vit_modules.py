@@ -1,0 +1,149 @@
+"""The mixins that turn timm's VisionTransformer, Block and Attention into compressing ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tokcomp.adapters.swap import Swapped
+from tokcomp.attention import attend
+from tokcomp.methods.base import Method
+from tokcomp.state import BlockState
+
+#: Attribute of a feature tensor that carries its tokens' sizes from forward_features to forward_head.
+_SIZE_ATTRIBUTE = "_tokcomp_size"
+
+
+class CompressedAttention(Swapped):
+    """timm's Attention that takes sizes into account and leaves evidence in the block's state."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, state: BlockState | None = None
+    ) -> Tensor:
+        state = _require_state(state, attn_mask, is_causal)
+        batch, num_tokens, _ = x.shape
+        gate = getattr(self, "gate", None)
+        qkv = self.qkv(x).reshape(batch, num_tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # [B, H, N, D] views of the packed tensor
+        q, k = self.q_norm(q), self.k_norm(k)
+        if q.dtype != v.dtype:  # a norm that stays in float32 under autocast
+            q, k = q.to(v.dtype), k.to(v.dtype)
+        out, state.evidence = attend(
+            q,
+            k,
+            v,
+            scale=self.scale,
+            size=state.attention_size,
+            needs=state.needs,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+        )
+        out = out.transpose(1, 2).reshape(batch, num_tokens, self.num_heads * self.head_dim)
+        if hasattr(self, "norm"):
+            out = self.norm(out)
+        if gate is not None:
+            out = out * gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+
+class CompressedBlock(Swapped):
+    """timm's Block with the tokens reduced between attention and MLP."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, state: BlockState | None = None
+    ) -> Tensor:
+        state = _require_state(state, attn_mask, is_causal)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), state=state)))
+        x = state.reduce(x)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class CompressedModel(Swapped):
+    """timm's VisionTransformer that compresses its tokens by ``_tokcomp_method``."""
+
+    _tokcomp_method: Method
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The tokens [B, N, C] that enter block 0."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+
+    def run_blocks(self, x: Tensor, sources: list[Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, M, C] after the last block, their sizes [B, M]; ``sources`` collects each block's source map."""
+        size: Tensor | None = None
+        for index, block in enumerate(self.blocks):
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x, size, source = checkpoint(self._run_block, block, index, x, size, use_reentrant=False)
+            else:
+                x, size, source = self._run_block(block, index, x, size)
+            if sources is not None:
+                sources.append(source)
+        return x, size
+
+    def _run_block(
+        self, block: Any, index: int, x: Tensor, size: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        state = BlockState(self._tokcomp_method, index, x.shape[1], self.num_prefix_tokens, size)
+        x = block(x, state=state)
+        return x, state.size, state.source
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        _refuse_mask(attn_mask, is_causal)
+        x, size = self.run_blocks(self.embed(x))
+        return self._head(self.norm(x), size)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Normalised tokens [B, M, C] after the last block."""
+        _refuse_mask(attn_mask, is_causal)
+        x, size = self.run_blocks(self.embed(x))
+        x = self.norm(x)
+        if not torch.compiler.is_compiling():
+            setattr(x, _SIZE_ATTRIBUTE, size)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits of what :meth:`forward_features` returned.
+
+        Raises:
+            RuntimeError: this model pools over patch tokens and x does not carry their sizes.
+        """
+        if self.global_pool in ("avg", "avgmax", "map") and not hasattr(x, _SIZE_ATTRIBUTE):
+            raise RuntimeError(
+                f"global_pool={self.global_pool!r} needs the tokens' sizes: pass the very tensor that forward_features "
+                "returned, or call the model"
+            )
+        return self._head(x, getattr(x, _SIZE_ATTRIBUTE, None), pre_logits)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            "a compressed model has no token per position, so it has no intermediate feature maps; use tokcomp.trace "
+            "and torch.ops.tokcomp.unmerge, or tokcomp.restore the model first"
+        )
+
+    def _head(self, x: Tensor, size: Tensor | None, pre_logits: bool = False) -> Tensor:
+        if size is None or self.global_pool not in ("avg", "avgmax", "map"):
+            return super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]
+        if not getattr(self, "pool_include_prefix", False):
+            x, size = x[:, self.num_prefix_tokens :], size[:, self.num_prefix_tokens :]
+        if self.global_pool == "map":
+            pooled = self.attn_pool(x, attn_mask=size.log().to(x.dtype)[:, None, None])
+        else:
+            weights = (size / size.sum(1, keepdim=True)).to(x.dtype)
+            pooled = (x * weights.unsqueeze(-1)).sum(1)
+            if self.global_pool == "avgmax":
+                pooled = 0.5 * (x.amax(1) + pooled)
+        pooled = self.head_drop(self.fc_norm(pooled))
+        return pooled if pre_logits else self.head(pooled)
+
+
+def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise ValueError("attn_mask and is_causal cannot be used with a compressed model: its tokens are re-ordered")
+
+
+def _require_state(state: BlockState | None, attn_mask: Tensor | None, is_causal: bool) -> BlockState:
+    _refuse_mask(attn_mask, is_causal)
+    if state is None:
+        raise RuntimeError("a block of a compressed model cannot run on its own: call the model, or tokcomp.restore it")
+    return state

@@ -1,0 +1,98 @@
+"""compress, restore, flops, trace: what users call."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tokcomp.adapters import find_adapter
+from tokcomp.methods import Method
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def compress(model: ModelT, method: Method) -> ModelT:
+    """Make a model compress its tokens by ``method``, in place.
+
+    Parameters, state_dict keys, hooks and training flags stay as they are. A model that is compressed already changes
+    to the new method. Everything is checked first: if this raises, the model is unchanged.
+
+    Args:
+        model: a timm VisionTransformer or VisionTransformerDistilled.
+        method: :class:`DiffRate`, :class:`ToMe`, :class:`EViT` or another :class:`Method`.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``method`` is no Method; or (UnsupportedModelError) the model, or a module in it, is not understood.
+        ValueError: the method does not fit the model: number of blocks, prefix tokens, class token.
+    """
+    if not isinstance(method, Method):
+        got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
+        raise TypeError(f"method must be a DiffRate, ToMe, EViT or other Method object, got {got}")
+    adapter = find_adapter(model)
+    adapter.validate(model, method)
+    method.validate(adapter.geometry(model))
+    adapter.unpatch(model)
+    adapter.patch(model, method)
+    return model
+
+
+def restore(model: ModelT) -> ModelT:
+    """Undo :func:`compress`, in place: the model is exactly what it was. A plain model stays as it is."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    from tokcomp.adapters import ADAPTERS
+
+    for adapter in ADAPTERS:
+        if adapter.claims(model):
+            adapter.unpatch(model)
+    return model
+
+
+def flops(model: nn.Module) -> int:
+    """Multiply-adds of one image at the model's own image size, compressed or not (DiffRate, Alg. 2).
+
+    Patch embedding and classifier included (no classifier where ``num_classes`` is 0); norms, softmax, residuals and
+    compression itself are not counted.
+
+    Raises:
+        TypeError: (UnsupportedModelError) the model is not understood.
+    """
+    adapter = find_adapter(model)
+    geometry, cost, method = adapter.geometry(model), adapter.cost(model), adapter.method(model)
+    num_tokens = adapter.num_tokens(model)
+    total = cost.embed * num_tokens
+    for index, block in enumerate(cost.blocks):
+        total += num_tokens * block.projections + 2 * num_tokens**2 * block.width
+        if method is not None:
+            assignment = method.assign(index, num_tokens, geometry.num_prefix_tokens)
+            num_tokens = num_tokens if assignment is None else assignment.num_tokens_out
+        total += num_tokens * block.mlp
+    return total + num_tokens * cost.head_per_token + cost.head
+
+
+@torch.no_grad()
+def trace(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Where each original token is after each block.
+
+    Args:
+        model: compressed, or plain (every token then stays where it is).
+        images: [B, 3, H, W].
+
+    Returns:
+        One int64 map per block, each [B, P + prefix]: the slot of that block's output that each original token is in,
+        -1 where it was pruned. Tokens that EViT fused are in the fused token's slot.
+    """
+    adapter = find_adapter(model)
+    x, sources = adapter.sources(model, images)
+    maps: list[Tensor] = []
+    current = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+    for source in sources:
+        if source is not None:
+            current = source.gather(1, current.clamp(min=0)).masked_fill(current < 0, -1)
+        maps.append(current.clone())
+    return maps

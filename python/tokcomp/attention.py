@@ -1,0 +1,90 @@
+"""Attention that also tells a method what it needs, without holding the [B, H, N, N] map."""
+
+from __future__ import annotations
+
+import tokcomp_kernels  # noqa: F401  (registers torch.ops.tokcomp)
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokcomp.methods.base import Evidence
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    size: Tensor | None = None,
+    needs: frozenset[str] = frozenset(),
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Evidence]:
+    """softmax(q k^T * scale + log size) v, and the evidence that ``needs`` names.
+
+    Args:
+        q, k, v: [B, H, N, D], any strides.
+        scale: factor on the scores.
+        size: [B, N] patches per token, or None for no bias.
+        needs: names of :class:`~tokcomp.methods.Evidence` fields to fill in.
+        dropout_p: dropout on the map, in training; this one case computes the map explicitly.
+
+    Returns:
+        out [B, H, N, D] and the evidence; evidence carries no gradient.
+    """
+    cls_attn = image_attn = None
+    if dropout_p > 0 and (size is not None or "cls_attn" in needs):
+        out, cls_attn = _attend_with_dropout(q, k, v, scale, size, dropout_p)
+    elif size is not None or "cls_attn" in needs:
+        out, cls_attn = torch.ops.tokcomp.attention(q, k, v, size=size, scale=scale)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    if "image_attn" in needs:
+        image_attn = mean_received_attention(q, k, scale=scale, size=size)
+    evidence = Evidence(
+        cls_attn if "cls_attn" in needs else None,
+        image_attn,
+        k if "keys" in needs else None,
+        v if "values" in needs else None,
+    )
+    return out, evidence
+
+
+@torch.no_grad()
+def mean_received_attention(q: Tensor, k: Tensor, *, scale: float, size: Tensor | None = None) -> Tensor:
+    """Attention each token receives, mean over heads and over all queries: [B, N], float32 (float64 for float64 input).
+
+    One head at a time, so that only [B, N, N] is ever held.
+    """
+    heads = q.shape[1]
+    bias = _log_size(size)
+    total = None
+    for head in range(heads):
+        rows = _probabilities(q[:, head], k[:, head], scale, bias).mean(1)  # [B, N]
+        total = rows if total is None else total + rows
+    return total / heads
+
+
+def _attend_with_dropout(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, size: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    bias = _log_size(size)
+    attn = _probabilities(q, k, scale, bias if bias is None else bias.unsqueeze(1))  # [B, H, N, N]
+    cls_attn = attn[:, :, 0].detach().mean(1)
+    return F.dropout(attn, dropout_p).to(v.dtype) @ v, cls_attn
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    scores = (q @ k.transpose(-2, -1)).to(_accumulate_dtype(q)) * scale
+    return (scores if bias is None else scores + bias).softmax(-1)
+
+
+def _log_size(size: Tensor | None) -> Tensor | None:
+    """[B, 1, N]; sizes that are not above 1e-6 (NaN too) count as 1e-6, as in the operators."""
+    if size is None:
+        return None
+    return torch.where(size > 1e-6, size, torch.full_like(size, 1e-6)).log().unsqueeze(1)
+
+
+def _accumulate_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,90 @@
+"""The three steps of a compression method: score the tokens, assign how many go where, reduce them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+#: What a block's attention can tell a method, by the field names of :class:`Evidence`.
+EVIDENCE = ("cls_attn", "image_attn", "keys", "values")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a method may know of a model before it sees an image."""
+
+    depth: int
+    num_prefix_tokens: int
+    has_class_token: bool
+    #: Tokens that enter block 0, prefix included; None where they depend on the image.
+    num_tokens: int | None
+
+
+class Evidence(NamedTuple):
+    """What one block's attention saw; only what the method's ``needs`` name is filled in."""
+
+    cls_attn: Tensor | None = None  # [B, N] float32: the class token's row of the attention, mean over heads
+    image_attn: Tensor | None = None  # [B, N] float32: attention each token receives, mean over heads and queries
+    keys: Tensor | None = None  # [B, H, N, D]
+    values: Tensor | None = None  # [B, H, N, D]
+
+
+class Assignment(NamedTuple):
+    """How many tokens (prefix included) are left in a block. Static: shapes never depend on the images."""
+
+    num_prune_kept: int
+    num_merge_kept: int
+    num_tokens_out: int
+
+
+class Reduced(NamedTuple):
+    """A block's tokens after compression."""
+
+    x: Tensor  # [B, M, C]
+    size: Tensor | None  # [B, M] float32 patches per token; None while no token stands for more than one patch
+    source: Tensor  # [B, N] int64: the slot each token went to, -1 = pruned
+
+
+class Method(ABC):
+    """A compression method: three small steps per block.
+
+    Methods are immutable once built and keep nothing between calls, so one may serve many models and threads.
+    """
+
+    #: Names from :data:`EVIDENCE` that :meth:`score` reads in a block that compresses.
+    needs: frozenset[str] = frozenset()
+    #: Whether attention adds log(size) to its scores once tokens have sizes.
+    proportional_attention: bool = False
+
+    @abstractmethod
+    def validate(self, geometry: Geometry) -> None:
+        """Raise ValueError or TypeError if a model of this geometry cannot be compressed so."""
+
+    @abstractmethod
+    def assign(self, block: int, num_tokens: int, num_prefix_tokens: int) -> Assignment | None:
+        """How many of ``num_tokens`` are left by block ``block``; None where nothing drops."""
+
+    @abstractmethod
+    def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
+        """Importance [B, N], or whatever features :meth:`reduce` matches tokens by."""
+
+    @abstractmethod
+    def reduce(
+        self, x: Tensor, score: Tensor, assignment: Assignment, *, size: Tensor | None, num_prefix_tokens: int
+    ) -> Reduced:
+        """Drop and merge tokens of x [B, N, C]. Prefix tokens keep their places and are neither source nor slot."""
+
+
+def require_depth(name: str, entries: int, geometry: Geometry) -> None:
+    """A per-block list must fit the model's depth."""
+    if entries != geometry.depth:
+        raise ValueError(f"{name} must have one entry per block, got {entries} entries for {geometry.depth} blocks")
+
+
+def require_class_token(what: str, geometry: Geometry, instead: str) -> None:
+    """Class attention exists only where token 0 is a class token."""
+    if not geometry.has_class_token:
+        raise ValueError(f"{what} needs a class token, which this model does not have; use {instead}")

@@ -1,0 +1,159 @@
+"""DiffRate (ICCV 2023): prune the least important tokens, merge the next ones, per a searched schedule."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+
+from tokcomp.methods.base import Assignment, Evidence, Geometry, Method, Reduced, require_class_token, require_depth
+from tokcomp.schedule import CompressionSchedule, published_schedule
+
+#: metric -> what it needs from attention.
+METRICS = {
+    "cls_attn": frozenset({"cls_attn"}),
+    "image_attn": frozenset({"image_attn"}),
+    "cls_attn_v": frozenset({"cls_attn", "values"}),
+    "random": frozenset[str](),
+}
+PIPELINES = ("prune_merge", "merge_prune", "prune", "merge")
+
+
+class DiffRate(Method):
+    """Pruning and merging by token importance.
+
+    Every step leaves the number of tokens that the schedule names for it. ``prune_merge`` prunes to ``num_prune_kept``
+    and then merges to ``num_merge_kept``; ``merge_prune`` merges to ``num_merge_kept`` and then prunes to
+    ``num_prune_kept``; ``prune`` and ``merge`` read their own list only. A merged token takes the place, and so the
+    importance, of the kept token it was merged into.
+
+    Args:
+        schedule: tokens to keep per block.
+        metric: importance of a token: ``cls_attn``, the class token's attention to it, mean over heads (Eq. 6);
+            ``image_attn``, the attention it receives, mean over heads and all queries; ``cls_attn_v``, the first times
+            the norm of its value vector over all heads; ``random``, a fixed pseudo-random order of positions, the same
+            for every image.
+        pipeline: ``prune_merge``, ``merge_prune``, ``prune`` or ``merge``.
+        seed: of the ``random`` metric.
+        similarity_weighted_size: a merged token adds its size times its cosine similarity, as published for ViTs;
+            False adds the whole size.
+
+    Raises:
+        ValueError: unknown metric or pipeline, or a pipeline whose list the schedule does not have.
+    """
+
+    proportional_attention = True
+
+    def __init__(
+        self,
+        schedule: CompressionSchedule,
+        metric: str = "cls_attn",
+        pipeline: str = "prune_merge",
+        seed: int = 0,
+        similarity_weighted_size: bool = True,
+    ) -> None:
+        if not isinstance(schedule, CompressionSchedule):
+            raise TypeError(f"schedule must be a CompressionSchedule, got {type(schedule).__name__}")
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        if pipeline not in PIPELINES:
+            raise ValueError(f"pipeline must be one of {', '.join(PIPELINES)}, got {pipeline!r}")
+        for name in ("prune", "merge"):
+            if name in pipeline and getattr(schedule, f"num_{name}_kept") is None:
+                raise ValueError(f"pipeline {pipeline!r} needs num_{name}_kept, which the schedule does not have")
+        self.schedule = schedule
+        self.metric = metric
+        self.pipeline = pipeline
+        self.seed = operator.index(seed)
+        self.similarity_weighted_size = bool(similarity_weighted_size)
+        self.needs = METRICS[metric]
+
+    def __repr__(self) -> str:
+        return f"DiffRate(metric={self.metric!r}, pipeline={self.pipeline!r}, schedule={self.schedule})"
+
+    @classmethod
+    def published(cls, name: str, gflops: float) -> DiffRate:
+        """The published schedule for a timm model and a budget in GFLOPs (multiply-adds); see ``published_budgets``."""
+        schedule = published_schedule(name, gflops)
+        if schedule.num_prune_kept is None:
+            return cls(schedule, metric="image_attn", pipeline="merge", similarity_weighted_size=False)
+        return cls(schedule)
+
+    def _counts(self, block: int, num_tokens: int) -> tuple[int, int]:
+        prune, merge = self.schedule.num_prune_kept, self.schedule.num_merge_kept
+        num_prune_kept = prune[block] if prune is not None and "prune" in self.pipeline else num_tokens
+        num_merge_kept = merge[block] if merge is not None and "merge" in self.pipeline else num_tokens
+        return num_prune_kept, num_merge_kept
+
+    def validate(self, geometry: Geometry) -> None:
+        require_depth("schedule", len(self.schedule), geometry)
+        if "cls_attn" in self.needs:
+            require_class_token(f"metric {self.metric!r}", geometry, 'metric="image_attn" or ToMe')
+        prefix = geometry.num_prefix_tokens
+        alive = geometry.num_tokens
+        for block in range(geometry.depth):
+            unlimited = 1 << 62 if alive is None else alive
+            num_prune_kept, num_merge_kept = self._counts(block, unlimited)
+            if num_prune_kept < min(prefix, unlimited):
+                raise ValueError(f"num_prune_kept[{block}] must keep the {prefix} prefix tokens, got {num_prune_kept}")
+            arriving = min(unlimited, num_prune_kept) if self.pipeline == "prune_merge" else unlimited
+            if num_merge_kept < arriving and num_merge_kept <= prefix:
+                raise ValueError(
+                    f"num_merge_kept[{block}] must be above the {prefix} prefix tokens, or no token is left to merge "
+                    f"into, got {num_merge_kept}"
+                )
+            if alive is not None:
+                alive = min(alive, num_prune_kept, num_merge_kept)
+
+    def assign(self, block: int, num_tokens: int, num_prefix_tokens: int) -> Assignment | None:
+        num_prune_kept, num_merge_kept = self._counts(block, num_tokens)
+        left = min(num_prune_kept, num_merge_kept)
+        if left >= num_tokens:
+            return None
+        return Assignment(min(num_prune_kept, num_tokens), min(num_merge_kept, num_tokens), left)
+
+    def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
+        if self.metric == "cls_attn":
+            return evidence.cls_attn
+        if self.metric == "image_attn":
+            return evidence.image_attn
+        if self.metric == "cls_attn_v":
+            values = evidence.values.detach()  # [B, H, N, D]
+            return evidence.cls_attn * values.to(evidence.cls_attn.dtype).square().sum((1, 3)).sqrt()
+        return _position_hash(x, self.seed, block)
+
+    def reduce(
+        self, x: Tensor, score: Tensor, assignment: Assignment, *, size: Tensor | None, num_prefix_tokens: int
+    ) -> Reduced:
+        num_tokens = x.shape[1]
+        num_prune_kept, num_merge_kept = assignment.num_prune_kept, assignment.num_merge_kept
+        merge_first = self.pipeline == "merge_prune"
+        before_merge = num_tokens if merge_first else num_prune_kept
+        x, new_size, source = torch.ops.tokcomp.prune_merge(
+            x,
+            score,
+            before_merge,
+            num_merge_kept,
+            size=size,
+            num_prefix_tokens=num_prefix_tokens,
+            similarity_weighted_size=self.similarity_weighted_size,
+        )
+        if size is None and num_merge_kept >= before_merge:
+            new_size = None  # pruning alone leaves every token at one patch
+        if merge_first and num_prune_kept < x.shape[1]:
+            x = x[:, :num_prune_kept]
+            new_size = None if new_size is None else new_size[:, :num_prune_kept]
+            source = source.masked_fill(source >= num_prune_kept, -1)
+        return Reduced(x, new_size, source)
+
+
+def _position_hash(x: Tensor, seed: int, block: int) -> Tensor:
+    """Pseudo-random importance per position [B, N]: the same on every device and in every batch, no generator state."""
+    position = torch.arange(x.shape[1], device=x.device)
+    # Two rounds of a multiplicative congruential step; 2^31 * 48271 stays inside int64.
+    state = (position + 1) * 2654435 + (seed * 40503 + block * 65599 + 12345) % 2147483647
+    for multiplier in (48271, 69621):
+        state = (state % 2147483647) * multiplier % 2147483647
+        state = state ^ (state >> 15)
+    return (state % 2147483647).to(x.dtype if x.dtype == torch.float64 else torch.float32).expand(x.shape[0], -1)

@@ -1,0 +1,101 @@
+"""EViT (ICLR 2022): keep the tokens that the class token attends to, fuse the others into one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokcomp.methods.base import Assignment, Evidence, Geometry, Method, Reduced, require_class_token, require_depth
+from tokcomp.methods.tome import _non_negative
+
+
+class EViT(Method):
+    """Keep the most attended patch tokens; the dropped ones leave their attention-weighted sum behind.
+
+    A fused token stands last, counts among the patch tokens of the next block and competes like any other. There are
+    no sizes and no proportional attention. The weights of the sum carry no gradient.
+
+    Args:
+        keep_rate: share of the patch tokens to keep, rounded up, in each of ``blocks``; or one per block of the model
+            (1 = keep all), and then ``blocks`` is ignored.
+        blocks: indices (from 0) of the blocks that compress by one ``keep_rate``.
+        fuse: keep the weighted sum of the dropped tokens as one more token.
+        num_pruned: instead of a keep rate: tokens to drop in every block from 0; at least one patch token stays.
+
+    Raises:
+        TypeError, ValueError: neither or both of keep_rate and num_pruned, or values outside (0, 1] and 0, 1, ...
+    """
+
+    needs = frozenset({"cls_attn"})
+
+    def __init__(
+        self,
+        keep_rate: float | Sequence[float] | None = None,
+        blocks: Sequence[int] = (3, 6, 9),
+        fuse: bool = True,
+        num_pruned: int | None = None,
+    ) -> None:
+        if (keep_rate is None) == (num_pruned is None):
+            raise TypeError(f"EViT needs keep_rate or num_pruned, got {'neither' if keep_rate is None else 'both'}")
+        self.keep_rate: float | tuple[float, ...] | None = None
+        if keep_rate is not None:
+            self.keep_rate = tuple(map(_rate, keep_rate)) if hasattr(keep_rate, "__iter__") else _rate(keep_rate)
+        self.num_pruned = None if num_pruned is None else _non_negative("num_pruned", num_pruned)
+        self.blocks = tuple(_non_negative("blocks", block) for block in blocks)
+        self.fuse = bool(fuse)
+
+    def __repr__(self) -> str:
+        if self.num_pruned is not None:
+            return f"EViT(num_pruned={self.num_pruned}, fuse={self.fuse})"
+        blocks = "" if isinstance(self.keep_rate, tuple) else f", blocks={self.blocks}"
+        return f"EViT(keep_rate={self.keep_rate}{blocks}, fuse={self.fuse})"
+
+    def validate(self, geometry: Geometry) -> None:
+        require_class_token("EViT", geometry, 'DiffRate(metric="image_attn") or ToMe')
+        if isinstance(self.keep_rate, tuple):
+            require_depth("keep_rate", len(self.keep_rate), geometry)
+        elif self.keep_rate is not None and any(block >= geometry.depth for block in self.blocks):
+            raise ValueError(f"blocks must be below the model's depth {geometry.depth}, got {self.blocks}")
+
+    def assign(self, block: int, num_tokens: int, num_prefix_tokens: int) -> Assignment | None:
+        patches = num_tokens - num_prefix_tokens
+        if self.num_pruned is not None:
+            kept = max(patches - self.num_pruned, min(patches, 1))
+        else:
+            if isinstance(self.keep_rate, tuple):
+                rate = self.keep_rate[block]
+            else:
+                rate = self.keep_rate if block in self.blocks else 1.0
+            kept = math.ceil(rate * patches)
+        if kept >= patches:
+            return None
+        kept += num_prefix_tokens
+        return Assignment(kept, kept, kept + self.fuse)
+
+    def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
+        return evidence.cls_attn
+
+    def reduce(
+        self, x: Tensor, score: Tensor, assignment: Assignment, *, size: Tensor | None, num_prefix_tokens: int
+    ) -> Reduced:
+        kept = assignment.num_prune_kept
+        x_kept, _, source = torch.ops.tokcomp.prune_merge(x, score, kept, kept, num_prefix_tokens=num_prefix_tokens)
+        if not self.fuse:
+            return Reduced(x_kept, None, source)
+        dropped = source < 0  # [B, N]
+        weights = score.masked_fill(~dropped, 0).to(x.dtype)
+        fused = weights.unsqueeze(1) @ x  # [B, 1, C]
+        return Reduced(torch.cat((x_kept, fused), dim=1), None, source.masked_fill(dropped, kept))
+
+
+def _rate(rate: float) -> float:
+    try:
+        value = float(rate)
+    except (TypeError, ValueError):
+        raise TypeError(f"keep_rate must be a number or one per block, got {rate!r}") from None
+    if not 0 < value <= 1:
+        raise ValueError(f"keep_rate must be in (0, 1], got {value}")
+    return value

@@ -1,0 +1,63 @@
+"""ToMe (ICLR 2023): merge the r most similar pairs of tokens in every block."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokcomp.methods.base import Assignment, Evidence, Geometry, Method, Reduced, require_depth
+
+
+class ToMe(Method):
+    """Bipartite soft matching on the keys, averaged over heads; merged tokens are size-weighted means.
+
+    Args:
+        r: tokens merged away in each block, or one number per block; at most half of a block's patch tokens merge.
+        prop_attn: proportional attention: log(size) joins the attention scores from the first merge on.
+
+    Raises:
+        TypeError, ValueError: r is not a non-negative integer, or a list of them.
+    """
+
+    needs = frozenset({"keys"})
+
+    def __init__(self, r: int | Sequence[int], prop_attn: bool = True) -> None:
+        self.r: int | tuple[int, ...]
+        self.r = _non_negative("r", r) if not hasattr(r, "__iter__") else tuple(_non_negative("r", one) for one in r)
+        self.proportional_attention = self.prop_attn = bool(prop_attn)
+
+    def __repr__(self) -> str:
+        return f"ToMe(r={self.r}, prop_attn={self.prop_attn})"
+
+    def validate(self, geometry: Geometry) -> None:
+        if isinstance(self.r, tuple):
+            require_depth("r", len(self.r), geometry)
+
+    def assign(self, block: int, num_tokens: int, num_prefix_tokens: int) -> Assignment | None:
+        r = self.r[block] if isinstance(self.r, tuple) else self.r
+        r = min(r, (num_tokens - num_prefix_tokens) // 2)
+        return Assignment(num_tokens, num_tokens - r, num_tokens - r) if r > 0 else None
+
+    def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
+        return evidence.keys.detach().mean(1)  # [B, N, D]
+
+    def reduce(
+        self, x: Tensor, score: Tensor, assignment: Assignment, *, size: Tensor | None, num_prefix_tokens: int
+    ) -> Reduced:
+        r = assignment.num_prune_kept - assignment.num_merge_kept
+        return Reduced(*torch.ops.tokcomp.tome_merge(x, score, r, size=size, num_prefix_tokens=num_prefix_tokens))
+
+
+def _non_negative(name: str, value: int) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer or one per block, got {value!r}") from None
+    if count < 0:
+        raise ValueError(f"{name} must be at least 0, got {count}")
+    return count

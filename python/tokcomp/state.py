@@ -1,0 +1,46 @@
+"""What one block of one forward pass knows about its tokens. Passed through calls, never kept on a module."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokcomp.methods.base import Assignment, Evidence, Method
+
+
+class BlockState:
+    """The tokens' sizes on the way into a block and, once it has run, on the way out.
+
+    A fresh one is made per block and forward pass, so threads, replicas and recomputation never share any.
+    """
+
+    def __init__(
+        self, method: Method, block: int, num_tokens: int, num_prefix_tokens: int, size: Tensor | None
+    ) -> None:
+        self.method = method
+        self.block = block
+        self.num_prefix_tokens = num_prefix_tokens
+        self.size = size  # [B, N] float32, None before the first merge
+        self.source: Tensor | None = None  # [B, N] int64 once the block has compressed
+        self.assignment: Assignment | None = method.assign(block, num_tokens, num_prefix_tokens)
+        self.evidence = Evidence()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the block's attention has to deliver; nothing where the block drops nothing."""
+        return self.method.needs if self.assignment is not None else frozenset()
+
+    @property
+    def attention_size(self) -> Tensor | None:
+        """Sizes for proportional attention, or None where attention has no bias."""
+        return self.size if self.method.proportional_attention else None
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Compress the tokens x [B, N, C] as this block's assignment says; x itself where it drops nothing."""
+        if self.assignment is None:
+            return x
+        score = self.method.score(self.evidence, self.block, x)
+        self.evidence = Evidence()
+        x, self.size, self.source = self.method.reduce(
+            x, score, self.assignment, size=self.size, num_prefix_tokens=self.num_prefix_tokens
+        )
+        return x

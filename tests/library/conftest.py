@@ -1,0 +1,65 @@
+"""Small models, and what the published code computes on one of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from timm.models.vision_transformer import VisionTransformer
+
+DATA = Path(__file__).parents[1] / "data" / "published_small.safetensors"
+
+
+class Published:
+    """Outputs of the published DiffRate, ToMe and EViT code on a ViT whose weights come from a seed."""
+
+    def __init__(self) -> None:
+        with safe_open(DATA, framework="pt") as file:
+            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            self.settings: dict[str, Any] = {name: json.loads(text) for name, text in file.metadata().items()}
+        shape = (4, 3, 64, 64)
+        self.images = torch.randn(shape, generator=torch.Generator().manual_seed(174))
+
+    def model(self) -> VisionTransformer:
+        model = VisionTransformer(**self.settings["cfg"]).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in sorted(model.named_parameters()):
+                noise = torch.randn(parameter.shape, generator=generator)
+                if name.startswith("patch_embed") and name.endswith("weight"):
+                    parameter.copy_(noise / 24)
+                elif "norm" in name and name.endswith("weight"):
+                    parameter.copy_(1 + 0.1 * noise)
+                elif name.endswith("qkv.weight"):
+                    parameter.copy_(0.08 * noise)
+                else:
+                    parameter.copy_((0.1 if name == "head.weight" else 0.02) * noise)
+        return model
+
+
+@pytest.fixture(scope="session")
+def published() -> Published:
+    return Published()
+
+
+@pytest.fixture
+def make_vit():
+    """Build a small ViT with lively random weights: make_vit(seed, cls, **arguments of cls)."""
+
+    def make(seed: int = 0, cls: type[VisionTransformer] = VisionTransformer, **kwargs: Any) -> VisionTransformer:
+        defaults = dict(img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=3, num_classes=5)
+        torch.manual_seed(seed)
+        model = cls(**{**defaults, **kwargs}).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=0.3 if "token" in name or "embed" in name else parameter.shape[-1] ** -0.5)
+                elif name.endswith("bias"):
+                    parameter.normal_(std=0.1)
+        return model
+
+    return make
