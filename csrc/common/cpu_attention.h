@@ -1,0 +1,142 @@
+// What attention and masked_attention share on CPU: a block of query rows of one (image, head) against all of its keys.
+//
+// One thread owns one (image, head) at a time. It packs K and V once, then goes through the queries in blocks small
+// enough that a block's scores stay in cache; no more of the [B, H, N, N] map ever exists. Every row's arithmetic is
+// the same whatever block, batch or thread it falls in.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include "cpu_gemm.h"
+
+namespace tokcomp {
+
+constexpr int64_t kBlockRows = 24;
+constexpr double kLog2E = 1.4426950408889634;
+
+struct AttentionShape {
+  int64_t batch, heads, tokens, width;
+  explicit AttentionShape(const at::Tensor& q)
+      : batch(q.size(0)), heads(q.size(1)), tokens(q.size(2)), width(q.size(3)) {}
+};
+
+// The tensor itself where its last dimension is contiguous, else a copy for which that holds.
+inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
+  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+// tensor: [B, H, N, D]
+template <typename scalar_t>
+inline Rows<scalar_t> head_rows(const at::Tensor& tensor, int64_t image, int64_t head) {
+  return {tensor.const_data_ptr<scalar_t>() + image * tensor.stride(0) + head * tensor.stride(1), tensor.stride(2)};
+}
+
+inline double score_scale(std::optional<double> scale, int64_t width) {
+  return scale.has_value() ? *scale : 1.0 / std::sqrt(static_cast<double>(width));
+}
+
+// What is added to a key's scores: log of its size, and -inf to the lanes beyond the last key. [B or 1, padded]
+template <typename acc_t>
+class KeyBias {
+ public:
+  KeyBias(const std::optional<at::Tensor>& size, int64_t batch, int64_t tokens)
+      : padded_(round_up(tokens, kLanes<acc_t>)),
+        image_stride_(size.has_value() ? padded_ : 0),
+        bias_((size.has_value() ? std::max<int64_t>(batch, 1) : 1) * padded_) {
+    const at::Tensor sizes =
+        size.has_value() ? size->to(c10::CppTypeToScalarType<acc_t>::value).contiguous() : at::Tensor();
+    for (int64_t image = 0; image < (size.has_value() ? batch : 1); ++image) {
+      acc_t* row = bias_.get() + image * padded_;
+      for (int64_t j = 0; j < tokens; ++j) {
+        row[j] =
+            size.has_value() ? std::log(effective_size(sizes.const_data_ptr<acc_t>()[image * tokens + j])) : acc_t(0);
+      }
+      std::fill(row + tokens, row + padded_, -std::numeric_limits<acc_t>::infinity());
+    }
+  }
+  const acc_t* operator[](int64_t image) const { return bias_.get() + image * image_stride_; }
+
+ private:
+  int64_t padded_, image_stride_;
+  Scratch<acc_t> bias_;
+};
+
+// scores[row][key] = q k^T * scale + bias for a block of rows, and each row's maximum over the keys, lane by lane.
+// queries: pack_left's rows; keys: pack_right_transposed's panels; scores: [kBlockRows, stride]; maxima: [kBlockRows,
+// lanes].
+template <typename unit_t, typename acc_t>
+inline void score_block(const unit_t* queries, int64_t rows, const unit_t* keys, int64_t num_key_vectors, int64_t depth,
+                        acc_t scale, const acc_t* bias, acc_t* scores, int64_t stride, acc_t* maxima) {
+  constexpr int64_t lanes = kLanes<acc_t>;
+  std::fill(maxima, maxima + round_up(rows, kTileRows) * lanes, -std::numeric_limits<acc_t>::infinity());
+  const Vec<acc_t> factor(scale);
+  gemm(queries, depth, 1, rows, keys, num_key_vectors, depth,
+       [&](int64_t row, int64_t v, const Vec<acc_t>& sums) __attribute__((always_inline)) {
+         const Vec<acc_t> score = at::vec::fmadd(sums, factor, Vec<acc_t>::loadu(bias + v * lanes));
+         score.store(scores + row * stride + v * lanes);
+         max_ignoring_nan(score, Vec<acc_t>::loadu(maxima + row * lanes)).store(maxima + row * lanes);
+       });
+}
+
+// exp(score - row maximum) of the keys of one row, 0 in the lanes beyond the last key.
+template <typename acc_t>
+class RowExp {
+ public:
+  RowExp(acc_t row_max, int64_t tokens)
+      : last_((tokens - 1) / kLanes<acc_t>),
+        row_max_(row_max),
+        last_lanes_(first_lanes<acc_t>(tokens - last_ * kLanes<acc_t>)) {}
+  TOKCOMP_INLINE Vec<acc_t> operator()(const Vec<acc_t>& scores, int64_t v) const {
+    const Vec<acc_t> e = exp2_nonpositive<acc_t>((scores - row_max_) * Vec<acc_t>(acc_t(kLog2E)));
+    return v == last_ ? e & last_lanes_ : e;
+  }
+
+ private:
+  int64_t last_;
+  Vec<acc_t> row_max_, last_lanes_;
+};
+
+template <bool kMasked, typename acc_t>
+TOKCOMP_INLINE acc_t row_maximum(const acc_t* maxima, int64_t row) {
+  const acc_t maximum = reduce_max(Vec<acc_t>::loadu(maxima + row * kLanes<acc_t>));
+  return kMasked && maximum == -std::numeric_limits<acc_t>::infinity() ? acc_t(0) : maximum;
+}
+
+// The mask of one image as its rows see it: row i sees 1 at key i. Zero beyond the last key.
+template <typename acc_t>
+class RowMask {
+ public:
+  explicit RowMask(int64_t tokens) : tokens_(tokens), values_(round_up(tokens, kLanes<acc_t>)) {}
+  void set_image(const acc_t* mask) {
+    std::copy_n(mask, tokens_, values_.get());
+    std::fill(values_.get() + tokens_, values_.get() + round_up(tokens_, kLanes<acc_t>), acc_t(0));
+  }
+  void enter_row(int64_t row) { outside_ = std::exchange(values_.get()[row], acc_t(1)); }
+  void leave_row(int64_t row) { values_.get()[row] = outside_; }
+  TOKCOMP_INLINE Vec<acc_t> operator[](int64_t v) const { return Vec<acc_t>::loadu(values_.get() + v * kLanes<acc_t>); }
+
+ private:
+  int64_t tokens_;
+  Scratch<acc_t> values_;
+  acc_t outside_ = 0;
+};
+
+// cls_attn [B, N] from each head's first row [B, H, N].
+template <typename acc_t>
+inline void average_heads(const acc_t* rows, int64_t batch, int64_t heads, int64_t tokens, acc_t* cls_attn) {
+  at::parallel_for(0, batch, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) {
+      acc_t* mean = cls_attn + image * tokens;
+      std::fill(mean, mean + tokens, acc_t(0));
+      for (int64_t head = 0; head < heads; ++head) {
+        const acc_t* row = rows + (image * heads + head) * tokens;
+        for (int64_t j = 0; j < tokens; ++j) mean[j] += row[j];
+      }
+      for (int64_t j = 0; j < tokens; ++j) mean[j] /= acc_t(heads);
+    }
+  });
+}
+
+}  // namespace tokcomp

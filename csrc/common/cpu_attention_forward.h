@@ -1,0 +1,125 @@
+// The forward pass of attention (kMasked = false) and masked_attention (true) on CPU.
+#pragma once
+
+#include <tuple>
+#include <utility>
+
+#include "cpu_attention.h"
+
+namespace tokcomp {
+
+// Probabilities of one row before the division by the sum that is returned, written as left operand of the product with
+// V.
+template <bool kMasked, typename acc_t, typename left_t>
+inline acc_t softmax_row(const acc_t* scores, acc_t row_max, int64_t tokens, const RowMask<acc_t>& mask, acc_t eps,
+                         left_t* probabilities) {
+  constexpr int64_t lanes = kLanes<acc_t>;
+  const RowExp<acc_t> row_exp(row_max, tokens);
+  const Vec<acc_t> floor(eps / acc_t(tokens));
+  Vec<acc_t> sum(acc_t(0));
+  for (int64_t v = 0; v * lanes < tokens; ++v) {
+    Vec<acc_t> e = row_exp(Vec<acc_t>::loadu(scores + v * lanes), v);
+    if constexpr (kMasked) e = e * mask[v];
+    sum = sum + e;
+    if constexpr (kMasked) e = e + floor;
+    if constexpr (std::is_same_v<left_t, acc_t>) {
+      e.store(probabilities + v * lanes);
+    } else {
+#ifdef TOKCOMP_BFLOAT16_PAIRS
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(probabilities + v * lanes), (__m256i)_mm512_cvtneps_pbh(e));
+#endif
+    }
+  }
+  return reduce_add(sum) + (kMasked ? eps : acc_t(0));
+}
+
+// first_rows: [B, H, N]; out: [B, N, H, D]; mask: [B, N] or undefined.
+template <bool kMasked, typename scalar_t>
+void attention_forward_heads(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const KeyBias<acc_type<scalar_t>>& bias, const at::Tensor& token_mask, double scale,
+                             double eps, scalar_t* out, acc_type<scalar_t>* first_rows) {
+  using acc_t = acc_type<scalar_t>;
+  using unit_t = typename UnitOf<scalar_t>::type;
+  // Probabilities overwrite the scores unless the product takes them in another type.
+  constexpr bool kInPlace = std::is_same_v<unit_t, acc_t>;
+  using left_t = std::conditional_t<kInPlace, acc_t, at::BFloat16>;
+  constexpr int64_t lanes = kLanes<acc_t>;
+  const AttentionShape shape(q);
+  const int64_t tokens = shape.tokens, width = shape.width, heads = shape.heads;
+  const int64_t padded_tokens = round_up(tokens, lanes), padded_width = round_up(width, lanes);
+  const int64_t depth = units<unit_t>(width);
+
+  at::parallel_for(0, shape.batch * heads, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<unit_t> keys(depth * padded_tokens), values(units<unit_t>(tokens) * padded_width);
+    const Scratch<unit_t> queries(kBlockRows * depth);
+    const Scratch<acc_t> scores(kBlockRows * padded_tokens), maxima(kBlockRows * lanes);
+    const Scratch<acc_t> products(kBlockRows * padded_width);
+    const Scratch<left_t> separate(kInPlace ? 0 : kBlockRows * padded_tokens);
+    left_t* probabilities = kInPlace ? reinterpret_cast<left_t*>(scores.get()) : separate.get();
+    RowMask<acc_t> mask(kMasked ? tokens : 0);
+
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / heads, head = task % heads;
+      pack_right_transposed(head_rows<scalar_t>(k, image, head), tokens, width, keys.get());
+      pack_right(head_rows<scalar_t>(v, image, head), 0, tokens, width, values.get());
+      if (kMasked) mask.set_image(token_mask.const_data_ptr<acc_t>() + image * tokens);
+      const Rows<scalar_t> query_rows = head_rows<scalar_t>(q, image, head);
+
+      for (int64_t first = 0; first < tokens; first += kBlockRows) {
+        const int64_t rows = std::min(kBlockRows, tokens - first);
+        pack_left(query_rows, first, rows, width, queries.get());
+        score_block(queries.get(), rows, keys.get(), padded_tokens / lanes, depth, acc_t(scale), bias[image],
+                    scores.get(), padded_tokens, maxima.get());
+        acc_t sums[kBlockRows];
+        for (int64_t row = 0; row < rows; ++row) {
+          if (kMasked) mask.enter_row(first + row);
+          sums[row] = softmax_row<kMasked>(scores.get() + row * padded_tokens, row_maximum<kMasked>(maxima.get(), row),
+                                           tokens, mask, acc_t(eps), probabilities + row * padded_tokens);
+          if (first + row == 0) {
+            // The scores are still there where the probabilities were rounded.
+            if constexpr (!kInPlace) {
+              softmax_row<kMasked>(scores.get(), row_maximum<kMasked>(maxima.get(), 0), tokens, mask, acc_t(eps),
+                                   scores.get());
+            }
+            store_row(scores.get(), acc_t(1) / sums[0], first_rows + task * tokens, tokens);
+          }
+          if (kMasked) mask.leave_row(first + row);
+        }
+        gemm(reinterpret_cast<const unit_t*>(probabilities), padded_tokens / UnitTraits<unit_t>::kElements, 1, rows,
+             values.get(), padded_width / lanes, units<unit_t>(tokens),
+             [&](int64_t row, int64_t v, const Vec<acc_t>& sum)
+                 __attribute__((always_inline)) { sum.store(products.get() + row * padded_width + v * lanes); });
+        for (int64_t row = 0; row < rows; ++row) {
+          store_row(products.get() + row * padded_width, acc_t(1) / sums[row],
+                    out + ((image * tokens + first + row) * heads + head) * width, width);
+        }
+      }
+    }
+  });
+}
+
+// out [B, H, N, D], a view of contiguous [B, N, H, D]; cls_attn [B, N].
+template <bool kMasked>
+std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                     const at::Tensor& token_mask,
+                                                     const std::optional<at::Tensor>& size, std::optional<double> scale,
+                                                     double eps) {
+  const AttentionShape shape(q);
+  const at::TensorOptions acc_options = q.options().dtype(acc_scalar_type(q.scalar_type()));
+  at::Tensor out = at::empty({shape.batch, shape.tokens, shape.heads, shape.width}, q.options());
+  at::Tensor first_rows = at::empty({shape.batch, shape.heads, shape.tokens}, acc_options);
+  at::Tensor cls_attn = at::empty({shape.batch, shape.tokens}, acc_options);
+  const at::Tensor mask = kMasked ? per_token_acc(token_mask, q) : at::Tensor();
+  TOKCOMP_DISPATCH_CPU(q.scalar_type(), "attention", [&] {
+    using acc_t = acc_type<scalar_t>;
+    const KeyBias<acc_t> bias(size, shape.batch, shape.tokens);
+    attention_forward_heads<kMasked, scalar_t>(
+        with_contiguous_rows(q), with_contiguous_rows(k), with_contiguous_rows(v), bias, mask,
+        score_scale(scale, shape.width), eps, out.mutable_data_ptr<scalar_t>(), first_rows.mutable_data_ptr<acc_t>());
+    average_heads(first_rows.const_data_ptr<acc_t>(), shape.batch, shape.heads, shape.tokens,
+                  cls_attn.mutable_data_ptr<acc_t>());
+  });
+  return {out.transpose(1, 2), cls_attn};
+}
+
+}  // namespace tokcomp
