@@ -71,7 +71,12 @@ if(NOT tokcomp_cuda)
 endif()
 message(STATUS "tokcomp: CUDA kernels with nvcc ${nvcc_release} for ${TORCH_CUDA_ARCH_LIST}")
 
-# The runtime is torch's shared one, so that streams and devices have one owner. nvcc's own headers come first.
+# nvcc's own headers, torch's own runtime: one runtime in the process owns streams and devices.
 add_library(tokcomp_torch_cuda INTERFACE)
 target_link_libraries(tokcomp_torch_cuda INTERFACE "${tokcomp_torch_lib}/libc10_cuda.so")
-set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)
+if(tokcomp_torch_cudart)
+  target_link_libraries(tokcomp_torch_cuda INTERFACE "${tokcomp_torch_cudart}")
+  set(CMAKE_CUDA_RUNTIME_LIBRARY None)
+else()
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)
+endif()

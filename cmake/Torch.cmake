@@ -7,7 +7,7 @@ execute_process(COMMAND ${facts_command} OUTPUT_VARIABLE facts ERROR_VARIABLE er
 if(failed)
   message(FATAL_ERROR "tokcomp: ${error}")
 endif()
-foreach(key version cuda cxx11_abi lib openmp)
+foreach(key version cuda cxx11_abi lib openmp cudart)
   string(JSON tokcomp_torch_${key} GET "${facts}" ${key})
 endforeach()
 string(JSON include_main GET "${facts}" include 0)

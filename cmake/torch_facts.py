@@ -58,6 +58,14 @@ def openmp_library(root: Path) -> str:
     return ""
 
 
+def cuda_runtime(root: Path) -> str:
+    """The CUDA runtime that ships with torch, or ''; a pip-installed one lies in its own package."""
+    for folder in (root / "lib", *sorted(root.parent.glob("nvidia/*/lib"))):
+        for library in sorted(folder.glob("libcudart*.so*")):
+            return str(library)
+    return ""
+
+
 def facts(root: Path) -> dict[str, object]:
     version, cuda = read_version(root)
     return {
@@ -67,6 +75,7 @@ def facts(root: Path) -> dict[str, object]:
         "include": [str(root / "include"), str(root / "include/torch/csrc/api/include")],
         "lib": str(root / "lib"),
         "openmp": openmp_library(root),
+        "cudart": cuda_runtime(root) if cuda else "",
     }
 
 

@@ -1,0 +1,37 @@
+# libtokcomp: the operators for C++ programs without Python. The schemas, which Python otherwise registers, are generated
+# from the same table; the compiled kernels own every operator.
+include(CMakePackageConfigHelpers)
+include(GNUInstallDirs)
+
+set(schemas "${CMAKE_BINARY_DIR}/schemas.cpp")
+add_custom_command(OUTPUT "${schemas}"
+  COMMAND "${Python_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/tokcomp_kernels/_schema.py" > "${schemas}"
+  DEPENDS tokcomp_kernels/_schema.py VERBATIM)
+
+add_library(tokcomp SHARED "${schemas}")
+add_library(tokcomp::tokcomp ALIAS tokcomp)
+tokcomp_add_kernels(tokcomp)
+target_compile_definitions(tokcomp PRIVATE TOKCOMP_OWN_CUDA_KEY)
+# The operators register themselves as the library is loaded; a program names none of its symbols.
+target_link_options(tokcomp INTERFACE $<$<PLATFORM_ID:Linux>:LINKER:--no-as-needed>)
+set_target_properties(tokcomp PROPERTIES VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR}
+  INSTALL_RPATH_USE_LINK_PATH ON)
+
+install(TARGETS tokcomp EXPORT tokcompTargets)
+install(EXPORT tokcompTargets NAMESPACE tokcomp:: DESTINATION "${CMAKE_INSTALL_LIBDIR}/cmake/tokcomp")
+file(WRITE "${CMAKE_BINARY_DIR}/tokcompConfig.cmake"
+     "include(\"\${CMAKE_CURRENT_LIST_DIR}/tokcompTargets.cmake\")\n")
+write_basic_package_version_file("${CMAKE_BINARY_DIR}/tokcompConfigVersion.cmake" COMPATIBILITY SameMinorVersion)
+install(FILES "${CMAKE_BINARY_DIR}/tokcompConfig.cmake" "${CMAKE_BINARY_DIR}/tokcompConfigVersion.cmake"
+        DESTINATION "${CMAKE_INSTALL_LIBDIR}/cmake/tokcomp")
+
+include(CTest)
+if(BUILD_TESTING)
+  add_executable(tokcomp_test csrc/tests/test_operators.cpp)
+  target_link_libraries(tokcomp_test PRIVATE tokcomp tokcomp_torch)
+  if(tokcomp_cuda)
+    # Tensors on a GPU need torch's CUDA half, which nothing here names either.
+    target_link_libraries(tokcomp_test PRIVATE "${tokcomp_torch_lib}/libtorch_cuda.so")
+  endif()
+  add_test(NAME operators COMMAND tokcomp_test)
+endif()

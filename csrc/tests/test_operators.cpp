@@ -1,0 +1,102 @@
+// libtokcomp as a C++ program sees it: the operators, through the dispatcher, on every device there is.
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <cmath>
+#include <iostream>
+#include <string>
+#include <vector>
+
+namespace {
+
+using Tensors = std::vector<at::Tensor>;
+
+int failures = 0;
+
+void expect(bool holds, const std::string& what) {
+  std::cout << (holds ? "ok    " : "FAILED ") << what << '\n';
+  failures += !holds;
+}
+
+// Calls tokcomp::<name>; arguments that are left out take the schema's defaults.
+Tensors call(const std::string& name, const std::vector<c10::IValue>& arguments) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(("tokcomp::" + name).c_str(), "");
+  torch::jit::Stack stack(arguments.begin(), arguments.end());
+  const auto& schema = op.schema().arguments();
+  for (size_t i = stack.size(); i < schema.size(); ++i) stack.push_back(*schema[i].default_value());
+  op.callBoxed(stack);
+  Tensors results;
+  for (const auto& value : stack) results.push_back(value.toTensor());
+  return results;
+}
+
+// Token 3 points the way token 1 does, so it merges into it.
+void test_prune_merge(at::Device device, const std::string& where) {
+  const auto options = at::TensorOptions(device).dtype(at::kFloat);
+  const at::Tensor x = at::tensor({5., 5., 1., 0., 0., 2., 2., 0.}, at::kFloat).view({1, 4, 2}).to(options);
+  const at::Tensor importance = at::tensor({0., .5, .3, .2}, at::kFloat).view({1, 4}).to(options);
+  const Tensors merged = call("prune_merge", {x, importance, 4, 3});
+  const at::Tensor x_out = at::tensor({5., 5., 1.5, 0., 0., 2.}, at::kFloat).view({1, 3, 2}).to(options);
+  const at::Tensor size_out = at::tensor({1., 2., 1.}, at::kFloat).view({1, 3}).to(options);
+  expect(at::allclose(merged[0], x_out), "prune_merge: tokens, " + where);
+  expect(at::allclose(merged[1], size_out), "prune_merge: sizes, " + where);
+  expect(merged[2].cpu().equal(at::tensor({0, 1, 2, 1}, at::kLong).view({1, 4})), "prune_merge: sources, " + where);
+}
+
+void test_masked_softmax(at::Device device, const std::string& where) {
+  at::manual_seed(1);
+  const at::Tensor scores = at::randn({2, 3, 7, 7}).to(device);
+  const at::Tensor ones = at::ones({2, 7}).to(device);
+  // With nothing masked this is a softmax, off by eps = 1e-6 of the row's sum, which is at least 1.
+  expect(at::allclose(call("masked_softmax", {scores, ones})[0], at::softmax(scores, -1), 0., 2e-6),
+         "masked_softmax: nothing masked, " + where);
+}
+
+void test_class_attention_sort(at::Device device, const std::string& where) {
+  at::manual_seed(2);
+  const at::Tensor q_cls = at::randn({2, 3, 8}).to(device), k = at::randn({2, 3, 9, 8}).to(device);
+  const Tensors sorted = call("class_attention_sort", {q_cls, k});
+  const at::Tensor expected = at::softmax(at::matmul(k, q_cls.unsqueeze(-1)).squeeze(-1) / std::sqrt(8.), -1).mean(1);
+  expect(at::allclose(sorted[0], expected, 0., 1e-6), "class_attention_sort: attention, " + where);
+  const at::Tensor ranked = at::gather(sorted[0], 1, sorted[1]).narrow(1, 1, 8).cpu();
+  expect(sorted[1].select(1, 0).cpu().equal(at::zeros({2}, at::kLong)), "class_attention_sort: prefix, " + where);
+  expect((ranked.diff(1, 1) <= 0).all().item<bool>(), "class_attention_sort: descending, " + where);
+}
+
+void test_refusal() {
+  std::string message;
+  try {
+    call("prune_merge", {at::ones({1, 4, 2}), at::ones({1, 4}), 4, 1});
+  } catch (const c10::ValueError& error) {
+    message = error.what_without_backtrace();
+  }
+  expect(message.find("prune_merge: num_merge_kept must be more than num_prefix_tokens (1)") == 0,
+         "prune_merge: refuses to merge into the class token, got \"" + message + "\"");
+}
+
+void test_every_operator_has_a_cpu_kernel() {
+  int operators = 0;
+  for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    if (name.name.rfind("tokcomp::", 0) != 0) continue;
+    ++operators;
+    const auto op = c10::Dispatcher::singleton().findOp(name);
+    expect(op->hasKernelForDispatchKey(c10::DispatchKey::CPU), name.name + " has a CPU kernel");
+  }
+  expect(operators > 0, "operators are defined");
+}
+
+}  // namespace
+
+int main() {
+  test_every_operator_has_a_cpu_kernel();
+  test_refusal();
+  std::vector<at::Device> devices{at::kCPU};
+  if (at::hasCUDA()) devices.emplace_back(at::kCUDA);
+  for (const at::Device& device : devices) {
+    test_prune_merge(device, device.str());
+    test_masked_softmax(device, device.str());
+    test_class_attention_sort(device, device.str());
+  }
+  std::cout << (failures ? "failures: " + std::to_string(failures) : "all passed") << '\n';
+  return failures != 0;
+}
