@@ -22,7 +22,7 @@ TOKEN_COUNTS = (1, 2, 33, 197, 257, 577)
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of an operator. ``exact``: discrete choices must equal the reference's (no value is near a tie, or all are)."""
+    """One call. ``exact``: discrete choices must equal the reference's (no value is near a tie, or all are)."""
 
     op: str
     id: str
