@@ -10,7 +10,9 @@ from tokcomp_kernels.reference import REFERENCES
 from tokcomp_kernels.testing import Sample, samples
 
 DIFFERENTIABLE = [operator.name for operator in OPERATORS if operator.differentiable]
-NAN_SAMPLES = {"special-importance", "bad-sizes"}
+#: Where a small step changes a choice (ties, cosines of exactly 0), or the maximum's share of the gradient, which is held
+#: back, is not small (visible tokens far below a masked maximum). The gradient itself is compared with the reference's.
+NOT_SMOOTH = {"ties", "zero-vectors", "special-importance", "bad-sizes", "large", "peaked"}
 
 
 def _differentiable_inputs(sample: Sample) -> tuple[Sample, list[torch.Tensor]]:
@@ -37,14 +39,14 @@ def _first(outputs: object) -> torch.Tensor:
 def test_gradcheck(op: str) -> None:
     checked = 0
     for sample in samples(op, torch.float64, small=True):
-        if sample.args[0].numel() == 0 or sample.id in NAN_SAMPLES or sample.id == "large":
+        if sample.args[0].numel() == 0 or sample.id in NOT_SMOOTH:
             continue
         sample, leaves = _differentiable_inputs(sample)
 
         def run(*values: torch.Tensor, sample: Sample = sample, leaves: list[torch.Tensor] = leaves) -> torch.Tensor:
             swap = {id(leaf): value for leaf, value in zip(leaves, values, strict=True)}
             args = [swap.get(id(value), value) for value in sample.args]
-            kwargs = {name: swap.get(id(value), value) for name, value in sample.kwargs.items()}
+            kwargs = {name: swap.get(id(value), value) for name, value in sample.kwargs.items() if name != "eps"}
             return _first(getattr(torch.ops.tokcomp, sample.op)(*args, **kwargs))
 
         if sample.op in ("prune_merge", "tome_merge") and _first(run(*leaves)).numel() == 0:
@@ -58,7 +60,7 @@ def test_gradcheck(op: str) -> None:
 def test_gradient_equals_that_of_the_reference(op: str) -> None:
     """The dispatcher's backward against autograd through the differentiable reference, in float64."""
     for sample in samples(op, torch.float64):
-        if sample.id in NAN_SAMPLES:
+        if sample.args[0].numel() == 0:
             continue
         ours, our_leaves = _differentiable_inputs(sample)
         theirs, their_leaves = _differentiable_inputs(sample)
