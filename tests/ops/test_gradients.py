@@ -12,7 +12,7 @@ from tokcomp_kernels.testing import Sample, samples
 DIFFERENTIABLE = [operator.name for operator in OPERATORS if operator.differentiable]
 #: Where a small step changes a choice (ties, cosines of exactly 0), or the maximum's share of the gradient, which is held
 #: back, is not small (visible tokens far below a masked maximum). The gradient itself is compared with the reference's.
-NOT_SMOOTH = {"ties", "zero-vectors", "special-importance", "bad-sizes", "large", "peaked"}
+NOT_SMOOTH = {"ties", "zero-vectors", "special-importance", "bad-sizes", "large", "peaked", "all-masked"}
 
 
 def _differentiable_inputs(sample: Sample) -> tuple[Sample, list[torch.Tensor]]:
