@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from tokcomp.api import compress, flops, restore, trace
     from tokcomp.methods import DiffRate, EViT, Method, ToMe
     from tokcomp.schedule import CompressionSchedule
-    from tokcomp_kernels._version import __version__
+
+__version__ = "0.1.0"
 
 _HOMES = {
     "CompressionSchedule": "tokcomp.schedule",
@@ -29,7 +30,6 @@ _HOMES = {
     "compress": "tokcomp.api",
     "flops": "tokcomp.api",
     "restore": "tokcomp.api",
-    "__version__": "tokcomp_kernels._version",
     "trace": "tokcomp.api",
 }
 

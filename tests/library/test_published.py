@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tokcomp
 import torch
+
+import tokcomp
 
 # The published float32 run itself is off its float64 run by up to 1e-6; two such runs may add up.
 TOLERANCE = 1e-5

@@ -1,4 +1,4 @@
-"""What the launchers share: dtype rules, layouts, the current device, and two small device functions."""
+"""What the launchers share: dtype rules, layouts, the current device, and small device functions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tokcomp_kernels._checks import refuse
 
+#: The interpreter multiplies bfloat16 bit patterns as integers, and rounds towards zero to bfloat16.
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
 LOG2_E = 1.4426950408889634
 
@@ -35,3 +37,24 @@ def effective_size(size):
     """``size`` where it is above 1e-6, else 1e-6: also for NaN, which compares false."""
     size = size.to(tl.float32)
     return tl.where(size > 1e-6, size, 1e-6)
+
+
+@triton.jit
+def dot(a, b, accumulator):
+    """``accumulator + a @ b``, summed in float32 and without TF32, under the interpreter too."""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def narrow(values, dtype: tl.constexpr):
+    """float32 values rounded to the nearest ``dtype``, ties to even, under the interpreter too."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = tl.where(values == values, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        result = (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = values.to(dtype)
+    return result

@@ -1,0 +1,49 @@
+"""Token order: descending values, ties by lower index, NaN after everything else."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: Up to this many tokens a rank is found by counting the tokens before it; above, by the reference's stable sort.
+MAX_COUNTED = 1024
+
+
+@triton.jit
+def descending_key(values):
+    """Integers that compare as the values do: -0.0 equals 0.0, NaN is below -inf, and the lowest integer is left free.
+
+    float64 keeps its precision in int64; the other types are exact in float32 and give int32.
+    """
+    if values.dtype == tl.float64:
+        bits = tl.where(values == 0.0, 0.0, values).to(tl.int64, bitcast=True)
+        key = tl.where(values != values, -0x7FFFFFFFFFFFFFFF, bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF))
+    else:
+        wide = values.to(tl.float32)
+        bits = tl.where(wide == 0.0, 0.0, wide).to(tl.int32, bitcast=True)
+        key = tl.where(wide != wide, -0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return key
+
+
+@triton.jit
+def count_before(
+    values_ptr,
+    offs_i,
+    begin,
+    end,
+    stride,
+    BLOCK_J: tl.constexpr,
+):
+    """For each index of ``offs_i``, how many of ``begin .. end - 1`` come before it: larger, or equal and lower."""
+    key_i = descending_key(
+        tl.load(values_ptr + offs_i.to(tl.int64) * stride, mask=offs_i < end, other=0.0)
+    )  # [BLOCK_I]
+    before = tl.zeros([offs_i.shape[0], BLOCK_J], tl.int32)
+    for start in range(begin, end, BLOCK_J):
+        offs_j = start + tl.arange(0, BLOCK_J)
+        mask_j = offs_j < end
+        key_j = descending_key(tl.load(values_ptr + offs_j.to(tl.int64) * stride, mask=mask_j, other=0.0))  # [BLOCK_J]
+        # j is before i where key_j > key_i, or key_j == key_i and j < i: for integers, where key_j > key_i - (j < i).
+        threshold = key_i[:, None] - (offs_j[None, :] < offs_i[:, None]).to(key_i.dtype)
+        before += ((key_j[None, :] > threshold) & mask_j[None, :]).to(tl.int32)  # [BLOCK_I, BLOCK_J]
+    return tl.sum(before, axis=1)

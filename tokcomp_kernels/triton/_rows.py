@@ -1,0 +1,184 @@
+"""Group means: the kernel that writes the rows and sizes of merged tokens, for prune_merge and tome_merge."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokcomp_kernels.triton._cases import table_cases
+from tokcomp_kernels.triton._common import effective_size, narrow
+from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
+from tokcomp_kernels.triton._configs import launch_config
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_sources"])
+def _merge_apply_kernel(
+    x_ptr,
+    size_ptr,
+    order_ptr,
+    dst_ptr,
+    similarity_ptr,
+    x_out_ptr,
+    size_out_ptr,
+    num_slots,
+    num_sources,
+    num_channels,
+    stride_xb,
+    stride_xn,
+    stride_sb,
+    stride_sn,
+    HAS_SIZE: tl.constexpr,
+    HAS_SIMILARITY: tl.constexpr,
+    WEIGHTED_MEAN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    batch = tl.program_id(0).to(tl.int64)
+    x_ptr += batch * stride_xb
+    order_ptr += batch * (num_slots + num_sources)
+    dst_ptr += batch * num_sources
+    if HAS_SIZE:
+        size_ptr += batch * stride_sb
+    if HAS_SIMILARITY:
+        similarity_ptr += batch * num_sources
+
+    slots = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_m = slots < num_slots
+    mask_c = offs_c < num_channels
+    token = tl.load(order_ptr + slots, mask=mask_m, other=0).to(tl.int64)  # [BLOCK_M]
+    own_rows = tl.load(
+        x_ptr + token[:, None] * stride_xn + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0
+    ).to(tl.float32)  # [BLOCK_M, BLOCK_C]
+    total_size = tl.full([BLOCK_M], 1.0, tl.float32)
+    if HAS_SIZE:
+        total_size = effective_size(tl.load(size_ptr + token * stride_sn, mask=mask_m, other=1.0))
+    rows = own_rows
+    if WEIGHTED_MEAN:
+        rows = own_rows * total_size[:, None]
+    count = tl.zeros([BLOCK_M], tl.int32)
+
+    # Every slot of the block takes its next source in turn, so each sum runs in the order of the sources.
+    for start in range(0, num_sources, BLOCK_S):
+        offs_s = start + tl.arange(0, BLOCK_S)
+        dst = tl.load(dst_ptr + offs_s, mask=offs_s < num_sources, other=-1)
+        mine = dst[None, :] == slots[:, None]  # [BLOCK_M, BLOCK_S]
+        longest = tl.max(tl.sum(mine.to(tl.int32), axis=1), axis=0)
+        taken = tl.full([BLOCK_M], -1, tl.int32)
+        for _ in range(longest):
+            left = mine & (offs_s[None, :] > taken[:, None])
+            following = tl.min(tl.where(left, offs_s[None, :], num_sources), axis=1)  # [BLOCK_M]
+            found = following < num_sources
+            src_token = tl.load(order_ptr + num_slots + following, mask=found, other=0).to(tl.int64)
+            src_rows = tl.load(
+                x_ptr + src_token[:, None] * stride_xn + offs_c[None, :],
+                mask=found[:, None] & mask_c[None, :],
+                other=0.0,
+            ).to(tl.float32)  # [BLOCK_M, BLOCK_C]
+            src_size = tl.full([BLOCK_M], 1.0, tl.float32)
+            if HAS_SIZE:
+                src_size = effective_size(tl.load(size_ptr + src_token * stride_sn, mask=found, other=1.0))
+            if WEIGHTED_MEAN:
+                rows += src_rows * src_size[:, None]
+            else:
+                rows += src_rows
+            if HAS_SIMILARITY:
+                src_size *= tl.load(similarity_ptr + following, mask=found, other=0.0)
+            total_size += tl.where(found, src_size, 0.0)
+            count += found.to(tl.int32)
+            taken = tl.where(found, following, taken)
+
+    divisor = total_size if WEIGHTED_MEAN else (1 + count).to(tl.float32)
+    # A slot that nothing joined keeps its token exactly.
+    rows = tl.where(
+        (count > 0)[:, None], tl.div_rn(rows, tl.broadcast_to(divisor[:, None], [BLOCK_M, BLOCK_C])), own_rows
+    )
+    out_slots = batch * num_slots + slots
+    tl.store(
+        x_out_ptr + out_slots[:, None] * num_channels + offs_c[None, :],
+        narrow(rows, x_out_ptr.dtype.element_ty),
+        mask=mask_m[:, None] & mask_c[None, :],
+    )
+    if tl.program_id(2) == 0:
+        tl.store(size_out_ptr + out_slots, effective_size(total_size), mask=mask_m)
+
+
+def merge_rows(
+    op: str,
+    x: Tensor,
+    size: Tensor | None,
+    order: Tensor,
+    dst: Tensor,
+    similarity: Tensor | None,
+    *,
+    weighted_mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """Rows and sizes of the merged tokens.
+
+    Args:
+        op: operator whose table of tile sizes is read.
+        x: [B, N, C], rows contiguous.
+        size: [B, N], or None for ones.
+        order: [B, M + S] int32: the token of each slot, then the sources, in the order in which they are added.
+        dst: [B, S] int32: each source's slot.
+        similarity: [B, S] float32 that scales a source's size, or None.
+        weighted_mean: weight rows by size.
+
+    Returns:
+        x_out [B, M, C] in x's dtype and size_out [B, M] float32.
+    """
+    batch, _, channels = x.shape
+    num_sources = dst.shape[1]
+    num_slots = order.shape[1] - num_sources
+    x_out = torch.empty((batch, num_slots, channels), dtype=x.dtype, device=x.device)
+    size_out = torch.empty((batch, num_slots), dtype=torch.float32, device=x.device)
+    if size_out.numel() == 0:
+        return x_out, size_out
+    config = launch_config(op, "apply", x.device, S=num_sources, C=channels)
+    grid = (batch, triton.cdiv(num_slots, config["BLOCK_M"]), max(1, triton.cdiv(channels, config["BLOCK_C"])))
+    _merge_apply_kernel[grid](
+        x,
+        size,
+        order,
+        dst,
+        similarity,
+        x_out,
+        size_out,
+        num_slots,
+        num_sources,
+        channels,
+        stride_xb=x.stride(0),
+        stride_xn=x.stride(1),
+        stride_sb=0 if size is None else size.stride(0),
+        stride_sn=0 if size is None else size.stride(1),
+        HAS_SIZE=size is not None,
+        HAS_SIMILARITY=similarity is not None,
+        WEIGHTED_MEAN=weighted_mean,
+        **config,
+    )
+    return x_out, size_out
+
+
+def merge_rows_cases(op: str, *, weighted_mean: bool) -> list[CompileCase]:
+    return [
+        case
+        for dtype in ("float16", "bfloat16", "float32")
+        for case in table_cases(
+            op,
+            "apply",
+            _merge_apply_kernel,
+            {
+                "x_ptr": POINTER_TYPES[dtype],
+                "size_ptr": "*fp32",
+                "order_ptr": "*i32",
+                "dst_ptr": "*i32",
+                "similarity_ptr": "*fp32",
+                "x_out_ptr": POINTER_TYPES[dtype],
+                "size_out_ptr": "*fp32",
+            },
+            {"HAS_SIZE": True, "HAS_SIMILARITY": not weighted_mean, "WEIGHTED_MEAN": weighted_mean},
+        )
+    ]

@@ -1,0 +1,217 @@
+"""prune_merge in three kernels: rank the tokens, match each source with its slot, write the means.
+
+The similarity of a block of sources with a block of slots lives in registers only, and rows of pruned tokens are never
+read. What one thread writes another reads in a later kernel, never in the same one.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokcomp_kernels._checks import check_prune_merge
+from tokcomp_kernels.reference._common import descending_order
+from tokcomp_kernels.triton._cases import table_cases
+from tokcomp_kernels.triton._common import device_guard, dot, inner_contiguous, require_supported
+from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
+from tokcomp_kernels.triton._configs import launch_config
+from tokcomp_kernels.triton._order import MAX_COUNTED, count_before
+from tokcomp_kernels.triton._rows import merge_rows, merge_rows_cases
+from tokcomp_kernels.triton._similarity import inverse_norm, row_squares
+
+_COUNTS = ["num_tokens", "num_slots", "num_sources", "num_prefix_tokens"]
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _prune_merge_select_kernel(
+    importance_ptr,
+    order_ptr,
+    source_ptr,
+    num_tokens,
+    num_slots,
+    num_sources,
+    num_prefix_tokens,
+    stride_ib,
+    stride_in,
+    BLOCK_N: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    batch = tl.program_id(0).to(tl.int64)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_tokens
+    num_pruned_kept = num_slots + num_sources
+    before = count_before(importance_ptr + batch * stride_ib, offs_n, num_prefix_tokens, num_tokens, stride_in, BLOCK_J)
+    rank = tl.where(offs_n < num_prefix_tokens, offs_n, num_prefix_tokens + before)  # [BLOCK_N]
+    tl.store(order_ptr + batch * num_pruned_kept + rank, offs_n, mask=mask_n & (rank < num_pruned_kept))
+    # The match kernel fills in the sources.
+    is_source = (rank >= num_slots) & (rank < num_pruned_kept)
+    slot = tl.where(rank < num_slots, rank, -1).to(tl.int64)
+    tl.store(source_ptr + batch * num_tokens + offs_n, slot, mask=mask_n & ~is_source)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _prune_merge_match_kernel(
+    x_ptr,
+    order_ptr,
+    dst_ptr,
+    similarity_ptr,
+    source_ptr,
+    num_tokens,
+    num_slots,
+    num_sources,
+    num_prefix_tokens,
+    num_channels,
+    stride_xb,
+    stride_xn,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    batch = tl.program_id(0).to(tl.int64)
+    x_ptr += batch * stride_xb
+    order_ptr += batch * (num_slots + num_sources)
+    offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask_s = offs_s < num_sources
+    src_token = tl.load(order_ptr + num_slots + offs_s, mask=mask_s, other=0).to(tl.int64)  # [BLOCK_S]
+    src_ptrs = x_ptr + src_token * stride_xn
+    inv_src = inverse_norm(row_squares(src_ptrs, mask_s, num_channels, BLOCK_C))  # [BLOCK_S]
+
+    best = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    best_slot = tl.zeros([BLOCK_S], tl.int32) + num_prefix_tokens
+    for start in range(num_prefix_tokens, num_slots, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < num_slots
+        dst_token = tl.load(order_ptr + offs_d, mask=mask_d, other=0).to(tl.int64)  # [BLOCK_D]
+        dst_ptrs = x_ptr + dst_token * stride_xn
+        dots = tl.zeros([BLOCK_D, BLOCK_S], tl.float32)
+        squares = tl.zeros([BLOCK_D], tl.float32)
+        for start_c in range(0, num_channels, BLOCK_C):
+            offs_c = start_c + tl.arange(0, BLOCK_C)
+            mask_c = offs_c < num_channels
+            dst = tl.load(dst_ptrs[:, None] + offs_c[None, :], mask=mask_d[:, None] & mask_c[None, :], other=0.0)
+            src = tl.load(src_ptrs[None, :] + offs_c[:, None], mask=mask_s[None, :] & mask_c[:, None], other=0.0)
+            dots = dot(dst, src, dots)  # [BLOCK_D, BLOCK_C] x [BLOCK_C, BLOCK_S]
+            wide = dst.to(tl.float32)
+            squares += tl.sum(wide * wide, axis=1)
+        cosine = dots * inv_src[None, :] * inverse_norm(squares)[:, None]  # [BLOCK_D, BLOCK_S]
+        cosine = tl.where(cosine == cosine, cosine, 0.0)
+        cosine = tl.where(mask_d[:, None], cosine, float("-inf"))
+        block_best = tl.max(cosine, axis=0)
+        block_slot = tl.min(tl.where(cosine == block_best[None, :], offs_d[:, None], num_slots), axis=0)
+        # Slots run upwards, so only a strictly better block takes over: the lowest slot wins ties.
+        better = block_best > best
+        best = tl.where(better, block_best, best)
+        best_slot = tl.where(better, block_slot, best_slot)
+
+    tl.store(dst_ptr + batch * num_sources + offs_s, best_slot, mask=mask_s)
+    tl.store(similarity_ptr + batch * num_sources + offs_s, best, mask=mask_s)
+    tl.store(source_ptr + batch * num_tokens + src_token, best_slot.to(tl.int64), mask=mask_s)
+
+
+def prune_merge_triton(
+    x: Tensor,
+    importance: Tensor,
+    num_prune_kept: int,
+    num_merge_kept: int,
+    *,
+    size: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+    similarity_weighted_size: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``tokcomp::prune_merge`` by Triton: x [B, N, C], importance [B, N] -> [B, M, C], size [B, M], source [B, N]."""
+    check_prune_merge(
+        x,
+        importance,
+        num_prune_kept,
+        num_merge_kept,
+        size=size,
+        num_prefix_tokens=num_prefix_tokens,
+        similarity_weighted_size=similarity_weighted_size,
+    )
+    require_supported("prune_merge", "x", x)
+    x = inner_contiguous(x)
+    batch, num_tokens, channels = x.shape
+    num_pruned_kept = min(num_tokens, num_prune_kept)
+    num_slots = min(num_pruned_kept, num_merge_kept)
+    num_sources = num_pruned_kept - num_slots
+    with device_guard(x):
+        order, source = _select(importance, num_slots, num_sources, num_prefix_tokens)
+        dst = torch.empty((batch, num_sources), dtype=torch.int32, device=x.device)
+        similarity = torch.empty((batch, num_sources), dtype=torch.float32, device=x.device)
+        if dst.numel() > 0:
+            config = launch_config("prune_merge", "match", x.device, S=num_sources, C=channels, itemsize=x.itemsize)
+            _prune_merge_match_kernel[(batch, triton.cdiv(num_sources, config["BLOCK_S"]))](
+                x,
+                order,
+                dst,
+                similarity,
+                source,
+                num_tokens,
+                num_slots,
+                num_sources,
+                num_prefix_tokens,
+                channels,
+                stride_xb=x.stride(0),
+                stride_xn=x.stride(1),
+                **config,
+            )
+        weights = similarity if similarity_weighted_size else None
+        x_out, size_out = merge_rows("prune_merge", x, size, order, dst, weights, weighted_mean=False)
+    return x_out, size_out, source
+
+
+def _select(importance: Tensor, num_slots: int, num_sources: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    """The first M + S tokens of the order, [B, M + S] int32, and source [B, N] but for the sources' entries."""
+    batch, num_tokens = importance.shape
+    num_pruned_kept = num_slots + num_sources
+    if num_tokens > MAX_COUNTED:
+        order = descending_order(importance, num_prefix_tokens)
+        rank = torch.arange(num_tokens, device=importance.device).expand(batch, -1)
+        source = torch.empty_like(order).scatter_(1, order, torch.where(rank < num_slots, rank, -1))
+        return order[:, :num_pruned_kept].to(torch.int32).contiguous(), source
+    order = torch.empty((batch, num_pruned_kept), dtype=torch.int32, device=importance.device)
+    source = torch.empty((batch, num_tokens), dtype=torch.int64, device=importance.device)
+    if source.numel() > 0:
+        config = launch_config("prune_merge", "select", importance.device, N=num_tokens)
+        _prune_merge_select_kernel[(batch, triton.cdiv(num_tokens, config["BLOCK_N"]))](
+            importance,
+            order,
+            source,
+            num_tokens,
+            num_slots,
+            num_sources,
+            num_prefix_tokens,
+            stride_ib=importance.stride(0),
+            stride_in=importance.stride(1),
+            **config,
+        )
+    return order, source
+
+
+def compile_cases() -> list[CompileCase]:
+    select = table_cases(
+        "prune_merge",
+        "select",
+        _prune_merge_select_kernel,
+        {"importance_ptr": POINTER_TYPES["float32"], "order_ptr": "*i32", "source_ptr": "*i64"},
+    )
+    match = [
+        case
+        for dtype, itemsize in (("float16", 2), ("bfloat16", 2), ("float32", 4))
+        for case in table_cases(
+            "prune_merge",
+            "match",
+            _prune_merge_match_kernel,
+            {
+                "x_ptr": POINTER_TYPES[dtype],
+                "order_ptr": "*i32",
+                "dst_ptr": "*i32",
+                "similarity_ptr": "*fp32",
+                "source_ptr": "*i64",
+            },
+            itemsize=itemsize,
+        )
+    ]
+    return [*select, *match, *merge_rows_cases("prune_merge", weighted_mean=False)]
