@@ -2,7 +2,8 @@
 
 One function per operator, called by the fake (meta) implementation, the reference and the Triton launchers;
 ``csrc/common/checks.h`` says the same for compiled kernels, and one table of wrong inputs tests them all by message.
-Only shapes, dtypes, devices and counts are looked at: values stay on their device (``_value_checks`` reads those, on request).
+Only shapes, dtypes, devices and counts are looked at: values stay on their device (``_value_checks`` reads those, on
+request).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The one table of operators: name, schema, which inputs have a gradient, and a line of documentation.
 
 Everything that needs a list of operators reads this one: the Python registration, the C++ library's generated
-``TORCH_LIBRARY`` block (CMake runs this file as a script), the tests that demand a sample of each, and ``tokcomp info``.
-This module imports nothing but the standard library, so a build can read it before torch is there.
+``TORCH_LIBRARY`` block (CMake runs this file as a script), the tests that demand a sample of each, and ``tokcomp
+info``. This module imports nothing but the standard library, so a build can read it before torch is there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 NAMESPACE = "tokcomp"
-#: Namespaces under which a compiled kernel can be called directly, whoever owns the operator: dispatch key -> namespace.
+#: Namespaces under which a compiled kernel can be called directly, whoever owns the operator: dispatch key ->
+#: namespace.
 NATIVE_NAMESPACES = {"CPU": "tokcomp_cpu", "CUDA": "tokcomp_cuda"}
 
 

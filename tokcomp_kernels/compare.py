@@ -2,12 +2,13 @@
 
 The oracle is the reference in float64 on the very values a kernel was given. Two tiers:
 
-- Discrete outputs (orders, source maps) are right when they are a right choice: an order must sort the scores that came with
-  it, a match must be as similar as the best one within the rounding of a cosine. Samples marked exact must match outright.
-- Numbers, given those choices, must lie within what float64 says rounding does: the change of the exact result when each
-  input moves by a random relative rounding of the kernel's precision, and what plain PyTorch loses when it accumulates in
-  the kernel's precision (on other inputs than the kernel's, so that the reference can fail too), times a margin; plus the
-  output's own rounding.
+- Discrete outputs (orders, source maps) are right when they are a right choice: an order must sort the scores that came
+  with it, a match must be as similar as the best one within the rounding of a cosine. Samples marked exact must match
+  outright.
+- Numbers, given those choices, must lie within what float64 says rounding does: the change of the exact result when
+  each input moves by a random relative rounding of the kernel's precision, and what plain PyTorch loses when it
+  accumulates in the kernel's precision (on other inputs than the kernel's, so that the reference can fail too), times a
+  margin; plus the output's own rounding.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ TOKEN_COUNTS = (1, 2, 33, 197, 257, 577)
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of an operator. ``exact``: discrete choices must equal the reference's (no value is near a tie, or all are)."""
+    """One call. ``exact``: discrete choices must equal the reference's (no value is near a tie, or all are)."""
 
     op: str
     id: str
@@ -107,7 +107,7 @@ def _class_attention_sort(make: Callable[[str], _Maker], small: bool) -> Iterato
     m = make("ties")
     q, k, _ = m.packed_qkv(2, 2, 41, 8)
     yield "ties", (q[:, :, 0] * 0, k), {}, True
-    yield "B0", (q[:0, :, 0], k[:0]), {}, False
+    yield "B0", (m.randn(0, 2, 8), m.randn(0, 2, 41, 8)), {}, False
     q, k, _ = m.packed_qkv(2, 1, 35, 80)
     yield "prefix0-D80", (q[:, :, 0], k, None, None, 0), {}, False
 

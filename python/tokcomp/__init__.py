@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from tokcomp.api import compress, flops, restore, trace
     from tokcomp.methods import DiffRate, EViT, Method, ToMe
     from tokcomp.schedule import CompressionSchedule
-
-__version__ = "0.1.0"
+    from tokcomp_kernels._version import __version__
 
 _HOMES = {
     "CompressionSchedule": "tokcomp.schedule",
@@ -30,6 +29,7 @@ _HOMES = {
     "compress": "tokcomp.api",
     "flops": "tokcomp.api",
     "restore": "tokcomp.api",
+    "__version__": "tokcomp_kernels._version",
     "trace": "tokcomp.api",
 }
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tokcomp_kernels  # noqa: F401  (registers torch.ops.tokcomp)
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import tokcomp_kernels  # noqa: F401  (registers torch.ops.tokcomp)
 from tokcomp.methods.base import Evidence
 
 

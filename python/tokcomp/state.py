@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tokcomp.fastpath import PackedWeights
 from tokcomp.methods.base import Assignment, Evidence, Method
 
 
@@ -14,7 +15,13 @@ class BlockState:
     """
 
     def __init__(
-        self, method: Method, block: int, num_tokens: int, num_prefix_tokens: int, size: Tensor | None
+        self,
+        method: Method,
+        block: int,
+        num_tokens: int,
+        num_prefix_tokens: int,
+        size: Tensor | None,
+        packed: PackedWeights | None = None,
     ) -> None:
         self.method = method
         self.block = block
@@ -23,6 +30,7 @@ class BlockState:
         self.source: Tensor | None = None  # [B, N] int64 once the block has compressed
         self.assignment: Assignment | None = method.assign(block, num_tokens, num_prefix_tokens)
         self.evidence = Evidence()
+        self.packed = packed  # weights for the CPU fast path, None where the ordinary path runs
 
     @property
     def needs(self) -> frozenset[str]:

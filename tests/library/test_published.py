@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
-
 import tokcomp
+import torch
 
 # The published float32 run itself is off its float64 run by up to 1e-6; two such runs may add up.
 TOLERANCE = 1e-5

@@ -2,7 +2,8 @@
 
 TOKCOMP_BACKEND, read once at import:
 
-- ``auto`` (default): on CPU the compiled kernel, on CUDA the compiled kernel where it is the measured winner, else Triton;
+- ``auto`` (default): on CPU the compiled kernel, on CUDA the compiled kernel where it is the measured winner, else
+  Triton;
 - ``cuda``: on CUDA the compiled kernel wherever there is one, else Triton;
 - ``triton``: on CUDA Triton; on CPU Triton's interpreter where TRITON_INTERPRET=1 is set;
 - ``reference``: plain PyTorch everywhere.
@@ -45,7 +46,7 @@ def _has_triton() -> bool:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One operator's backends. ``triton`` names the launcher as ``module:function``: Triton is imported on first use."""
+    """One operator's backends. ``triton`` is the launcher as ``module:function``, imported on first use."""
 
     name: str
     reference: Callable[..., Any]

@@ -60,8 +60,8 @@ def register(
 ) -> None:
     """Register ``tokcomp::name``, whose schema names the differentiable inputs.
 
-    ``autograd(arguments)`` gives the Function whose ``apply(keyset, *flat_arguments)`` runs where one of them requires a
-    gradient. ``autocast`` names the inputs that take autocast's dtype, or ``autocast_dtype`` where one is given.
+    ``autograd(arguments)`` gives the Function whose ``apply(keyset, *flat_arguments)`` runs where one of them requires
+    a gradient. ``autocast`` names the inputs that take autocast's dtype, or ``autocast_dtype`` where one is given.
     """
     implementation = Implementation(name, reference, triton)
     IMPLEMENTATIONS[name] = implementation

@@ -1,7 +1,8 @@
 """Checks of values, which cost a device synchronisation and so run only under TOKCOMP_CHECK=1 (read once at import).
 
-Without them nothing is read or written out of bounds and sizes stay above zero whatever the values: NaN scores rank last,
-a non-positive or NaN size counts as the floor, a source index out of range counts as pruned. With them each is an error.
+Without them nothing is read or written out of bounds and sizes stay above zero whatever the values: NaN scores rank
+last, a non-positive or NaN size counts as the floor, a source index out of range counts as pruned. With them each is an
+error.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ def class_attention_sort(
         num_prefix_tokens: Tokens that stay in front, whatever their attention.
 
     Returns:
-        cls_attn [B, N] float32: softmax(q_cls k^T * scale + log size), averaged over heads; token_order [B, N] int64: the
-        prefix, then the others by descending cls_attn, ties by lower index, NaN last. Neither carries a gradient.
+        cls_attn [B, N] float32: softmax(q_cls k^T * scale + log size), averaged over heads; token_order [B, N] int64:
+        the prefix, then the others by descending cls_attn, ties by lower index, NaN last. Neither carries a gradient.
 
     Raises:
         ValueError: Wrong shapes or devices, num_prefix_tokens outside 0 .. N.

@@ -35,8 +35,8 @@ def masked_attention(
         eps: As in masked_softmax.
 
     Returns:
-        out [B, H, N, D], a view of contiguous [B, N, H, D]; cls_attn [B, N] float32: row 0 averaged over heads, without a
-        gradient. Differentiable in q, k, v and token_mask, also where the mask is 0.
+        out [B, H, N, D], a view of contiguous [B, N, H, D]; cls_attn [B, N] float32: row 0 averaged over heads, without
+        a gradient. Differentiable in q, k, v and token_mask, also where the mask is 0.
 
     Raises:
         ValueError: Wrong shapes or devices, no token, eps not positive.

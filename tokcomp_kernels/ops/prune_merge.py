@@ -27,8 +27,9 @@ def prune_merge(
     """Prune and merge tokens (DiffRate, section 3, as its published inference does).
 
     The prefix tokens as they stand, then the others by descending importance (ties by lower index, NaN last), give each
-    token its rank. The first M ranks are kept; each token ranked M .. P - 1 goes into the kept token, prefix excepted, to
-    which its cosine similarity is largest; what ranks behind is pruned. P = min(N, num_prune_kept), M = min(P, num_merge_kept).
+    token its rank. The first M ranks are kept; each token ranked M .. P - 1 goes into the kept token, prefix excepted,
+    to which its cosine similarity is largest; what ranks behind is pruned. P = min(N, num_prune_kept), M = min(P,
+    num_merge_kept).
 
     Args:
         x: Tokens, [B, N, C], of any floating dtype and any strides.
@@ -45,8 +46,8 @@ def prune_merge(
         Differentiable in x alone.
 
     Raises:
-        ValueError: num_prune_kept below num_prefix_tokens; num_merge_kept not above it where tokens merge; wrong shapes.
-        TypeError: A dtype that is not floating.
+        ValueError: num_prune_kept below num_prefix_tokens; num_merge_kept not above it where tokens merge; wrong
+        shapes. TypeError: A dtype that is not floating.
     """
     return torch.ops.tokcomp.prune_merge(
         x,

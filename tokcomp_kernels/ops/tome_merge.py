@@ -18,8 +18,8 @@ def tome_merge(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge the r most similar pairs of tokens (ToMe's bipartite soft matching).
 
-    Tokens at even positions each find the odd-positioned token with the largest cosine similarity of ``metric``; the r best
-    pairs become size-weighted means. Prefix tokens stand aside on both sides. Ties go to the lower position.
+    Tokens at even positions each find the odd-positioned token with the largest cosine similarity of ``metric``; the r
+    best pairs become size-weighted means. Prefix tokens stand aside on both sides. Ties go to the lower position.
 
     Args:
         x: Tokens, [B, N, C].
@@ -29,9 +29,9 @@ def tome_merge(
         num_prefix_tokens: Class, distillation and register tokens: never merged, never a destination.
 
     Returns:
-        x [B, M, C], M = N - r: the prefix, the other unmerged tokens of even position, then those of odd position, each in
-        the order of position (r = 0: as given); size [B, M] float32; source [B, N] int64, each input token's output slot.
-        Differentiable in x alone.
+        x [B, M, C], M = N - r: the prefix, the other unmerged tokens of even position, then those of odd position, each
+        in the order of position (r = 0: as given); size [B, M] float32; source [B, N] int64, each input token's output
+        slot. Differentiable in x alone.
 
     Raises:
         ValueError: r below 0; wrong shapes.

@@ -17,7 +17,8 @@ def unmerge(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = None) -> 
 
     Args:
         x: Tokens, [B, M, C].
-        source: The token of each position, [B, N] int64, as prune_merge and tome_merge return it; -1 (or any index outside
+        source: The token of each position, [B, N] int64, as prune_merge and tome_merge return it; -1 (or any index
+        outside
             0 .. M - 1) is a pruned position.
         pruned_fill: What a pruned position gets, [B, N, C]; zeros where None.
 

@@ -1,4 +1,4 @@
-"""Proportional attention (ToMe; DiffRate, section 3): softmax(q k^T * scale + log size) v, and the class token's row."""
+"""Proportional attention (ToMe; DiffRate, section 3): softmax(q k^T * scale + log size) v, and the class row."""
 
 from __future__ import annotations
 

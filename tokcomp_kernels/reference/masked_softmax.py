@@ -41,7 +41,7 @@ def masked_probabilities(scores: Tensor, token_mask: Tensor, eps: float) -> tupl
 def masked_probabilities_backward(
     grad: Tensor, scores: Tensor, token_mask: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to scores [B, H, N, N] and token_mask [B, N]; the mask's also where it is 0, never from the diagonal."""
+    """Gradients to scores [B, H, N, N] and token_mask [B, N]: also where the mask is 0, never on the diagonal."""
     grad = grad.to(accumulate_dtype(scores))
     probabilities, e, masked, total = masked_probabilities(scores, token_mask, eps)
     grad_masked = (grad - (grad * probabilities).sum(-1, keepdim=True)) / total

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tokcomp.adapters import timm_vit_fast
 from tokcomp.adapters.swap import Swapped
 from tokcomp.attention import attend
+from tokcomp.fastpath import PackedWeights
 from tokcomp.methods.base import Method
 from tokcomp.state import BlockState
 
@@ -55,6 +57,8 @@ class CompressedBlock(Swapped):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, state: BlockState | None = None
     ) -> Tensor:
         state = _require_state(state, attn_mask, is_causal)
+        if state.packed is not None:
+            return timm_vit_fast.run_block(self, x, state, state.packed)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), state=state)))
         x = state.reduce(x)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -72,19 +76,24 @@ class CompressedModel(Swapped):
     def run_blocks(self, x: Tensor, sources: list[Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, M, C] after the last block, their sizes [B, M]; ``sources`` collects each block's source map."""
         size: Tensor | None = None
+        dtype = x.dtype
+        packed = timm_vit_fast.pack(self, x)
         for index, block in enumerate(self.blocks):
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x, size, source = checkpoint(self._run_block, block, index, x, size, use_reentrant=False)
+                x, size, source = checkpoint(self._run_block, block, index, x, size, packed, use_reentrant=False)
             else:
-                x, size, source = self._run_block(block, index, x, size)
+                x, size, source = self._run_block(block, index, x, size, packed)
             if sources is not None:
                 sources.append(source)
-        return x, size
+        return x.to(dtype), size
 
     def _run_block(
-        self, block: Any, index: int, x: Tensor, size: Tensor | None
+        self, block: Any, index: int, x: Tensor, size: Tensor | None, packed: PackedWeights | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        state = BlockState(self._tokcomp_method, index, x.shape[1], self.num_prefix_tokens, size)
+        if packed is not None:
+            packed = packed if timm_vit_fast.is_plain(block) else None
+            x = x.to(packed.dtype if packed is not None else block.norm1.weight.dtype)
+        state = BlockState(self._tokcomp_method, index, x.shape[1], self.num_prefix_tokens, size, packed)
         x = block(x, state=state)
         return x, state.size, state.source
 

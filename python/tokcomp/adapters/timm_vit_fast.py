@@ -1,0 +1,86 @@
+"""A timm ViT block in inference on CPU: oneDNN linear layers with packed weights, GELU and residuals fused in."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm, Mlp
+from timm.models.vision_transformer import LayerScale
+from torch import Tensor, nn
+
+from tokcomp.attention import attend
+from tokcomp.fastpath import PackedWeights, has_hooks, packed_weights
+from tokcomp.state import BlockState
+
+_NORMS = (nn.LayerNorm, LayerNorm, nn.Identity)
+_SCALES = (LayerScale, nn.Identity)
+
+
+def pack(model: nn.Module, x: Tensor) -> PackedWeights | None:
+    """Packed weights for the tokens x, of those blocks that run_block understands; None where it cannot run."""
+    if torch.compiler.is_compiling():
+        return None
+    layers = [layer for block in model.blocks if is_plain(block) for layer in _layers(block)]
+    return packed_weights(model, layers, x) if layers else None
+
+
+def run_block(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeights) -> Tensor:
+    """What CompressedBlock.forward computes, for x [B, N, C] in ``packed.dtype``; the block has to be plain."""
+    attn, mlp = block.attn, block.mlp
+    batch, num_tokens, _ = x.shape
+    qkv = packed.linear(attn.qkv, _norm(block.norm1, x))
+    q, k, v = qkv.view(batch, num_tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
+    out, state.evidence = attend(q, k, v, scale=attn.scale, size=state.attention_size, needs=state.needs)
+    out = out.transpose(1, 2).reshape(batch, num_tokens, attn.num_heads * attn.head_dim)
+    x = _residual(block.ls1, packed, attn.proj, out, x)
+    x = state.reduce(x)
+    hidden = _norm(block.norm2, x)
+    if type(mlp.act) is nn.GELU:
+        hidden = packed.linear_gelu(mlp.fc1, hidden, mlp.act.approximate)
+    else:
+        hidden = mlp.act(packed.linear(mlp.fc1, hidden))
+    return _residual(block.ls2, packed, mlp.fc2, hidden, x)
+
+
+def is_plain(block: nn.Module) -> bool:
+    """Whether run_block computes just what this block's modules would, with nobody watching them."""
+    parts = block._modules
+    attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
+    if type(parts["mlp"]) is not Mlp or not _is_absent(mlp.get("norm")):
+        return False
+    if not _is_absent(attn.get("norm")) or not _is_absent(attn.get("gate")):
+        return False
+    if any(type(norm) not in _NORMS for norm in (parts["norm1"], parts["norm2"], attn["q_norm"], attn["k_norm"])):
+        return False
+    if any(type(scale) not in _SCALES for scale in (parts["ls1"], parts["ls2"])):
+        return False
+    if any(type(layer) is not nn.Linear for layer in _layers(block)):
+        return False
+    modules = [module for part in (parts, attn, mlp) for module in part.values() if module is not None]
+    return not any(module.training for module in modules) and not has_hooks(modules)
+
+
+def _layers(block: nn.Module) -> tuple[nn.Module, ...]:
+    attn, mlp = block._modules["attn"]._modules, block._modules["mlp"]._modules
+    return attn["qkv"], attn["proj"], mlp["fc1"], mlp["fc2"]
+
+
+def _is_absent(module: nn.Module | None) -> bool:
+    return module is None or type(module) is nn.Identity
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    if type(norm) is nn.Identity:
+        return x
+    weight, bias = norm.weight, norm.bias
+    if weight is not None and weight.dtype != x.dtype:  # a float16 model computed in float32
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def _residual(scale: nn.Module, packed: PackedWeights, layer: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
+    """residual + scale(layer(x))."""
+    if type(scale) is nn.Identity:
+        return packed.linear_add(layer, x, residual)
+    return torch.addcmul(residual, packed.linear(layer, x), scale.gamma.to(x.dtype))

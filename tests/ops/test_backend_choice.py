@@ -1,0 +1,104 @@
+"""TOKCOMP_BACKEND, TOKCOMP_CHECK and what is optional, in fresh interpreters: they are read at import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tokcomp_kernels import native_kernels
+
+
+def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("TOKCOMP_") and k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
+def _python(code: str, **environment: str) -> str:
+    done = _run(code, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+BACKENDS_ON_CPU = """
+from tokcomp_kernels.ops import IMPLEMENTATIONS
+print(",".join(sorted({i.backend("cpu") for i in IMPLEMENTATIONS.values()})))
+"""
+AGREE = """
+import torch, tokcomp_kernels as tk
+torch.manual_seed(0)
+x, importance = torch.randn(2, 21, 8), torch.rand(2, 21)
+out = tk.prune_merge(x, importance, 15, 9)
+from tokcomp_kernels.reference.prune_merge import prune_merge_reference
+want = prune_merge_reference(x, importance, 15, 9)
+assert torch.equal(out[2], want[2]) and torch.allclose(out[0], want[0], atol=1e-6)
+print("agree")
+"""
+
+
+def test_auto_prefers_compiled_kernels_on_cpu() -> None:
+    if not native_kernels()["cpu"]:
+        pytest.skip("no compiled kernels in this build")
+    assert _python(BACKENDS_ON_CPU) == "cpp"
+
+
+def test_reference_replaces_compiled_kernels() -> None:
+    assert _python(BACKENDS_ON_CPU, TOKCOMP_BACKEND="reference") == "reference"
+    assert _python(AGREE, TOKCOMP_BACKEND="reference") == "agree"
+
+
+def test_triton_interpreter_can_own_the_cpu() -> None:
+    pytest.importorskip("triton")
+    assert _python(BACKENDS_ON_CPU, TOKCOMP_BACKEND="triton", TRITON_INTERPRET="1") == "triton"
+    assert _python(AGREE, TOKCOMP_BACKEND="triton", TRITON_INTERPRET="1") == "agree"
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    done = _run("import tokcomp_kernels", TOKCOMP_BACKEND="fastest")
+    assert "TOKCOMP_BACKEND must be one of auto, cuda, triton, reference, got 'fastest'" in done.stderr
+
+
+def test_importing_works_without_triton() -> None:
+    block = "import sys; sys.modules['triton'] = None\n"
+    assert _python(block + AGREE) == "agree"
+
+
+def test_importing_does_not_import_triton() -> None:
+    code = "import torch, sys; sys.modules.pop('triton', None); import tokcomp_kernels; print('triton' in sys.modules)"
+    assert _python(code) == "False"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("tk.prune_merge(x, nan, 15, 9)", "prune_merge: importance must not be NaN, got nan at [1, 4]"),
+        (
+            "tk.prune_merge(x, one, 15, 9, size=-one)",
+            "prune_merge: size must be positive and finite, got -1.0 at [0, 0]",
+        ),
+        ("tk.unmerge(x, far)", "unmerge: source must be between -1 and 20, got 99 at [0, 0]"),
+        ("tk.tome_merge(x / 0, x, 3)", "tome_merge: x must be finite, got"),
+        ("tk.masked_attention(q, q, q, one * 2)", "masked_attention: token_mask must be between 0 and 1, got 2.0"),
+        ("tk.masked_softmax(q @ q.mT * float('nan'), one)", "masked_softmax: scores must not be NaN, got nan"),
+        ("tk.attention(q, q, q, size=one * 0)", "attention: size must be positive and finite, got 0.0"),
+        (
+            "tk.class_attention_sort(q[:, :, 0], q, nan)",
+            "class_attention_sort: size must be positive and finite, got nan",
+        ),
+    ],
+)
+def test_value_checks_are_on_request(call: str, message: str) -> None:
+    code = f"""
+import torch, tokcomp_kernels as tk
+x, one, q = torch.randn(2, 21, 8) + 5, torch.ones(2, 21), torch.randn(2, 3, 21, 8)
+nan = one.clone(); nan[1, 4] = float("nan")
+far = torch.full((2, 30), 99)
+{call}
+print("no error")
+"""
+    assert _python(code) == "no error"
+    assert message in _run(code, TOKCOMP_CHECK="1").stderr

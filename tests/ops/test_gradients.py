@@ -1,0 +1,108 @@
+"""Gradients: numerically on every differentiable operator, and each backend's backward through the dispatcher."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tokcomp_kernels._schema import BY_NAME, OPERATORS
+from tokcomp_kernels.reference import REFERENCES
+from tokcomp_kernels.testing import Sample, samples
+
+DIFFERENTIABLE = [operator.name for operator in OPERATORS if operator.differentiable]
+#: Where a small step changes a choice (ties, cosines of exactly 0), or the maximum's share of the gradient, which is held
+#: back, is not small (visible tokens far below a masked maximum). The gradient itself is compared with the reference's.
+NOT_SMOOTH = {"ties", "zero-vectors", "special-importance", "bad-sizes", "large", "peaked", "all-masked"}
+
+
+def _differentiable_inputs(sample: Sample) -> tuple[Sample, list[torch.Tensor]]:
+    """The sample with its differentiable inputs as leaves."""
+    schema = getattr(torch.ops.tokcomp, sample.op).default._schema.arguments
+    leaves = []
+
+    def leaf(value: object, name: str) -> object:
+        if name in BY_NAME[sample.op].differentiable and isinstance(value, torch.Tensor):
+            value = value.detach().clone().requires_grad_()
+            leaves.append(value)
+        return value
+
+    args = tuple(leaf(value, argument.name) for value, argument in zip(sample.args, schema, strict=False))
+    kwargs = {name: leaf(value, name) for name, value in sample.kwargs.items()}
+    return Sample(sample.op, sample.id, args, kwargs, sample.exact), leaves
+
+
+def _first(outputs: object) -> torch.Tensor:
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_gradcheck(op: str) -> None:
+    checked = 0
+    for sample in samples(op, torch.float64, small=True):
+        if sample.args[0].numel() == 0 or sample.id in NOT_SMOOTH:
+            continue
+        sample, leaves = _differentiable_inputs(sample)
+
+        def run(*values: torch.Tensor, sample: Sample = sample, leaves: list[torch.Tensor] = leaves) -> torch.Tensor:
+            swap = {id(leaf): value for leaf, value in zip(leaves, values, strict=True)}
+            args = [swap.get(id(value), value) for value in sample.args]
+            kwargs = {name: swap.get(id(value), value) for name, value in sample.kwargs.items() if name != "eps"}
+            return _first(getattr(torch.ops.tokcomp, sample.op)(*args, **kwargs))
+
+        if sample.op in ("prune_merge", "tome_merge") and _first(run(*leaves)).numel() == 0:
+            continue
+        assert torch.autograd.gradcheck(run, leaves, atol=1e-5, nondet_tol=0.0), sample.id
+        checked += 1
+    assert checked >= 5
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_gradient_equals_that_of_the_reference(op: str) -> None:
+    """The dispatcher's backward against autograd through the differentiable reference, in float64."""
+    for sample in samples(op, torch.float64):
+        if sample.args[0].numel() == 0:
+            continue
+        ours, our_leaves = _differentiable_inputs(sample)
+        theirs, their_leaves = _differentiable_inputs(sample)
+        out = _first(getattr(torch.ops.tokcomp, op)(*ours.args, **ours.kwargs))
+        want = _first(REFERENCES[op](*theirs.args, **theirs.kwargs))
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)
+        have_grads = torch.autograd.grad(out, our_leaves, cotangent)
+        want_grads = torch.autograd.grad(want, their_leaves, cotangent)
+        for have, expected in zip(have_grads, want_grads, strict=True):
+            largest = expected.abs().amax().item() if expected.numel() else 1.0
+            # float64 sums of some hundred terms in two orders.
+            torch.testing.assert_close(have, expected, rtol=0, atol=1e-11 * max(1.0, largest), msg=sample.id)
+
+
+@pytest.mark.parametrize("op", ["masked_softmax", "masked_attention"])
+def test_mask_gradient_reaches_masked_tokens(op: str) -> None:
+    sample, leaves = _differentiable_inputs(next(s for s in samples(op, torch.float64) if s.id.startswith("N33")))
+    token_mask = leaves[1 if op == "masked_softmax" else 3]
+    with torch.no_grad():
+        token_mask[:, 5:] = 0
+    _first(getattr(torch.ops.tokcomp, op)(*sample.args, **sample.kwargs)).square().sum().backward()
+    assert bool((token_mask.grad[:, 5:] != 0).all())
+
+
+@pytest.mark.parametrize("op", [name for name in DIFFERENTIABLE if name != "unmerge"])
+def test_only_the_first_output_carries_a_gradient(op: str) -> None:
+    sample, _ = _differentiable_inputs(next(samples(op, torch.float64, small=True)))
+    outputs = getattr(torch.ops.tokcomp, op)(*sample.args, **sample.kwargs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    assert outputs[0].requires_grad
+    assert not any(output.requires_grad for output in outputs[1:])
+
+
+def test_class_attention_sort_is_a_constant() -> None:
+    q, k = torch.randn(1, 2, 4, requires_grad=True), torch.randn(1, 2, 5, 4, requires_grad=True)
+    cls_attn, token_order = torch.ops.tokcomp.class_attention_sort(q, k)
+    assert not cls_attn.requires_grad
+    assert not token_order.requires_grad
+
+
+def test_second_derivative_is_refused() -> None:
+    q, k, v = (torch.randn(1, 1, 3, 4, requires_grad=True) for _ in range(3))
+    out, _ = torch.ops.tokcomp.attention(q, k, v)
+    with pytest.raises(RuntimeError, match="_attention_backward: gradients of gradients are not available"):
+        torch.autograd.grad(out.square().sum(), q, create_graph=True)

@@ -1,0 +1,150 @@
+"""Wrong input: one table, the same words on every backend, on meta, and through the dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ops.backends import Target, targets
+
+
+def _randn(*shape: int) -> Callable[[str], torch.Tensor]:
+    return lambda device: torch.randn(shape, device=device)
+
+
+def _typed(dtype: torch.dtype, *shape: int) -> Callable[[str], torch.Tensor]:
+    return lambda device: torch.ones(shape, device=device).to(dtype)
+
+
+X, IMPORTANCE, QKV, SCORES = _randn(2, 9, 4), _randn(2, 9), _randn(2, 3, 9, 4), _randn(2, 3, 9, 9)
+SOURCE = _typed(torch.int64, 2, 12)
+INT = torch.int64
+NEED = "where tokens merge, which need a destination"
+HALF = torch.float16
+#: operator, positional arguments, keyword arguments, error, message
+WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+    ("prune_merge", (_randn(9, 4), IMPORTANCE, 5, 3), {}, ValueError,
+     "prune_merge: x must be [B, N, C], got a tensor of shape [9, 4]"),
+    ("prune_merge", (_typed(INT, 2, 9, 4), IMPORTANCE, 5, 3), {}, TypeError,
+     "prune_merge: x must be float16, bfloat16, float32 or float64, got int64"),
+    ("prune_merge", (X, _randn(2, 8), 5, 3), {}, ValueError,
+     "prune_merge: importance must be [B, N] = [2, 9], got a tensor of shape [2, 8]"),
+    ("prune_merge", (X, _typed(INT, 2, 9), 5, 3), {}, TypeError,
+     "prune_merge: importance must be float16, bfloat16, float32 or float64, got int64"),
+    ("prune_merge", (X, IMPORTANCE, 5, 3), {"size": _randn(1, 9)}, ValueError,
+     "prune_merge: size must be [B, N] = [2, 9], got a tensor of shape [1, 9]"),
+    ("prune_merge", (X, IMPORTANCE, 0, 3), {}, ValueError,
+     "prune_merge: num_prune_kept must be at least num_prefix_tokens (1), got 0"),
+    ("prune_merge", (X, IMPORTANCE, 9, 1), {}, ValueError,
+     f"prune_merge: num_merge_kept must be more than num_prefix_tokens (1) {NEED}, got 1"),
+    ("prune_merge", (X, IMPORTANCE, 9, -3), {"num_prefix_tokens": 0}, ValueError,
+     f"prune_merge: num_merge_kept must be more than num_prefix_tokens (0) {NEED}, got -3"),
+    ("prune_merge", (X, IMPORTANCE, 9, 5), {"num_prefix_tokens": 10}, ValueError,
+     "prune_merge: num_prefix_tokens must be between 0 and the number of tokens (9), got 10"),
+    ("class_attention_sort", (_randn(2, 3, 4), _randn(2, 9, 4)), {}, ValueError,
+     "class_attention_sort: k must be [B, H, N, D], got a tensor of shape [2, 9, 4]"),
+    ("class_attention_sort", (_randn(2, 3, 5), QKV), {}, ValueError,
+     "class_attention_sort: q_cls must be [B, H, D] = [2, 3, 4], got a tensor of shape [2, 3, 5]"),
+    ("class_attention_sort", (_typed(HALF, 2, 3, 4), QKV), {}, TypeError,
+     "class_attention_sort: q_cls must have the dtype of k (float32), got float16"),
+    ("class_attention_sort", (_randn(2, 3, 4), QKV), {"num_prefix_tokens": -1}, ValueError,
+     "class_attention_sort: num_prefix_tokens must be between 0 and the number of tokens (9), got -1"),
+    ("attention", (_randn(2, 9, 4), QKV, QKV), {}, ValueError,
+     "attention: q must be [B, H, N, D], got a tensor of shape [2, 9, 4]"),
+    ("attention", (QKV, _randn(2, 3, 8, 4), QKV), {}, ValueError,
+     "attention: k must be [B, H, N, D] = [2, 3, 9, 4], got a tensor of shape [2, 3, 8, 4]"),
+    ("attention", (QKV, QKV, _typed(HALF, 2, 3, 9, 4)), {}, TypeError,
+     "attention: v must have the dtype of q (float32), got float16"),
+    ("attention", (_randn(2, 3, 0, 4),) * 3, {}, ValueError,
+     "attention: q must hold at least one token, got a tensor of shape [2, 3, 0, 4]"),
+    ("attention", (QKV, QKV, QKV), {"size": _typed(INT, 2, 9)}, TypeError,
+     "attention: size must be float16, bfloat16, float32 or float64, got int64"),
+    ("masked_attention", (QKV, QKV, QKV, _randn(2, 8)), {}, ValueError,
+     "masked_attention: token_mask must be [B, N] = [2, 9], got a tensor of shape [2, 8]"),
+    ("masked_attention", (QKV, QKV, QKV, _typed(torch.bool, 2, 9)), {}, TypeError,
+     "masked_attention: token_mask must be float16, bfloat16, float32 or float64, got bool"),
+    ("masked_attention", (QKV, QKV, QKV, IMPORTANCE), {"eps": 0.0}, ValueError,
+     "masked_attention: eps must be positive, got 0"),
+    ("masked_softmax", (_randn(2, 3, 8, 9), IMPORTANCE), {}, ValueError,
+     "masked_softmax: scores must be [B, H, N, N] = [2, 3, 9, 9], got a tensor of shape [2, 3, 8, 9]"),
+    ("masked_softmax", (SCORES, _randn(2, 9, 1)), {}, ValueError,
+     "masked_softmax: token_mask must be [B, N] = [2, 9], got a tensor of shape [2, 9, 1]"),
+    ("tome_merge", (X, _randn(2, 8, 4), 3), {}, ValueError,
+     "tome_merge: metric must be [B, N, K] = [2, 9, 4], got a tensor of shape [2, 8, 4]"),
+    ("tome_merge", (X, X, -1), {}, ValueError, "tome_merge: r must be at least 0, got -1"),
+    ("tome_merge", (X, _typed(INT, 2, 9, 4), 1), {}, TypeError,
+     "tome_merge: metric must be float16, bfloat16, float32 or float64, got int64"),
+    ("unmerge", (X, _typed(torch.int32, 2, 12)), {}, TypeError, "unmerge: source must be int64, got int32"),
+    ("unmerge", (X, _typed(INT, 3, 12)), {}, ValueError, "unmerge: source must have the batch size of x (2), got 3"),
+    ("unmerge", (X, SOURCE), {"pruned_fill": _randn(2, 9, 4)}, ValueError,
+     "unmerge: pruned_fill must be [B, N, C] = [2, 12, 4], got a tensor of shape [2, 9, 4]"),
+    ("unmerge", (X, SOURCE), {"pruned_fill": _typed(HALF, 2, 12, 4)}, TypeError,
+     "unmerge: pruned_fill must have the dtype of x (float32), got float16"),
+    ("_merge_backward", (X, SOURCE), {"size": _randn(2, 9)}, ValueError,
+     "_merge_backward: size must be [B, N] = [2, 12], got a tensor of shape [2, 9]"),
+    ("_unmerge_backward", (X, SOURCE, 3), {}, ValueError,
+     "_unmerge_backward: source must have the tokens of grad (9), got 12"),
+    ("_masked_softmax_backward", (_randn(2, 3, 9, 8), SCORES, IMPORTANCE), {}, ValueError,
+     "_masked_softmax_backward: grad must be [B, H, N, N] = [2, 3, 9, 9], got a tensor of shape [2, 3, 9, 8]"),
+    ("_attention_backward", (_randn(2, 3, 8, 4), QKV, QKV, QKV), {}, ValueError,
+     "_attention_backward: grad_out must be [B, H, N, D] = [2, 3, 9, 4], got a tensor of shape [2, 3, 8, 4]"),
+    ("_masked_attention_backward", (_randn(2, 3, 8, 4), QKV, QKV, QKV, IMPORTANCE), {}, ValueError,
+     "_masked_attention_backward: grad_out must be [B, H, N, D] = [2, 3, 9, 4], got a tensor of shape [2, 3, 8, 4]"),
+]  # fmt: skip
+
+
+def _on(device: str, value: Any) -> Any:
+    return value(device) if callable(value) else value
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "kwargs", "error", "message"), WRONG, ids=[f"{w[0]}-{i}" for i, w in enumerate(WRONG)]
+)
+def test_wrong_input_is_named(
+    op: str, args: tuple[Any, ...], kwargs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    calls: list[tuple[Callable[..., Any], str]] = [(target.call, target.device) for target in targets(op)]
+    dispatched = getattr(torch.ops.tokcomp, op)
+    calls += [(dispatched, device) for device in ("cpu", "meta", *(["cuda"] if torch.cuda.is_available() else []))]
+    for call, device in calls:
+        with pytest.raises(error) as refusal:
+            call(*(_on(device, value) for value in args), **{name: _on(device, v) for name, v in kwargs.items()})
+        assert message in str(refusal.value)
+
+
+def test_devices_must_agree() -> None:
+    x, importance = torch.randn(2, 9, 4), torch.randn(2, 9, device="meta")
+    for target in targets("prune_merge"):
+        if target.device == "cpu":
+            with pytest.raises(ValueError, match=r"importance must be on the device of x \(cpu\), got meta"):
+                target.call(x, importance, 5, 3)
+
+
+def test_every_public_operator_is_in_the_table() -> None:
+    from tokcomp_kernels._schema import OPERATORS
+
+    assert {operator.name for operator in OPERATORS} == {wrong[0] for wrong in WRONG}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e30, -1.0, 0.0])
+@pytest.mark.parametrize(
+    "target", [t for op in ("prune_merge", "tome_merge", "class_attention_sort") for t in targets(op)]
+)
+def test_any_value_is_survived(target: Target, value: float) -> None:
+    """Sizes stay above zero and finite indices come out, whatever goes in."""
+    x, poison = torch.randn(2, 33, 16, device=target.device), torch.full((2, 33), value, device=target.device)
+    x[:, 7] = value
+    if target.op == "class_attention_sort":
+        heads = x.reshape(2, 33, 4, 4).transpose(1, 2)
+        order = target.call(heads[:, :, 0], heads, poison)[1]
+        assert torch.equal(order.sort(1).values, torch.arange(33, device=target.device).expand(2, -1))
+        return
+    if target.op == "prune_merge":
+        _, size, source = target.call(x, poison, 30, 20, size=poison)
+    else:
+        _, size, source = target.call(x, x, 9, size=poison)
+    assert bool((size > 0).all())
+    assert bool(((source >= -1) & (source < size.shape[1])).all())
