@@ -1,0 +1,122 @@
+"""Where a figure comes from: the machine, the versions, the commit. Stands beside every result."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Device, clocks, driver, versions, commit, threads and time, as JSON data."""
+    record: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "commit": _commit(),
+        "versions": _versions(),
+        "host": {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "system": platform.platform(),
+        },
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
+        record["gpu"] = {
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+            **_nvidia_smi(fields, device),
+        }
+    return record
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def device_slug(device: torch.device) -> str:
+    """The device's name as a folder's: ``nvidia-h200``, ``amd-epyc``."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def save_record(folder: Path, record: dict[str, Any]) -> Path:
+    """Add one run's record to a folder as ``<date>-<commit>.json``; no run replaces another's file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = re.sub(r"[^0-9T]", "", record["provenance"]["date"].split("+")[0])
+    stem = f"{stamp}-{(record['provenance']['commit'] or 'unknown')[:9]}"
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    for number in itertools.count(1):
+        path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
+        try:
+            file = path.open("x", encoding="utf-8")
+        except FileExistsError:
+            continue
+        break
+    try:
+        with file:
+            file.write(text)
+    except BaseException:
+        path.unlink()
+        raise
+    return path
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("tokcomp", "triton", "timm"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _commit() -> str | None:
+    """The checkout's commit, "+changes" where tracked files differ from it; None outside a checkout."""
+    folder = Path(__file__).parent
+    commit = _run(["git", "-C", str(folder), "rev-parse", "HEAD"])
+    if commit is None or _run(["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__]) is None:
+        return None
+    changed = _run(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"])
+    return commit + ("+changes" if changed else "")
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _nvidia_smi(fields: Sequence[str], device: torch.device) -> dict[str, str]:
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    which = [] if uuid is None else [f"--id=GPU-{uuid}"]
+    out = _run(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", *which])
+    if out is None:
+        return {}
+    return dict(zip(fields, (value.strip() for value in out.splitlines()[0].split(",")), strict=False))
+
+
+def _run(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,85 @@
+"""What a comparison of models looks like: a table, a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokcomp.bench.models import Row
+
+_COLOURS = {
+    "published": "#8c8c8c",
+    "timm": "#4c72b0",
+    "timm-compiled": "#1f3f77",
+    "tokcomp-uncompressed": "#e3a869",
+    "tokcomp": "#c44e52",
+    "tokcomp-compiled": "#7a1f2b",
+}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line per competitor and batch size, as text."""
+    head = ("batch", "competitor", "GFLOPs", "img/s", "least", "most", "vs published", "least", "most")
+    lines: list[Sequence[str]] = [head]
+    for row in rows:
+        speedup = ("", "", "") if row.speedup is None else tuple(f"{ratio:.2f}x" for ratio in row.speedup)
+        rates = (row.images_per_second, row.least_images_per_second, row.most_images_per_second)
+        lines.append(
+            (str(row.batch), row.competitor, f"{row.gflops:.2f}", *(f"{rate:.1f}" for rate in rates), *speedup)
+        )
+    return format_columns(lines)
+
+
+def format_columns(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as aligned text: words to the left, figures to the right; the first row is the head."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    wordy = [any(line[column][:1].isalpha() for line in lines[1:]) for column in range(len(lines[0]))]
+
+    def cells(line: Sequence[str]) -> str:
+        padded = (
+            cell.ljust(width) if word else cell.rjust(width)
+            for cell, width, word in zip(line, widths, wordy, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([cells(lines[0]), "  ".join("-" * width for width in widths), *map(cells, lines[1:])])
+
+
+def draw(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Bars of images per second by batch size with their range, and the speed-up over the published pipeline, as PNG.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError("the picture needs matplotlib: pip install 'tokcomp[demo]'") from error
+    batches = list(dict.fromkeys(row.batch for row in rows))
+    names = list(dict.fromkeys(row.competitor for row in rows))
+    by_place = {(row.competitor, row.batch): row for row in rows}
+    figure = Figure(figsize=(max(6.0, 1.1 + 0.62 * len(batches) * len(names)), 4.2), layout="constrained")
+    axes: Any = figure.subplots()
+    width = 0.84 / len(names)
+    for number, name in enumerate(names):
+        places = [index + (number - (len(names) - 1) / 2) * width for index in range(len(batches))]
+        chosen = [by_place[name, batch] for batch in batches]
+        heights = [row.images_per_second for row in chosen]
+        spread = [
+            [row.images_per_second - row.least_images_per_second for row in chosen],
+            [row.most_images_per_second - row.images_per_second for row in chosen],
+        ]
+        axes.bar(places, heights, width * 0.94, yerr=spread, capsize=2, color=_COLOURS[name], label=name)
+        for place, row in zip(places, chosen, strict=True):
+            label = f"{row.images_per_second:.0f}" if row.speedup is None else f"{row.speedup[0]:.2f}x"
+            axes.annotate(
+                label, (place, row.most_images_per_second), (0, 3), textcoords="offset points", ha="center", fontsize=8
+            )
+    axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
+    axes.set_ylabel("images per second")
+    axes.set_title(f"{title}\nabove the bars: speed over the published pipeline", fontsize=9)
+    axes.margins(y=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,118 @@
+"""The measuring itself: turns, ratios, the gate, records. Nothing here depends on how fast anything is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import tokcomp
+import torch
+from tokcomp.bench import cli, models
+from tokcomp.bench.provenance import provenance, save_record
+from tokcomp.bench.timing import Samples, copies_beyond_cache, interleave, rotating
+
+CPU = torch.device("cpu")
+
+
+def test_competitors_take_turns() -> None:
+    log: list[str] = []
+    costs = {"a": 0.02, "b": 0.05}
+
+    def watch(call: Any, launches: int) -> float:
+        return costs[call()]
+
+    calls = {name: (lambda name=name: log.append(name) or name) for name in costs}
+    samples = interleave(calls, watch, rounds=3, turn_seconds=0.1)
+    assert log[-6:] == ["a", "b"] * 3
+    assert samples["a"].seconds == (0.02,) * 3 and samples["b"].median == 0.05
+
+
+def test_long_turns_for_short_calls() -> None:
+    launched: list[int] = []
+
+    def watch(call: Any, launches: int) -> float:
+        launched.append(launches)
+        return 0.004
+
+    interleave({"a": lambda: None}, watch, rounds=1, turn_seconds=0.1)
+    assert launched[-1] == 25
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    slow, fast = Samples((4.0, 9.0, 2.0)), Samples((2.0, 3.0, 2.0))
+    assert fast.speedup_over(slow) == (2.0, 1.0, 3.0)
+
+
+def test_rotation_and_copies() -> None:
+    call = rotating(lambda value: value, [(1,), (2,)])
+    assert [call(), call(), call()] == [1, 2, 1]
+    assert copies_beyond_cache([torch.empty(1 << 20)], CPU) == 16  # 4 MiB each against twice 32 MiB
+    assert copies_beyond_cache([torch.empty(4), 3], CPU) == 64
+
+
+def test_records_never_replace_one_another(tmp_path: Path) -> None:
+    record = {"provenance": provenance(CPU), "rows": [1.5]}
+    first, second = save_record(tmp_path, record), save_record(tmp_path, record)
+    assert first != second and json.loads(first.read_text()) == json.loads(second.read_text()) == record
+    with pytest.raises(ValueError, match="JSON"):
+        save_record(tmp_path, {**record, "rows": [float("nan")]})
+    assert sorted(tmp_path.iterdir()) == sorted([first, second])
+    assert {"date", "device", "commit", "versions", "host"} <= record["provenance"].keys()
+
+
+def small_vit() -> torch.nn.Module:
+    return timm.create_model("test_vit", img_size=64, num_classes=5).eval()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_gate_passes_what_agrees(precision: str) -> None:
+    with torch.inference_mode():
+        errors = models.check_agreement(small_vit(), tokcomp.ToMe(2), precision, (3, 64, 64), CPU)
+    assert 0 < errors["tokcomp"] < torch.finfo(models.PRECISIONS[precision]).eps * 100
+
+
+@pytest.mark.parametrize("fault", ["wrong", "unsteady"])
+def test_the_gate_stops_what_does_not(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = models._runner
+
+    def faulty(name: str, *args: Any) -> Any:
+        run = runner(name, *args)
+        if name != "tokcomp":
+            return run
+        return lambda images: run(images) * (1.01 if fault == "wrong" else 1 + torch.rand(1) * 1e-6)
+
+    monkeypatch.setattr(models, "_runner", faulty)
+    with torch.inference_mode(), pytest.raises(models.DisagreementError):
+        models.check_agreement(small_vit(), tokcomp.ToMe(2), "float32", (3, 64, 64), CPU)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schedule = tmp_path / "plan.json"
+    tokcomp.CompressionSchedule([101, 90, 80, 60, 40, 20], [101, 80, 70, 50, 30, 10]).save(schedule)
+    command = ["-m", "test_vit", "--schedule", str(schedule), "-b", "1", "2", "--rounds", "2", "--device", "cpu"]
+    assert cli.main([*command, "--results", str(tmp_path / "results")]) == 0
+    text = capsys.readouterr().out
+    assert "test_vit, DiffRate plan.json, float32" in text
+    [record_path] = (tmp_path / "results").glob("*.json")
+    record = json.loads(record_path.read_text())
+    assert [(row["competitor"], row["batch"]) for row in record["rows"]] == [
+        (name, batch) for batch in (1, 2) for name in ("published", "timm", "tokcomp")
+    ]
+    assert all(len(row["seconds"]) == 2 and row["images_per_second"] > 0 for row in record["rows"])
+    assert record_path.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-m", "vit_tiny_patch16_224"], "--schedule is needed: no schedule was published for vit_tiny_patch16_224"),
+        (["-m", "deit_small_patch16_224", "--gflops", "9"], "gflops"),
+        (["-m", "test_vit", "--method", "tome", "-b", "0"], "--batch-size and --rounds must be at least 1"),
+    ],
+)
+def test_command_refuses(arguments: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        cli.main([*arguments, "--device", "cpu"])
