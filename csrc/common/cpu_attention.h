@@ -5,16 +5,17 @@
 // the same whatever block, batch or thread it falls in.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <optional>
+
 #include "cpu_gemm.h"
+#include "cpu_softmax.h"
 
 namespace tokcomp {
 
 constexpr int64_t kBlockRows = 24;
-constexpr double kLog2E = 1.4426950408889634;
 
 struct AttentionShape {
   int64_t batch, heads, tokens, width;
@@ -78,65 +79,6 @@ inline void score_block(const unit_t* queries, int64_t rows, const unit_t* keys,
          score.store(scores + row * stride + v * lanes);
          max_ignoring_nan(score, Vec<acc_t>::loadu(maxima + row * lanes)).store(maxima + row * lanes);
        });
-}
-
-// exp(score - row maximum) of the keys of one row, 0 in the lanes beyond the last key.
-template <typename acc_t>
-class RowExp {
- public:
-  RowExp(acc_t row_max, int64_t tokens)
-      : last_((tokens - 1) / kLanes<acc_t>),
-        row_max_(row_max),
-        last_lanes_(first_lanes<acc_t>(tokens - last_ * kLanes<acc_t>)) {}
-  TOKCOMP_INLINE Vec<acc_t> operator()(const Vec<acc_t>& scores, int64_t v) const {
-    const Vec<acc_t> e = exp2_nonpositive<acc_t>((scores - row_max_) * Vec<acc_t>(acc_t(kLog2E)));
-    return v == last_ ? e & last_lanes_ : e;
-  }
-
- private:
-  int64_t last_;
-  Vec<acc_t> row_max_, last_lanes_;
-};
-
-template <bool kMasked, typename acc_t>
-TOKCOMP_INLINE acc_t row_maximum(const acc_t* maxima, int64_t row) {
-  const acc_t maximum = reduce_max(Vec<acc_t>::loadu(maxima + row * kLanes<acc_t>));
-  return kMasked && maximum == -std::numeric_limits<acc_t>::infinity() ? acc_t(0) : maximum;
-}
-
-// The mask of one image as its rows see it: row i sees 1 at key i. Zero beyond the last key.
-template <typename acc_t>
-class RowMask {
- public:
-  explicit RowMask(int64_t tokens) : tokens_(tokens), values_(round_up(tokens, kLanes<acc_t>)) {}
-  void set_image(const acc_t* mask) {
-    std::copy_n(mask, tokens_, values_.get());
-    std::fill(values_.get() + tokens_, values_.get() + round_up(tokens_, kLanes<acc_t>), acc_t(0));
-  }
-  void enter_row(int64_t row) { outside_ = std::exchange(values_.get()[row], acc_t(1)); }
-  void leave_row(int64_t row) { values_.get()[row] = outside_; }
-  TOKCOMP_INLINE Vec<acc_t> operator[](int64_t v) const { return Vec<acc_t>::loadu(values_.get() + v * kLanes<acc_t>); }
-
- private:
-  int64_t tokens_;
-  Scratch<acc_t> values_;
-  acc_t outside_ = 0;
-};
-
-// cls_attn [B, N] from each head's first row [B, H, N].
-template <typename acc_t>
-inline void average_heads(const acc_t* rows, int64_t batch, int64_t heads, int64_t tokens, acc_t* cls_attn) {
-  at::parallel_for(0, batch, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin; image < end; ++image) {
-      acc_t* mean = cls_attn + image * tokens;
-      std::fill(mean, mean + tokens, acc_t(0));
-      for (int64_t head = 0; head < heads; ++head) {
-        const acc_t* row = rows + (image * heads + head) * tokens;
-        for (int64_t j = 0; j < tokens; ++j) mean[j] += row[j];
-      }
-      for (int64_t j = 0; j < tokens; ++j) mean[j] /= acc_t(heads);
-    }
-  });
 }
 
 }  // namespace tokcomp

@@ -8,31 +8,6 @@
 
 namespace tokcomp {
 
-// Probabilities of one row before the division by the sum that is returned, written as left operand of the product with
-// V.
-template <bool kMasked, typename acc_t, typename left_t>
-inline acc_t softmax_row(const acc_t* scores, acc_t row_max, int64_t tokens, const RowMask<acc_t>& mask, acc_t eps,
-                         left_t* probabilities) {
-  constexpr int64_t lanes = kLanes<acc_t>;
-  const RowExp<acc_t> row_exp(row_max, tokens);
-  const Vec<acc_t> floor(eps / acc_t(tokens));
-  Vec<acc_t> sum(acc_t(0));
-  for (int64_t v = 0; v * lanes < tokens; ++v) {
-    Vec<acc_t> e = row_exp(Vec<acc_t>::loadu(scores + v * lanes), v);
-    if constexpr (kMasked) e = e * mask[v];
-    sum = sum + e;
-    if constexpr (kMasked) e = e + floor;
-    if constexpr (std::is_same_v<left_t, acc_t>) {
-      e.store(probabilities + v * lanes);
-    } else {
-#ifdef TOKCOMP_BFLOAT16_PAIRS
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(probabilities + v * lanes), (__m256i)_mm512_cvtneps_pbh(e));
-#endif
-    }
-  }
-  return reduce_add(sum) + (kMasked ? eps : acc_t(0));
-}
-
 // first_rows: [B, H, N]; out: [B, N, H, D]; mask: [B, N] or undefined.
 template <bool kMasked, typename scalar_t>
 void attention_forward_heads(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -116,8 +91,7 @@ std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& q, const 
     attention_forward_heads<kMasked, scalar_t>(
         with_contiguous_rows(q), with_contiguous_rows(k), with_contiguous_rows(v), bias, mask,
         score_scale(scale, shape.width), eps, out.mutable_data_ptr<scalar_t>(), first_rows.mutable_data_ptr<acc_t>());
-    average_heads(first_rows.const_data_ptr<acc_t>(), shape.batch, shape.heads, shape.tokens,
-                  cls_attn.mutable_data_ptr<acc_t>());
+    add_heads<acc_t>(first_rows, acc_t(shape.heads), cls_attn);
   });
   return {out.transpose(1, 2), cls_attn};
 }

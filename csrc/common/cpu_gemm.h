@@ -126,18 +126,10 @@ inline void gemm(const unit_t* a, int64_t a_row_stride, int64_t a_depth_stride, 
       auto tile_store = [&](int64_t row, int64_t v, const auto& sums)
                             __attribute__((always_inline)) { store(top + row, first + v, sums); };
       switch (width) {
-        case 1:
-          gemm_tile<unit_t, 1>(tile, a_row_stride, a_depth_stride, panel, depth, tile_store);
-          break;
-        case 2:
-          gemm_tile<unit_t, 2>(tile, a_row_stride, a_depth_stride, panel, depth, tile_store);
-          break;
-        case 3:
-          gemm_tile<unit_t, 3>(tile, a_row_stride, a_depth_stride, panel, depth, tile_store);
-          break;
-        default:
-          gemm_tile<unit_t, 4>(tile, a_row_stride, a_depth_stride, panel, depth, tile_store);
-          break;
+        case 1: gemm_tile<unit_t, 1>(tile, a_row_stride, a_depth_stride, panel, depth, tile_store); break;
+        case 2: gemm_tile<unit_t, 2>(tile, a_row_stride, a_depth_stride, panel, depth, tile_store); break;
+        case 3: gemm_tile<unit_t, 3>(tile, a_row_stride, a_depth_stride, panel, depth, tile_store); break;
+        default: gemm_tile<unit_t, 4>(tile, a_row_stride, a_depth_stride, panel, depth, tile_store); break;
       }
     }
   });

@@ -1,0 +1,130 @@
+// The backward pass of attention (kMasked = false) and masked_attention (true) on CPU. It recomputes each row; the
+// gradients to K and V of one (image, head) grow in memory that its thread owns, so their order of summation is fixed.
+#pragma once
+
+#include <tuple>
+#include <utility>
+
+#include "cpu_attention.h"
+
+namespace tokcomp {
+
+constexpr int64_t kBackwardRows = 48;
+
+// grad_mask: [B, H, N]; token_mask: [B, N]; both undefined where not kMasked.
+template <bool kMasked, typename scalar_t>
+void attention_backward_heads(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                              const KeyBias<acc_type<scalar_t>>& bias, const at::Tensor& token_mask, double scale,
+                              double eps, at::Tensor& grad_q, at::Tensor& grad_k, at::Tensor& grad_v,
+                              at::Tensor& grad_mask) {
+  using acc_t = acc_type<scalar_t>;
+  constexpr int64_t lanes = kLanes<acc_t>;
+  const AttentionShape shape(q);
+  const int64_t tokens = shape.tokens, width = shape.width, heads = shape.heads;
+  const int64_t padded_tokens = round_up(tokens, lanes), padded_width = round_up(width, lanes);
+  const int64_t token_vectors = padded_tokens / lanes, width_vectors = padded_width / lanes;
+  const int64_t grad_rows = round_up(tokens, kTileRows);
+
+  at::parallel_for(0, shape.batch * heads, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<acc_t> keys(width * padded_tokens), values(width * padded_tokens), key_rows(tokens * padded_width);
+    const Scratch<acc_t> left(kBackwardRows * width), right(kBackwardRows * padded_width);
+    // A tile of keys may reach kTileRows - 1 beyond the last row's end.
+    const Scratch<acc_t> scores(kBackwardRows * padded_tokens + kTileRows);
+    const Scratch<acc_t> grads(kBackwardRows * padded_tokens + kTileRows);
+    const Scratch<acc_t> maxima(kBackwardRows * lanes), products(kBackwardRows * padded_width);
+    const Scratch<acc_t> key_grads(grad_rows * padded_width), value_grads(grad_rows * padded_width);
+    const Scratch<acc_t> mask_grads(padded_tokens);
+    RowMask<acc_t> mask(kMasked ? tokens : 0);
+    std::fill_n(scores.get() + kBackwardRows * padded_tokens, kTileRows, acc_t(0));
+    std::fill_n(grads.get() + kBackwardRows * padded_tokens, kTileRows, acc_t(0));
+
+    const auto add_to = [&](acc_t* sums) {
+      return [=](int64_t row, int64_t vec, const Vec<acc_t>& sum) __attribute__((always_inline)) {
+        acc_t* at = sums + row * padded_width + vec * lanes;
+        (Vec<acc_t>::loadu(at) + sum).store(at);
+      };
+    };
+
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / heads, head = task % heads;
+      const Rows<scalar_t> k_rows = head_rows<scalar_t>(k, image, head), v_rows = head_rows<scalar_t>(v, image, head);
+      const Rows<scalar_t> q_rows = head_rows<scalar_t>(q, image, head);
+      const Rows<scalar_t> out_rows = head_rows<scalar_t>(grad_out, image, head);
+      pack_right_transposed(k_rows, tokens, width, keys.get());
+      pack_right_transposed(v_rows, tokens, width, values.get());
+      pack_right(k_rows, 0, tokens, width, key_rows.get());
+      std::fill_n(key_grads.get(), grad_rows * padded_width, acc_t(0));
+      std::fill_n(value_grads.get(), grad_rows * padded_width, acc_t(0));
+      if (kMasked) {
+        mask.set_image(token_mask.const_data_ptr<acc_t>() + image * tokens);
+        std::fill_n(mask_grads.get(), padded_tokens, acc_t(0));
+      }
+
+      for (int64_t first = 0; first < tokens; first += kBackwardRows) {
+        const int64_t rows = std::min(kBackwardRows, tokens - first);
+        pack_left(q_rows, first, rows, width, left.get());
+        score_block(left.get(), rows, keys.get(), token_vectors, width, acc_t(scale), bias[image], scores.get(),
+                    padded_tokens, maxima.get());
+        pack_left(out_rows, first, rows, width, left.get());
+        gemm(left.get(), width, 1, rows, values.get(), token_vectors, width,
+             [&](int64_t row, int64_t vec, const Vec<acc_t>& sum)
+                 __attribute__((always_inline)) { sum.store(grads.get() + row * padded_tokens + vec * lanes); });
+        for (int64_t row = 0; row < rows; ++row) {
+          if (kMasked) mask.enter_row(first + row);
+          softmax_backward_row<kMasked>(scores.get() + row * padded_tokens, grads.get() + row * padded_tokens,
+                                        row_maximum<kMasked>(maxima.get(), row), tokens, mask, acc_t(eps),
+                                        mask_grads.get(), first + row);
+          if (kMasked) mask.leave_row(first + row);
+        }
+        gemm(grads.get(), padded_tokens, 1, rows, key_rows.get(), width_vectors, tokens,
+             [&](int64_t row, int64_t vec, const Vec<acc_t>& sum)
+                 __attribute__((always_inline)) { sum.store(products.get() + row * padded_width + vec * lanes); });
+        scalar_t* q_grads = grad_q.mutable_data_ptr<scalar_t>() + (task * tokens + first) * width;
+        for (int64_t row = 0; row < rows; ++row) {
+          store_row(products.get() + row * padded_width, acc_t(scale), q_grads + row * width, width);
+        }
+        // grad_v += P^T grad_out, grad_k += (grad of scores)^T q: the left operands are read transposed.
+        pack_right(out_rows, first, rows, width, right.get());
+        gemm(scores.get(), 1, padded_tokens, tokens, right.get(), width_vectors, rows, add_to(value_grads.get()));
+        pack_right(q_rows, first, rows, width, right.get());
+        gemm(grads.get(), 1, padded_tokens, tokens, right.get(), width_vectors, rows, add_to(key_grads.get()));
+      }
+      for (int64_t j = 0; j < tokens; ++j) {
+        const int64_t at = (task * tokens + j) * width;
+        store_row(key_grads.get() + j * padded_width, acc_t(scale), grad_k.mutable_data_ptr<scalar_t>() + at, width);
+        store_row(value_grads.get() + j * padded_width, acc_t(1), grad_v.mutable_data_ptr<scalar_t>() + at, width);
+      }
+      if (kMasked) std::copy_n(mask_grads.get(), tokens, grad_mask.mutable_data_ptr<acc_t>() + task * tokens);
+    }
+  });
+}
+
+// grad_q, grad_k, grad_v [B, H, N, D], contiguous; grad_token_mask [B, N] in the accumulate type, undefined where not
+// kMasked.
+template <bool kMasked>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward(
+    const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+    const at::Tensor& token_mask, const std::optional<at::Tensor>& size, std::optional<double> scale, double eps) {
+  const AttentionShape shape(q);
+  const at::TensorOptions acc_options = q.options().dtype(acc_scalar_type(q.scalar_type()));
+  at::Tensor grad_q = at::empty(q.sizes(), q.options());
+  at::Tensor grad_k = at::empty(q.sizes(), q.options());
+  at::Tensor grad_v = at::empty(q.sizes(), q.options());
+  at::Tensor head_mask_grads, grad_token_mask, mask;
+  if (kMasked) {
+    head_mask_grads = at::empty({shape.batch, shape.heads, shape.tokens}, acc_options);
+    grad_token_mask = at::empty({shape.batch, shape.tokens}, acc_options);
+    mask = per_token_acc(token_mask, q);
+  }
+  TOKCOMP_DISPATCH_CPU(q.scalar_type(), "attention_backward", [&] {
+    using acc_t = acc_type<scalar_t>;
+    const KeyBias<acc_t> bias(size, shape.batch, shape.tokens);
+    attention_backward_heads<kMasked, scalar_t>(
+        with_contiguous_rows(grad_out), with_contiguous_rows(q), with_contiguous_rows(k), with_contiguous_rows(v), bias,
+        mask, score_scale(scale, shape.width), eps, grad_q, grad_k, grad_v, head_mask_grads);
+    if (kMasked) add_heads<acc_t>(head_mask_grads, acc_t(1), grad_token_mask);
+  });
+  return {grad_q, grad_k, grad_v, grad_token_mask};
+}
+
+}  // namespace tokcomp
