@@ -76,23 +76,12 @@ TOKCOMP_INLINE Vec<T> max_ignoring_nan(const Vec<T>& candidate, const Vec<T>& ke
 
 template <typename T>
 TOKCOMP_INLINE T reduce_max(const Vec<T>& values) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<T, float>) return _mm512_reduce_max_ps(values);
-#endif
-  T lanes[kLanes<T>];
-  values.store(lanes);
-  return *std::max_element(lanes, lanes + kLanes<T>);
+  return at::vec::vec_reduce_all<T>([](Vec<T>& a, Vec<T>& b) { return max_ignoring_nan(a, b); }, values);
 }
 
 template <typename T>
 TOKCOMP_INLINE T reduce_add(const Vec<T>& values) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<T, float>) return _mm512_reduce_add_ps(values);
-#endif
-  T lanes[kLanes<T>], sum = 0;
-  values.store(lanes);
-  for (T lane : lanes) sum += lane;
-  return sum;
+  return at::vec::vec_reduce_all<T>([](Vec<T>& a, Vec<T>& b) { return a + b; }, values);
 }
 
 // All bits set in the first `count` lanes.
