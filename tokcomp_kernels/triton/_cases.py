@@ -25,7 +25,8 @@ def table_cases(
     cases = []
     for gpu, kernels in load(op).items():
         for entry in kernels.get(entry_name, []):
-            if itemsize is not None and itemsize > entry.get("when", {}).get("itemsize", itemsize):  # type: ignore[attr-defined]
+            bounds: Mapping[str, int] = entry.get("when", {})  # type: ignore[assignment]
+            if itemsize is not None and itemsize > bounds.get("itemsize", itemsize):
                 continue
             tiles = {name: value for name, value in entry.items() if name.startswith("BLOCK_")}
             sizes = " ".join(f"{name.removeprefix('BLOCK_')}{value}" for name, value in tiles.items())
@@ -43,4 +44,6 @@ def table_cases(
                     **{name: entry[name] for name in ("num_warps", "num_stages") if name in entry},  # type: ignore[arg-type]
                 )
             )
+            if not bounds.keys() - {"itemsize"}:
+                break  # nothing gets past this entry
     return cases

@@ -191,12 +191,16 @@ def _select(importance: Tensor, num_slots: int, num_sources: int, num_prefix_tok
 
 
 def compile_cases() -> list[CompileCase]:
-    select = table_cases(
-        "prune_merge",
-        "select",
-        _prune_merge_select_kernel,
-        {"importance_ptr": POINTER_TYPES["float32"], "order_ptr": "*i32", "source_ptr": "*i64"},
-    )
+    select = [
+        case
+        for importance in ("*fp64", "*fp32", "*bf16")
+        for case in table_cases(
+            "prune_merge",
+            "select",
+            _prune_merge_select_kernel,
+            {"importance_ptr": importance, "order_ptr": "*i32", "source_ptr": "*i64"},
+        )
+    ]
     match = [
         case
         for dtype, itemsize in (("float16", 2), ("bfloat16", 2), ("float32", 4))
