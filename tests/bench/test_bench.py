@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from tokcomp.bench import cli, models
 from tokcomp.bench.provenance import provenance, save_record
 from tokcomp.bench.timing import Samples, copies_beyond_cache, interleave, rotating
+from torch import Tensor
 
 CPU = torch.device("cpu")
 
@@ -67,26 +69,38 @@ def small_vit() -> torch.nn.Module:
     return timm.create_model("test_vit", img_size=64, num_classes=5).eval()
 
 
+def gate(precision: str, fault: Callable[[Tensor], Tensor] = lambda logits: logits) -> dict[str, float]:
+    model, method = small_vit(), tokcomp.ToMe(2)
+    run = models.build_runner(models.Entry("tokcomp", method), model, models.PRECISIONS[precision], CPU)
+    with torch.inference_mode():
+        return models.check_agreement(lambda images: fault(run(images)), model, method, precision, CPU)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_gate_passes_what_agrees(precision: str) -> None:
-    with torch.inference_mode():
-        errors = models.check_agreement(small_vit(), tokcomp.ToMe(2), precision, (3, 64, 64), CPU)
-    assert 0 < errors["tokcomp"] < torch.finfo(models.PRECISIONS[precision]).eps * 100
+    errors = gate(precision)
+    assert 0 < errors["tokcomp"] <= 2 * errors["published"] + torch.finfo(models.PRECISIONS[precision]).eps
 
 
-@pytest.mark.parametrize("fault", ["wrong", "unsteady"])
-def test_the_gate_stops_what_does_not(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = models._runner
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (lambda logits: logits * 1.01, "logits are 0.01 off in float32"),
+        (lambda logits: logits * (1 + torch.rand(1) * 1e-6), "two runs of the compressed model .* differ"),
+    ],
+    ids=["wrong", "unsteady"],
+)
+def test_the_gate_stops_what_does_not(fault: Callable[[Tensor], Tensor], words: str) -> None:
+    with pytest.raises(models.DisagreementError, match=words):
+        gate("float32", fault)
 
-    def faulty(name: str, *args: Any) -> Any:
-        run = runner(name, *args)
-        if name != "tokcomp":
-            return run
-        return lambda images: run(images) * (1.01 if fault == "wrong" else 1 + torch.rand(1) * 1e-6)
 
-    monkeypatch.setattr(models, "_runner", faulty)
-    with torch.inference_mode(), pytest.raises(models.DisagreementError):
-        models.check_agreement(small_vit(), tokcomp.ToMe(2), "float32", (3, 64, 64), CPU)
+def test_entries_are_checked() -> None:
+    with pytest.raises(ValueError, match="competitor must be one of"):
+        models.Entry("tensorrt")
+    for competitor, method in (("timm", tokcomp.ToMe(2)), ("tokcomp", None)):
+        with pytest.raises(ValueError, match="a method must be given for all but timm"):
+            models.Entry(competitor, method)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +112,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "test_vit, DiffRate plan.json, float32" in text
     [record_path] = (tmp_path / "results").glob("*.json")
     record = json.loads(record_path.read_text())
-    assert [(row["competitor"], row["batch"]) for row in record["rows"]] == [
+    assert [(row["name"], row["batch"]) for row in record["rows"]] == [
         (name, batch) for batch in (1, 2) for name in ("published", "timm", "tokcomp")
     ]
     assert all(len(row["seconds"]) == 2 and row["images_per_second"] > 0 for row in record["rows"])

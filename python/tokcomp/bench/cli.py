@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import tokcomp
-from tokcomp.bench.models import COMPETITORS, PRECISIONS, compare_models, create_model
+from tokcomp.bench.models import COMPETITORS, PRECISIONS, Entry, compare_models, create_model
 from tokcomp.bench.provenance import device_name, provenance, save_record
 from tokcomp.bench.report import draw, table
 from tokcomp.bench.timing import MIN_ROUNDS
@@ -58,19 +58,20 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--batch-size and --rounds must be at least 1")
     method = build_method(args)
     model = create_model(args.model, pretrained=args.pretrained)
-    competitors = [name for name in COMPETITORS if name != "tokcomp-uncompressed"]
-    if not args.torchcompile:
-        competitors = [name for name in competitors if not name.endswith("-compiled")]
+    entries = {
+        name: Entry(name, None if name.startswith("timm") else method)
+        for name in COMPETITORS
+        if args.torchcompile or not name.endswith("-compiled")
+    }
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     title = f"{args.model}, {method_name(args)}, {args.precision}, {device_name(device)}{threads}"
     print(title)
     rows = compare_models(
         model,
-        method,
+        entries,
         batch_sizes=args.batch_size,
         precision=args.precision,
         device=device,
-        competitors=competitors,
         rounds=args.rounds,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,17 +18,31 @@ from tokcomp.bench.timing import MIN_ROUNDS, Samples, interleave, rotating, stop
 from tokcomp.methods import Method
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: Competitors in the order of tables. The published pipeline is what speed-ups are quoted against.
-COMPETITORS = ("published", "timm", "timm-compiled", "tokcomp-uncompressed", "tokcomp", "tokcomp-compiled")
+#: Who may run a model, in the order of tables.
+COMPETITORS = ("published", "timm", "timm-compiled", "tokcomp", "tokcomp-compiled")
 #: Images that the correctness gate looks at.
 GATE_IMAGES = 9
 
 
 @dataclass(frozen=True)
-class Row:
-    """One competitor at one batch size. ``speedup``: over the published pipeline; median, least, most of the rounds."""
+class Entry:
+    """Who runs the model (one of :data:`COMPETITORS`) and how it compresses; timm takes no method."""
 
     competitor: str
+    method: Method | None = None
+
+    def __post_init__(self) -> None:
+        if self.competitor not in COMPETITORS:
+            raise ValueError(f"competitor must be one of {', '.join(COMPETITORS)}, got {self.competitor!r}")
+        if (self.method is None) != self.competitor.startswith("timm"):
+            raise ValueError(f"a method must be given for all but timm, got {self.method!r} for {self.competitor}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry at one batch size. ``speedup``: over the baseline entry; median, least and most of the rounds."""
+
+    name: str
     batch: int
     precision: str
     gflops: float
@@ -52,64 +66,71 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.M
     return timm.create_model(name, pretrained=pretrained, **options).eval()
 
 
+def keep_everything(model: Any) -> Method:
+    """A method that drops no token: our own uncompressed model."""
+    counts = [int(model.patch_embed.num_patches) + int(model.num_prefix_tokens)] * len(model.blocks)
+    return tokcomp.DiffRate(tokcomp.CompressionSchedule(counts, counts))
+
+
 def compare_models(
     model: nn.Module,
-    method: Method,
+    entries: Mapping[str, Entry],
     *,
     batch_sizes: Sequence[int],
     precision: str,
     device: torch.device,
-    competitors: Sequence[str] = ("published", "timm", "tokcomp"),
+    baseline: str = "published",
     rounds: int = MIN_ROUNDS,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Time a model's competitors on random images, batch size by batch size.
+    """Time a model's entries on random images in turns, batch size by batch size.
 
     Args:
         model: a plain timm VisionTransformer in float32; it is copied and stays as it is.
-        method: how the compressed competitors compress.
+        entries: name -> who runs it and how.
         batch_sizes: images per call.
         precision: a name in :data:`PRECISIONS`. The published pipeline runs half precision under autocast, as
             published; the others hold their weights in it.
         device: where to run.
-        competitors: names from :data:`COMPETITORS`.
-        rounds: turns that each competitor takes per batch size.
+        baseline: name of the entry that speed-ups are quoted against, where there is one.
+        rounds: turns that each entry takes per batch size.
         report: called with a line of progress now and then.
 
     Raises:
         DisagreementError: the gate failed.
     """
-    unknown = [name for name in competitors if name not in COMPETITORS]
-    if unknown:
-        raise ValueError(f"competitors must be among {', '.join(COMPETITORS)}, got {unknown[0]}")
     dtype = PRECISIONS[precision]
     model = copy.deepcopy(model).to(device).eval()
     shape = _image_shape(model)
     with torch.inference_mode():
-        report("checking the compressed model against the published pipeline")
-        check_agreement(model, method, precision, shape, device)
-        runners = {name: _runner(name, model, method, dtype, device) for name in competitors}
-        cost = {name: _gflops(name, model, method) for name in competitors}
+        runners = {name: build_runner(entry, model, dtype, device) for name, entry in entries.items()}
+        for name, entry in entries.items():
+            if entry.method is not None and entry.competitor != "published":
+                report(f"checking {name} against the published pipeline")
+                check_agreement(runners[name], model, entry.method, precision, device)
+        cost = {name: _gflops(entry, model) for name, entry in entries.items()}
         rows = []
         for batch in batch_sizes:
-            report(f"batch {batch}: warming up {len(runners)} competitors")
+            report(f"batch {batch}: warming up {len(runners)} entries")
             images = [torch.randn(batch, *shape, device=device) for _ in range(2)]
             lowered = [(one.to(dtype),) for one in images]
             calls = {
-                name: rotating(runner, [(one,) for one in images] if name == "published" else lowered)
+                name: rotating(
+                    runner, [(one,) for one in images] if entries[name].competitor == "published" else lowered
+                )
                 for name, runner in runners.items()
             }
             for call in calls.values():
                 call()
             report(f"batch {batch}: {rounds} rounds")
             samples = interleave(calls, stopwatch(device), rounds=rounds)
-            baseline = samples.get("published")
-            rows += [_row(name, batch, precision, cost[name], samples[name], baseline) for name in runners]
+            against = samples.get(baseline)
+            rows += [_row(name, batch, precision, cost[name], samples[name], against) for name in runners]
     return rows
 
 
 def check_agreement(
-    model: nn.Module, method: Method, precision: str, shape: Sequence[int], device: torch.device
+    run: Callable[[Tensor], Tensor], model: nn.Module, method: Method, precision: str, device: torch.device
 ) -> dict[str, float]:
     """Compare logits on fresh random images, and two runs bit for bit; raises DisagreementError.
 
@@ -118,12 +139,11 @@ def check_agreement(
     tokens changes an image's logits in either.
     """
     dtype = PRECISIONS[precision]
-    images = torch.randn(GATE_IMAGES, *shape, device=device)
-    oracle = PublishedPipeline(copy.deepcopy(model).double(), method)(images.to(dtype).double())
-    published = _runner("published", model, method, dtype, device)(images.to(dtype).float())
-    ours = _runner("tokcomp", model, method, dtype, device)
-    have = ours(images.to(dtype))
-    if not torch.equal(have, ours(images.to(dtype))):
+    images = torch.randn(GATE_IMAGES, *_image_shape(model), device=device).to(dtype)
+    oracle = PublishedPipeline(copy.deepcopy(model).double(), method)(images.double())
+    published = build_runner(Entry("published", method), model, dtype, device)(images.float())
+    have = run(images).clone()
+    if not torch.equal(have, run(images)):
         raise DisagreementError("two runs of the compressed model on the same images differ")
     errors = {"tokcomp": _median_error(have, oracle), "published": _median_error(published, oracle)}
     bound = 2 * errors["published"] + torch.finfo(dtype).eps
@@ -140,11 +160,13 @@ def _median_error(logits: Tensor, oracle: Tensor) -> float:
     return difference.median().item()
 
 
-def _runner(
-    name: str, model: nn.Module, method: Method, dtype: torch.dtype, device: torch.device
+def build_runner(
+    entry: Entry, model: nn.Module, dtype: torch.dtype, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    if name == "published":
-        pipeline = PublishedPipeline(model, method)
+    """What maps images to logits: in ``dtype``, or float32 images for the published pipeline, which uses autocast."""
+    if entry.competitor == "published":
+        assert entry.method is not None
+        pipeline = PublishedPipeline(model, entry.method)
 
         def run(images: Tensor) -> Tensor:
             with _autocast(dtype, device):
@@ -152,25 +174,22 @@ def _runner(
 
         return run
     own: Any = copy.deepcopy(model).to(dtype)
-    if name == "tokcomp-uncompressed":
-        nothing = [own.patch_embed.num_patches + own.num_prefix_tokens] * len(own.blocks)
-        tokcomp.compress(own, tokcomp.DiffRate(tokcomp.CompressionSchedule(nothing, nothing)))
-    elif name.startswith("tokcomp"):
-        tokcomp.compress(own, method)
-    if not name.endswith("-compiled"):
+    if entry.method is not None:
+        tokcomp.compress(own, entry.method)
+    if not entry.competitor.endswith("-compiled"):
         return own
     # Freezing lays weights out for oneDNN; without it Inductor is no faster than eager on CPU.
-    return torch.compile(own, options={"freezing": True} if device.type == "cpu" else None)
+    return torch.compile(own, dynamic=False, options={"freezing": True} if device.type == "cpu" else None)
 
 
 def _autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def _gflops(name: str, model: nn.Module, method: Method) -> float:
-    if name.startswith("timm") or name == "tokcomp-uncompressed":
+def _gflops(entry: Entry, model: nn.Module) -> float:
+    if entry.method is None:
         return tokcomp.flops(model) / 1e9
-    return tokcomp.flops(tokcomp.compress(copy.deepcopy(model), method)) / 1e9
+    return tokcomp.flops(tokcomp.compress(copy.deepcopy(model), entry.method)) / 1e9
 
 
 def _image_shape(model: Any) -> tuple[int, int, int]:
@@ -180,7 +199,7 @@ def _image_shape(model: Any) -> tuple[int, int, int]:
 
 def _row(name: str, batch: int, precision: str, gflops: float, samples: Samples, baseline: Samples | None) -> Row:
     return Row(
-        competitor=name,
+        name=name,
         batch=batch,
         precision=precision,
         gflops=gflops,

@@ -137,14 +137,14 @@ class PublishedPipeline(nn.Module):
         x = x + block.ls1(out)
         prefix = self.model.num_prefix_tokens
         assignment = self.method.assign(index, x.shape[1], prefix)
-        if size is not None and isinstance(self.method, DiffRate):
+        method = self.method
+        if isinstance(method, DiffRate) and size is not None:
             x, size = self._diffrate(x, size, probabilities, assignment)
-        elif assignment is not None:
-            if isinstance(self.method, ToMe):
-                size = torch.ones_like(x[..., :1]) if size is None else size
-                x, size = bipartite_merge(x, keys.mean(1), x.shape[1] - assignment.num_tokens_out, size, prefix)
-            else:
-                x = keep_attended(x, probabilities, assignment.num_prune_kept, self.method.fuse, prefix)
+        elif isinstance(method, ToMe) and assignment is not None:
+            size = torch.ones_like(x[..., :1]) if size is None else size
+            x, size = bipartite_merge(x, keys.mean(1), x.shape[1] - assignment.num_tokens_out, size, prefix)
+        elif isinstance(method, EViT) and assignment is not None:
+            x = keep_attended(x, probabilities, assignment.num_prune_kept, method.fuse, prefix)
         return x + block.ls2(block.mlp(block.norm2(x))), size
 
     def _diffrate(

@@ -12,22 +12,19 @@ _COLOURS = {
     "published": "#8c8c8c",
     "timm": "#4c72b0",
     "timm-compiled": "#1f3f77",
-    "tokcomp-uncompressed": "#e3a869",
     "tokcomp": "#c44e52",
     "tokcomp-compiled": "#7a1f2b",
 }
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line per competitor and batch size, as text."""
-    head = ("batch", "competitor", "GFLOPs", "img/s", "least", "most", "vs published", "least", "most")
+    """One line per entry and batch size, as text."""
+    head = ("batch", "model", "GFLOPs", "img/s", "least", "most", "vs published", "least", "most")
     lines: list[Sequence[str]] = [head]
     for row in rows:
         speedup = ("", "", "") if row.speedup is None else tuple(f"{ratio:.2f}x" for ratio in row.speedup)
         rates = (row.images_per_second, row.least_images_per_second, row.most_images_per_second)
-        lines.append(
-            (str(row.batch), row.competitor, f"{row.gflops:.2f}", *(f"{rate:.1f}" for rate in rates), *speedup)
-        )
+        lines.append((str(row.batch), row.name, f"{row.gflops:.2f}", *(f"{rate:.1f}" for rate in rates), *speedup))
     return format_columns(lines)
 
 
@@ -57,8 +54,8 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     except ImportError as error:
         raise RuntimeError("the picture needs matplotlib: pip install 'tokcomp[demo]'") from error
     batches = list(dict.fromkeys(row.batch for row in rows))
-    names = list(dict.fromkeys(row.competitor for row in rows))
-    by_place = {(row.competitor, row.batch): row for row in rows}
+    names = list(dict.fromkeys(row.name for row in rows))
+    by_place = {(row.name, row.batch): row for row in rows}
     figure = Figure(figsize=(max(6.0, 1.1 + 0.62 * len(batches) * len(names)), 4.2), layout="constrained")
     axes: Any = figure.subplots()
     width = 0.84 / len(names)
@@ -70,7 +67,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
             [row.images_per_second - row.least_images_per_second for row in chosen],
             [row.most_images_per_second - row.images_per_second for row in chosen],
         ]
-        axes.bar(places, heights, width * 0.94, yerr=spread, capsize=2, color=_COLOURS[name], label=name)
+        axes.bar(places, heights, width * 0.94, yerr=spread, capsize=2, color=_COLOURS.get(name), label=name)
         for place, row in zip(places, chosen, strict=True):
             label = f"{row.images_per_second:.0f}" if row.speedup is None else f"{row.speedup[0]:.2f}x"
             axes.annotate(
