@@ -7,15 +7,11 @@ the environment that gets the kernels holds; kernels fit one version only.
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
+import native
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def torch_requirements() -> list[str]:
@@ -23,10 +19,9 @@ def torch_requirements() -> list[str]:
 
     That choice is torchvision's too, which timm needs and which goes with one version of torch.
     """
-    facts = [sys.executable, str(ROOT / "cmake" / "torch_facts.py")]
-    if subprocess.run(facts, capture_output=True).returncode == 0:
+    if native.torch_version() is not None:
         return []
-    torch = re.search(r'"(torch[^"a-z]*)"', (ROOT / "pyproject.toml").read_text())
+    torch = re.search(r'"(torch[^"a-z]*)"', (native.ROOT / "pyproject.toml").read_text())
     assert torch is not None
     return [torch[1], "torchvision"]
 

@@ -8,6 +8,7 @@ MAX_JOBS bounds the parallel compilations.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -46,6 +47,12 @@ def is_stale(cache: Path) -> bool:
     return not all(Path(tool).exists() for tool in tools)
 
 
+def torch_version() -> str | None:
+    """The version of the torch to build against, or None where there is none."""
+    facts = subprocess.run([sys.executable, str(ROOT / "cmake/torch_facts.py")], capture_output=True, text=True)
+    return json.loads(facts.stdout)["version"] if facts.returncode == 0 else None
+
+
 def build(output: Path | None = None) -> None:
     """Build ``_C`` into ``output``, by default in place.
 
@@ -55,7 +62,7 @@ def build(output: Path | None = None) -> None:
     cmake = program("cmake")
     if cmake is None:
         raise RuntimeError("tokcomp: CMake is needed to build the kernels: pip install cmake ninja")
-    folder = ROOT / "build" / f"{sys.implementation.cache_tag}"
+    folder = ROOT / "build" / str(sys.implementation.cache_tag)
     configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
     if output is not None:
         configure.append(f"-DTOKCOMP_OUTPUT_DIR={output}")
