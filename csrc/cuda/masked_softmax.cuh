@@ -27,7 +27,7 @@ struct MaskedSoftmaxBackwardParams {
   const T* grad;                   // [B, H, N, N]
   float* partial;                  // [B, H, row blocks, N]
   float* grad_mask;                // [B, N]
-  float* scratch;                  // [B * H * row blocks, kWarps, N] where shared memory does not hold [kWarps, N], else null
+  float* scratch;  // [B * H * row blocks, kWarps, N] where shared memory does not hold [kWarps, N], else null
   int64_t grad_stride_b, grad_stride_h, grad_stride_n;
 };
 
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_softmax_backward_kernel(Ma
   const int first_row = static_cast<int>(blockIdx.x % row_blocks) * kRowsPerBlock;
   const int last_row = min(f.num_tokens, first_row + kRowsPerBlock);
   float* mask_sums = p.scratch ? p.scratch + static_cast<int64_t>(blockIdx.x) * kWarps * f.num_tokens
-                               : shared_memory<float>();  // [kWarps, N]
+                               : shared_memory<float>();                // [kWarps, N]
   float* sums = mask_sums + static_cast<int64_t>(warp) * f.num_tokens;  // a lane's own columns, in the order of rows
   for (int n = threadIdx.x % kWarp; n < f.num_tokens; n += kWarp) sums[n] = 0.f;
 

@@ -28,9 +28,9 @@ struct PruneMergeParams {
 // through shared memory 32 at a time; rows are padded by 4 so that eight threads' 16-byte reads meet no bank twice.
 constexpr int kSrcTile = 16, kDstTile = 256, kDepth = 32, kPitch = kDepth + 4;
 constexpr int kTileRows = kSrcTile + kDstTile;
-constexpr int kPerThread = 4;                          // sources and destinations of a thread
-constexpr int kDstThreads = kDstTile / kPerThread;     // threads side by side over destinations
-constexpr int kDstWarps = kDstThreads / kWarp;         // warps that share a source
+constexpr int kPerThread = 4;                       // sources and destinations of a thread
+constexpr int kDstThreads = kDstTile / kPerThread;  // threads side by side over destinations
+constexpr int kDstWarps = kDstThreads / kWarp;      // warps that share a source
 static_assert(kDstThreads * (kSrcTile / kPerThread) == kThreads);
 
 struct MatchShared {

@@ -1,0 +1,83 @@
+"""The CUDA kernels' own source, run on the host: no GPU, no nvcc (csrc/tests/cuda_shim)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIM = ROOT / "csrc" / "tests" / "cuda_shim"
+FLAGS = (
+    *("-std=c++20", "-O1", "-g1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"),
+    *("-fsanitize=address", "-fno-strict-aliasing", "-ffp-contract=off"),
+)
+
+
+def compiler_library(name: str) -> str:
+    path = subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(path).is_absolute():
+        pytest.skip(f"g++ has no {name}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    """Variables under which Python runs with AddressSanitizer."""
+    try:
+        preload = f"{compiler_library('libasan.so')} {compiler_library('libstdc++.so.6')}"
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no g++ here: {error}")
+    # What malloc gives reads as NaN. A GPU, where there is one, is none of this test's business.
+    options = "detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255"
+    ours = {"LD_PRELOAD": preload, "ASAN_OPTIONS": options, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    variables = {**os.environ, **ours}
+    probe = subprocess.run([sys.executable, "-c", "import torch"], env=variables, capture_output=True, text=True)
+    if probe.returncode:
+        pytest.skip(f"torch does not run under AddressSanitizer here: {probe.stderr[-300:]}")
+    return variables
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The operators for CPU tensors, built once for each state of their sources."""
+    sources = sorted(
+        p for p in [*(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc" / "common").iterdir(), *SHIM.iterdir()]
+    )
+    state = hashlib.sha256(f"{torch.__version__} {torch.__file__} {FLAGS}".encode())
+    for source in sources:
+        state.update(source.read_bytes())
+    path = ROOT / "build" / "cuda_shim" / f"libtokcomp_cuda_shim-{state.hexdigest()[:16]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        torch_root = Path(torch.__file__).parent
+        include = torch_root / "include"
+        command = ["g++", *FLAGS, f"-I{SHIM}", f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"]
+        command += [str(SHIM / "module.cpp"), str(SHIM / "shim.cpp"), "-o", str(partial)]
+        command += [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"]
+        build = subprocess.run(command, capture_output=True, text=True)
+        assert build.returncode == 0, build.stderr[-4000:]
+        assert "warning" not in build.stderr, build.stderr[-4000:]
+        partial.rename(path)
+    return path
+
+
+def test_kernels_agree_with_float64_on_the_host(environment: dict[str, str], library: Path) -> None:
+    suite = Path(__file__).with_name("host_shim_suite.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--rootdir={ROOT}", str(suite)]
+    run = subprocess.run(
+        command, env={**environment, "TOKCOMP_CUDA_SHIM": str(library)}, cwd=ROOT, capture_output=True, text=True
+    )
+    report = (run.stdout + run.stderr)[-6000:]
+    assert run.returncode == 0, report
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed and int(passed[1]) > 300, report
