@@ -10,8 +10,8 @@ from tokcomp_kernels.reference import REFERENCES
 from tokcomp_kernels.testing import Sample, samples
 
 DIFFERENTIABLE = [operator.name for operator in OPERATORS if operator.differentiable]
-#: Where a small step changes a choice (ties, cosines of exactly 0), or the maximum's share of the gradient, which is held
-#: back, is not small (visible tokens far below a masked maximum). The gradient itself is compared with the reference's.
+#: Where a small step changes a choice (ties, cosines of exactly 0), or the share of the gradient through the maximum,
+#: which is held back, is not small (visible tokens far below a masked maximum). These meet the reference instead.
 NOT_SMOOTH = {"ties", "zero-vectors", "special-importance", "bad-sizes", "large", "peaked", "all-masked"}
 
 
