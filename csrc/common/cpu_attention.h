@@ -64,6 +64,28 @@ class KeyBias {
   Scratch<acc_t> bias_;
 };
 
+// A store for gemm: scores from products, and each row's maximum so far, lane by lane.
+template <typename acc_t>
+struct ScoreStore {
+  acc_t* scores;
+  int64_t stride;
+  const acc_t* bias;
+  acc_t* maxima;
+  Vec<acc_t> scale;
+  template <size_t kVectors>
+  TOKCOMP_INLINE void operator()(int64_t row, int64_t first, const Vec<acc_t> (&sums)[kVectors]) const {
+    constexpr int64_t lanes = kLanes<acc_t>;
+    Vec<acc_t> maximum = Vec<acc_t>::loadu(maxima + row * lanes);
+#pragma GCC unroll 4
+    for (size_t v = 0; v < kVectors; ++v) {
+      const Vec<acc_t> score = at::vec::fmadd(sums[v], scale, Vec<acc_t>::loadu(bias + (first + v) * lanes));
+      score.store(scores + row * stride + (first + v) * lanes);
+      maximum = max_ignoring_nan(score, maximum);
+    }
+    maximum.store(maxima + row * lanes);
+  }
+};
+
 // scores[row][key] = q k^T * scale + bias for a block of rows, and each row's maximum over the keys, lane by lane.
 // queries: pack_left's rows; keys: pack_right_transposed's panels; scores: [kBlockRows, stride]; maxima: [kBlockRows,
 // lanes].
@@ -72,13 +94,8 @@ inline void score_block(const unit_t* queries, int64_t rows, const unit_t* keys,
                         acc_t scale, const acc_t* bias, acc_t* scores, int64_t stride, acc_t* maxima) {
   constexpr int64_t lanes = kLanes<acc_t>;
   std::fill(maxima, maxima + round_up(rows, kTileRows) * lanes, -std::numeric_limits<acc_t>::infinity());
-  const Vec<acc_t> factor(scale);
   gemm(queries, depth, 1, rows, keys, num_key_vectors, depth,
-       [&](int64_t row, int64_t v, const Vec<acc_t>& sums) __attribute__((always_inline)) {
-         const Vec<acc_t> score = at::vec::fmadd(sums, factor, Vec<acc_t>::loadu(bias + v * lanes));
-         score.store(scores + row * stride + v * lanes);
-         max_ignoring_nan(score, Vec<acc_t>::loadu(maxima + row * lanes)).store(maxima + row * lanes);
-       });
+       ScoreStore<acc_t>{scores, stride, bias, maxima, Vec<acc_t>(scale)});
 }
 
 }  // namespace tokcomp

@@ -38,13 +38,6 @@ void attention_backward_heads(const at::Tensor& grad_out, const at::Tensor& q, c
     std::fill_n(scores.get() + kBackwardRows * padded_tokens, kTileRows, acc_t(0));
     std::fill_n(grads.get() + kBackwardRows * padded_tokens, kTileRows, acc_t(0));
 
-    const auto add_to = [&](acc_t* sums) {
-      return [=](int64_t row, int64_t vec, const Vec<acc_t>& sum) __attribute__((always_inline)) {
-        acc_t* at = sums + row * padded_width + vec * lanes;
-        (Vec<acc_t>::loadu(at) + sum).store(at);
-      };
-    };
-
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / heads, head = task % heads;
       const Rows<scalar_t> k_rows = head_rows<scalar_t>(k, image, head), v_rows = head_rows<scalar_t>(v, image, head);
@@ -67,8 +60,7 @@ void attention_backward_heads(const at::Tensor& grad_out, const at::Tensor& q, c
                     padded_tokens, maxima.get());
         pack_left(out_rows, first, rows, width, left.get());
         gemm(left.get(), width, 1, rows, values.get(), token_vectors, width,
-             [&](int64_t row, int64_t vec, const Vec<acc_t>& sum)
-                 __attribute__((always_inline)) { sum.store(grads.get() + row * padded_tokens + vec * lanes); });
+             StoreTo<acc_t>{grads.get(), padded_tokens});
         for (int64_t row = 0; row < rows; ++row) {
           if (kMasked) mask.enter_row(first + row);
           softmax_backward_row<kMasked>(scores.get() + row * padded_tokens, grads.get() + row * padded_tokens,
@@ -77,17 +69,18 @@ void attention_backward_heads(const at::Tensor& grad_out, const at::Tensor& q, c
           if (kMasked) mask.leave_row(first + row);
         }
         gemm(grads.get(), padded_tokens, 1, rows, key_rows.get(), width_vectors, tokens,
-             [&](int64_t row, int64_t vec, const Vec<acc_t>& sum)
-                 __attribute__((always_inline)) { sum.store(products.get() + row * padded_width + vec * lanes); });
+             StoreTo<acc_t>{products.get(), padded_width});
         scalar_t* q_grads = grad_q.mutable_data_ptr<scalar_t>() + (task * tokens + first) * width;
         for (int64_t row = 0; row < rows; ++row) {
           store_row(products.get() + row * padded_width, acc_t(scale), q_grads + row * width, width);
         }
         // grad_v += P^T grad_out, grad_k += (grad of scores)^T q: the left operands are read transposed.
         pack_right(out_rows, first, rows, width, right.get());
-        gemm(scores.get(), 1, padded_tokens, tokens, right.get(), width_vectors, rows, add_to(value_grads.get()));
+        gemm(scores.get(), 1, padded_tokens, tokens, right.get(), width_vectors, rows,
+             AddTo<acc_t>{value_grads.get(), padded_width});
         pack_right(q_rows, first, rows, width, right.get());
-        gemm(grads.get(), 1, padded_tokens, tokens, right.get(), width_vectors, rows, add_to(key_grads.get()));
+        gemm(grads.get(), 1, padded_tokens, tokens, right.get(), width_vectors, rows,
+             AddTo<acc_t>{key_grads.get(), padded_width});
       }
       for (int64_t j = 0; j < tokens; ++j) {
         const int64_t at = (task * tokens + j) * width;

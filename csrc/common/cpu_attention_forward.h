@@ -61,9 +61,7 @@ void attention_forward_heads(const at::Tensor& q, const at::Tensor& k, const at:
           if (kMasked) mask.leave_row(first + row);
         }
         gemm(reinterpret_cast<const unit_t*>(probabilities), padded_tokens / UnitTraits<unit_t>::kElements, 1, rows,
-             values.get(), padded_width / lanes, units<unit_t>(tokens),
-             [&](int64_t row, int64_t v, const Vec<acc_t>& sum)
-                 __attribute__((always_inline)) { sum.store(products.get() + row * padded_width + v * lanes); });
+             values.get(), padded_width / lanes, units<unit_t>(tokens), StoreTo<acc_t>{products.get(), padded_width});
         for (int64_t row = 0; row < rows; ++row) {
           store_row(products.get() + row * padded_width, acc_t(1) / sums[row],
                     out + ((image * tokens + first + row) * heads + head) * width, width);

@@ -106,14 +106,11 @@ TOKCOMP_INLINE void gemm_tile(const unit_t* a, int64_t a_row_stride, int64_t a_d
     b += kVectors * lanes;
   }
 #pragma GCC unroll 8
-  for (int64_t row = 0; row < kTileRows; ++row) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(row, v, sum[row][v]);
-  }
+  for (int64_t row = 0; row < kTileRows; ++row) store(row, sum[row]);
 }
 
-// Calls store(row, vector, sums) for each row below `rows` rounded up to kTileRows (so `a` must be readable, and what
-// store writes writable, up to there) and each vector of columns, with sums over `depth` units.
+// Calls store(row, first_vector, sums) with runs of vectors of each row's sums over `depth` units. Rows go up to `rows`
+// rounded up to kTileRows, so `a` must be readable, and what store writes writable, up to there.
 // a: unit (row, step) is at a[row * a_row_stride + step * a_depth_stride]; b: panels of `depth` units.
 template <typename unit_t, typename Store>
 inline void gemm(const unit_t* a, int64_t a_row_stride, int64_t a_depth_stride, int64_t rows, const unit_t* b,
@@ -123,8 +120,8 @@ inline void gemm(const unit_t* a, int64_t a_row_stride, int64_t a_depth_stride, 
     const unit_t* panel = b + first * lanes * depth;
     for (int64_t top = 0; top < rows; top += kTileRows) {
       const unit_t* tile = a + top * a_row_stride;
-      auto tile_store = [&](int64_t row, int64_t v, const auto& sums)
-                            __attribute__((always_inline)) { store(top + row, first + v, sums); };
+      const auto tile_store = [&](int64_t row, const auto& sums)
+                                  __attribute__((always_inline)) { store(top + row, first, sums); };
       switch (width) {
         case 1: gemm_tile<unit_t, 1>(tile, a_row_stride, a_depth_stride, panel, depth, tile_store); break;
         case 2: gemm_tile<unit_t, 2>(tile, a_row_stride, a_depth_stride, panel, depth, tile_store); break;
@@ -134,6 +131,33 @@ inline void gemm(const unit_t* a, int64_t a_row_stride, int64_t a_depth_stride, 
     }
   });
 }
+
+// A store for gemm: to[row * stride + column] = sums.
+template <typename acc_t>
+struct StoreTo {
+  acc_t* to;
+  int64_t stride;
+  template <size_t kVectors>
+  TOKCOMP_INLINE void operator()(int64_t row, int64_t first, const Vec<acc_t> (&sums)[kVectors]) const {
+#pragma GCC unroll 4
+    for (size_t v = 0; v < kVectors; ++v) sums[v].store(to + row * stride + (first + v) * kLanes<acc_t>);
+  }
+};
+
+// A store for gemm: to[row * stride + column] += sums.
+template <typename acc_t>
+struct AddTo {
+  acc_t* to;
+  int64_t stride;
+  template <size_t kVectors>
+  TOKCOMP_INLINE void operator()(int64_t row, int64_t first, const Vec<acc_t> (&sums)[kVectors]) const {
+#pragma GCC unroll 4
+    for (size_t v = 0; v < kVectors; ++v) {
+      acc_t* at = to + row * stride + (first + v) * kLanes<acc_t>;
+      (Vec<acc_t>::loadu(at) + sums[v]).store(at);
+    }
+  }
+};
 
 // Rows of elements, the last dimension contiguous.
 template <typename scalar_t>
