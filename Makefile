@@ -1,5 +1,45 @@
+# Each target works alone on a fresh machine: it makes .venv first. PYTHON is the interpreter to start from.
 PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= gpu-check
 
-.PHONY: build
-build:
+.PHONY: build rebuild setup demo test test-fast bench lint gpu-check clean
+
+build:  ## The compiled kernels, in place, for PYTHON as it stands
 	$(PYTHON) build_backend/native.py
+
+setup: .venv/installed
+
+# torch first: where the environment has none, pip installs a second copy for the build alone.
+.venv/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install torch torchvision
+	$(BIN)/python -m pip install -v -e '.[demo,dev,test]'
+	touch $@
+
+rebuild: .venv/installed
+	$(BIN)/python build_backend/native.py
+
+demo: .venv/installed
+	$(BIN)/tokcomp demo
+
+test: rebuild
+	$(BIN)/python -m pytest
+
+test-fast: rebuild
+	$(BIN)/python -m pytest -m 'not slow'
+
+bench: rebuild
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+
+gpu-check:  ## On a GPU machine that has torch and nvcc: no .venv, no network
+	$(PYTHON) tools/gpu_check.py --out $(OUT)
+
+clean:
+	rm -rf build tokcomp_kernels/_C.*
