@@ -1,8 +1,8 @@
 """Build, test and benchmark on the GPU of this machine, as it stands: no virtual environment, no network.
 
 ``python tools/gpu_check.py --out DIR`` writes DIR/summary.md, DIR/results.json and each step's log. Each step has a
-time limit; one that reaches it is interrupted and what it had is kept. Benchmarks run even where tests failed; the summary
-then says so first. Exit status 0 only where everything passed.
+time limit; one that reaches it is interrupted and what it had is kept. Benchmarks run even where tests failed; the
+summary then says so first. Exit status 0 only where everything passed.
 """
 
 from __future__ import annotations
@@ -114,21 +114,17 @@ def pytest_command(*arguments: str) -> list[str]:
 
 def test_command(report: Path) -> list[str]:
     """The whole suite, operators first, so that a run that is cut short has seen what matters most."""
-    folders = [path.name for path in (ROOT / "tests").iterdir() if any(path.glob("test_*.py"))]
-    first = ("ops", "cuda", "triton")
-    folders.sort(key=lambda name: (first.index(name) if name in first else len(first), name))
+    first = [f"tests/{name}" for name in ("ops", "cuda", "triton")]
+    folders = sorted({str(path.parent.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")})
+    folders.sort(key=lambda name: first.index(name) if name in first else len(first))
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    return pytest_command(*(f"tests/{name}" for name in folders), *workers, "--tb=short", f"--junitxml={report}")
+    return pytest_command(*folders, *workers, "--tb=short", f"--junitxml={report}")
 
 
 def summary(facts: dict[str, Any], steps: list[Step]) -> str:
-    passed = all(step.passed for step in steps)
+    wrong = "; ".join(f"{step.name} {step.status}" for step in steps if not step.passed)
     lines = [
-        "all passed"
-        if passed
-        else "NOT everything passed: " + "; ".join(f"{step.name} {step.status}" for step in steps if not step.passed)
-    ]
-    lines += [
+        f"NOT everything passed: {wrong}" if wrong else "all passed",
         "",
         f"{facts['gpu']}; torch {facts['packages']['torch']}, triton {facts['packages']['triton']}; "
         f"commit {facts['commit']}",
