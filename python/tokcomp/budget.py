@@ -1,0 +1,79 @@
+"""ToMe and EViT at a given number of multiply-adds, so that methods can be compared at equal cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from tokcomp.adapters import find_adapter
+from tokcomp.api import compress, flops, restore
+from tokcomp.methods import EViT, Method, ToMe
+
+
+def _depth_and_patches(model: nn.Module) -> tuple[int, int]:
+    adapter = find_adapter(model)
+    geometry = adapter.geometry(model)
+    return geometry.depth, adapter.num_tokens(model) - geometry.num_prefix_tokens
+
+
+def _cost(model: nn.Module, method: Method) -> int:
+    try:
+        return flops(compress(model, method))
+    finally:
+        restore(model)
+
+
+def _last_at_least(holds: Callable[[int], bool], end: int) -> int:
+    """The last index in 0 .. end for which a predicate that is true up to some point holds."""
+    low, high = 0, end
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def _nearest(model: nn.Module, budget: float, candidate: Callable[[int], Method], end: int) -> Method:
+    """Of candidates 0 .. end, which cost less and less, the one that costs nearest to the budget."""
+    above = _last_at_least(lambda index: _cost(model, candidate(index)) >= budget, end)
+    choices = [candidate(index) for index in range(above, min(above + 1, end) + 1)]
+    best = min(choices, key=lambda method: abs(_cost(model, method) - budget))
+    cost = _cost(model, best)
+    if abs(cost - budget) > 0.05 * budget:
+        raise ValueError(
+            f"the budget must lie between {_cost(model, candidate(end)) / 1e9:.4g} and "
+            f"{_cost(model, candidate(0)) / 1e9:.4g} GFLOPs for {type(best).__name__}, got {budget / 1e9:.4g}"
+        )
+    return best
+
+
+def tome_for_budget(model: nn.Module, budget: float) -> ToMe:
+    """ToMe with r + 1 in the first blocks and r in the others, at a cost nearest to ``budget`` multiply-adds.
+
+    ``model`` must be plain (not compressed) and is left so.
+
+    Raises:
+        ValueError: no r comes within 5 % of the budget; the message gives the range.
+    """
+    depth, num_patches = _depth_and_patches(model)
+
+    def candidate(index: int) -> ToMe:
+        r, more = divmod(index, depth)
+        return ToMe([r + 1] * more + [r] * (depth - more))
+
+    return _nearest(model, budget, candidate, depth * num_patches // 2)  # type: ignore[return-value]
+
+
+def evit_for_budget(model: nn.Module, budget: float, *, fuse: bool = True) -> EViT:
+    """EViT in three blocks, spread as published (4, 7 and 10 of 12), at a cost nearest to ``budget`` multiply-adds.
+
+    Same terms as :func:`tome_for_budget`.
+    """
+    depth, _ = _depth_and_patches(model)
+    blocks = sorted({max(1, depth * k // 4) for k in (1, 2, 3)})
+    steps = 200
+
+    def candidate(index: int) -> EViT:
+        return EViT(1.0 - index / steps, blocks=blocks, fuse=fuse)
+
+    return _nearest(model, budget, candidate, steps - 1)  # type: ignore[return-value]

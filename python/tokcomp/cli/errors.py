@@ -1,0 +1,62 @@
+"""Mistakes of the user's, and the writing of files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can put right. The message names the argument, the rule, what arrived and what to do."""
+
+
+@contextmanager
+def blame(argument: str, *, hint: str = "") -> Iterator[None]:
+    """Turn a ValueError or TypeError from the library into the mistake of one argument."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{argument}: {error}{'; ' + hint if hint else ''}") from error
+
+
+def check_output_folder(argument: str, folder: Path) -> Path:
+    """Refuse, before any work, a folder that could not be written to. Creates nothing."""
+    nearest = folder
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise UserError(f"{argument} must be a folder, got '{folder}' and '{nearest}' is a file; choose another name")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{argument} must be writable, got '{folder}' and '{nearest}' is not; choose another folder")
+    return folder
+
+
+def check_output_file(argument: str, path: Path) -> Path:
+    """Refuse, before any work, a file that could not be written."""
+    if path.is_dir():
+        raise UserError(f"{argument} must be a file, got the folder '{path}'; add a file name")
+    check_output_folder(f"the folder of {argument}", path.parent)
+    return path
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there complete or, whatever interrupts, as it was before. Makes its folder."""
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a result is an ordinary one.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,268 @@
+"""tokcomp evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from tokcomp.cli import options
+from tokcomp.cli.errors import UserError, check_output_file, write_whole
+from tokcomp.cli.table import table
+
+if TYPE_CHECKING:
+    import torch
+    from torch.utils.data import Dataset
+
+    from tokcomp.evaluate import Evaluation
+
+DESCRIPTION = """\
+Accuracy (top-1, top-5) and speed of a model, compressed or not, on labelled images.
+
+DATA is a folder with one sub-folder per class (or with a folder 'val' or 'validation' of that kind inside), or
+--dataset names any data set of timm's: torch/..., hfds/..., wds/... . '--dataset digits' is the set that comes with
+tokcomp, for a first try with '--model tokcomp_digits_vit --pretrained'.
+"""
+
+EXAMPLES = """\
+examples:
+  tokcomp evaluate --dataset digits -m tokcomp_digits_vit --pretrained --method tome --r 8
+      the bundled model on the bundled digits, no download
+  tokcomp evaluate /data/imagenet -m deit_small_patch16_224 --pretrained
+      the model as it is
+  tokcomp evaluate /data/imagenet -m deit_small_patch16_224 --pretrained --method diffrate --gflops 2.3
+      the schedule that the DiffRate paper published for this model and budget
+  tokcomp evaluate /data/imagenet -m deit_small_patch16_224 --pretrained --method tome --gflops 2.3 --amp
+      ToMe with r chosen to cost 2.3 GFLOPs (1e9 multiply-adds) an image, in mixed precision
+  tokcomp evaluate /data/imagenet -m deit_base_patch16_224 --checkpoint mine.safetensors \\
+      --method diffrate --schedule mine.json --num-samples 5000 --results-file result.json
+      your own weights and schedule, on 5000 images spread over the set
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "tokcomp evaluate DATA [-m NAME] [--method METHOD ...] [options]"
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    data = parser.add_argument_group("data")
+    data.add_argument("data", nargs="?", type=Path, metavar="DATA", help="folder of the data set")
+    data.add_argument("--data-dir", type=Path, metavar="DIR", help="the same, as an option")
+    data.add_argument(
+        "--dataset", default="", metavar="NAME", help="timm data set type/name (default: image folder), or digits"
+    )
+    data.add_argument("--split", default="validation", help="part of the data set (default: %(default)s)")
+    data.add_argument(
+        "--dataset-download", action="store_true", help="let torch/ and tfds/ data sets download themselves"
+    )
+    data.add_argument("--class-map", default="", metavar="FILE", help="text file of class names, in label order")
+    data.add_argument(
+        "--num-samples", type=options.positive_int, metavar="N", help="evaluate N images spread evenly over the set"
+    )
+    data.add_argument(
+        "-b", "--batch-size", type=options.positive_int, default=64, metavar="N", help="default: %(default)s"
+    )
+    data.add_argument(
+        "-j",
+        "--workers",
+        type=options.non_negative_int,
+        default=2,
+        metavar="N",
+        help="loader processes (default: %(default)s)",
+    )
+    options.add_model_options(parser, default="deit_small_patch16_224")
+    options.add_method_options(parser)
+    options.add_precision_options(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--results-file", type=Path, metavar="FILE", help="write the result as JSON")
+    output.add_argument("--json", action="store_true", help="print the result as JSON rather than as a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.results_file is not None:
+        check_output_file("--results-file", args.results_file)
+    root = _data_root(args)
+    device = options.chosen_device(args.device)
+    import torch
+    from timm.data import resolve_model_data_config
+
+    model = options.build_model(args)
+    dataset = _open_dataset(args, root)
+    _check_classes(dataset, model.num_classes)
+    method = options.build_method(args, model)
+    options.compress_by(args, model, method)
+    cost = _gflops(model)
+    dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
+    model.to(device, dtype)
+    runner = torch.compile(model) if args.torchcompile else model
+    config = resolve_model_data_config(model)
+    if args.img_size is not None:
+        config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
+    found = _evaluate(args, runner, dataset, config, device, dtype)
+    result = {
+        "model": args.model,
+        "weights": options.describe_weights(args),
+        "method": args.method,
+        "method_settings": repr(method) if method is not None else None,
+        "gflops": cost,
+        "data": args.dataset or str(root),
+        "num_images": found.num_images,
+        "top1": round(found.top1, 4),
+        "top5": round(found.top5, 4),
+        "images_per_second": round(found.images_per_second, 2),
+        "batch_size": args.batch_size,
+        "img_size": config["input_size"][-1],
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "amp": args.amp,
+        "torch": torch.__version__,
+    }
+    _report(args, result)
+    return 0
+
+
+def _data_root(args: argparse.Namespace) -> Path | None:
+    if args.data is not None and args.data_dir is not None:
+        raise UserError("DATA and --data-dir are the same thing, got both; keep one")
+    root = args.data if args.data is not None else args.data_dir
+    if args.dataset == "digits":
+        return None
+    if root is None and not args.dataset:
+        raise UserError("DATA must be a folder of images, got nothing; name one, or try --dataset digits")
+    if root is not None and not root.exists() and not args.dataset_download:
+        raise UserError(f"DATA must be a folder or archive of images, got '{root}', which is not there")
+    return root
+
+
+def _open_dataset(args: argparse.Namespace, root: Path | None) -> Dataset:
+    from timm.data import create_dataset
+    from torch.utils.data import IterableDataset
+
+    from tokcomp.data import DigitsDataset, SpreadSubset
+
+    if args.dataset == "digits":
+        try:
+            dataset: Dataset = DigitsDataset()
+        except ImportError as error:
+            raise UserError("--dataset digits needs scikit-learn; pip install 'tokcomp[demo]'") from error
+    else:
+        try:
+            dataset = create_dataset(
+                args.dataset,
+                root=None if root is None else str(root),
+                split=args.split,
+                class_map=args.class_map,
+                download=args.dataset_download,
+                batch_size=args.batch_size,
+            )
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            what = f"--dataset '{args.dataset}'" if args.dataset else f"DATA '{root}'"
+            raise UserError(
+                f"{what} could not be opened as a data set ({reason}); it must be one folder per class"
+            ) from error
+    if args.num_samples is None or isinstance(dataset, IterableDataset):
+        return dataset
+    return SpreadSubset(dataset, args.num_samples)
+
+
+def _check_classes(dataset: Dataset, model_classes: int) -> None:
+    from tokcomp.data import count_classes
+
+    classes = count_classes(dataset)
+    if classes is not None and classes > model_classes:
+        raise UserError(
+            f"the model must have a class for each of the data set's {classes}, got a model of {model_classes}; "
+            "pass the right --model, --checkpoint and --num-classes"
+        )
+
+
+def _gflops(model: Any) -> float | None:
+    from tokcomp import UnsupportedModelError, flops
+
+    try:
+        return round(flops(model) / 1e9, 6)
+    except UnsupportedModelError:
+        # A family that cannot be compressed can still be evaluated as it is.
+        return None
+
+
+def _evaluate(
+    args: argparse.Namespace,
+    model: Any,
+    dataset: Dataset,
+    config: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Evaluation:
+    import torch
+    from timm.data import create_loader
+    from torch.utils.data import IterableDataset
+    from tqdm import tqdm
+
+    from tokcomp.evaluate import evaluate
+
+    loader = create_loader(
+        cast(Any, dataset),
+        input_size=config["input_size"],
+        batch_size=args.batch_size,
+        use_prefetcher=False,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+        num_workers=args.workers,
+        persistent_workers=False,
+        pin_memory=device.type == "cuda",
+        device=device,
+    )
+    batches = iter(loader)
+    total = None if isinstance(dataset, IterableDataset) else len(dataset)  # type: ignore[arg-type]
+    if total is None and args.num_samples is not None:
+        batches = islice(batches, -(-args.num_samples // args.batch_size))
+        total = args.num_samples
+    amp_dtype = None
+    if args.amp:
+        amp_dtype = getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "bfloat16"))
+    with tqdm(total=total, unit=" images", leave=False, disable=None, file=sys.stderr) as bar:
+
+        def advance(seen: int, top1: float) -> None:
+            bar.set_postfix_str(f"top-1 {top1:.2f} %", refresh=False)
+            bar.update(seen - bar.n)
+
+        try:
+            return evaluate(model, batches, device=device, dtype=dtype, amp_dtype=amp_dtype, on_batch=advance)
+        except ValueError as error:
+            raise UserError(
+                f"the data set does not fit the model: {error}; check --num-classes and --class-map"
+            ) from error
+        except KeyboardInterrupt:
+            bar.close()
+            print(f"stopped after {bar.n} images; nothing was written", file=sys.stderr)
+            raise
+
+
+def _report(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    text = json.dumps(result, indent=2)
+    if args.results_file is not None:
+        write_whole(args.results_file, text + "\n")
+    if args.json:
+        print(text)
+        return
+    settings = result["method_settings"] or "uncompressed"
+    print(f"{result['model']} ({result['weights']}), {settings}")
+    row = [
+        f"{result['top1']:.2f} %",
+        f"{result['top5']:.2f} %",
+        "-" if result["gflops"] is None else f"{result['gflops']:.4g}",
+        f"{result['images_per_second']:.1f}",
+        f"{result['num_images']}",
+        f"{result['device']}, {result['dtype']}{', amp' if result['amp'] else ''}",
+    ]
+    print(table(["top-1", "top-5", "GFLOPs", "images/s", "images", "on"], [row]))
+    if result["weights"] == "random weights":
+        print("The weights are random, so the accuracy is chance: pass --pretrained or --checkpoint FILE.")
+    if args.results_file is not None:
+        print(f"written: {args.results_file}")

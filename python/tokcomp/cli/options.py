@@ -1,0 +1,297 @@
+"""Options that several commands share, in timm's own names, and what they build."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokcomp.cli.errors import UserError, blame
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from tokcomp.methods import Method
+
+METHODS = ("none", "diffrate", "tome", "evit")
+#: option -> the methods that read it
+_READERS = {
+    "schedule": ("diffrate",),
+    "metric": ("diffrate",),
+    "pipeline": ("diffrate",),
+    "gflops": ("diffrate", "tome", "evit"),
+    "r": ("tome",),
+    "no_prop_attn": ("tome",),
+    "keep_rate": ("evit",),
+    "keep_blocks": ("evit",),
+    "num_pruned": ("evit",),
+    "no_fuse": ("evit",),
+}
+
+
+def positive_int(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got '{text}'")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got '{text}'")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got '{text}'")
+    return value
+
+
+def listed(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``8`` is one value, ``8,8,4`` a list."""
+
+    def parse(text: str) -> Any:
+        values = [kind(part.strip()) for part in text.split(",")]
+        return values if "," in text else values[0]
+
+    return parse
+
+
+def list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: [kind(part.strip()) for part in text.split(",")]
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, default: str) -> None:
+    group = parser.add_argument_group("model (names and meanings as in timm's scripts)")
+    group.add_argument("-m", "--model", default=default, metavar="NAME", help="timm model name (default: %(default)s)")
+    group.add_argument("--pretrained", action="store_true", help="load timm's pretrained weights")
+    group.add_argument("--checkpoint", type=Path, metavar="FILE", help="load weights from a checkpoint")
+    group.add_argument("--num-classes", type=positive_int, metavar="N", help="classes, where not the model's own")
+    group.add_argument("--img-size", type=positive_int, metavar="N", help="image side, where not the model's own")
+    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+
+
+def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none") -> None:
+    group = parser.add_argument_group("compression")
+    group.add_argument("--method", choices=METHODS, default=default, help="how to compress (default: %(default)s)")
+    group.add_argument(
+        "--gflops",
+        type=positive_float,
+        metavar="G",
+        help="budget, 1e9 multiply-adds an image: diffrate takes the schedule published for it, tome and evit "
+        "choose their r or keep rate to meet it",
+    )
+    group.add_argument("--schedule", type=Path, metavar="FILE", help="diffrate: a schedule saved as JSON")
+    group.add_argument(
+        "--metric",
+        choices=("cls_attn", "image_attn", "cls_attn_v", "random"),
+        help="diffrate: what ranks the tokens (default: cls_attn)",
+    )
+    group.add_argument(
+        "--pipeline",
+        choices=("prune_merge", "merge_prune", "prune", "merge"),
+        help="diffrate: what happens in which order (default: prune_merge)",
+    )
+    group.add_argument(
+        "--r",
+        type=listed(non_negative_int),
+        metavar="R",
+        help="tome: tokens to merge in a block, or one per block: 8,8,4,...",
+    )
+    group.add_argument("--no-prop-attn", action="store_true", help="tome: attention that does not count a token's size")
+    group.add_argument(
+        "--keep-rate", type=listed(positive_float), metavar="K", help="evit: share of patches to keep, or one per block"
+    )
+    group.add_argument(
+        "--keep-blocks",
+        type=list_of(non_negative_int),
+        metavar="B,B,...",
+        help="evit: blocks (from 0) that --keep-rate applies to (default: 3,6,9)",
+    )
+    group.add_argument("--num-pruned", type=non_negative_int, metavar="R", help="evit: tokens to drop in every block")
+    group.add_argument("--no-fuse", action="store_true", help="evit: drop the inattentive tokens rather than fuse them")
+
+
+def add_precision_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("precision and speed")
+    group.add_argument("--amp", action="store_true", help="automatic mixed precision")
+    group.add_argument(
+        "--amp-dtype",
+        choices=("float16", "bfloat16"),
+        help="type for --amp (default: float16 on cuda, bfloat16 on cpu)",
+    )
+    group.add_argument(
+        "--model-dtype", choices=("float32", "float16", "bfloat16"), help="convert the weights (default: as they are)"
+    )
+    group.add_argument("--torchcompile", action="store_true", help="compile the model with torch.compile")
+
+
+def chosen_device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device must be a device of this machine, got '{name}' ({reason}); try --device cpu"
+        ) from error
+    return device
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name that timm does not know; names with a slash are hubs' and are left to timm."""
+    import timm
+
+    base = name.split(".")[0]
+    if "/" not in name and not timm.is_model(base):
+        close = difflib.get_close_matches(base, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models('*vit*') lists them"
+        raise UserError(f"--model must be a name that timm knows, got '{name}'; {hint}")
+
+
+def build_model(args: argparse.Namespace) -> Any:
+    """The plain model, in evaluation mode, on the CPU."""
+    import timm
+
+    import tokcomp.assets  # noqa: F401  registers the digits model with timm
+
+    if args.checkpoint is not None and not args.checkpoint.is_file():
+        raise UserError(f"--checkpoint must be a file, got '{args.checkpoint}', which is not there")
+    if args.checkpoint is not None and args.pretrained:
+        raise UserError("--pretrained and --checkpoint exclude each other; keep the one that names your weights")
+    check_model_name(args.model)
+    options = {"num_classes": args.num_classes, "img_size": args.img_size}
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        model = timm.create_model(args.model, pretrained=args.pretrained, **options)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if args.pretrained:
+            raise UserError(
+                f"--pretrained: the weights of '{args.model}' could not be had ({reason}); "
+                "check the network and timm's cache, or pass --checkpoint FILE"
+            ) from error
+        raise UserError(
+            f"--model '{args.model}' could not be built with {options or 'these options'} ({reason})"
+        ) from error
+    if args.checkpoint is not None:
+        from timm.models import load_checkpoint
+
+        try:
+            load_checkpoint(model, str(args.checkpoint))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"--checkpoint '{args.checkpoint}' does not fit {args.model}: {reason}") from error
+    return model.eval()
+
+
+def describe_weights(args: argparse.Namespace) -> str:
+    if args.checkpoint is not None:
+        return f"weights from {args.checkpoint}"
+    return "pretrained weights" if args.pretrained else "random weights"
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+def build_method(args: argparse.Namespace, model: nn.Module) -> Method | None:
+    """The method that the options describe, for this plain model; None for ``--method none``."""
+    # `is`, not `in`: --r 0 is given, and 0 == False.
+    given = [option for option in _READERS if getattr(args, option) is not None and getattr(args, option) is not False]
+    for option in given:
+        if args.method not in _READERS[option]:
+            readers = " or ".join(_READERS[option])
+            raise UserError(
+                f"{_flag(option)} belongs to --method {readers}, got --method {args.method}; "
+                "change the method or leave the option out"
+            )
+    if args.method == "none":
+        return None
+    build = {"diffrate": _diffrate, "tome": _tome, "evit": _evit}[args.method]
+    return build(args, model)
+
+
+def _one_of(args: argparse.Namespace, *options: str) -> str:
+    given = [option for option in options if getattr(args, option) is not None]
+    if len(given) != 1:
+        wanted = " or ".join(_flag(option) for option in options)
+        got = " and ".join(_flag(option) for option in given) or "none of them"
+        raise UserError(f"--method {args.method} needs {'exactly one of ' if given else ''}{wanted}, got {got}")
+    return given[0]
+
+
+def _diffrate(args: argparse.Namespace, model: nn.Module) -> Method:
+    from tokcomp import CompressionSchedule, DiffRate
+
+    if _one_of(args, "gflops", "schedule") == "gflops":
+        with blame("--gflops", hint="or pass --schedule FILE"):
+            published = DiffRate.published(args.model, args.gflops)
+        if args.metric is None and args.pipeline is None:
+            return published
+        schedule = published.schedule
+    else:
+        if not args.schedule.is_file():
+            raise UserError(f"--schedule must be a JSON file, got '{args.schedule}', which is not there")
+        with blame("--schedule"):
+            schedule = CompressionSchedule.load(args.schedule)
+    with blame("--pipeline"):
+        return DiffRate(schedule, metric=args.metric or "cls_attn", pipeline=args.pipeline or "prune_merge")
+
+
+def _tome(args: argparse.Namespace, model: nn.Module) -> Method:
+    from tokcomp import ToMe
+    from tokcomp.budget import tome_for_budget
+
+    if _one_of(args, "r", "gflops") == "gflops":
+        with blame("--gflops"):
+            r = tome_for_budget(model, args.gflops * 1e9).r
+    else:
+        r = args.r
+    return ToMe(r, prop_attn=not args.no_prop_attn)
+
+
+def _evit(args: argparse.Namespace, model: nn.Module) -> Method:
+    from tokcomp import EViT
+    from tokcomp.budget import evit_for_budget
+
+    chosen = _one_of(args, "keep_rate", "num_pruned", "gflops")
+    if args.keep_blocks is not None and chosen != "keep_rate":
+        raise UserError(f"--keep-blocks goes with --keep-rate, got {_flag(chosen)}; leave it out")
+    if chosen == "gflops":
+        with blame("--gflops"):
+            return evit_for_budget(model, args.gflops * 1e9, fuse=not args.no_fuse)
+    if chosen == "num_pruned":
+        return EViT(num_pruned=args.num_pruned, fuse=not args.no_fuse)
+    with blame("--keep-rate"):
+        blocks = {} if args.keep_blocks is None else {"blocks": args.keep_blocks}
+        return EViT(args.keep_rate, fuse=not args.no_fuse, **blocks)
+
+
+def compress_by(args: argparse.Namespace, model: nn.Module, method: Method | None) -> nn.Module:
+    """Compress, blaming the option that does not fit the model."""
+    from tokcomp import UnsupportedModelError, compress
+
+    if method is None:
+        return model
+    try:
+        return compress(model, method)
+    except UnsupportedModelError as error:
+        raise UserError(f"--model '{args.model}': {error}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--method {args.method} does not fit {args.model}: {error}") from error

@@ -1,0 +1,149 @@
+"""tokcomp visualize."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+from tokcomp.cli import options
+from tokcomp.cli.errors import UserError, check_output_file, check_output_folder, write_whole
+
+DESCRIPTION = """\
+Draw what a method does to an image's patches, as in Fig. 5 of the DiffRate paper: the input, then one column per block.
+
+Every patch has the mean colour of the patches it was merged with; merged patches are outlined in a colour that is their
+group's own, and need not touch. Pruned patches are black. With EViT the dropped patches fuse into one token, so they
+form a group.
+"""
+
+EXAMPLES = """\
+examples:
+  tokcomp visualize cat.jpg -m deit_small_patch16_224 --pretrained --method diffrate --gflops 2.3
+      writes tokcomp-pictures/cat.png
+  tokcomp visualize photos/ -m deit_small_patch16_224 --pretrained --method tome --r 13 --columns 0,3,7,11 -o drawn
+      every picture of a folder, four chosen blocks (counted from 0), into the folder 'drawn'
+  tokcomp visualize cat.jpg --checkpoint mine.safetensors --method evit --keep-rate 0.7 -o cat-evit.png
+      your own weights, into one file
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "tokcomp visualize IMAGE [-m NAME] --method METHOD [options]"
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture, or a folder of pictures")
+    options.add_model_options(parser, default="deit_small_patch16_224")
+    options.add_method_options(parser, default="diffrate")
+    output = parser.add_argument_group("picture")
+    output.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("tokcomp-pictures"),
+        metavar="PATH",
+        help="folder to write into, or for one picture a file ending in .png (default: %(default)s)",
+    )
+    output.add_argument(
+        "--columns",
+        type=options.list_of(options.non_negative_int),
+        metavar="B,B,...",
+        help="blocks to draw, from 0 (default: where 3/4, 1/2, 1/3 and 1/6 of the tokens are left)",
+    )
+    output.add_argument("--cell", type=options.positive_int, metavar="PX", help="pixels that a patch measures")
+    output.add_argument(
+        "--outline", type=options.non_negative_int, default=2, metavar="PX", help="default: %(default)s"
+    )
+    output.add_argument("--num-samples", type=options.positive_int, metavar="N", help="at most N pictures of a folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    pictures = _pictures(args)
+    targets = _targets(args, pictures)
+    device = options.chosen_device(args.device)
+    from timm.data import create_transform, resolve_model_data_config
+    from tqdm import tqdm
+
+    model = options.build_model(args)
+    method = options.build_method(args, model)
+    options.compress_by(args, model, method)
+    _check_columns(args, model)
+    model.to(device)
+    config = resolve_model_data_config(model)
+    if args.img_size is not None:
+        config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
+    transform = create_transform(**config, is_training=False)
+    written, unreadable = [], []
+    for path, target in tqdm(list(zip(pictures, targets, strict=True)), unit=" pictures", leave=False, disable=None):
+        try:
+            drawing = _draw(args, model, path, transform, config, device)
+        except OSError as error:
+            unreadable.append(f"'{path}' ({str(error).splitlines()[0]})")
+            continue
+        write_whole(target, drawing)
+        written.append(target)
+    for reason in unreadable:
+        print(f"not a readable picture: {reason}", file=sys.stderr)
+    if not written:
+        raise UserError(f"IMAGE must be a readable picture or a folder of them, got '{args.image}'")
+    print(f"{args.model} ({options.describe_weights(args)}), {method if method is not None else 'uncompressed'}")
+    if not args.pretrained and args.checkpoint is None:
+        print("The weights are random, so the choice of patches means little: pass --pretrained or --checkpoint FILE.")
+    for target in written:
+        print(f"written: {target}")
+    return 0
+
+
+def _pictures(args: argparse.Namespace) -> list[Path]:
+    from tokcomp.data import list_images
+
+    if not args.image.exists():
+        raise UserError(f"IMAGE must be a picture or a folder, got '{args.image}', which is not there")
+    pictures = list_images(args.image)
+    if not pictures:
+        raise UserError(
+            f"IMAGE must hold pictures, got the folder '{args.image}' with none; name another folder or a file"
+        )
+    return pictures[: args.num_samples]
+
+
+def _targets(args: argparse.Namespace, pictures: list[Path]) -> list[Path]:
+    if args.output.suffix.lower() == ".png" and not args.output.is_dir():
+        if args.image.is_dir():
+            raise UserError(
+                f"--output must be a folder for a folder of pictures, got '{args.output}'; leave out '.png'"
+            )
+        return [check_output_file("--output", args.output)]
+    check_output_folder("--output", args.output)
+    # Two pictures of one name but different endings must not overwrite each other.
+    stems = [path.stem for path in pictures]
+    names = [path.stem if stems.count(path.stem) == 1 else path.name for path in pictures]
+    return [args.output / f"{name}.png" for name in names]
+
+
+def _check_columns(args: argparse.Namespace, model: Any) -> None:
+    from tokcomp.adapters import find_adapter
+
+    depth = find_adapter(model).geometry(model).depth
+    for block in args.columns or ():
+        if block >= depth:
+            raise UserError(f"--columns must be blocks of {args.model}, 0 to {depth - 1}, got {block}")
+
+
+def _draw(
+    args: argparse.Namespace, model: Any, path: Path, transform: Any, config: dict[str, Any], device: Any
+) -> bytes:
+    import torch
+
+    from tokcomp.data import load_image
+    from tokcomp.visualize import draw_blocks
+
+    image = transform(load_image(path))
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    drawing = draw_blocks(
+        model, image.to(device), image * std + mean, blocks=args.columns, cell=args.cell, outline=args.outline
+    )
+    buffer = io.BytesIO()
+    drawing.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,145 @@
+"""Images for the command line: timm's data sets, the bundled digits, folders and single files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+DIGITS_IMAGE_SIZE = 32
+_INK_EXTENT = 22.0  # pixels that the 8x8 original spans on the canvas
+_MAX_SHIFT = 5.0  # pixels off the centre, either way
+_HELD_OUT_SEED = 20
+_RENDER_SEED = 7
+
+
+def digits_split() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """scikit-learn's 1797 digits as ((train, labels), (held out, labels)), the same 1437 and 360 every time.
+
+    Images are [n, 1, 8, 8] float32 in 0..1 (ink), labels [n] int64; the split is stratified by class.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    ink = torch.from_numpy(digits.images).float().div_(16.0).unsqueeze(1)
+    labels = torch.from_numpy(digits.target).long()
+    train, held_out = train_test_split(
+        range(len(labels)), test_size=360, random_state=_HELD_OUT_SEED, stratify=digits.target
+    )
+    return (ink[train], labels[train]), (ink[held_out], labels[held_out])
+
+
+def render_digits(ink: Tensor, generator: torch.Generator, *, augment: bool = False, spread: float = 1.0) -> Tensor:
+    """Draw 8x8 digits in coloured ink somewhere on coloured paper: [n, 1, 8, 8] -> [n, 3, 32, 32], both in 0..1.
+
+    Most of a picture is paper, which is what token compression lives on. ``augment`` also turns, shears and scales the
+    digits more; ``spread`` (0..1) says how far from the centre they may lie.
+    """
+    count = ink.shape[0]
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(count, *shape).uniform_(low, high, generator=generator)
+
+    angle = uniform(-1, 1) * (math.radians(15) if augment else math.radians(5))
+    shear = uniform(-1, 1) * (0.25 if augment else 0.0)
+    scale = 1 + uniform(-1, 1) * (0.2 if augment else 0.05)
+    free = spread * _MAX_SHIFT / (DIGITS_IMAGE_SIZE / 2)
+    shift = uniform(-free, free, 2)
+    # affine_grid maps canvas coordinates to the original's, so the matrix is the inverse of the movement.
+    zoom = DIGITS_IMAGE_SIZE / _INK_EXTENT / scale
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    linear = torch.stack([torch.stack([cos, sin + shear * zoom], -1), torch.stack([-sin, cos], -1)], -2)  # [n, 2, 2]
+    offset = -(linear @ shift.unsqueeze(-1))
+    grid = F.affine_grid(torch.cat([linear, offset], -1), [count, 1, DIGITS_IMAGE_SIZE, DIGITS_IMAGE_SIZE], False)
+    coverage = F.grid_sample(ink, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    coverage = coverage.mul(1.3).clamp(max=1.0)
+    paper, colour = uniform(0.8, 1.0, 3, 1, 1), uniform(0.0, 0.4, 3, 1, 1)
+    return paper + (colour - paper) * coverage
+
+
+def held_out_digits() -> tuple[Tensor, Tensor]:
+    """The 360 held-out digits as drawn for every evaluation: images [360, 3, 32, 32] in 0..1, labels [360]."""
+    _, (ink, labels) = digits_split()
+    return render_digits(ink, torch.Generator().manual_seed(_RENDER_SEED)), labels
+
+
+class DigitsDataset(Dataset):
+    """The held-out digits as pictures, as timm's data sets give them: (PIL image, label), with ``transform`` to set."""
+
+    num_classes = 10
+
+    def __init__(self) -> None:
+        images, labels = held_out_digits()
+        pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+        self.images = [Image.fromarray(picture) for picture in pixels]
+        self.labels = labels.tolist()
+        self.transform: Callable[[Image.Image], object] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        image = self.images[index]
+        return (image if self.transform is None else self.transform(image)), self.labels[index]
+
+
+class SpreadSubset(Dataset):
+    """``num_samples`` of a data set, evenly spread: the first ones of a sorted folder would all be of one class."""
+
+    def __init__(self, dataset: Dataset, num_samples: int) -> None:
+        total = len(dataset)  # type: ignore[arg-type]
+        self.dataset = dataset
+        self.indices = (
+            [index * total // num_samples for index in range(num_samples)] if num_samples < total else range(total)
+        )
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        return self.dataset[self.indices[index]]
+
+    @property
+    def transform(self) -> object:
+        return self.dataset.transform  # type: ignore[attr-defined]
+
+    @transform.setter
+    def transform(self, transform: object) -> None:
+        # timm's loader sets a data set's transform.
+        self.dataset.transform = transform  # type: ignore[attr-defined]
+
+
+def count_classes(dataset: Dataset) -> int | None:
+    """Classes of a data set where it knows them without being read through."""
+    if isinstance(dataset, SpreadSubset):
+        dataset = dataset.dataset
+    if hasattr(dataset, "num_classes"):
+        return int(dataset.num_classes)
+    class_to_idx = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
+    return len(set(class_to_idx.values())) if class_to_idx else None
+
+
+def list_images(path: Path) -> list[Path]:
+    """A picture itself, or the pictures in a folder (not below it), by name."""
+    if path.is_dir():
+        return sorted(child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES)
+    return [path]
+
+
+def load_image(path: Path) -> Image.Image:
+    """A picture as RGB, upright.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")

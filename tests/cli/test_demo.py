@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from tokcomp import demo
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    from tokcomp.cli import main
+
+    folder = tmp_path_factory.mktemp("demo") / "report"
+    status = main(["demo", "--output", str(folder), "--batch-size", "1", "--rounds", "1", "--device", "cpu"])
+    return status, folder
+
+
+def test_writes_two_files_and_nothing_else(outcome):
+    status, folder = outcome
+    assert status == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "results.json"]
+
+
+def test_methods_cost_the_same_and_keep_the_accuracy(outcome):
+    _, folder = outcome
+    rows = json.loads((folder / "results.json").read_text())["digits"]
+    assert [row["method"] for row in rows] == ["uncompressed", "DiffRate", "ToMe", "EViT"]
+    dense, diffrate, tome, evit = rows
+    assert dense["top1"] >= 97.0 and dense["agreement"] == 100.0 and set(dense["tokens"]) == {65}
+    for row in (diffrate, tome, evit):
+        assert row["mflops"] == pytest.approx(diffrate["mflops"], rel=0.03)
+        assert row["mflops"] < 0.6 * dense["mflops"]
+        assert row["tokens"][-1] < 30
+    # Measured 97 and 97; EViT, which cannot be trained for here, loses more.
+    assert diffrate["top1"] > 93.0 and tome["top1"] > 90.0 and evit["top1"] > 60.0
+
+
+def test_speeds_are_there(outcome):
+    _, folder = outcome
+    rows = json.loads((folder / "results.json").read_text())["deit_small_patch16_224"]["speed"]
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
+    assert all(row["uncompressed"] > 0 and row["compressed"] > 0 and row["speed_up"] > 0 for row in rows)
+
+
+def test_report_is_self_contained(outcome):
+    _, folder = outcome
+    html = (folder / "report.html").read_text()
+    assert len(html) < 2_000_000
+    assert html.count("data:image/png;base64,") == 4 and html.count("<svg") == 3
+    assert not re.search(r'(?:src|href)="(?!data:)', html) and "<script" not in html and "@import" not in html
+    assert "random weights" in html
+
+
+def test_output_is_checked_first(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "digits_model", lambda: pytest.fail("work began"))
+    (tmp_path / "file").write_text("")
+    status, _, err = run("demo", "--output", tmp_path / "file")
+    assert status == 2
+    assert "--output must be a folder" in err and "is a file; choose another name" in err
+
+
+def test_interrupt_leaves_nothing(run, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "evaluate_digits", interrupted)
+    status, _, err = run("demo", "--output", tmp_path / "out", "--device", "cpu")
+    assert status == 130 and "interrupted" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_weights_are_named(run, tmp_path, monkeypatch):
+    def unavailable(pretrained):
+        raise OSError("no network")
+
+    monkeypatch.setattr(demo, "photo_model", unavailable)
+    status, _, err = run("demo", "--pretrained", "--output", tmp_path / "out", "--device", "cpu")
+    assert status == 2
+    assert "--pretrained: the weights of deit_small_patch16_224 could not be had (OSError: no network)" in err
+
+
+def test_missing_scikit_learn_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("tokcomp.cli.demo.find_spec", lambda name: None)
+    status, _, err = run("demo", "--output", tmp_path / "out")
+    assert status == 2
+    assert "demo needs scikit-learn for its images; pip install 'tokcomp[demo]'" in err

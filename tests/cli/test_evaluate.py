@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tokcomp.cli import main
+from tokcomp.evaluate import evaluate
+
+DIGITS = ("evaluate", "--dataset", "digits", "-m", "tokcomp_digits_vit", "--device", "cpu", "-j", "0")
+TINY = ("evaluate", "-m", "tokcomp_digits_vit", "--device", "cpu", "-j", "0", "-b", "2")
+
+
+def test_digits_uncompressed(run):
+    status, out, _ = run(*DIGITS, "--pretrained", "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["num_images"] == 360 and found["top1"] >= 97.0 and found["top5"] >= found["top1"]
+    assert found["method_settings"] is None and found["images_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method", "tome", "--r", "8"),
+        ("--method", "tome", "--gflops", "0.012"),
+        ("--method", "evit", "--keep-rate", "0.7", "--keep-blocks", "1,3"),
+        ("--method", "evit", "--num-pruned", "4", "--no-fuse"),
+        ("--method", "tome", "--r", "8,8,8,4,4,0", "--no-prop-attn", "--amp"),
+    ],
+    ids=" ".join,
+)
+def test_methods_cost_less(run, options):
+    status, out, _ = run(*DIGITS, "--pretrained", "--num-samples", "40", "--json", *options)
+    found = json.loads(out)
+    assert status == 0
+    assert found["num_images"] == 40 and found["gflops"] < 0.022 and found["top1"] > 50
+    assert found["method_settings"].startswith({"tome": "ToMe", "evit": "EViT"}[options[1]])
+
+
+def test_budget_is_met(run):
+    _, out, _ = run(*DIGITS, "--num-samples", "20", "--json", "--method", "tome", "--gflops", "0.012")
+    assert json.loads(out)["gflops"] == pytest.approx(0.012, rel=0.05)
+
+
+def test_schedule_file(run, tmp_path):
+    from tokcomp import CompressionSchedule
+
+    CompressionSchedule([65, 50, 40, 30, 20, 12], [65, 45, 35, 25, 15, 10]).save(tmp_path / "mine.json")
+    schedule = ("--method", "diffrate", "--schedule", tmp_path / "mine.json")
+    status, out, _ = run(*DIGITS, "--pretrained", "--num-samples", "40", *schedule)
+    assert status == 0
+    assert "DiffRate(" in out and "top-1" in out
+
+
+def test_image_folder_and_results_file(run, image_folder, tmp_path):
+    target = tmp_path / "out" / "result.json"
+    status, out, _ = run(*TINY, image_folder, "--method", "tome", "--r", "4", "--results-file", target)
+    assert status == 0
+    found = json.loads(target.read_text())
+    assert found["num_images"] == 6 and found["data"] == str(image_folder)
+    assert f"written: {target}" in out and "random" in out
+
+
+def test_samples_are_spread_over_the_classes(run, image_folder):
+    from timm.data import create_dataset
+    from tokcomp.data import SpreadSubset
+
+    subset = SpreadSubset(create_dataset("", root=str(image_folder), split="validation"), 2)
+    assert [label for _, label in subset] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "DATA must be a folder of images, got nothing; name one, or try --dataset digits"),
+        (("nowhere",), "DATA must be a folder or archive of images, got 'nowhere', which is not there"),
+        (("a", "--data-dir", "b"), "DATA and --data-dir are the same thing, got both"),
+        (("-b", "0"), "argument -b/--batch-size: must be a whole number above 0, got '0'"),
+        (("--r", "8"), "--r belongs to --method tome, got --method none; change the method or leave the option out"),
+        (("--method", "tome", "--keep-rate", "0.7"), "--keep-rate belongs to --method evit, got --method tome"),
+        (("--method", "tome"), "--method tome needs --r or --gflops, got none of them"),
+        (
+            ("--method", "tome", "--r", "0", "--gflops", "1"),
+            "needs exactly one of --r or --gflops, got --r and --gflops",
+        ),
+        (("--method", "tome", "--r", "-1"), "argument --r: "),
+        (
+            ("--method", "tome", "--r", "8,8"),
+            "--method tome does not fit tokcomp_digits_vit: r must have one entry per block",
+        ),
+        (("--method", "tome", "--gflops", "9"), "--gflops: the budget must lie between 0.0"),
+        (("--method", "evit", "--keep-rate", "1.5"), "--keep-rate: keep_rate must be in (0, 1], got 1.5"),
+        (
+            ("--method", "evit", "--num-pruned", "3", "--keep-blocks", "1"),
+            "--keep-blocks goes with --keep-rate, got --num-pruned",
+        ),
+        (("--method", "diffrate", "--gflops", "2.3"), "--gflops: name must be one of deit_tiny_patch16_224"),
+        (("--method", "diffrate", "--schedule", "nowhere.json"), "--schedule must be a JSON file, got 'nowhere.json'"),
+        (("--checkpoint", "nowhere.pth"), "--checkpoint must be a file, got 'nowhere.pth', which is not there"),
+        (("--checkpoint", __file__, "--pretrained"), "--pretrained and --checkpoint exclude each other"),
+        (("--device", "abacus"), "--device must be a device of this machine, got 'abacus'"),
+        (("--num-classes", "3"), "the model must have a class for each of the data set's 10, got a model of 3"),
+        (("--amp-dtype", "int8"), "argument --amp-dtype: invalid choice: 'int8'"),
+    ],
+)
+def test_mistakes_are_named(run, options, message):
+    needs_data = not options or options[0] in ("nowhere", "a")
+    argv = TINY if needs_data else DIGITS
+    status, out, err = run(*argv, *options)
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in err and out == ""
+
+
+def test_unknown_model_is_refused_with_a_suggestion(run):
+    status, _, err = run("evaluate", "--dataset", "digits", "-m", "deit_smal_patch16_224")
+    assert status == 2
+    assert (
+        "--model must be a name that timm knows, got 'deit_smal_patch16_224'; did you mean deit_small_patch16_224"
+        in err
+    )
+
+
+def test_unsupported_model_is_refused_by_name(run):
+    argv = ("evaluate", "--dataset", "digits", "-m", "resnet18", "--method", "tome", "--r", "4", "--device", "cpu")
+    status, _, err = run(*argv)
+    assert status == 2
+    assert "--model 'resnet18': " in err and "ResNet" in err
+
+
+def test_broken_schedule_is_named(run, tmp_path):
+    (tmp_path / "bad.json").write_text("{}")
+    status, _, err = run(*DIGITS, "--method", "diffrate", "--schedule", tmp_path / "bad.json")
+    assert status == 2 and "--schedule: " in err and "bad.json: a schedule must be a JSON object" in err
+
+
+def test_empty_folder_is_named(run, tmp_path):
+    status, _, err = run(*TINY, tmp_path)
+    assert status == 2
+    assert f"DATA '{tmp_path}' could not be opened as a data set" in err
+
+
+def test_output_is_checked_before_the_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("timm.create_model", lambda *a, **k: pytest.fail("work began"))
+    status, _, err = run(*DIGITS, "--results-file", tmp_path)
+    assert status == 2 and "--results-file must be a file, got the folder" in err
+
+
+def test_interrupt_writes_nothing(run, tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokcomp.evaluate.evaluate", interrupted)
+    target = tmp_path / "result.json"
+    assert main([*DIGITS, "--results-file", str(target)]) == 130
+    assert "stopped after 0 images; nothing was written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+class _Answers(torch.nn.Module):
+    """Logits are the pictures' first pixels."""
+
+    def forward(self, images):
+        return images[:, 0, 0]
+
+
+def test_accuracy_is_counted_right():
+    logits = torch.tensor([[0.9, 0.1, 0, 0, 0, -1.0], [0, 1, 0, 0, 0, 2], [0, 1, 2, 3, 4, 5]])
+    images = logits[:, None, None]  # [3, 1, 1, 6]
+    batches = [(images[:2], torch.tensor([0, 1])), (images[2:], torch.tensor([0]))]
+    found = evaluate(_Answers(), batches, device=torch.device("cpu"))
+    assert found.top1 == pytest.approx(100 / 3)
+    assert found.top5 == pytest.approx(200 / 3)  # the third image's own class is ranked sixth
+    assert found.num_images == 3
+
+
+def test_no_batches_is_an_error():
+    with pytest.raises(ValueError, match="batches must hold at least one image, got none"):
+        evaluate(_Answers(), [], device=torch.device("cpu"))
+
+
+def test_label_without_a_class_is_an_error():
+    batches = [(torch.zeros(1, 1, 1, 4), torch.tensor([4]))]
+    with pytest.raises(ValueError, match="labels must be below the model's 4 classes, got 4"):
+        evaluate(_Answers(), batches, device=torch.device("cpu"))

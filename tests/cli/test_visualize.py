@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from tokcomp.visualize import choose_blocks, paint_groups
+
+TINY = ("visualize", "-m", "tokcomp_digits_vit", "--pretrained", "--device", "cpu")
+TOME = ("--method", "tome", "--r", "8")
+
+
+def test_group_has_its_mean_colour_and_pruned_is_black():
+    image = torch.zeros(3, 4, 4)
+    image[:, :2, :2] = 1.0  # patch 0 white, patch 1 black: the pair's mean is grey
+    image[0, 2:, 2:] = 1.0  # patch 3 red
+    painted = paint_groups(image, torch.tensor([5, 5, -1, 2]), (2, 2), cell=8, outline=0)
+    assert painted.size == (16, 16)
+    assert painted.getpixel((4, 4)) == painted.getpixel((12, 4)) == (128, 128, 128)
+    assert painted.getpixel((4, 12)) == (0, 0, 0)
+    assert painted.getpixel((12, 12)) == (255, 0, 0)
+
+
+def test_merged_groups_are_outlined_in_one_colour_and_not_inside():
+    image = torch.full((3, 4, 4), 0.5)
+    painted = paint_groups(image, torch.tensor([0, 0, 1, 0]), (2, 2), cell=10, outline=2)
+    outline = painted.getpixel((0, 0))
+    assert outline != (128, 128, 128)
+    assert painted.getpixel((19, 19)) == painted.getpixel((10, 15)) == outline  # a corner, and the edge to patch 2
+    assert painted.getpixel((9, 5)) == painted.getpixel((10, 5)) == (128, 128, 128)  # between patches 0 and 1
+
+
+def test_wrong_source_is_an_error():
+    with pytest.raises(ValueError, match=r"source must be \[4\], one entry per patch, got \[5\]"):
+        paint_groups(torch.zeros(3, 4, 4), torch.zeros(5, dtype=torch.long), (2, 2))
+
+
+def test_chosen_blocks_follow_the_token_counts():
+    counts = (12, 9, 8, 6, 5, 4, 2)
+    sources = [(torch.arange(12) % count).unsqueeze(0) for count in counts]
+    assert choose_blocks(sources) == [1, 3, 5, 6]
+    assert choose_blocks(sources[:1] * 3) == [2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [TOME, ("--method", "evit", "--keep-rate", "0.6", "--keep-blocks", "1,3"), ("--method", "none")],
+    ids=lambda options: options[1],
+)
+def test_one_picture(run, picture, tmp_path, options):
+    target = tmp_path / "drawn.png"
+    status, out, _ = run(*TINY, picture, *options, "--columns", "0,5", "--cell", "10", "-o", target)
+    assert status == 0 and f"written: {target}" in out
+    with Image.open(target) as drawn:
+        assert drawn.size == (3 * 80 + 2 * 10, 80 + 26)
+
+
+def test_schedule_prunes_to_black(run, picture, tmp_path):
+    from tokcomp import CompressionSchedule
+
+    CompressionSchedule([65, 40, 40, 40, 40, 40], [65, 30, 30, 30, 30, 30]).save(tmp_path / "mine.json")
+    schedule = ("--method", "diffrate", "--schedule", tmp_path / "mine.json")
+    status, _, _ = run(*TINY, picture, *schedule, "--columns", "1", "--cell", "10", "-o", tmp_path / "d.png")
+    assert status == 0
+    with Image.open(tmp_path / "d.png") as drawn:
+        column = drawn.convert("RGB").crop((90, 26, 170, 106))
+        centres = [column.getpixel((10 * x + 5, 10 * y + 5)) for y in range(8) for x in range(8)]
+    assert centres.count((0, 0, 0)) == 25  # 64 patches, 39 of them kept
+
+
+def test_folder(run, image_folder, tmp_path):
+    status, _, _ = run(
+        *TINY, image_folder / "validation" / "dog", *TOME, "--num-samples", "2", "-o", tmp_path / "drawn"
+    )
+    assert status == 0
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["0.png", "1.png"]
+
+
+def test_unreadable_picture_is_named_and_the_rest_drawn(run, image_folder, tmp_path):
+    folder = image_folder / "validation" / "dog"
+    (folder / "0.png").write_bytes(b"no picture")
+    status, out, err = run(*TINY, folder, *TOME, "-o", tmp_path / "drawn")
+    assert status == 0
+    assert f"not a readable picture: '{folder / '0.png'}'" in err
+    assert out.count("written:") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("nowhere.png", *TOME), "IMAGE must be a picture or a folder, got 'nowhere.png', which is not there"),
+        (("PICTURE", *TOME, "--columns", "0,6"), "--columns must be blocks of tokcomp_digits_vit, 0 to 5, got 6"),
+        (("PICTURE", "--method", "diffrate"), "--method diffrate needs --gflops or --schedule, got none of them"),
+        (("FOLDER", *TOME, "-o", "one.png"), "--output must be a folder for a folder of pictures, got 'one.png'"),
+        (("EMPTY", *TOME), "IMAGE must hold pictures, got the folder"),
+        (("TEXT", *TOME), "IMAGE must be a readable picture or a folder of them"),
+        (("PICTURE", *TOME, "-o", "PICTURE/sub"), "--output must be a folder, got"),
+    ],
+)
+def test_mistakes_are_named(run, image_folder, picture, tmp_path, options, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("words")
+    names = {
+        "PICTURE": picture,
+        "FOLDER": picture.parent,
+        "EMPTY": tmp_path / "empty",
+        "TEXT": tmp_path / "text.txt",
+        "PICTURE/sub": picture / "sub",
+    }
+    status, _, err = run(*TINY, *(names.get(option, option) for option in options))
+    assert status == 2
+    assert message in err and "Traceback" not in err
+
+
+def test_interrupt_leaves_no_half_picture(run, picture, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokcomp.visualize.draw_blocks", interrupted)
+    status, _, err = run(*TINY, picture, *TOME, "-o", tmp_path / "drawn")
+    assert status == 130 and "interrupted" in err
+    assert not (tmp_path / "drawn").exists()
