@@ -90,7 +90,8 @@ def trace(model: nn.Module, images: Tensor) -> list[Tensor]:
     adapter = find_adapter(model)
     x, sources = adapter.sources(model, images)
     maps: list[Tensor] = []
-    current = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+    num_tokens = next((source.shape[1] for source in sources if source is not None), x.shape[1])
+    current = torch.arange(num_tokens, device=x.device).expand(x.shape[0], -1)
     for source in sources:
         if source is not None:
             current = source.gather(1, current.clamp(min=0)).masked_fill(current < 0, -1)

@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import tokcomp_kernels
 from tokcomp.methods.base import Evidence
+from tokcomp_kernels import native_kernels
+
+#: On CPU the compiled kernel takes a third of the time of scaled_dot_product_attention (docs/performance-log.md).
+_COMPILED_ON_CPU = "attention" in native_kernels()["cpu"]
 
 
 def attend(
@@ -33,9 +36,10 @@ def attend(
         out [B, H, N, D] and the evidence; evidence carries no gradient.
     """
     cls_attn = image_attn = None
+    own_kernel = _COMPILED_ON_CPU and q.device.type == "cpu"
     if dropout_p > 0 and (size is not None or "cls_attn" in needs):
         out, cls_attn = _attend_with_dropout(q, k, v, scale, size, dropout_p)
-    elif size is not None or "cls_attn" in needs or (dropout_p == 0 and _ours_is_fastest(q)):
+    elif size is not None or "cls_attn" in needs or (own_kernel and dropout_p == 0):
         out, cls_attn = torch.ops.tokcomp.attention(q, k, v, size=size, scale=scale)
     else:
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
@@ -48,11 +52,6 @@ def attend(
         v if "values" in needs else None,
     )
     return out, evidence
-
-
-def _ours_is_fastest(q: Tensor) -> bool:
-    """On CPU the compiled kernel takes a third of the time of scaled_dot_product_attention (docs/performance-log.md)."""
-    return q.device.type == "cpu" and "attention" in tokcomp_kernels.native_kernels()["cpu"]
 
 
 @torch.no_grad()

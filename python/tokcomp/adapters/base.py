@@ -75,4 +75,4 @@ class Adapter(ABC):
 
     @abstractmethod
     def sources(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        """Run the blocks: the embedded tokens [B, N, C], and per block its source map (None: nothing dropped)."""
+        """Run the model: the last block's tokens [B, M, C], and each block's source map (None: nothing dropped)."""

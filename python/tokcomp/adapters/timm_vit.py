@@ -114,12 +114,10 @@ class TimmVisionTransformer(Adapter):
 
     def sources(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         if isinstance(model, CompressedModel):
-            x = model.embed(images)
-            states: list[Tensor | None] = []
-            model.run_blocks(x, sources=states)
-            return x, states
-        x = CompressedModel.embed(model, images)
-        return x, [None] * len(model.blocks)
+            sources: list[Tensor | None] = []
+            x, _ = model.run_blocks(images, sources)
+            return x, sources
+        return model.forward_features(images), [None] * len(model.blocks)
 
 
 def _require(module: nn.Module, known: type[nn.Module], parts: tuple[str, ...], name: str) -> None:

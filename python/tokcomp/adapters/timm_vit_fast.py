@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, Mlp
+from timm.layers import LayerNorm, Mlp, PatchEmbed
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
@@ -16,12 +16,27 @@ _NORMS = (nn.LayerNorm, LayerNorm, nn.Identity)
 _SCALES = (LayerScale, nn.Identity)
 
 
-def pack(model: nn.Module, x: Tensor) -> PackedWeights | None:
-    """Packed weights for the tokens x, of those blocks that run_block understands; None where it cannot run."""
+def pack(model: nn.Module, images: Tensor) -> PackedWeights | None:
+    """Packed weights of those parts of the model that this module can run; None where none can."""
     if torch.compiler.is_compiling():
         return None
     layers = [layer for block in model.blocks if is_plain(block) for layer in _layers(block)]
-    return packed_weights(model, layers, x) if layers else None
+    if not layers:
+        return None
+    if is_plain_embedding(model.patch_embed):
+        layers.append(model.patch_embed.proj)
+    return packed_weights(model, layers, images)
+
+
+def embed_patches(patch_embed: nn.Module, images: Tensor, packed: PackedWeights) -> Tensor:
+    """What a plain PatchEmbed computes, [B, P, C] in the images' dtype: a convolution without overlap is a product."""
+    rows, columns = patch_embed.patch_size
+    batch, channels, height, width = images.shape
+    if (height, width) != tuple(patch_embed.img_size):
+        return patch_embed(images)
+    patches = images.to(packed.dtype).view(batch, channels, height // rows, rows, width // columns, columns)
+    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * rows * columns)  # [B, P, C_in * p * p]
+    return _norm(patch_embed.norm, packed.linear(patch_embed.proj, patches)).to(images.dtype)
 
 
 def run_block(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeights) -> Tensor:
@@ -59,6 +74,23 @@ def is_plain(block: nn.Module) -> bool:
         return False
     modules = [module for part in (parts, attn, mlp) for module in part.values() if module is not None]
     return not any(module.training for module in modules) and not has_hooks(modules)
+
+
+def is_plain_embedding(patch_embed: nn.Module) -> bool:
+    """Whether embed_patches computes just what ``patch_embed`` would, with nobody watching it."""
+    modules = list(patch_embed.modules())
+    if type(patch_embed) is not PatchEmbed or patch_embed.img_size is None or not patch_embed.flatten:
+        return False
+    conv, norm, sizes = (
+        patch_embed.proj,
+        patch_embed.norm,
+        zip(patch_embed.img_size, patch_embed.patch_size, strict=True),
+    )
+    if type(conv) is not nn.Conv2d or type(norm) not in _NORMS or any(length % patch for length, patch in sizes):
+        return False
+    if conv.kernel_size != patch_embed.patch_size or conv.stride != conv.kernel_size or conv.groups != 1:
+        return False
+    return conv.padding == (0, 0) and conv.dilation == (1, 1) and len(modules) == 3 and not has_hooks(modules)
 
 
 def _layers(block: nn.Module) -> tuple[nn.Module, ...]:

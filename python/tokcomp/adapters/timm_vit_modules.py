@@ -69,15 +69,16 @@ class CompressedModel(Swapped):
 
     _tokcomp_method: Method
 
-    def embed(self, images: Tensor) -> Tensor:
-        """The tokens [B, N, C] that enter block 0."""
-        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
-
-    def run_blocks(self, x: Tensor, sources: list[Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
+    def run_blocks(self, images: Tensor, sources: list[Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, M, C] after the last block, their sizes [B, M]; ``sources`` collects each block's source map."""
         size: Tensor | None = None
+        packed = timm_vit_fast.pack(self, images)
+        if packed is not None and packed.has(self.patch_embed.proj):
+            x = timm_vit_fast.embed_patches(self.patch_embed, images, packed)
+        else:
+            x = self.patch_embed(images)
+        x = self.norm_pre(self.patch_drop(self._pos_embed(x)))
         dtype = x.dtype
-        packed = timm_vit_fast.pack(self, x)
         for index, block in enumerate(self.blocks):
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x, size, source = checkpoint(self._run_block, block, index, x, size, packed, use_reentrant=False)
@@ -99,13 +100,13 @@ class CompressedModel(Swapped):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         _refuse_mask(attn_mask, is_causal)
-        x, size = self.run_blocks(self.embed(x))
+        x, size = self.run_blocks(x)
         return self._head(self.norm(x), size)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Normalised tokens [B, M, C] after the last block."""
         _refuse_mask(attn_mask, is_causal)
-        x, size = self.run_blocks(self.embed(x))
+        x, size = self.run_blocks(x)
         x = self.norm(x)
         if not torch.compiler.is_compiling():
             setattr(x, _SIZE_ATTRIBUTE, size)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch.nn.modules import module as _module
 
 #: Element type of the activations -> the type in which to compute. oneDNN has no fast float16 on most CPUs.
 COMPUTE_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
+#: Layers that are a matrix product: a convolution whose patches do not overlap is one on the flattened patches.
+Layer: TypeAlias = nn.Linear | nn.Conv2d
 #: Elements of each weight that are compared before every forward pass, to notice writes through ``Tensor.data``.
 _SAMPLES = 64
 
@@ -44,14 +46,14 @@ class _Source(NamedTuple):
 class PackedWeights:
     """Packed weights of some of a model's linear layers, in one compute type. Immutable."""
 
-    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> None:
+    def __init__(self, layers: Sequence[Layer], dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._sources = {layer: _Source.of(layer.weight) for layer in layers}
         self._views = [_sample(source.weight) for source in self._sources.values()]
         self._values = torch.cat(self._views) if self._views else None
         self._packed = {layer: _pack(layer.weight, dtype) for layer in layers}
 
-    def is_current(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> bool:
+    def is_current(self, layers: Sequence[Layer], dtype: torch.dtype) -> bool:
         """Whether the layers are the same and none of their weights has changed, in place or otherwise."""
         if dtype != self.dtype or len(layers) != len(self._sources):
             return False
@@ -62,19 +64,23 @@ class PackedWeights:
         # Writes through .data leave no trace but the values. NaN differs from itself: such a model is packed anew.
         return self._values is None or torch.equal(torch.cat(self._views), self._values)
 
-    def linear(self, layer: nn.Linear, x: Tensor) -> Tensor:
+    def has(self, layer: nn.Module) -> bool:
+        """Whether the layer's weight is among the packed ones."""
+        return layer in self._packed
+
+    def linear(self, layer: Layer, x: Tensor) -> Tensor:
         """``layer(x)``."""
         return torch.ops.mkldnn._linear_pointwise(x, self._packed[layer], self._bias(layer), "none", [], "")
 
-    def linear_gelu(self, layer: nn.Linear, x: Tensor, approximate: str) -> Tensor:
+    def linear_gelu(self, layer: Layer, x: Tensor, approximate: str) -> Tensor:
         """``F.gelu(layer(x), approximate=approximate)``."""
         return torch.ops.mkldnn._linear_pointwise(x, self._packed[layer], self._bias(layer), "gelu", [], approximate)
 
-    def linear_add(self, layer: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
+    def linear_add(self, layer: Layer, x: Tensor, residual: Tensor) -> Tensor:
         """``residual + layer(x)``."""
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed[layer], self._bias(layer), "add")
 
-    def _bias(self, layer: nn.Linear) -> Tensor | None:
+    def _bias(self, layer: Layer) -> Tensor | None:
         return None if layer.bias is None else layer.bias.to(self.dtype)
 
 
@@ -89,14 +95,14 @@ def _sample(weight: Tensor) -> Tensor:
 def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
     # Ordinary tensors even under inference_mode, so that the pack outlives it.
     with torch.inference_mode(False), torch.no_grad():
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), None)
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1).to(dtype).contiguous(), None)
 
 
 _cache: weakref.WeakKeyDictionary[nn.Module, PackedWeights] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def packed_weights(model: nn.Module, layers: Sequence[nn.Linear], x: Tensor) -> PackedWeights | None:
+def packed_weights(model: nn.Module, layers: Sequence[Layer], x: Tensor) -> PackedWeights | None:
     """The packed weights of ``layers`` for computing on ``x``, or None where the ordinary path has to be taken.
 
     That is: on other devices or types than this serves, when gradients are wanted, under autocast, and whenever someone
@@ -148,7 +154,7 @@ def _available(x: Tensor) -> bool:
     )
 
 
-def _packable(layer: nn.Linear, dtype: torch.dtype) -> bool:
+def _packable(layer: Layer, dtype: torch.dtype) -> bool:
     weight = layer.weight
     return (
         weight.dtype == dtype
