@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> class_attention_sort_cuda(const Tensor& q_cls, const 
   if (class_attention_needs_scratch(num_tokens)) scratch = empty_like_with(k, {batch, heads, num_tokens}, at::kFloat);
 
   TOKCOMP_DISPATCH_CUDA(k.scalar_type(), op, [&] {
-    using T = DeviceType<scalar_t>::type;
+    using T = typename DeviceType<scalar_t>::type;
     ClassAttentionParams<T> p{};
     p.q = input<T>(q_rows);
     p.k = input<T>(k_rows);

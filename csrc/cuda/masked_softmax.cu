@@ -34,7 +34,7 @@ Tensor masked_softmax_cuda(const Tensor& scores, const Tensor& token_mask, doubl
   const Launcher launch(scores);
   const Tensor rows = with_rows(scores), mask = per_token_acc(token_mask, scores);
   TOKCOMP_DISPATCH_CUDA(scores.scalar_type(), op, [&] {
-    using T = DeviceType<scalar_t>::type;
+    using T = typename DeviceType<scalar_t>::type;
     launch_masked_softmax(forward_params<T>(op, rows, mask, out, eps), launch);
   });
   return out;
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> masked_softmax_backward_cuda(const Tensor& grad, cons
     scratch = empty_like_with(scores, {blocks, kWarps, num_tokens}, at::kFloat);
   }
   TOKCOMP_DISPATCH_CUDA(scores.scalar_type(), op, [&] {
-    using T = DeviceType<scalar_t>::type;
+    using T = typename DeviceType<scalar_t>::type;
     MaskedSoftmaxBackwardParams<T> p{};
     p.forward = forward_params<T>(op, rows, mask, grad_scores, eps);
     p.grad = input<T>(grad_rows);

@@ -17,7 +17,7 @@ Tensor merge_backward_cuda(const Tensor& grad, const Tensor& source, const Optio
   const Tensor grad_rows = with_rows(grad), slots = source.contiguous();
   const OptionalTensor sizes = per_token_acc(size, grad);
   TOKCOMP_DISPATCH_CUDA(grad.scalar_type(), op, [&] {
-    using T = DeviceType<scalar_t>::type;
+    using T = typename DeviceType<scalar_t>::type;
     MergeBackwardParams<T> p{};
     p.grad = input<T>(grad_rows);
     p.source = input<int64_t>(slots);

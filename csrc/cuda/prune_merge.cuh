@@ -167,56 +167,68 @@ __device__ void match_tokens(const PruneMergeParams<T>& p, int64_t image, const 
   }
 }
 
-// One warp: the group of slot `slot`, its token first, then what merges into it by rank.
+// One warp: the group of slot `slot`, its token first, then what merges into it by rank. The row's loads go out before
+// the search for what merges into it.
 template <typename T>
 __device__ void write_slot(const PruneMergeParams<T>& p, int64_t image, const int* order, int slot) {
+  constexpr int kVec = kVector<T>, kUnroll = 2;
   const int lane = threadIdx.x % kWarp;
   const int num_src = p.num_alive - p.num_kept;
   const int* best_slot = p.best_slot + image * num_src;
+  const float* best_cosine = p.best_cosine + image * num_src;
   const float* size = p.size ? p.size + image * p.num_tokens : nullptr;
-  const int token = order[slot];
-
-  int merged = 0;
-  float total = size ? effective_size(size[token]) : 1.f;
-  for (int first = 0; first < num_src; first += kWarp) {
-    const int src = first + lane;
-    unsigned members = __ballot_sync(kAllLanes, src < num_src && best_slot[src] == slot);
-    for (; members; members &= members - 1, ++merged) {
-      const int member = first + __ffs(members) - 1;
-      const float weight = p.similarity_weighted_size ? p.best_cosine[image * num_src + member] : 1.f;
-      total += (size ? effective_size(size[order[p.num_kept + member]]) : 1.f) * weight;
-    }
-  }
-  if (lane == 0) p.size_out[image * p.num_kept + slot] = effective_size(total);
-
   const T* x = p.x + image * p.x_stride_b;
   T* out = p.x_out + (image * p.num_kept + slot) * p.width;
-  const float count = static_cast<float>(1 + merged);
-  for (int64_t base = 0; base < p.width; base += kWarp * kVector<T>) {
-    const int64_t column = base + lane * kVector<T>;
-    float sum[kVector<T>];
-    load_vector(x + token * p.x_stride_n + column, p.width - column, p.aligned, sum);
-    if (merged) {
-      for (int first = 0; first < num_src; first += kWarp) {
-        const int src = first + lane;
-        unsigned members = __ballot_sync(kAllLanes, src < num_src && best_slot[src] == slot);
-        for (; members; members &= members - 1) {
-          const int member = order[p.num_kept + first + __ffs(members) - 1];
-          float values[kVector<T>];
-          load_vector(x + member * p.x_stride_n + column, p.width - column, p.aligned, values);
+  const auto load = [&](int token, int64_t column, float (&values)[kUnroll][kVec]) {
 #pragma unroll
-          for (int i = 0; i < kVector<T>; ++i) sum[i] += values[i];
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t at = column + u * kWarp * kVec;
+      load_vector(x + token * p.x_stride_n + at, p.width - at, p.aligned, values[u]);
+    }
+  };
+
+  int64_t column = lane * kVec;
+  do {  // once even without channels, for the size
+    float sum[kUnroll][kVec];
+    load(order[slot], column, sum);
+    float total = size ? effective_size(size[order[slot]]) : 1.f;
+    int count = 1;
+    for (int first = 0; first < num_src; first += kWarp) {
+      const int src = first + lane;
+      unsigned members = __ballot_sync(kAllLanes, src < num_src && best_slot[src] == slot);
+      for (; members; members &= members - 1, ++count) {
+        const int member = first + __ffs(members) - 1;
+        const int token = order[p.num_kept + member];
+        float values[kUnroll][kVec];
+        load(token, column, values);
+        total += (size ? effective_size(size[token]) : 1.f) * (p.similarity_weighted_size ? best_cosine[member] : 1.f);
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) sum[u][i] += values[u][i];
         }
       }
-#pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) sum[i] /= count;
     }
-    store_vector(out + column, p.width - column, p.aligned, sum);
-  }
+    if (column == 0) p.size_out[image * p.num_kept + slot] = effective_size(total);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (count > 1) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) sum[u][i] /= static_cast<float>(count);
+      }
+      const int64_t at = column + u * kWarp * kVec;
+      store_vector(out + at, p.width - at, p.aligned, sum[u]);
+    }
+    column += kUnroll * kWarp * kVec;
+  } while (column - lane * kVec < p.width);
 }
 
+// That a multiprocessor holds: as many as need no spilling.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) prune_merge_kernel(PruneMergeParams<T> p) {
+constexpr int kBlocks = sizeof(T) == 4 ? 2 : 3;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) prune_merge_kernel(PruneMergeParams<T> p) {
   const int64_t image = blockIdx.x;
   // Shared: order [N] where it is made here, then keys [N] and, once those are used, the match.
   int* own_order = shared_memory<int>();
