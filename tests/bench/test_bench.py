@@ -125,8 +125,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["-m", "vit_tiny_patch16_224"], "--schedule is needed: no schedule was published for vit_tiny_patch16_224"),
         (["-m", "deit_small_patch16_224", "--gflops", "9"], "gflops"),
         (["-m", "test_vit", "--method", "tome", "-b", "0"], "--batch-size and --rounds must be at least 1"),
+        (["--device", "tpu"], "device must be cpu, cuda or cuda:N, got 'tpu'"),
+        (["--device", "cuda:99"], "device must be one of the [0-9]+ GPUs that PyTorch sees, got 'cuda:99'"),
     ],
 )
 def test_command_refuses(arguments: list[str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        cli.main([*arguments, "--device", "cpu"])
+        cli.main(["--device", "cpu", *arguments])

@@ -12,7 +12,7 @@ import torch
 
 import tokcomp
 from tokcomp.bench.models import COMPETITORS, PRECISIONS, Entry, compare_models, create_model
-from tokcomp.bench.provenance import device_name, provenance, save_record
+from tokcomp.bench.provenance import device_name, find_device, provenance, save_record
 from tokcomp.bench.report import draw, table
 from tokcomp.bench.timing import MIN_ROUNDS
 from tokcomp.methods import Method
@@ -51,9 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the comparison; prints the table and returns the exit status."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device must be a device that PyTorch sees, got {args.device} (no CUDA device found)")
+    device = find_device(args.device)
     if min(args.batch_size) < 1 or args.rounds < 1:
         raise ValueError("--batch-size and --rounds must be at least 1")
     method = build_method(args)

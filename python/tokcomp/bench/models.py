@@ -60,10 +60,13 @@ class DisagreementError(RuntimeError):
     """The compressed model and the published pipeline differ by more than rounding: no speed is reported."""
 
 
-def create_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
+def create_model(
+    name: str, *, pretrained: bool = False, device: torch.device | None = None, **options: Any
+) -> nn.Module:
     """timm's model in float32 for inference, with random weights (seed 0) unless pretrained: speed is the same."""
     torch.manual_seed(0)
-    return timm.create_model(name, pretrained=pretrained, **options).eval()
+    with device or nullcontext():
+        return timm.create_model(name, pretrained=pretrained, **options).eval()
 
 
 def keep_everything(model: Any) -> Method:
@@ -81,6 +84,7 @@ def compare_models(
     device: torch.device,
     baseline: str = "published",
     rounds: int = MIN_ROUNDS,
+    measure: Callable[[Mapping[str, Callable[[], Any]]], Mapping[str, Samples]] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
     """Time a model's entries on random images in turns, batch size by batch size.
@@ -94,6 +98,7 @@ def compare_models(
         device: where to run.
         baseline: name of the entry that speed-ups are quoted against, where there is one.
         rounds: turns that each entry takes per batch size.
+        measure: times named calls in turns, in place of :func:`interleave`; what it leaves out gets no row.
         report: called with a line of progress now and then.
 
     Raises:
@@ -123,9 +128,11 @@ def compare_models(
             for call in calls.values():
                 call()
             report(f"batch {batch}: {rounds} rounds")
-            samples = interleave(calls, stopwatch(device), rounds=rounds)
+            samples = measure(calls) if measure else interleave(calls, stopwatch(device), rounds=rounds)
             against = samples.get(baseline)
-            rows += [_row(name, batch, precision, cost[name], samples[name], against) for name in runners]
+            rows += [
+                _row(name, batch, precision, cost[name], samples[name], against) for name in runners if name in samples
+            ]
     return rows
 
 

@@ -29,6 +29,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
+            "load": os.getloadavg()[0],  # of the last minute: what else ran beside the measurement
             "system": platform.platform(),
         },
     }
@@ -42,6 +43,23 @@ def provenance(device: torch.device) -> dict[str, Any]:
             **_nvidia_smi(fields, device),
         }
     return record
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; by default the first GPU, or the CPU where there is none.
+
+    Raises:
+        ValueError: the name is none of PyTorch's, or a GPU that is not there.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must be one of the {torch.cuda.device_count()} GPUs that PyTorch sees, got {name!r}")
+    return device
 
 
 def device_name(device: torch.device) -> str:

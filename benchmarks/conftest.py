@@ -1,0 +1,137 @@
+"""`pytest benchmarks/ --benchmark-only`: the one fixture that may time, and where its figures go.
+
+Competitors take turns in one process (tokcomp.bench.timing); pytest-benchmark is then shown the rounds of one of them,
+so its own table, comparison and JSON work as usual. Every run adds a file to --results with all rows and competitors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokcomp.bench.provenance import device_slug, find_device, provenance, save_record
+from tokcomp.bench.report import format_columns
+from tokcomp.bench.timing import MIN_ROUNDS, TURN_SECONDS, Samples, device_rates, interleave, stopwatch
+
+
+class Playback:
+    """A clock for pytest-benchmark that shows rounds which were measured already."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def show(self, benchmark: Any, seconds: tuple[float, ...]) -> None:
+        rounds = iter(seconds)
+
+        def advance() -> None:
+            self.now += next(rounds)
+
+        benchmark.pedantic(advance, rounds=len(seconds), iterations=1)
+
+
+CLOCK = Playback()
+RESULTS = pytest.StashKey["Results"]()
+
+
+class Results:
+    """Rows of one run."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.device = find_device(config.getoption("--device"))
+        self.rounds: int = config.getoption("--rounds")
+        folder = config.getoption("--results")
+        self.folder = Path(folder) if folder else Path(__file__).parent / "results" / device_slug(self.device)
+        self.rows: list[dict[str, Any]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.rates: dict[str, dict[str, float]] = {}
+
+    def rates_of(self, dtype: torch.dtype) -> dict[str, float]:
+        """The device's matrix and copy rates in this run."""
+        name = str(dtype).removeprefix("torch.")
+        if name not in self.rates:
+            self.rates[name] = device_rates(self.device, dtype)
+        return self.rates[name]
+
+    def add(self, row: Mapping[str, Any], table: str, head: Sequence[str], cells: Sequence[str]) -> None:
+        """Record a row, and show it as a line of the table of that name."""
+        self.rows.append(dict(row))
+        self.tables.setdefault(table, [list(head)]).append(list(cells))
+
+    def save(self) -> Path:
+        record = {"provenance": provenance(self.device), "rates": self.rates, "rows": self.rows}
+        return save_record(self.folder, record)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("tokcomp")
+    group.addoption("--results", help="folder for this run's JSON (default: benchmarks/results/<device>)")
+    group.addoption("--device", help="cpu or cuda (default: cuda where there is one)")
+    group.addoption("--torchcompile", action="store_true", help="time compiled models as well")
+    group.addoption("--rounds", type=int, default=MIN_ROUNDS, help="turns of each competitor (default: %(default)s)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RESULTS] = Results(config)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    results = config.stash[RESULTS]
+    for title, lines in results.tables.items():
+        terminalreporter.section(title)
+        terminalreporter.write_line(format_columns(lines))
+    for dtype, rates in results.rates.items():
+        matrix, copy = rates["matrix_flops_per_s"] / 1e12, rates["copy_bytes_per_s"] / 1e9
+        terminalreporter.write_line(
+            f"measured in this run, {dtype}: matrices {matrix:.2f} TFLOP/s, copy {copy:.0f} GB/s"
+        )
+    if results.rows:
+        terminalreporter.write_line(f"saved {results.save()}")
+
+
+@pytest.fixture
+def results(request: pytest.FixtureRequest) -> Results:
+    return request.config.stash[RESULTS]
+
+
+@pytest.fixture
+def device(results: Results) -> torch.device:
+    return results.device
+
+
+@pytest.fixture
+def timed(benchmark: Any, results: Results) -> Callable[..., dict[str, Samples]]:
+    """``timed(calls, gate=..., shown=...)`` -> the rounds of each competitor.
+
+    ``gate()`` runs first and raises unless what is to be timed is right; ``shown`` names the competitor whose rounds
+    pytest-benchmark lists. With --benchmark-disable only the gate and one call of each run, and the answer is empty.
+    """
+
+    def run(
+        calls: Mapping[str, Callable[[], Any]],
+        *,
+        gate: Callable[[], Any],
+        shown: str,
+        turn_seconds: float = TURN_SECONDS,
+    ) -> dict[str, Samples]:
+        gate()
+        if benchmark.disabled:
+            benchmark.pedantic(lambda: [call() for call in calls.values()])
+            return {}
+        samples = interleave(calls, stopwatch(results.device), rounds=results.rounds, turn_seconds=turn_seconds)
+        CLOCK.show(benchmark, samples[shown].seconds)
+        benchmark.extra_info.update({name: list(one.seconds) for name, one in samples.items()})
+        return samples
+
+    return run

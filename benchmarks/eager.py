@@ -1,0 +1,113 @@
+"""Each operator as a chain of PyTorch calls, the way the published code writes it: what a kernel has to beat.
+
+Same arguments as the operator, the outputs that the published code computes (no source maps).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tokcomp.bench.published import bipartite_merge, gather_tokens, merge_by_similarity
+from torch import Tensor
+
+
+def _column(size: Tensor | None, x: Tensor) -> Tensor:
+    return (
+        torch.ones_like(x[..., :1], dtype=torch.promote_types(x.dtype, torch.float32))
+        if size is None
+        else size[..., None]
+    )
+
+
+def _scores(q: Tensor, k: Tensor, size: Tensor | None, scale: float | None) -> Tensor:
+    scores = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return scores if size is None else scores + size.log()[:, None, None]
+
+
+def _descending(importance: Tensor, num_prefix_tokens: int) -> Tensor:
+    order = importance[:, num_prefix_tokens:].argsort(dim=1, descending=True) + num_prefix_tokens
+    return torch.cat([torch.arange(num_prefix_tokens, device=order.device).expand(order.shape[0], -1), order], dim=1)
+
+
+def class_attention_sort(
+    q_cls: Tensor, k: Tensor, size: Tensor | None = None, scale: float | None = None, num_prefix_tokens: int = 1
+) -> tuple[Tensor, Tensor]:
+    cls_attn = _scores(q_cls.unsqueeze(2), k, size, scale).softmax(dim=-1)[:, :, 0].mean(dim=1)
+    return cls_attn, _descending(cls_attn, num_prefix_tokens)
+
+
+def prune_merge(
+    x: Tensor,
+    importance: Tensor,
+    num_prune_kept: int,
+    num_merge_kept: int,
+    *,
+    size: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+) -> tuple[Tensor, Tensor]:
+    order = _descending(importance, num_prefix_tokens)
+    x, column = gather_tokens(x, order), gather_tokens(_column(size, x), order)
+    x, column = merge_by_similarity(
+        x[:, :num_prune_kept], column[:, :num_prune_kept], num_merge_kept, num_prefix_tokens
+    )
+    return x, column.squeeze(-1)
+
+
+def masked_softmax(scores: Tensor, token_mask: Tensor, eps: float = 1e-6) -> Tensor:
+    num_tokens = scores.shape[-1]
+    own = torch.eye(num_tokens, dtype=token_mask.dtype, device=token_mask.device)
+    mask = token_mask[:, None, None]
+    mask = mask + (1.0 - mask) * own
+    accumulate = torch.promote_types(scores.dtype, torch.float32)
+    weights = (scores - scores.amax(dim=-1, keepdim=True).detach()).to(accumulate).exp() * mask.to(accumulate)
+    return ((weights + eps / num_tokens) / (weights.sum(dim=-1, keepdim=True) + eps)).to(scores.dtype)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor,
+    *,
+    size: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    probabilities = masked_softmax(_scores(q, k, size, scale), token_mask, eps)
+    return probabilities.to(v.dtype) @ v, probabilities[:, :, 0].mean(dim=1)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    probabilities = _scores(q, k, size, scale).softmax(dim=-1)
+    return probabilities.to(v.dtype) @ v, probabilities[:, :, 0].mean(dim=1)
+
+
+def tome_merge(
+    x: Tensor, metric: Tensor, r: int, *, size: Tensor | None = None, num_prefix_tokens: int = 1
+) -> tuple[Tensor, Tensor]:
+    merged, column = bipartite_merge(x, metric, r, _column(size, x).to(x.dtype), num_prefix_tokens)
+    return merged, column.squeeze(-1)
+
+
+def unmerge(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = None) -> Tensor:
+    index = source.clamp_min(0).unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    alive = (source >= 0).unsqueeze(-1)
+    return torch.where(alive, x.gather(1, index), 0.0 if pruned_fill is None else pruned_fill)
+
+
+EAGER: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        class_attention_sort,
+        prune_merge,
+        masked_softmax,
+        masked_attention,
+        attention,
+        tome_merge,
+        unmerge,
+    )
+}

@@ -1,0 +1,236 @@
+"""Every operator on blocks of the published models: each backend called directly, the reference, the eager chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from tokcomp.bench.provenance import find_device
+from tokcomp.bench.timing import copies_beyond_cache, rotating
+from torch import Tensor
+
+from benchmarks.eager import EAGER
+from benchmarks.shapes import BLOCKS, BlockShape
+from tokcomp_kernels import native_kernels
+from tokcomp_kernels.compare import assert_right
+from tokcomp_kernels.ops import IMPLEMENTATIONS
+from tokcomp_kernels.testing import Sample
+
+TABLE = "operators: microseconds per call (median), speed over the eager chain (median, least, most), of copy rate"
+HEAD = ["operator", "block", "batch", "dtype", "backend", "us", "speed", "least", "most", "of copy"]
+#: Shorter turns on a GPU, where a launch takes microseconds.
+TURN_SECONDS = {"cpu": 0.1, "cuda": 0.03}
+GATED_IMAGES = 2
+
+FORWARD = tuple(EAGER)
+BACKWARD = {
+    "_merge_backward": "prune_merge",
+    "_unmerge_backward": "unmerge",
+    "_masked_softmax_backward": "masked_softmax",
+    "_masked_attention_backward": "masked_attention",
+    "_attention_backward": "attention",
+}
+#: Operators that only the search runs, at its batch size.
+SEARCH = ("masked_softmax", "masked_attention", *BACKWARD)
+BATCH = {"cpu": 16, "cuda": 1024}
+SEARCH_BATCH = {"cpu": 8, "cuda": 256}
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float16,)}
+CPU_BLOCKS = (BLOCKS[1], BLOCKS[3])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    kind = find_device(metafunc.config.getoption("--device")).type
+    blocks = BLOCKS if kind == "cuda" else CPU_BLOCKS
+    metafunc.parametrize("op", (*FORWARD, *BACKWARD))
+    metafunc.parametrize("shape", blocks, ids=[shape.id for shape in blocks])
+    metafunc.parametrize("dtype", DTYPES[kind], ids=[_name(dtype) for dtype in DTYPES[kind]])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of one call, and the bytes it has to move at least."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    bytes: int
+
+
+def make_case(op: str, shape: BlockShape, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """Fresh random arguments of ``op`` as a block of this shape calls it."""
+    tokens, channels, kept = shape.tokens, shape.channels, shape.num_merge_kept
+    item = torch.finfo(dtype).bits // 8
+    plane, small = batch * tokens * channels * item, batch * kept * channels * item
+    maps = batch * shape.heads * tokens * tokens * item
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(batch, *sizes, device=device).to(dtype)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(batch, tokens, device=device) * (high - low) + low
+
+    def packed() -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = normal(tokens, 3, shape.heads, shape.width).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def mask() -> Tensor:
+        return (torch.arange(tokens, device=device) < kept).float().expand(batch, tokens).contiguous()
+
+    def source() -> Tensor:
+        slots = torch.cat([torch.arange(kept), torch.randint(1, kept, (shape.num_prune_kept - kept,))])
+        slots = torch.cat([slots, torch.full((tokens - shape.num_prune_kept,), -1)])
+        return (
+            torch.stack([slots[torch.randperm(tokens)] for _ in range(min(batch, 16))])
+            .repeat(-(-batch // 16), 1)[:batch]
+            .to(device)
+        )
+
+    if op == "class_attention_sort":
+        q, k, _ = packed()
+        return Case((q[:, :, 0], k, uniform(1, 3)), {}, plane)
+    if op == "prune_merge":
+        read = batch * shape.num_prune_kept * channels * item
+        counts = (shape.num_prune_kept, shape.num_merge_kept)
+        return Case((normal(tokens, channels), uniform(0, 1), *counts), {"size": uniform(1, 3)}, read + small)
+    if op == "tome_merge":
+        r = tokens - kept
+        args = (normal(tokens, channels), normal(tokens, shape.width), r)
+        return Case(args, {"size": uniform(1, 3)}, plane + plane // shape.heads + small)
+    if op == "unmerge":
+        return Case((normal(kept, channels), source()), {}, small + plane)
+    if op == "masked_softmax":
+        return Case((normal(shape.heads, tokens, tokens), mask()), {}, 2 * maps)
+    if op == "attention":
+        return Case(packed(), {"size": uniform(1, 3)}, 4 * plane)
+    if op == "masked_attention":
+        return Case((*packed(), mask()), {"size": uniform(1, 3)}, 4 * plane)
+    if op == "_merge_backward":
+        return Case((normal(kept, channels), source()), {}, small + plane)
+    if op == "_unmerge_backward":
+        return Case((normal(tokens, channels), source(), kept), {}, small + plane)
+    if op == "_masked_softmax_backward":
+        return Case(
+            (normal(shape.heads, tokens, tokens), *make_case("masked_softmax", shape, batch, dtype, device).args),
+            {},
+            3 * maps,
+        )
+    forward = make_case(op.removeprefix("_").removesuffix("_backward"), shape, batch, dtype, device)
+    return Case((normal(shape.heads, tokens, shape.width), *forward.args), forward.kwargs, 7 * plane)
+
+
+def backends(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:
+    """The implementations of an operator that run on this device, by the name under which they are listed."""
+    names = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}[device.type]
+    native = op in native_kernels()[device.type]
+    found = {name: IMPLEMENTATIONS[op].callable(name) for name in names if native or name not in ("cpp", "cuda")}
+    return {"dispatched": getattr(torch.ops.tokcomp, op).default, **found}
+
+
+def eager_call(op: str, case: Case, shape: BlockShape) -> Callable[[], Any]:
+    """The eager chain on a case; for a backward pass, autograd through the forward's chain."""
+    if op in EAGER:
+        return lambda: EAGER[op](*case.args, **case.kwargs)
+    grad, forward = case.args[0], BACKWARD[op]
+    if op == "_merge_backward":  # the one backward that does not take its forward's arguments
+        inner = make_case(forward, shape, grad.shape[0], grad.dtype, grad.device)
+        args, kwargs = inner.args, inner.kwargs
+    elif op == "_unmerge_backward":
+        args, kwargs = (grad.new_zeros(grad.shape[0], case.args[2], grad.shape[2]), case.args[1]), {}
+    else:
+        args, kwargs = case.args[1:], case.kwargs
+    differentiable = IMPLEMENTATION_INPUTS[forward]
+    leaves = [args[i].detach().requires_grad_() for i in range(differentiable)]
+    with torch.enable_grad():
+        outputs = EAGER[forward](*leaves, *args[differentiable:], **kwargs)
+    out = outputs[0] if isinstance(outputs, tuple) else outputs
+    return lambda: torch.autograd.grad(out, leaves, grad.to(out.dtype), retain_graph=True)
+
+
+#: How many leading arguments of a forward take a gradient.
+IMPLEMENTATION_INPUTS = {"prune_merge": 1, "unmerge": 1, "masked_softmax": 2, "masked_attention": 4, "attention": 3}
+
+
+def tensors(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def check(op: str, calls: dict[str, Callable[..., Any]], case: Case, shape: BlockShape, batch: int) -> None:
+    """Every backend right on fresh random images, those images' bits the same in the full batch, and twice the same."""
+    chosen = torch.randperm(batch)[:GATED_IMAGES].sort().values
+    sample = Sample(op, shape.id, case.args, case.kwargs)
+
+    def pick(value: Any) -> Any:
+        return value[chosen.to(value.device)] if isinstance(value, Tensor) else value
+
+    few = Sample(op, shape.id, tuple(map(pick, case.args)), {name: pick(value) for name, value in case.kwargs.items()})
+    owner = IMPLEMENTATIONS[op].backend(case.args[0].device.type)
+    for name, call in calls.items():
+        outputs = tensors(call(*few.args, **few.kwargs))
+        assert_right(few, outputs if len(outputs) > 1 else outputs[0])
+        if name == "reference" or (name == "dispatched" and owner == "reference"):
+            continue  # PyTorch's own kernels promise neither
+        first, second = tensors(call(*sample.args, **sample.kwargs)), tensors(call(*sample.args, **sample.kwargs))
+        for one, other, alone in zip(first, second, outputs, strict=True):
+            assert torch.equal(one, other), f"{op}, {name}: two runs differ"
+            assert torch.equal(pick(one), alone), f"{op}, {name}: an image's result depends on its batch"
+    check_eager(op, few, shape)
+
+
+def check_eager(op: str, few: Sample, shape: BlockShape) -> None:
+    """The eager chain computes the same function: in float64 it agrees with the reference to 1e-9."""
+    double = few.map(lambda value: value.double())
+    want = tensors(IMPLEMENTATIONS[op].reference(*double.args, **double.kwargs))
+    if op == "_merge_backward":
+        return  # its chain differentiates a prune_merge of its own, which the forward's row has checked
+    have = tensors(eager_call(op, Case(double.args, double.kwargs, 0), shape)())
+    for one, other in zip(have, want, strict=False):
+        assert one.shape == other.shape
+        assert (one.double() - other.double()).abs().max() <= 1e-9 * max(1.0, other.double().abs().max().item())
+
+
+@torch.no_grad()
+def test_operator(
+    op: str, shape: BlockShape, dtype: torch.dtype, device: torch.device, timed: Any, results: Any
+) -> None:
+    batch = (SEARCH_BATCH if op in SEARCH else BATCH)[device.type]
+    first = make_case(op, shape, batch, dtype, device)
+    copies = copies_beyond_cache([*first.args, *first.kwargs.values()], device)
+    cases = [first, *(make_case(op, shape, batch, dtype, device) for _ in range(copies - 1))]
+    found = backends(op, device)
+    calls = {
+        name: rotating(lambda case, call=call: call(*case.args, **case.kwargs), [(case,) for case in cases])
+        for name, call in found.items()
+    }
+    chains = [(eager_call(op, case, shape),) for case in cases]
+    calls["eager"] = rotating(lambda chain: chain(), chains)
+    samples = timed(
+        calls,
+        gate=lambda: check(op, found, first, shape, batch),
+        shown="dispatched",
+        turn_seconds=TURN_SECONDS[device.type],
+    )
+    if not samples:
+        return
+    copy_rate = results.rates_of(dtype)["copy_bytes_per_s"]
+    for name, one in samples.items():
+        speed = one.speedup_over(samples["eager"])
+        share = first.bytes / one.median / copy_rate
+        row = {
+            "operator": op,
+            "block": shape.id,
+            "batch": batch,
+            "dtype": _name(dtype),
+            "backend": name,
+            "seconds": one.seconds,
+            "speedup_over_eager": speed,
+            "bytes": first.bytes,
+            "share_of_copy_rate": share,
+        }
+        cells = [op, shape.id, str(batch), _name(dtype), name, f"{one.median * 1e6:.0f}"]
+        results.add(row, TABLE, HEAD, [*cells, *(f"{ratio:.2f}x" for ratio in speed), f"{share:.0%}"])
