@@ -92,19 +92,25 @@ inline void softmax_backward_row(acc_t* scores, acc_t* grad, acc_t row_max, int6
   constexpr int64_t lanes = kLanes<acc_t>;
   const RowExp<acc_t> row_exp(row_max, tokens);
   const int64_t vectors = (tokens + lanes - 1) / lanes;
-  V total(acc_t(0)), dot(acc_t(0)), grad_sum(acc_t(0));
+  V total_lanes(acc_t(0)), dot(acc_t(0));
   for (int64_t v = 0; v < vectors; ++v) {
     const V e = row_exp(V::loadu(scores + v * lanes), v);
-    const V g = row_exp.inside(V::loadu(grad + v * lanes), v);
-    e.store(scores + v * lanes);
     const V masked = kMasked ? e * mask[v] : e;
-    total = total + masked;
-    dot = at::vec::fmadd(masked, g, dot);
-    if constexpr (kMasked) grad_sum = grad_sum + g;
+    e.store(scores + v * lanes);
+    total_lanes = total_lanes + masked;
+    if constexpr (!kMasked) dot = at::vec::fmadd(masked, V::loadu(grad + v * lanes), dot);
   }
   const acc_t floor = kMasked ? eps / acc_t(tokens) : acc_t(0);
-  const acc_t inverse = acc_t(1) / (reduce_add(total) + (kMasked ? eps : acc_t(0)));
-  const acc_t mean = (reduce_add(dot) + (kMasked ? floor * reduce_add(grad_sum) : acc_t(0))) * inverse;
+  const acc_t total = reduce_add(total_lanes) + (kMasked ? eps : acc_t(0));
+  const acc_t inverse = acc_t(1) / total;
+  if constexpr (kMasked) {
+    // A true division: a row that sees one key has the probability 1, and its gradient cancels exactly.
+    for (int64_t v = 0; v < vectors; ++v) {
+      const V probability = (V::loadu(scores + v * lanes) * mask[v] + V(floor)) / V(total);
+      dot = at::vec::fmadd(probability, row_exp.inside(V::loadu(grad + v * lanes), v), dot);
+    }
+  }
+  const acc_t mean = kMasked ? reduce_add(dot) : reduce_add(dot) * inverse;
 
   const acc_t own_grad = kMasked ? grad_mask[own_key] : acc_t(0);
   for (int64_t v = 0; v < vectors; ++v) {
