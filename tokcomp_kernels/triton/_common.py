@@ -12,7 +12,7 @@ from tokcomp_kernels._checks import refuse
 #: The interpreter multiplies bfloat16 bit patterns as integers, and rounds towards zero to bfloat16.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def require_supported(op: str, argument: str, tensor: Tensor) -> None:

@@ -51,6 +51,15 @@ class CompileCase:
     num_stages: int = 3
     divisible: Sequence[str] | None = None
 
+    @classmethod
+    def launched(
+        cls, name: str, kernel: Any, types: Mapping[str, str], options: Mapping[str, object], **constexprs: object
+    ) -> CompileCase:
+        """From the keyword arguments of a launch: constants, and among them ``num_warps`` and ``num_stages``."""
+        constants = {key: value for key, value in options.items() if key in kernel.arg_names} | constexprs
+        launch = {key: value for key, value in options.items() if key in ("num_warps", "num_stages")}
+        return cls(name, kernel, types, constants, **launch)  # type: ignore[arg-type]
+
     def source(self) -> ASTSource:
         names = self.kernel.arg_names
         unknown = (set(self.types) | set(self.constexprs)) - set(names)

@@ -1,0 +1,237 @@
+"""Attention forward: proportional attention with or without a token mask, and the class token's row beside it.
+
+A program owns one (image, head, block of rows). Up to BLOCK_N keys fit one tile and the softmax is a single pass.
+Beyond, keys come in tiles: with an online softmax, or in two passes where there is a mask, because masked keys count in
+the maximum, so the visible powers may be far below 1 and only probabilities are rounded to half precision.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokcomp_kernels._checks import check_attention
+from tokcomp_kernels.triton._attention import (
+    CASE_SHAPES,
+    apply_mask,
+    finite_max,
+    key_scores,
+    launch_options,
+    load_mask,
+    load_rows,
+    per_token_strides,
+    store_first_row,
+    store_rows,
+)
+from tokcomp_kernels.triton._common import device_guard, dot, inner_contiguous, narrow, require_supported
+from tokcomp_kernels.triton._reduce import BLOCK_N, _reduce_kernel, reduce_groups
+
+if TYPE_CHECKING:
+    from tokcomp_kernels.triton._compile import CompileCase
+
+
+@triton.jit(do_not_specialize=["N"])
+def _attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    size_ptr,
+    mask_ptr,
+    out_ptr,
+    cls_ptr,
+    stats_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_sb,
+    stride_sn,
+    stride_mb,
+    stride_mn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    H,
+    N,
+    scale,
+    eps,
+    eps_over_n,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_SIZE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    SINGLE_TILE: tl.constexpr,
+):
+    """cls_ptr [B, H, N] takes row 0: probabilities with a mask, else scores; stats_ptr [B, H, 2]: maximum, sum."""
+    num_blocks = tl.cdiv(N, BLOCK_M)
+    pid = tl.program_id(0)
+    pid_m = pid % num_blocks
+    bh = (pid // num_blocks).to(tl.int64)
+    b = bh // H
+    h = bh % H
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    out_ptr += b * stride_ob + h * stride_oh
+    cls_ptr += bh * N
+    if HAS_SIZE:
+        size_ptr += b * stride_sb
+    if HAS_MASK:
+        mask_ptr += b * stride_mb
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_tile = tl.arange(0, BLOCK_N)
+    q = load_rows(q_ptr, offs_m, stride_qn, N, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+
+    if SINGLE_TILE:
+        k = load_rows(k_ptr, offs_tile, stride_kn, N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        scores = key_scores(q, k, size_ptr, offs_tile, stride_sn, N, scale, HAS_SIZE)  # [BLOCK_M, BLOCK_N]
+        if not HAS_MASK and pid_m == 0:
+            store_first_row(cls_ptr, scores, offs_m, offs_tile, N)
+        row_max = finite_max(tl.max(scores, 1))  # [BLOCK_M]
+        probs = tl.exp2(scores - row_max[:, None])
+        if HAS_MASK:
+            probs = apply_mask(probs, load_mask(mask_ptr, offs_tile, stride_mn, N)[None, :], offs_m, offs_tile)
+            row_sum = tl.sum(probs, 1) + eps
+            probs = (probs + eps_over_n) / row_sum[:, None]
+            if pid_m == 0:
+                store_first_row(cls_ptr, probs, offs_m, offs_tile, N)
+        else:
+            row_sum = tl.sum(probs, 1)
+        v = load_rows(v_ptr, offs_tile, stride_vn, N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        out = dot(narrow(probs, v.dtype), v, tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32))  # [BLOCK_M, BLOCK_D]
+    else:
+        row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+        out = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        for start_n in range(0, N, BLOCK_N):
+            offs_n = start_n + offs_tile
+            k = load_rows(k_ptr, offs_n, stride_kn, N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            scores = key_scores(q, k, size_ptr, offs_n, stride_sn, N, scale, HAS_SIZE)  # [BLOCK_M, BLOCK_N]
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            subtract = finite_max(new_max)
+            decay = tl.exp2(row_max - subtract)
+            powers = tl.exp2(scores - subtract[:, None])
+            if HAS_MASK:
+                powers = apply_mask(powers, load_mask(mask_ptr, offs_n, stride_mn, N)[None, :], offs_m, offs_n)
+            else:
+                if pid_m == 0:
+                    store_first_row(cls_ptr, scores, offs_m, offs_n, N)
+                v = load_rows(v_ptr, offs_n, stride_vn, N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+                out = dot(narrow(powers, v.dtype), v, out * decay[:, None])
+            row_sum = row_sum * decay + tl.sum(powers, 1)
+            row_max = new_max
+        row_max = finite_max(row_max)
+        if HAS_MASK:
+            row_sum += eps
+            for start_n in range(0, N, BLOCK_N):
+                offs_n = start_n + offs_tile
+                k = load_rows(k_ptr, offs_n, stride_kn, N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+                scores = key_scores(q, k, size_ptr, offs_n, stride_sn, N, scale, HAS_SIZE)  # [BLOCK_M, BLOCK_N]
+                powers = tl.exp2(scores - row_max[:, None])
+                powers = apply_mask(powers, load_mask(mask_ptr, offs_n, stride_mn, N)[None, :], offs_m, offs_n)
+                probs = (powers + eps_over_n) / row_sum[:, None]
+                if pid_m == 0:
+                    store_first_row(cls_ptr, probs, offs_m, offs_n, N)
+                v = load_rows(v_ptr, offs_n, stride_vn, N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+                out = dot(narrow(probs, v.dtype), v, out)
+
+    if not HAS_MASK:
+        out = out / row_sum[:, None]
+    if not HAS_MASK and pid_m == 0:
+        tl.store(stats_ptr + 2 * bh + offs_m, row_max, mask=offs_m == 0)
+        tl.store(stats_ptr + 2 * bh + 1 + offs_m, row_sum, mask=offs_m == 0)
+    store_rows(out_ptr, offs_m, stride_on, N, out, D, BLOCK_D)
+
+
+def attention_forward(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    size: Tensor | None,
+    scale: float | None,
+    token_mask: Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel on checked arguments: out [B, H, N, D], stored as [B, N, H, D], and cls_attn [B, N]."""
+    require_supported(op, "q", q)
+    batch, heads, num_tokens, width = q.shape
+    q, k, v = (inner_contiguous(tensor) for tensor in (q, k, v))
+    out = torch.empty(batch, num_tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
+    cls_rows = torch.empty(batch, heads, num_tokens, dtype=torch.float32, device=q.device)
+    stats = torch.empty(batch, heads, 2, dtype=torch.float32, device=q.device) if token_mask is None else None
+    if cls_rows.numel() > 0:
+        options = launch_options(op, "forward", q.device, num_tokens, width, q.element_size())
+        with device_guard(q):
+            _attention_fwd_kernel[(batch * heads * triton.cdiv(num_tokens, options["BLOCK_M"]),)](
+                q,
+                k,
+                v,
+                size,
+                token_mask,
+                out,
+                cls_rows,
+                stats,
+                *q.stride()[:3],
+                *k.stride()[:3],
+                *v.stride()[:3],
+                *per_token_strides(size),
+                *per_token_strides(token_mask),
+                *out.stride()[:3],
+                heads,
+                num_tokens,
+                width**-0.5 if scale is None else float(scale),
+                eps,
+                eps / num_tokens,
+                HAS_SIZE=size is not None,
+                HAS_MASK=token_mask is not None,
+                **options,
+            )
+    return out, reduce_groups(cls_rows, stats=stats, mean=True, dtype=torch.float32)
+
+
+def attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """``tokcomp::attention`` in Triton, for float16, bfloat16 and float32; see ``ops/attention.py``."""
+    check_attention(q, k, v, size=size, scale=scale)
+    return attention_forward("attention", q, k, v, size=size, scale=scale)
+
+
+def forward_cases(op: str, *, masked: bool) -> list[CompileCase]:
+    """The forward kernel as each entry of the default configuration of ``op`` launches it."""
+    from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
+
+    cases = []
+    for dtype, num_tokens, width in CASE_SHAPES:
+        itemsize = 4 if dtype == "float32" else 2
+        options = launch_options(op, "forward", torch.device("cpu"), num_tokens, width, itemsize)
+        types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), POINTER_TYPES[dtype])
+        types |= dict.fromkeys(("size_ptr", "mask_ptr", "cls_ptr", "stats_ptr"), "*fp32")
+        types |= dict.fromkeys(("scale", "eps", "eps_over_n"), "fp32")
+        name = f"forward-{dtype}-N{num_tokens}-D{width}"
+        constants = {"HAS_SIZE": True, "HAS_MASK": masked, "stride_sn": 1, "stride_mn": 1}
+        cases.append(CompileCase.launched(name, _attention_fwd_kernel, types, options, **constants))
+    return cases
+
+
+def compile_cases() -> list[CompileCase]:
+    from tokcomp_kernels.triton._compile import CompileCase
+
+    reduce_types = dict.fromkeys(("values_ptr", "stats_ptr", "out_ptr"), "*fp32")
+    reduce_mean = CompileCase(
+        "reduce-mean", _reduce_kernel, reduce_types, {"FROM_LOGITS": True, "MEAN": True, "BLOCK_N": BLOCK_N}
+    )
+    return [*forward_cases("attention", masked=False), reduce_mean]

@@ -1,0 +1,32 @@
+"""masked_attention forward: the kernel of attention, with a token mask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from tokcomp_kernels._checks import check_masked_attention
+from tokcomp_kernels.triton.attention import attention_forward, forward_cases
+
+if TYPE_CHECKING:
+    from tokcomp_kernels.triton._compile import CompileCase
+
+
+def masked_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor,
+    *,
+    size: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """``tokcomp::masked_attention`` in Triton, for float16, bfloat16 and float32; see ``ops/masked_attention.py``."""
+    check_masked_attention(q, k, v, token_mask, size=size, scale=scale, eps=eps)
+    return attention_forward("masked_attention", q, k, v, size=size, scale=scale, token_mask=token_mask, eps=eps)
+
+
+def compile_cases() -> list[CompileCase]:
+    return forward_cases("masked_attention", masked=True)
