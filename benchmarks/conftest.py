@@ -6,7 +6,7 @@ so its own table, comparison and JSON work as usual. Every run adds a file to --
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Results:
         self.rows: list[dict[str, Any]] = []
         self.tables: dict[str, list[list[str]]] = {}
         self.rates: dict[str, dict[str, float]] = {}
+        self.path: Path | None = None
+        self.provenance: dict[str, Any] | None = None
 
     def rates_of(self, dtype: torch.dtype) -> dict[str, float]:
         """The device's matrix and copy rates in this run."""
@@ -63,9 +65,12 @@ class Results:
         self.rows.append(dict(row))
         self.tables.setdefault(table, [list(head)]).append(list(cells))
 
-    def save(self) -> Path:
-        record = {"provenance": provenance(self.device), "rates": self.rates, "rows": self.rows}
-        return save_record(self.folder, record)
+    def save(self) -> None:
+        """Write what there is so far, so that a run cut short leaves its rows behind."""
+        if self.provenance is None:
+            self.provenance = provenance(self.device)
+        record = {"provenance": self.provenance, "rates": self.rates, "rows": self.rows}
+        self.path = save_record(self.folder, record, self.path)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -84,6 +89,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -96,13 +102,17 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(
             f"measured in this run, {dtype}: matrices {matrix:.2f} TFLOP/s, copy {copy:.0f} GB/s"
         )
-    if results.rows:
-        terminalreporter.write_line(f"saved {results.save()}")
+    if results.path:
+        terminalreporter.write_line(f"saved {results.path}")
 
 
 @pytest.fixture
-def results(request: pytest.FixtureRequest) -> Results:
-    return request.config.stash[RESULTS]
+def results(request: pytest.FixtureRequest) -> Iterator[Results]:
+    found = request.config.stash[RESULTS]
+    rows = len(found.rows)
+    yield found
+    if len(found.rows) > rows:
+        found.save()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import tokcomp
 import torch
 from tokcomp.bench.models import Entry, Row, compare_models, create_model, keep_everything
 from tokcomp.bench.provenance import find_device
+from tokcomp.budget import evit_for_budget, tome_for_budget
 from tokcomp.methods import Method
 from torch import nn
 
@@ -145,21 +145,8 @@ def _measure(
 
 
 def _method(line: PaperRow, paper: PaperModel, model: nn.Module, budget: float) -> Method:
-    """The paper's method at its FLOPs: DiffRate's schedule; the r of ToMe, the keep rate of EViT that come nearest."""
-    depth = len(model.blocks)
+    """The paper's method at its FLOPs: DiffRate's published schedule; ToMe and EViT as they come nearest."""
     if line.method == "DiffRate":
         return tokcomp.DiffRate.published(paper.name, budget)
-    if line.method == "ToMe":
-        return _nearest(model, line.gflops, map(tokcomp.ToMe, range(1, 40)))
-    blocks = (depth // 4, depth // 2, 3 * depth // 4)
-    return _nearest(model, line.gflops, (tokcomp.EViT(percent / 100, blocks) for percent in range(20, 100)))
-
-
-def _nearest(model: nn.Module, gflops: float, methods: Iterable[Method]) -> Method:
-    def distance(method: Method) -> float:
-        return abs(tokcomp.flops(tokcomp.compress(model, method)) / 1e9 - gflops)
-
-    try:
-        return min(methods, key=distance)
-    finally:
-        tokcomp.restore(model)
+    find = tome_for_budget if line.method == "ToMe" else evit_for_budget
+    return find(model, line.gflops * 1e9)

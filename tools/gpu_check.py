@@ -178,7 +178,8 @@ def main() -> int:
 
     if (ROOT / "benchmarks").is_dir():
         saved = f"--benchmark-json={out / 'benchmarks.json'}"
-        bench = Step("benchmarks", pytest_command("benchmarks", "--benchmark-only", "-s", saved))
+        records = f"--results={out / 'benchmarks'}"
+        bench = Step("benchmarks", pytest_command("benchmarks", "--benchmark-only", "-s", saved, records))
         finish(run(bench, out / "benchmarks.log", left(), environment))
 
     print((out / "summary.md").read_text())

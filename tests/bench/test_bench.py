@@ -58,6 +58,7 @@ def test_rotation_and_copies() -> None:
 def test_records_never_replace_one_another(tmp_path: Path) -> None:
     record = {"provenance": provenance(CPU), "rows": [1.5]}
     first, second = save_record(tmp_path, record), save_record(tmp_path, record)
+    assert save_record(tmp_path, record, second) == second
     assert first != second and json.loads(first.read_text()) == json.loads(second.read_text()) == record
     with pytest.raises(ValueError, match="JSON"):
         save_record(tmp_path, {**record, "rows": [float("nan")]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import itertools
@@ -71,26 +72,37 @@ def device_slug(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
-def save_record(folder: Path, record: dict[str, Any]) -> Path:
-    """Add one run's record to a folder as ``<date>-<commit>.json``; no run replaces another's file."""
+def save_record(folder: Path, record: dict[str, Any], path: Path | None = None) -> Path:
+    """Add one run's record to a folder as ``<date>-<commit>.json``; no run replaces another's file.
+
+    ``path``, which an earlier call of this run returned, is replaced by the longer record, wholly or not at all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    stamp = re.sub(r"[^0-9T]", "", record["provenance"]["date"].split("+")[0])
-    stem = f"{stamp}-{(record['provenance']['commit'] or 'unknown')[:9]}"
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    for number in itertools.count(1):
-        path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
-        try:
-            file = path.open("x", encoding="utf-8")
-        except FileExistsError:
-            continue
-        break
+    claimed = path is None
+    if path is None:
+        stamp = re.sub(r"[^0-9T]", "", record["provenance"]["date"].split("+")[0])
+        path = _claim(folder, f"{stamp}-{(record['provenance']['commit'] or 'unknown')[:9]}")
+    draft = path.with_suffix(".tmp")
     try:
-        with file:
-            file.write(text)
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
     except BaseException:
-        path.unlink()
+        draft.unlink(missing_ok=True)
+        if claimed:
+            path.unlink()
         raise
     return path
+
+
+def _claim(folder: Path, stem: str) -> Path:
+    """A new, empty file in the folder, also where another process chooses a name at the same time."""
+    for number in itertools.count(1):
+        path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
+        with contextlib.suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            return path
+    raise AssertionError("itertools.count ends")
 
 
 def _versions() -> dict[str, str | None]:
