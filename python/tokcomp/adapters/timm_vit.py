@@ -8,6 +8,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
+from tokcomp import fastpath
 from tokcomp.adapters.base import Adapter, BlockCost, Cost, UnsupportedModelError
 from tokcomp.adapters.swap import original_class, restore_class, swap_class
 from tokcomp.adapters.timm_vit_modules import CompressedAttention, CompressedBlock, CompressedModel
@@ -91,7 +92,10 @@ class TimmVisionTransformer(Adapter):
         return Cost(projection.weight.numel(), blocks, head_per_token, head)
 
     def num_tokens(self, model: nn.Module) -> int:
-        return model.patch_embed.num_patches + model.num_prefix_tokens
+        patches = getattr(model.patch_embed, "num_patches", None)
+        if patches is None:
+            raise ValueError("the model has no image size of its own, so its tokens cannot be counted")
+        return patches + model.num_prefix_tokens
 
     def patch(self, model: nn.Module, method: Method) -> None:
         for block in model.blocks:
@@ -108,6 +112,7 @@ class TimmVisionTransformer(Adapter):
             restore_class(block.attn)
         restore_class(model)
         del model._tokcomp_method
+        fastpath.forget(model)
 
     def method(self, model: nn.Module) -> Method | None:
         return model._tokcomp_method if isinstance(model, CompressedModel) else None

@@ -34,8 +34,9 @@ def embed_patches(patch_embed: nn.Module, images: Tensor, packed: PackedWeights)
     batch, channels, height, width = images.shape
     if (height, width) != tuple(patch_embed.img_size):
         return patch_embed(images)
-    patches = images.to(packed.dtype).view(batch, channels, height // rows, rows, width // columns, columns)
-    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * rows * columns)  # [B, P, C_in * p * p]
+    grid = (height // rows, width // columns)
+    patches = images.to(packed.dtype).view(batch, channels, grid[0], rows, grid[1], columns)
+    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, grid[0] * grid[1], channels * rows * columns)
     return _norm(patch_embed.norm, packed.linear(patch_embed.proj, patches)).to(images.dtype)
 
 

@@ -109,10 +109,10 @@ def packed_weights(model: nn.Module, layers: Sequence[Layer], x: Tensor) -> Pack
     watches the operators (torch.compile, export, tracing, functorch, dispatch modes such as FLOP counters).
     """
     dtype = COMPUTE_DTYPES.get(x.dtype)
-    if dtype is None or not _available(x):
-        return None
-    if not all(_packable(layer, x.dtype) for layer in layers):
+    if dtype is None or not all(_packable(layer, x.dtype) for layer in layers):
         forget(model)
+        return None
+    if not _available(x):
         return None
     if torch.is_grad_enabled() and (
         x.requires_grad or any(parameter.requires_grad for parameter in model.parameters())

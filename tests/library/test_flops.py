@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pytest
+import timm
+import tokcomp
+import torch
+
+# GFLOPs (multiply-adds) of Algorithm 2, dense and under the published schedule, rounded as published.
+PUBLISHED = {
+    ("deit_tiny_patch16_224", 0.6): (1.253831, 0.654861),
+    ("deit_small_patch16_224", 2.3): (4.599177, 2.327226),
+    ("deit_base_patch16_224", 8.7): (17.564420, 8.730610),
+    ("vit_large_patch16_224.mae", 31.0): (61.555483, 31.004887),
+    ("vit_huge_patch14_224.mae", 93.2): (167.295828, 92.107350),
+}
+
+
+@pytest.mark.parametrize(("name", "budget"), PUBLISHED, ids=lambda value: str(value))
+def test_published_schedules(name, budget):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=1000)
+    dense, compressed = (
+        tokcomp.flops(model),
+        tokcomp.flops(tokcomp.compress(model, tokcomp.DiffRate.published(name, budget))),
+    )
+    # The published sums were accumulated in float32: one rounding of the total per block and step.
+    rounding = 2**-24 * 4 * len(model.blocks)
+    assert dense / 1e9 == pytest.approx(PUBLISHED[name, budget][0], rel=rounding, abs=5e-7)
+    assert compressed / 1e9 == pytest.approx(PUBLISHED[name, budget][1], rel=rounding, abs=5e-7)
+    assert tokcomp.flops(tokcomp.restore(model)) == dense
+
+
+def by_hand(tokens_in, tokens_out, width, patches_area, classes):
+    total = tokens_in[0] * width * patches_area * 3 + classes * width
+    for arriving, leaving in zip(tokens_in, tokens_out, strict=True):
+        total += 4 * arriving * width**2 + 2 * arriving**2 * width + 8 * leaving * width**2
+    return total
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens_out"),
+    [
+        (tokcomp.ToMe(3), [14, 11, 8, 5]),
+        (tokcomp.ToMe([0, 8, 8, 8]), [17, 9, 5, 3]),
+        (tokcomp.EViT(0.5, blocks=(1, 3)), [17, 10, 10, 7]),
+        (tokcomp.EViT(0.5, blocks=(1, 3), fuse=False), [17, 9, 9, 5]),
+        (tokcomp.EViT(num_pruned=3, fuse=False), [14, 11, 8, 5]),
+        (tokcomp.EViT(num_pruned=3), [15, 13, 11, 9]),
+        (tokcomp.DiffRate(tokcomp.CompressionSchedule([17, 14, 20, 9], [17, 16, 12, 6])), [17, 14, 12, 6]),
+        (
+            tokcomp.DiffRate(tokcomp.CompressionSchedule([17, 14, 20, 9], [17, 16, 12, 6]), pipeline="prune"),
+            [17, 14, 14, 9],
+        ),
+        (
+            tokcomp.DiffRate(tokcomp.CompressionSchedule([17, 14, 20, 9], [17, 16, 12, 6]), pipeline="merge"),
+            [17, 16, 12, 6],
+        ),
+        (None, [17, 17, 17, 17]),
+    ],
+    ids=str,
+)
+def test_token_counts(make_vit, method, tokens_out):
+    model = make_vit()
+    if method is not None:
+        tokcomp.compress(model, method)
+    assert tokcomp.flops(model) == by_hand([17, *tokens_out[:-1]], tokens_out, 24, 64, 5)
+    counts = [int(source.max()) + 1 for source in tokcomp.trace(model, torch.randn(2, 3, 32, 32))]
+    assert counts == tokens_out
+
+
+def test_heads(make_vit):
+    from timm.models.deit import VisionTransformerDistilled
+
+    plain = tokcomp.flops(make_vit())
+    assert tokcomp.flops(make_vit(num_classes=0)) == plain - 24 * 5
+    assert tokcomp.flops(make_vit(num_classes=0, cls=VisionTransformerDistilled)) == by_hand(
+        [18] * 4, [18] * 4, 24, 64, 0
+    )
+    assert tokcomp.flops(make_vit(cls=VisionTransformerDistilled)) == by_hand([18] * 4, [18] * 4, 24, 64, 2 * 5)
+
+
+def test_is_an_int_and_runs_nothing(make_vit):
+    model = make_vit().to("meta")
+    assert type(tokcomp.flops(model)) is int
