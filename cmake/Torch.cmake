@@ -20,6 +20,8 @@ message(STATUS "tokcomp: torch ${tokcomp_torch_version} in ${tokcomp_torch_lib}"
 add_library(tokcomp_torch INTERFACE)
 target_include_directories(tokcomp_torch SYSTEM INTERFACE "${include_main}" "${include_api}")
 target_compile_definitions(tokcomp_torch INTERFACE _GLIBCXX_USE_CXX11_ABI=${tokcomp_torch_cxx11_abi})
+# Not CXX_STANDARD, which CMake before 3.26 refuses for nvcc.
+target_compile_options(tokcomp_torch INTERFACE $<$<COMPILE_LANGUAGE:CXX,CUDA>:-std=c++20>)
 foreach(library torch_cpu c10)
   target_link_libraries(tokcomp_torch INTERFACE "${tokcomp_torch_lib}/lib${library}${CMAKE_SHARED_LIBRARY_SUFFIX}")
 endforeach()
