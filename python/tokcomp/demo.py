@@ -101,7 +101,7 @@ def evaluate_digits(model: nn.Module, device: torch.device) -> list[DigitsRow]:
     return rows
 
 
-def draw_digits(model: nn.Module, device: torch.device, indices: tuple[int, ...] = (0, 3)) -> dict[str, bytes]:
+def draw_digits(model: nn.Module, device: torch.device, indices: tuple[int, ...] = (0, 22)) -> dict[str, bytes]:
     """For a few held-out digits, one picture each: a row per method."""
     dataset = DigitsDataset()
     config = resolve_model_data_config(model)
