@@ -2,11 +2,11 @@
 #include <ATen/ops/empty.h>
 
 #include "../common/checks.h"
-#include "../common/cosine.h"
+#include "../common/cpu_cosine.h"
+#include "../common/cpu_rows.h"
 #include "../common/dispatch.h"
 #include "../common/rank.h"
 #include "../common/registration.h"
-#include "../common/rows.h"
 
 namespace tokcomp {
 namespace {
@@ -22,9 +22,9 @@ struct Counts {
 
 // What one thread reuses from image to image. Rows are kept in rank order, prefix tokens first.
 template <typename T, typename A = acc_type<T>>
-class Scratch {
+class Workspace {
  public:
-  explicit Scratch(const Counts& counts)
+  explicit Workspace(const Counts& counts)
       : order(counts.tokens),
         row(counts.merges() ? counts.pruned_to : 0),
         inverse_norm(row.size()),
@@ -63,56 +63,55 @@ struct Image {
 };
 
 template <typename T, typename A = acc_type<T>>
-void merge(const Image<T>& image, const Counts& counts, Scratch<T>& scratch) {
+void merge(const Image<T>& image, const Counts& counts, Workspace<T>& work) {
   const int64_t first = counts.prefix, kept = counts.kept, width = counts.width;
   for (int64_t r = first; r < counts.pruned_to; ++r) {
-    const T* row = image.row(scratch.order[r]);
+    const T* row = image.row(work.order[r]);
     T* out = r < kept ? image.x_out + r * width : nullptr;
-    scratch.inverse_norm[r] = cosine::inverse_norm(rows::square_sum(row, width, out, scratch.wide(r)));
+    work.inverse_norm[r] = cosine::inverse_norm(rows::square_sum(row, width, out, work.wide(r)));
     if constexpr (std::is_same_v<T, A>) {
-      scratch.row[r] = row;
+      work.row[r] = row;
     } else {
-      scratch.row[r] = scratch.wide(r);
+      work.row[r] = work.wide(r);
     }
   }
-  const cosine::Rows<A> sources{scratch.row.data() + kept, scratch.inverse_norm.data() + kept, counts.sources()};
-  const cosine::Rows<A> destinations{scratch.row.data() + first, scratch.inverse_norm.data() + first,
-                                     counts.destinations()};
-  cosine::best_matches(sources, destinations, width, scratch.similarity.data(), scratch.match.data());
+  const cosine::Rows<A> sources{work.row.data() + kept, work.inverse_norm.data() + kept, counts.sources()};
+  const cosine::Rows<A> destinations{work.row.data() + first, work.inverse_norm.data() + first, counts.destinations()};
+  cosine::best_matches(sources, destinations, width, work.similarity.data(), work.match.data());
 
   for (int64_t s = 0; s < counts.sources(); ++s) {
-    scratch.match[s] += first;
-    image.source[scratch.order[kept + s]] = scratch.match[s];
+    work.match[s] += first;
+    image.source[work.order[kept + s]] = work.match[s];
   }
-  scratch.groups.build(scratch.match.data(), counts.sources(), kept);
+  work.groups.build(work.match.data(), counts.sources(), kept);
   for (int64_t slot = first; slot < kept; ++slot) {
-    const int64_t count = scratch.groups.count(slot);
+    const int64_t count = work.groups.count(slot);
     if (count == 0) continue;
     A total = image.size_out[slot];
-    scratch.members.assign(1, image.row(scratch.order[slot]));
+    work.members.assign(1, image.row(work.order[slot]));
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t s = scratch.groups.items(slot)[i], token = scratch.order[kept + s];
-      scratch.members.push_back(image.row(token));
-      total += image.size_of(token) * (counts.weighted_size ? scratch.similarity[s] : A(1));
+      const int64_t s = work.groups.items(slot)[i], token = work.order[kept + s];
+      work.members.push_back(image.row(token));
+      total += image.size_of(token) * (counts.weighted_size ? work.similarity[s] : A(1));
     }
     image.size_out[slot] = effective_size(total);
-    rows::combine<T>(scratch.members.data(), nullptr, count + 1, A(count + 1), width, image.x_out + slot * width);
+    rows::combine<T>(work.members.data(), nullptr, count + 1, A(count + 1), width, image.x_out + slot * width);
   }
 }
 
 template <typename T>
-void prune_merge_image(const Image<T>& image, const Counts& counts, Scratch<T>& scratch) {
+void prune_merge_image(const Image<T>& image, const Counts& counts, Workspace<T>& work) {
   std::fill_n(image.source, counts.tokens, int64_t{-1});
   for (int64_t slot = 0; slot < counts.kept; ++slot) {
-    image.source[scratch.order[slot]] = slot;
-    image.size_out[slot] = image.size_of(scratch.order[slot]);
+    image.source[work.order[slot]] = slot;
+    image.size_out[slot] = image.size_of(work.order[slot]);
   }
   // Where tokens merge, the pass that measures a destination also copies it.
   const int64_t copied = counts.merges() ? counts.prefix : counts.kept;
   for (int64_t slot = 0; slot < copied; ++slot) {
-    rows::copy(image.row(scratch.order[slot]), image.x_out + slot * counts.width, counts.width);
+    rows::copy(image.row(work.order[slot]), image.x_out + slot * counts.width, counts.width);
   }
-  if (counts.merges()) merge(image, counts, scratch);
+  if (counts.merges()) merge(image, counts, work);
 }
 
 std::tuple<Tensor, Tensor, Tensor> prune_merge_cpu(const Tensor& x, const Tensor& importance, int64_t num_prune_kept,
@@ -135,14 +134,14 @@ std::tuple<Tensor, Tensor, Tensor> prune_merge_cpu(const Tensor& x, const Tensor
   TOKCOMP_DISPATCH_CPU(x.scalar_type(), "prune_merge_cpu", [&] {
     using acc_t = acc_type<scalar_t>;
     at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      Scratch<scalar_t> scratch(counts);
+      Workspace<scalar_t> work(counts);
       for (int64_t b = begin; b < end; ++b) {
         if (score.scalar_type() == at::kDouble) {
-          rank_tokens(score.const_data_ptr<double>() + b * num_tokens, num_tokens, num_prefix_tokens,
-                      scratch.order.data(), nullptr);
+          rank_tokens(score.const_data_ptr<double>() + b * num_tokens, num_tokens, num_prefix_tokens, work.order.data(),
+                      nullptr);
         } else {
-          rank_tokens(score.const_data_ptr<float>() + b * num_tokens, num_tokens, num_prefix_tokens,
-                      scratch.order.data(), nullptr);
+          rank_tokens(score.const_data_ptr<float>() + b * num_tokens, num_tokens, num_prefix_tokens, work.order.data(),
+                      nullptr);
         }
         const Image<scalar_t> image{x_rows.const_data_ptr<scalar_t>() + b * x_rows.stride(0),
                                     x_rows.stride(1),
@@ -150,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> prune_merge_cpu(const Tensor& x, const Tensor
                                     x_out.mutable_data_ptr<scalar_t>() + b * kept * width,
                                     size_out.mutable_data_ptr<acc_t>() + b * kept,
                                     source.mutable_data_ptr<int64_t>() + b * num_tokens};
-        prune_merge_image(image, counts, scratch);
+        prune_merge_image(image, counts, work);
       }
     });
   });

@@ -2,8 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <cstdint>
 #include <cstring>
@@ -11,14 +9,12 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu_vector.h"
 #include "dispatch.h"
 
 namespace tokcomp {
 
 namespace rows {
-
-template <typename A>
-using Vec = at::vec::Vectorized<A>;
 
 // Columns that one step handles: two vectors of the accumulate type, which is one vector of a 16-bit type.
 template <typename A>
@@ -68,11 +64,6 @@ inline void copy(const T* row, T* out, int64_t width) {
   if (width > 0) std::memcpy(out, row, width * sizeof(T));
 }
 
-template <typename A>
-inline A horizontal_sum(const Vec<A>& v) {
-  return at::vec::vec_reduce_all<A>([](Vec<A> a, Vec<A> b) { return a + b; }, v);
-}
-
 // Sum of squares of one row in a single pass that also copies it to `out` and, widened, to `wide` where these are
 // given.
 template <typename T>
@@ -97,7 +88,7 @@ inline acc_type<T> square_sum(const T* row, int64_t width, T* out, acc_type<T>* 
     if (wide) store_pair<A>(wide + c, low, high, width - c);
     if (out) copy(row + c, out + c, width - c);
   }
-  return horizontal_sum<A>(sum_low + sum_high);
+  return reduce_add(sum_low + sum_high);
 }
 
 // out = sum_i weights[i] * rows[i] / divisor, added in the order given; without weights (nullptr) each counts 1.

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "rows.h"
+#include "cpu_rows.h"
 
 namespace tokcomp::cosine {
 
@@ -26,7 +26,7 @@ inline A inverse_norm(A square_sum) {
 
 // 4 x 4 dot products keep 16 sums in registers, which needs the 32 registers of AVX-512 (or NEON); 4 x 2 fit in 16.
 template <typename A>
-constexpr int kBlockDestinations = sizeof(rows::Vec<A>) == 32 ? 2 : 4;
+constexpr int kBlockDestinations = sizeof(Vec<A>) == 32 ? 2 : 4;
 constexpr int kBlockSources = 4;
 // Sources that stay in the cache while the destinations pass by, each loaded from further away once per tile.
 constexpr int64_t kTileSources = 32;
@@ -36,7 +36,7 @@ constexpr int64_t kTileSources = 32;
 template <typename A, int S, int D>
 inline void update_best(const A* const* source, const A* source_norm, const A* const* destination,
                         const A* destination_norm, int64_t first, int64_t width, A* best, int64_t* best_index) {
-  using V = rows::Vec<A>;
+  using V = Vec<A>;
   V sum[S][D];
   for (int s = 0; s < S; ++s) {
     for (int d = 0; d < D; ++d) sum[s][d] = V(A(0));
@@ -58,7 +58,7 @@ inline void update_best(const A* const* source, const A* source_norm, const A* c
   }
   for (int s = 0; s < S; ++s) {
     for (int d = 0; d < D; ++d) {
-      A similarity = rows::horizontal_sum<A>(sum[s][d]) * source_norm[s] * destination_norm[d];
+      A similarity = reduce_add(sum[s][d]) * source_norm[s] * destination_norm[d];
       if (std::isnan(similarity)) similarity = A(0);
       if (similarity > best[s]) {
         best[s] = similarity;
