@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from timm.layers import LayerNorm, Mlp, PatchEmbed
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
@@ -41,22 +40,30 @@ def embed_patches(patch_embed: nn.Module, images: Tensor, packed: PackedWeights)
 
 
 def run_block(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeights) -> Tensor:
-    """What CompressedBlock.forward computes, for x [B, N, C] in ``packed.dtype``; the block has to be plain."""
-    attn, mlp = block.attn, block.mlp
+    """What CompressedBlock.forward computes, for x [B, N, C] in ``packed.dtype``; the block has to be packed."""
+    parts = block._modules
+    attention, attn, mlp = parts["attn"], parts["attn"]._modules, parts["mlp"]._modules
     batch, num_tokens, _ = x.shape
-    qkv = packed.linear(attn.qkv, _norm(block.norm1, x))
-    q, k, v = qkv.view(batch, num_tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = _norm(attn.q_norm, q), _norm(attn.k_norm, k)
-    out, state.evidence = attend(q, k, v, scale=attn.scale, size=state.attention_size, needs=state.needs)
-    out = out.transpose(1, 2).reshape(batch, num_tokens, attn.num_heads * attn.head_dim)
-    x = _residual(block.ls1, packed, attn.proj, out, x)
-    x = state.reduce(x)
-    hidden = _norm(block.norm2, x)
-    if type(mlp.act) is nn.GELU:
-        hidden = packed.linear_gelu(mlp.fc1, hidden, mlp.act.approximate)
-    else:
-        hidden = mlp.act(packed.linear(mlp.fc1, hidden))
-    return _residual(block.ls2, packed, mlp.fc2, hidden, x)
+    heads, width = attention.num_heads, attention.head_dim
+    with torch._C._AutoDispatchBelowAutograd():  # no gradient is wanted here: spare each call the way through autograd
+        qkv = packed.linear(attn["qkv"], _norm(parts["norm1"], x))
+        q, k, v = qkv.view(batch, num_tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = _norm(attn["q_norm"], q), _norm(attn["k_norm"], k)
+        out, state.evidence = attend(q, k, v, scale=attention.scale, size=state.attention_size, needs=state.needs)
+        out = out.transpose(1, 2).reshape(batch, num_tokens, heads * width)
+        x = _residual(parts["ls1"], packed, attn["proj"], out, x)
+        x = state.reduce(x)
+        hidden = _norm(parts["norm2"], x)
+        if type(mlp["act"]) is nn.GELU:
+            hidden = packed.linear_gelu(mlp["fc1"], hidden, mlp["act"].approximate)
+        else:
+            hidden = mlp["act"](packed.linear(mlp["fc1"], hidden))
+        return _residual(parts["ls2"], packed, mlp["fc2"], hidden, x)
+
+
+def is_packed(block: nn.Module, packed: PackedWeights) -> bool:
+    """Whether :func:`pack` found that run_block may run this block."""
+    return block._modules["attn"]._modules["qkv"] in packed
 
 
 def is_plain(block: nn.Module) -> bool:
@@ -109,7 +116,7 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
     weight, bias = norm.weight, norm.bias
     if weight is not None and weight.dtype != x.dtype:  # a float16 model computed in float32
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+    return torch.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def _residual(scale: nn.Module, packed: PackedWeights, layer: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class CompressedModel(Swapped):
         """Tokens [B, M, C] after the last block, their sizes [B, M]; ``sources`` collects each block's source map."""
         size: Tensor | None = None
         packed = timm_vit_fast.pack(self, images)
-        if packed is not None and packed.has(self.patch_embed.proj):
+        if packed is not None and self.patch_embed.proj in packed:
             x = timm_vit_fast.embed_patches(self.patch_embed, images, packed)
         else:
             x = self.patch_embed(images)
@@ -81,19 +81,19 @@ class CompressedModel(Swapped):
         dtype = x.dtype
         for index, block in enumerate(self.blocks):
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x, size, source = checkpoint(self._run_block, block, index, x, size, packed, use_reentrant=False)
+                x, size, source = checkpoint(self._run_block, block, index, x, size, dtype, packed, use_reentrant=False)
             else:
-                x, size, source = self._run_block(block, index, x, size, packed)
+                x, size, source = self._run_block(block, index, x, size, dtype, packed)
             if sources is not None:
                 sources.append(source)
         return x.to(dtype), size
 
     def _run_block(
-        self, block: Any, index: int, x: Tensor, size: Tensor | None, packed: PackedWeights | None
+        self, block: Any, index: int, x: Tensor, size: Tensor | None, dtype: torch.dtype, packed: PackedWeights | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if packed is not None:
-            packed = packed if timm_vit_fast.is_plain(block) else None
-            x = x.to(packed.dtype if packed is not None else block.norm1.weight.dtype)
+            packed = packed if timm_vit_fast.is_packed(block, packed) else None
+            x = x.to(packed.dtype if packed is not None else dtype)
         state = BlockState(self._tokcomp_method, index, x.shape[1], self.num_prefix_tokens, size, packed)
         x = block(x, state=state)
         return x, state.size, state.source

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -20,24 +20,34 @@ from torch.nn.modules import module as _module
 COMPUTE_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
 #: Layers that are a matrix product: a convolution whose patches do not overlap is one on the flattened patches.
 Layer: TypeAlias = nn.Linear | nn.Conv2d
+#: None in a torch that was built without oneDNN.
+_linear = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+_linear_binary = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "binary", None)
 #: Elements of each weight that are compared before every forward pass, to notice writes through ``Tensor.data``.
 _SAMPLES = 64
 
 
-class _Source(NamedTuple):
-    """What a packed weight was made from."""
+class _Packed(NamedTuple):
+    """A layer's packed weight and what it was made from."""
 
     weight: Tensor
+    bias: Tensor | None
     data_ptr: int
     version: int | None
+    packed: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor) -> _Source:
-        return cls(weight, weight.data_ptr(), None if weight.is_inference() else weight._version)
+    def of(cls, layer: Layer, dtype: torch.dtype) -> _Packed:
+        weight = layer.weight
+        version = None if weight.is_inference() else weight._version
+        return cls(weight, layer.bias, weight.data_ptr(), version, _pack(weight, dtype))
 
-    def holds(self, weight: Tensor) -> bool:
+    def is_of(self, layer: Layer) -> bool:
+        """Whether the layer's parameters are still the same tensors, at the same place and unwritten."""
+        weight = _parameter(layer, "weight")
         return (
             weight is self.weight
+            and _parameter(layer, "bias") is self.bias
             and weight.data_ptr() == self.data_ptr
             and (self.version is None or weight._version == self.version)
         )
@@ -48,44 +58,51 @@ class PackedWeights:
 
     def __init__(self, layers: Sequence[Layer], dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._sources = {layer: _Source.of(layer.weight) for layer in layers}
-        self._views = [_sample(source.weight) for source in self._sources.values()]
-        self._values = torch.cat(self._views) if self._views else None
-        self._packed = {layer: _pack(layer.weight, dtype) for layer in layers}
+        self._layers = {layer: _Packed.of(layer, dtype) for layer in layers}
+        self._views = [_sample(entry.weight) for entry in self._layers.values()]
+        self._values = torch.cat(self._views)
 
     def is_current(self, layers: Sequence[Layer], dtype: torch.dtype) -> bool:
-        """Whether the layers are the same and none of their weights has changed, in place or otherwise."""
-        if dtype != self.dtype or len(layers) != len(self._sources):
+        """Whether these are the layers, their weights of ``dtype``, and none has changed, in place or otherwise."""
+        if len(layers) != len(self._layers) or dtype != self._values.dtype:
             return False
         for layer in layers:
-            source = self._sources.get(layer)
-            if source is None or not source.holds(layer.weight):
+            entry = self._layers.get(layer)
+            if entry is None or not entry.is_of(layer):
                 return False
         # Writes through .data leave no trace but the values. NaN differs from itself: such a model is packed anew.
-        return self._values is None or torch.equal(torch.cat(self._views), self._values)
+        return torch.equal(torch.cat(self._views), self._values)
 
-    def has(self, layer: nn.Module) -> bool:
-        """Whether the layer's weight is among the packed ones."""
-        return layer in self._packed
+    def __contains__(self, layer: nn.Module) -> bool:
+        return layer in self._layers
 
     def linear(self, layer: Layer, x: Tensor) -> Tensor:
         """``layer(x)``."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed[layer], self._bias(layer), "none", [], "")
+        entry = self._layers[layer]
+        return _linear(x, entry.packed, self._bias(entry), "none", [], "")
 
     def linear_gelu(self, layer: Layer, x: Tensor, approximate: str) -> Tensor:
         """``F.gelu(layer(x), approximate=approximate)``."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed[layer], self._bias(layer), "gelu", [], approximate)
+        entry = self._layers[layer]
+        return _linear(x, entry.packed, self._bias(entry), "gelu", [], approximate)
 
     def linear_add(self, layer: Layer, x: Tensor, residual: Tensor) -> Tensor:
         """``residual + layer(x)``."""
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed[layer], self._bias(layer), "add")
+        entry = self._layers[layer]
+        return _linear_binary(x, residual, entry.packed, self._bias(entry), "add")
 
-    def _bias(self, layer: Layer) -> Tensor | None:
-        return None if layer.bias is None else layer.bias.to(self.dtype)
+    def _bias(self, entry: _Packed) -> Tensor | None:
+        return entry.bias if entry.bias is None or entry.bias.dtype == self.dtype else entry.bias.to(self.dtype)
+
+
+def _parameter(layer: Layer, name: str) -> Tensor | None:
+    # nn.Module's attribute lookup is slow; a DataParallel replica has plain attributes instead.
+    parameter = layer._parameters.get(name)
+    return parameter if parameter is not None else getattr(layer, name)
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """A view of a few elements spread over the weight, both ends included."""
+    """A view of a few elements spread over the weight."""
     flat = weight.detach().view(-1)
     step = max(1, (flat.numel() - 1) // (_SAMPLES - 1))
     # An odd step visits every column of a weight whose width is a power of two.
@@ -102,29 +119,31 @@ _cache: weakref.WeakKeyDictionary[nn.Module, PackedWeights] = weakref.WeakKeyDic
 _lock = threading.Lock()
 
 
-def packed_weights(model: nn.Module, layers: Sequence[Layer], x: Tensor) -> PackedWeights | None:
+def packed_weights(model: nn.Module, layers: Iterable[Layer], x: Tensor) -> PackedWeights | None:
     """The packed weights of ``layers`` for computing on ``x``, or None where the ordinary path has to be taken.
 
     That is: on other devices or types than this serves, when gradients are wanted, under autocast, and whenever someone
     watches the operators (torch.compile, export, tracing, functorch, dispatch modes such as FLOP counters).
     """
-    dtype = COMPUTE_DTYPES.get(x.dtype)
-    if dtype is None or not all(_packable(layer, x.dtype) for layer in layers):
-        forget(model)
-        return None
-    if not _available(x):
-        return None
-    if torch.is_grad_enabled() and (
-        x.requires_grad or any(parameter.requires_grad for parameter in model.parameters())
-    ):
-        return None
+    layers = list(dict.fromkeys(layers))
     packed = _cache.get(model)
-    if packed is None or not packed.is_current(layers, dtype):
+    if packed is None or not packed.is_current(layers, x.dtype):
+        if x.dtype not in COMPUTE_DTYPES or not all(_packable(layer, x.dtype) for layer in layers):
+            forget(model)
+            return None
+        packed = None
+    if not _available(x) or _wants_gradients(model, x):
+        return None
+    if packed is None:
         with _lock:
             packed = _cache.get(model)
-            if packed is None or not packed.is_current(layers, dtype):
-                packed = _cache[model] = PackedWeights(layers, dtype)
+            if packed is None or not packed.is_current(layers, x.dtype):
+                packed = _cache[model] = PackedWeights(layers, COMPUTE_DTYPES[x.dtype])
     return packed
+
+
+def _wants_gradients(model: nn.Module, x: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in model.parameters()))
 
 
 def forget(model: nn.Module) -> None:
@@ -145,7 +164,7 @@ def _available(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and type(x) is Tensor
-        and torch.backends.mkldnn.is_available()
+        and _linear is not None
         and torch._C._get_mkldnn_enabled()
         and not torch.is_autocast_enabled("cpu")
         and torch._C._len_torch_dispatch_stack() == 0
