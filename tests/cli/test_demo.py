@@ -32,8 +32,8 @@ def test_methods_cost_the_same_and_keep_the_accuracy(outcome):
         assert row["mflops"] == pytest.approx(diffrate["mflops"], rel=0.03)
         assert row["mflops"] < 0.6 * dense["mflops"]
         assert row["tokens"][-1] < 30
-    # Measured 97 and 97; EViT, which cannot be trained for here, loses more.
-    assert diffrate["top1"] > 93.0 and tome["top1"] > 90.0 and evit["top1"] > 60.0
+        # 97.5 to 98.1 on the machine that trained the model; rounding elsewhere may turn an image or two.
+        assert row["top1"] >= 96.0 and row["agreement"] >= 97.0
 
 
 def test_speeds_are_there(outcome):

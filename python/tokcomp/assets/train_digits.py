@@ -2,7 +2,7 @@
 
     python -m tokcomp.assets.train_digits --output digits_vit.safetensors
 
-Takes some five minutes on one CPU core; a seed gives the same weights again on the same machine and torch version.
+Takes some eight minutes on one CPU core; a seed gives the same weights again on the same machine and torch version.
 
 Two things let so small a set teach a ViT: the position embedding starts as sines and cosines as strong as the patches
 themselves, and the digits lie in the middle of the canvas at first and wander off it over the first half of the epochs.

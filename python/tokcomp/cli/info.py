@@ -62,4 +62,4 @@ def _value(value: Any) -> str:
         return "; ".join(f"{key}: {_value(entry)}" for key, entry in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):
         return ", ".join(map(str, value)) or "none"
-    return str(value)
+    return "none" if value is None else str(value)
