@@ -64,13 +64,18 @@ def tome_for_budget(model: nn.Module, budget: float) -> ToMe:
     return _nearest(model, budget, candidate, depth * num_patches // 2)  # type: ignore[return-value]
 
 
+def evit_blocks(depth: int) -> list[int]:
+    """Three blocks (from 0), spread as published: 3, 6 and 9 of 12."""
+    return sorted({max(1, depth * k // 4) for k in (1, 2, 3)})
+
+
 def evit_for_budget(model: nn.Module, budget: float, *, fuse: bool = True) -> EViT:
     """EViT in three blocks, spread as published (4, 7 and 10 of 12), at a cost nearest to ``budget`` multiply-adds.
 
     Same terms as :func:`tome_for_budget`.
     """
     depth, _ = _depth_and_patches(model)
-    blocks = sorted({max(1, depth * k // 4) for k in (1, 2, 3)})
+    blocks = evit_blocks(depth)
     steps = 200
 
     def candidate(index: int) -> EViT:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 import tokcomp
+from tokcomp.adapters import find_adapter
 from tokcomp.bench.models import COMPETITORS, PRECISIONS, Entry, compare_models, create_model
 from tokcomp.bench.provenance import device_name, find_device, provenance, save_record
 from tokcomp.bench.report import draw, table
 from tokcomp.bench.timing import MIN_ROUNDS
+from tokcomp.budget import evit_blocks
 from tokcomp.methods import Method
 from tokcomp.schedule import published_budgets
 
@@ -54,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     if min(args.batch_size) < 1 or args.rounds < 1:
         raise ValueError("--batch-size and --rounds must be at least 1")
-    method = build_method(args)
     model = create_model(args.model, pretrained=args.pretrained)
+    method = build_method(args, find_adapter(model).geometry(model).depth)
     entries = {
         name: Entry(name, None if name.startswith("timm") else method)
         for name in COMPETITORS
@@ -88,12 +90,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def build_method(args: argparse.Namespace) -> Method:
-    """The method that the arguments name."""
+def build_method(args: argparse.Namespace, depth: int) -> Method:
+    """The method that the arguments name, for a model of this many blocks."""
     if args.method == "tome":
         return tokcomp.ToMe(args.r)
     if args.method == "evit":
-        return tokcomp.EViT(args.keep_rate)
+        return tokcomp.EViT(args.keep_rate, evit_blocks(depth))
     if args.schedule is not None:
         return tokcomp.DiffRate(tokcomp.CompressionSchedule.load(args.schedule))
     return tokcomp.DiffRate.published(args.model, smallest_budget(args.model) if args.gflops is None else args.gflops)
