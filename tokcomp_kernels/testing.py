@@ -205,7 +205,7 @@ def _attention_cases(make: Callable[[str], _Maker], small: bool, extra: Callable
     for num_tokens in _token_counts(small):
         m = make(f"N{num_tokens}")
         width = 4 if small else 16
-        qkv = m.packed_qkv(2, 2, num_tokens, width)
+        qkv: tuple[Tensor, ...] = m.packed_qkv(2, 2, num_tokens, width)
         yield f"N{num_tokens}-packed", (*qkv, *extra(m, 2, num_tokens)), {}, False
         size = m.per_token(2, num_tokens, 0.5, 9.0)
         yield f"N{num_tokens}-size", (*qkv, *extra(m, 2, num_tokens)), {"size": size, "scale": 0.4}, False

@@ -52,5 +52,5 @@ def masked_attention_backward_reference(
     grad_v = probabilities.mT @ grad_out
     grad_scores, grad_mask = masked_probabilities_backward(grad_out @ v.mT, scores, token_mask, eps)
     grad_q, grad_k = (grad_scores @ k) * scale, (grad_scores.mT @ q) * scale
-    grads = (grad.to(like).contiguous() for grad in (grad_q, grad_k, grad_v))
-    return (*grads, grad_mask.to(token_mask.dtype))
+    grad_q, grad_k, grad_v = (grad.to(like).contiguous() for grad in (grad_q, grad_k, grad_v))
+    return grad_q, grad_k, grad_v, grad_mask.to(token_mask.dtype)
