@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD_SECONDS = 240
 BENCH_SECONDS = 150
 GRACE_SECONDS = 15
+MAX_LISTED = 50
 PACKAGES = ("torch", "triton", "timm", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "safetensors")
 
 
@@ -137,7 +138,14 @@ def summary(facts: dict[str, Any], steps: list[Step]) -> str:
         lines.append(f"| {step.name} | {step.status} | {step.seconds} | {counts} |")
     for step in steps:
         if step.failures:
-            lines += ["", f"## Failures of {step.name}", "", *(f"- {failure}" for failure in step.failures)]
+            lines += [
+                "",
+                f"## Failures of {step.name}",
+                "",
+                *(f"- {failure}" for failure in step.failures[:MAX_LISTED]),
+            ]
+            if len(step.failures) > MAX_LISTED:
+                lines.append(f"- and {len(step.failures) - MAX_LISTED} more, in results.json")
     return "\n".join(lines) + "\n"
 
 
