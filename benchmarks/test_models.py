@@ -70,11 +70,17 @@ def test_deit_small(
         "tokcomp-uncompressed": Entry("tokcomp", keep_everything(model)),
         "tokcomp": Entry("tokcomp", method),
     }
+    baseline = "published"
+    if device.type == "cpu" and precision != "float32":
+        # The goal in half precision on CPU is stated over the published pipeline in float32.
+        baseline = "published-float32"
+        entries[baseline] = Entry("published", method, precision="float32")
     entries = with_compiled(entries, request.config)
-    for row in _measure(model, entries, batch, precision, device, timed, shown="tokcomp"):
-        dtype = getattr(torch, precision)
+    for row in _measure(model, entries, batch, precision, device, timed, shown="tokcomp", baseline=baseline):
+        dtype = getattr(torch, row.precision)
         share = 2e9 * row.gflops * row.images_per_second / results.rates_of(dtype)["matrix_flops_per_s"]
-        cells = ["deit-s-2.3G", str(batch), precision, row.name, f"{row.gflops:.2f}", f"{row.images_per_second:.1f}"]
+        cells = ["deit-s-2.3G", str(batch), row.precision, row.name]
+        cells += [f"{row.gflops:.2f}", f"{row.images_per_second:.1f}"]
         results.add(
             {"model": "deit_small_patch16_224", "share_of_matrix_rate": share, **row.to_json()},
             CPU_TABLE,

@@ -26,10 +26,12 @@ GATE_IMAGES = 9
 
 @dataclass(frozen=True)
 class Entry:
-    """Who runs the model (one of :data:`COMPETITORS`) and how it compresses; timm takes no method."""
+    """Who runs the model (one of :data:`COMPETITORS`), how it compresses (timm takes no method), and in what precision
+    where that is not the comparison's."""
 
     competitor: str
     method: Method | None = None
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         if self.competitor not in COMPETITORS:
@@ -108,7 +110,10 @@ def compare_models(
     model = copy.deepcopy(model).to(device).eval()
     shape = _image_shape(model)
     with torch.inference_mode():
-        runners = {name: build_runner(entry, model, dtype, device) for name, entry in entries.items()}
+        runners = {
+            name: build_runner(entry, model, PRECISIONS[entry.precision or precision], device)
+            for name, entry in entries.items()
+        }
         for name, entry in entries.items():
             if entry.method is not None and entry.competitor != "published":
                 report(f"checking {name} against the published pipeline")
@@ -131,7 +136,9 @@ def compare_models(
             samples = measure(calls) if measure else interleave(calls, stopwatch(device), rounds=rounds)
             against = samples.get(baseline)
             rows += [
-                _row(name, batch, precision, cost[name], samples[name], against) for name in runners if name in samples
+                _row(name, batch, entries[name].precision or precision, cost[name], samples[name], against)
+                for name in runners
+                if name in samples
             ]
     return rows
 
