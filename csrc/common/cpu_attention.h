@@ -46,13 +46,16 @@ class KeyBias {
       : padded_(round_up(tokens, kLanes<acc_t>)),
         image_stride_(size.has_value() ? padded_ : 0),
         bias_((size.has_value() ? std::max<int64_t>(batch, 1) : 1) * padded_) {
-    const at::Tensor sizes =
-        size.has_value() ? size->to(c10::CppTypeToScalarType<acc_t>::value).contiguous() : at::Tensor();
+    constexpr int64_t lanes = kLanes<acc_t>;
+    constexpr at::ScalarType kType = c10::CppTypeToScalarType<acc_t>::value;
+    const at::Tensor sizes = size.has_value() ? size->to(kType).contiguous() : at::Tensor();
     for (int64_t image = 0; image < (size.has_value() ? batch : 1); ++image) {
       acc_t* row = bias_.get() + image * padded_;
-      for (int64_t j = 0; j < tokens; ++j) {
-        row[j] =
-            size.has_value() ? std::log(effective_size(sizes.const_data_ptr<acc_t>()[image * tokens + j])) : acc_t(0);
+      std::fill(row, row + padded_, acc_t(0));
+      if (size.has_value()) {
+        const acc_t* from = sizes.const_data_ptr<acc_t>() + image * tokens;
+        for (int64_t j = 0; j < tokens; ++j) row[j] = effective_size(from[j]);
+        for (int64_t j = 0; j < padded_; j += lanes) Vec<acc_t>::loadu(row + j).log().store(row + j);
       }
       std::fill(row + tokens, row + padded_, -std::numeric_limits<acc_t>::infinity());
     }
