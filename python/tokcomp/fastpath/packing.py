@@ -59,6 +59,7 @@ class PackedWeights:
     def __init__(self, layers: Sequence[Layer], dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._layers = {layer: _Packed.of(layer, dtype) for layer in layers}
+        self.widest = max(layer.weight.shape[0] for layer in layers)  # columns of the widest output
         self._views = [_sample(entry.weight) for entry in self._layers.values()]
         self._values = torch.cat(self._views)
 
