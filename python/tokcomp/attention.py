@@ -62,10 +62,9 @@ def mean_received_attention(q: Tensor, k: Tensor, *, scale: float, size: Tensor 
     """
     heads = q.shape[1]
     bias = _log_size(size)
-    total = None
-    for head in range(heads):
-        rows = _probabilities(q[:, head], k[:, head], scale, bias).mean(1)  # [B, N]
-        total = rows if total is None else total + rows
+    total = _probabilities(q[:, 0], k[:, 0], scale, bias).mean(1)  # [B, N]
+    for head in range(1, heads):
+        total = total + _probabilities(q[:, head], k[:, head], scale, bias).mean(1)
     return total / heads
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ COMPUTE_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, 
 #: Layers that are a matrix product: a convolution whose patches do not overlap is one on the flattened patches.
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 #: None in a torch that was built without oneDNN.
-_linear = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
-_linear_binary = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "binary", None)
+_linear: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
+_linear_binary: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "binary", None)
 #: Elements of each weight that are compared before every forward pass, to notice writes through ``Tensor.data``.
 _SAMPLES = 64
 

@@ -65,10 +65,11 @@ class EViT(Method):
         if self.num_pruned is not None:
             kept = max(patches - self.num_pruned, min(patches, 1))
         else:
+            rate = 1.0
             if isinstance(self.keep_rate, tuple):
                 rate = self.keep_rate[block]
-            else:
-                rate = self.keep_rate if block in self.blocks else 1.0
+            elif self.keep_rate is not None and block in self.blocks:
+                rate = self.keep_rate
             kept = math.ceil(rate * patches)
         if kept >= patches:
             return None
