@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from inspect import getsource
 
+import numpy as np
 import pytest
 
 from tokcomp_kernels import native_kernels
@@ -52,7 +54,9 @@ def test_reference_replaces_compiled_kernels() -> None:
 
 
 def test_triton_interpreter_can_own_the_cpu() -> None:
-    pytest.importorskip("triton")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if tuple(map(int, np.__version__.split(".")[:2])) >= (2, 5) and "int(self.handle.data)" in getsource(interpreter):
+        pytest.skip("this Triton's interpreter makes ints of one-element arrays, which this NumPy refuses")
     assert _python(BACKENDS_ON_CPU, TOKCOMP_BACKEND="triton", TRITON_INTERPRET="1") == "triton"
     assert _python(AGREE, TOKCOMP_BACKEND="triton", TRITON_INTERPRET="1") == "agree"
 
