@@ -105,11 +105,12 @@ def _attention_bwd_rows_kernel(
         dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32))  # [BLOCK_M, BLOCK_N]
         if HAS_MASK:
             powers = apply_mask(powers, load_mask(mask_ptr, offs_tile, stride_mn, N)[None, :], offs_m, offs_tile)
-            inverse = 1.0 / (tl.sum(powers, 1) + eps)
-            mean = tl.sum((powers + eps_over_n) * dp, 1) * inverse
+            row_sum = tl.sum(powers, 1) + eps
+            mean = tl.div_rn(tl.sum((powers + eps_over_n) * dp, 1), row_sum)
         else:
-            inverse = 1.0 / tl.sum(powers, 1)
-            mean = tl.sum(powers * dp, 1) * inverse
+            row_sum = tl.sum(powers, 1)
+            mean = tl.div_rn(tl.sum(powers * dp, 1), row_sum)
+        inverse = 1.0 / row_sum
         ds = powers * ((dp - mean[:, None]) * inverse[:, None])
         dq = dot(narrow(ds, k.dtype), k, tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32))  # [BLOCK_M, BLOCK_D]
     else:
@@ -138,7 +139,7 @@ def _attention_bwd_rows_kernel(
             row_sum += eps
             mean += eps_over_n * plain_sum
         inverse = 1.0 / row_sum
-        mean = mean * inverse
+        mean = tl.div_rn(mean, row_sum)
         dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         for start_n in range(0, N, BLOCK_N):
             offs_n = start_n + offs_tile
