@@ -263,5 +263,14 @@ def test_class_attention_needs_a_class_token(make_vit, method):
         tokcomp.compress(model, method)
 
 
+def test_evidence_that_needs_do_not_name_is_an_error(make_vit):
+    class Careless(tokcomp.ToMe):
+        needs = frozenset({"cls_attn"})
+
+    model = tokcomp.compress(make_vit(), Careless(2))
+    with pytest.raises(RuntimeError, match="keys was not computed"):
+        model(torch.randn(2, 3, 32, 32))
+
+
 def test_unsupported_error_is_a_type_error():
     assert issubclass(UnsupportedModelError, TypeError)

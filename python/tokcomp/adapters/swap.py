@@ -7,17 +7,27 @@ module's parameters, buffers, hooks and ``__dict__`` untouched.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+if TYPE_CHECKING:
 
-class Swapped:
+    class _Base(nn.Module):
+        """What a mixin may count on: the original class comes after it, a module with attributes of any type."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    _Base = object
+
+
+class Swapped(_Base):
     """Base of the mixins that :func:`swap_class` puts in front of a module's own class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The swapped class is made at run time: name its two parts instead, so that pickle can make it again.
-        _, _, *rest = super().__reduce_ex__(protocol)
+        _, _, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         mixin, original = type(self).__bases__
         return (_new, (mixin, original), *rest)
 
@@ -28,11 +38,11 @@ def _swapped_class(mixin: type, original: type) -> type:
 
 
 def _new(mixin: type, original: type) -> object:
-    cls = _swapped_class(mixin, original)
+    cls: type[nn.Module] = _swapped_class(mixin, original)
     return cls.__new__(cls)
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
+def original_class(module: nn.Module) -> type:
     """The class a module had before :func:`swap_class`; its own class if it was never swapped."""
     cls = type(module)
     return cls.__bases__[1] if issubclass(cls, Swapped) else cls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
@@ -39,6 +40,7 @@ class TimmVisionTransformer(Adapter):
             raise UnsupportedModelError(
                 f"{cls.__name__} cannot be compressed: its blocks are a {type(model.blocks).__name__}"
             )
+        block: Any
         for index, block in enumerate(model.blocks):
             _require(block, Block, _BLOCK_PARTS, f"blocks.{index}")
             _require(block.attn, Attention, _ATTENTION_PARTS, f"blocks.{index}.attn")
@@ -48,7 +50,7 @@ class TimmVisionTransformer(Adapter):
                         f"{name}: a {type(module).__name__} mixes tokens, so it cannot be compressed"
                     )
 
-    def validate(self, model: nn.Module, method: Method) -> None:
+    def validate(self, model: Any, method: Method) -> None:
         if model.global_pool not in ("", "token", "avg", "avgmax", "max", "map"):
             raise UnsupportedModelError(f"global_pool={model.global_pool!r} cannot be compressed")
         pool = model.attn_pool
@@ -61,7 +63,7 @@ class TimmVisionTransformer(Adapter):
                 f"this timm's {type(pool).__name__} takes no attn_mask, so sizes cannot reach it"
             )
 
-    def geometry(self, model: nn.Module) -> Geometry:
+    def geometry(self, model: Any) -> Geometry:
         prefix = model.num_prefix_tokens
         patches = None if getattr(model, "dynamic_img_size", False) else getattr(model.patch_embed, "num_patches", None)
         return Geometry(
@@ -71,7 +73,7 @@ class TimmVisionTransformer(Adapter):
             num_tokens=None if patches is None else patches + prefix,
         )
 
-    def cost(self, model: nn.Module) -> Cost:
+    def cost(self, model: Any) -> Cost:
         patch_embed = model.patch_embed
         projection = getattr(patch_embed, "proj", None)
         if not isinstance(projection, nn.Conv2d) or type(patch_embed).__name__ != "PatchEmbed":
@@ -91,13 +93,13 @@ class TimmVisionTransformer(Adapter):
             head_per_token, head = head, 0
         return Cost(projection.weight.numel(), blocks, head_per_token, head)
 
-    def num_tokens(self, model: nn.Module) -> int:
+    def num_tokens(self, model: Any) -> int:
         patches = getattr(model.patch_embed, "num_patches", None)
         if patches is None:
             raise ValueError("the model has no image size of its own, so its tokens cannot be counted")
         return patches + model.num_prefix_tokens
 
-    def patch(self, model: nn.Module, method: Method) -> None:
+    def patch(self, model: Any, method: Method) -> None:
         for block in model.blocks:
             swap_class(block, CompressedBlock)
             swap_class(block.attn, CompressedAttention)
@@ -117,7 +119,7 @@ class TimmVisionTransformer(Adapter):
     def method(self, model: nn.Module) -> Method | None:
         return model._tokcomp_method if isinstance(model, CompressedModel) else None
 
-    def sources(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    def sources(self, model: Any, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         if isinstance(model, CompressedModel):
             sources: list[Tensor | None] = []
             x, _ = model.tokens(images, sources)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import LayerNorm, Mlp, PatchEmbed
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
 from tokcomp.attention import attend
-from tokcomp.fastpath import PackedWeights, has_hooks, packed_weights
+from tokcomp.fastpath import Layer, PackedWeights, has_hooks, packed_weights
 from tokcomp.state import BlockState
 
 #: Bytes of the widest activation of a group of images.
@@ -17,11 +19,11 @@ _NORMS = (nn.LayerNorm, LayerNorm, nn.Identity)
 _SCALES = (LayerScale, nn.Identity)
 
 
-def pack(model: nn.Module, images: Tensor) -> PackedWeights | None:
+def pack(model: Any, images: Tensor) -> PackedWeights | None:
     """Packed weights of those parts of the model that this module can run; None where none can."""
     if torch.compiler.is_compiling():
         return None
-    layers = [layer for block in model.blocks if is_plain(block) for layer in _layers(block)]
+    layers: list[Layer] = [layer for block in model.blocks if is_plain(block) for layer in _layers(block)]
     if not layers:
         return None
     if is_plain_embedding(model.patch_embed):
@@ -29,7 +31,7 @@ def pack(model: nn.Module, images: Tensor) -> PackedWeights | None:
     return packed_weights(model, layers, images)
 
 
-def embed_patches(patch_embed: nn.Module, images: Tensor, packed: PackedWeights) -> Tensor:
+def embed_patches(patch_embed: Any, images: Tensor, packed: PackedWeights) -> Tensor:
     """What a plain PatchEmbed computes, [B, P, C] in the images' dtype: a convolution without overlap is a product."""
     rows, columns = patch_embed.patch_size
     batch, channels, height, width = images.shape
@@ -53,7 +55,7 @@ def split(x: Tensor, packed: PackedWeights) -> tuple[Tensor, ...]:
 
 def run_block(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeights) -> Tensor:
     """What CompressedBlock.forward computes, for x [B, N, C] in ``packed.dtype``; the block has to be packed."""
-    parts = block._modules
+    parts: dict[str, Any] = block._modules
     attention, attn, mlp = parts["attn"], parts["attn"]._modules, parts["mlp"]._modules
     batch, num_tokens, _ = x.shape
     heads, width = attention.num_heads, attention.head_dim
@@ -75,12 +77,13 @@ def run_block(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeig
 
 def is_packed(block: nn.Module, packed: PackedWeights) -> bool:
     """Whether :func:`pack` found that run_block may run this block."""
-    return block._modules["attn"]._modules["qkv"] in packed
+    parts: dict[str, Any] = block._modules
+    return parts["attn"]._modules["qkv"] in packed
 
 
 def is_plain(block: nn.Module) -> bool:
     """Whether run_block computes just what this block's modules would, with nobody watching them."""
-    parts = block._modules
+    parts: dict[str, Any] = block._modules
     attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
     if type(parts["mlp"]) is not Mlp or not _is_absent(mlp.get("norm")):
         return False
@@ -113,8 +116,9 @@ def is_plain_embedding(patch_embed: nn.Module) -> bool:
     return conv.padding == (0, 0) and conv.dilation == (1, 1) and len(modules) == 3 and not has_hooks(modules)
 
 
-def _layers(block: nn.Module) -> tuple[nn.Module, ...]:
-    attn, mlp = block._modules["attn"]._modules, block._modules["mlp"]._modules
+def _layers(block: nn.Module) -> tuple[Any, ...]:
+    parts: dict[str, Any] = block._modules
+    attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
     return attn["qkv"], attn["proj"], mlp["fc1"], mlp["fc2"]
 
 
@@ -122,7 +126,7 @@ def _is_absent(module: nn.Module | None) -> bool:
     return module is None or type(module) is nn.Identity
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+def _norm(norm: Any, x: Tensor) -> Tensor:
     if type(norm) is nn.Identity:
         return x
     weight, bias = norm.weight, norm.bias
@@ -131,7 +135,7 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
     return torch.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
-def _residual(scale: nn.Module, packed: PackedWeights, layer: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
+def _residual(scale: Any, packed: PackedWeights, layer: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
     """residual + scale(layer(x))."""
     if type(scale) is nn.Identity:
         return packed.linear_add(layer, x, residual)

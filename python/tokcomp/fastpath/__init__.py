@@ -1,5 +1,5 @@
 """Inference on CPU through oneDNN with weights that are packed once."""
 
-from tokcomp.fastpath.packing import PackedWeights, forget, has_hooks, packed_weights
+from tokcomp.fastpath.packing import Layer, PackedWeights, forget, has_hooks, packed_weights
 
-__all__ = ["PackedWeights", "forget", "has_hooks", "packed_weights"]
+__all__ = ["Layer", "PackedWeights", "forget", "has_hooks", "packed_weights"]

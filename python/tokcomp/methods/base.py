@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -26,11 +26,17 @@ class Geometry:
 class Evidence(NamedTuple):
     """What one block's attention saw; only what the method's ``needs`` name is filled in."""
 
-    # Tensor or None; Any, because a method reads only what it asked for.
-    cls_attn: Any = None  # [B, N] float32: the class token's row of the attention, mean over heads
-    image_attn: Any = None  # [B, N] float32: attention each token receives, mean over heads and queries
-    keys: Any = None  # [B, H, N, D]
-    values: Any = None  # [B, H, N, D]
+    cls_attn: Tensor | None = None  # [B, N] float32: the class token's row of the attention, mean over heads
+    image_attn: Tensor | None = None  # [B, N] float32: attention each token receives, mean over heads and queries
+    keys: Tensor | None = None  # [B, H, N, D]
+    values: Tensor | None = None  # [B, H, N, D]
+
+    def require(self, name: str) -> Tensor:
+        """The field ``name``. RuntimeError where it is not filled in: the method's ``needs`` do not name it."""
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise RuntimeError(f"{name} was not computed: a method reads only the evidence that its needs name")
+        return value
 
 
 class Assignment(NamedTuple):

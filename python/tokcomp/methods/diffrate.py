@@ -114,14 +114,12 @@ class DiffRate(Method):
         return Assignment(min(num_prune_kept, num_tokens), min(num_merge_kept, num_tokens), left)
 
     def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
-        if self.metric == "cls_attn":
-            return evidence.cls_attn
-        if self.metric == "image_attn":
-            return evidence.image_attn
+        if self.metric == "random":
+            return _position_hash(x, self.seed, block)
         if self.metric == "cls_attn_v":
-            values = evidence.values.detach()  # [B, H, N, D]
-            return evidence.cls_attn * values.to(evidence.cls_attn.dtype).square().sum((1, 3)).sqrt()
-        return _position_hash(x, self.seed, block)
+            cls_attn, values = evidence.require("cls_attn"), evidence.require("values").detach()  # [B, N], [B, H, N, D]
+            return cls_attn * values.to(cls_attn.dtype).square().sum((1, 3)).sqrt()
+        return evidence.require(self.metric)
 
     def reduce(
         self, x: Tensor, score: Tensor, assignment: Assignment, *, size: Tensor | None, num_prefix_tokens: int

@@ -77,7 +77,7 @@ class EViT(Method):
         return Assignment(kept, kept, kept + self.fuse)
 
     def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
-        return evidence.cls_attn
+        return evidence.require("cls_attn")
 
     def reduce(
         self, x: Tensor, score: Tensor, assignment: Assignment, *, size: Tensor | None, num_prefix_tokens: int

@@ -42,7 +42,7 @@ class ToMe(Method):
         return Assignment(num_tokens, num_tokens - r, num_tokens - r) if r > 0 else None
 
     def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
-        return evidence.keys.detach().mean(1)  # [B, N, D]
+        return evidence.require("keys").detach().mean(1)  # [B, N, D]
 
     def reduce(
         self, x: Tensor, score: Tensor, assignment: Assignment, *, size: Tensor | None, num_prefix_tokens: int
