@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 
+TIMM = tuple(int(part) for part in timm.__version__.split(".")[:3] if part.isdigit())
 DATA = Path(__file__).parents[1] / "data" / "published_small.safetensors"
 
 
@@ -47,11 +50,31 @@ def published() -> Published:
 
 
 @pytest.fixture
+def meta_model():
+    """Build a model by its timm name without its memory: meta_model(name, **options)."""
+
+    def make(name: str, **options: Any) -> torch.nn.Module:
+        try:
+            with torch.device("meta"):
+                return timm.create_model(name, **options)
+        except RuntimeError as error:
+            pytest.skip(f"timm {timm.__version__} cannot build {name} on the meta device: {error}")
+
+    return make
+
+
+@pytest.fixture
 def make_vit():
     """Build a small ViT with lively random weights: make_vit(seed, cls, **arguments of cls)."""
 
     def make(seed: int = 0, cls: type[VisionTransformer] = VisionTransformer, **kwargs: Any) -> VisionTransformer:
         defaults = dict(img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=3, num_classes=5)
+        accepted = inspect.signature(VisionTransformer.__init__).parameters
+        for option in kwargs.keys() - accepted.keys():
+            pytest.skip(f"timm {timm.__version__} has no {option}")
+        pool = kwargs.get("global_pool")
+        if (pool in ("max", "avgmax") and TIMM < (1, 0, 9)) or (pool == "map" and TIMM < (1, 0, 20)):
+            pytest.skip(f"timm {timm.__version__} has no global_pool={pool!r} that takes sizes")
         torch.manual_seed(seed)
         model = cls(**{**defaults, **kwargs}).eval()
         with torch.no_grad():

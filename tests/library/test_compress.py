@@ -8,7 +8,6 @@ import pickle
 import threading
 
 import pytest
-import timm
 import tokcomp
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -410,9 +409,8 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_models_that_are_not_understood_are_refused_by_name(name):
-    with torch.device("meta"):
-        model = timm.create_model(name)
+def test_models_that_are_not_understood_are_refused_by_name(meta_model, name):
+    model = meta_model(name)
     classes = class_names(model)
     if UNSUPPORTED[name] is None:
         assert tokcomp.compress(model, tokcomp.ToMe(4)) is model

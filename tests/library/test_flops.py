@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import tokcomp
 import torch
 
@@ -16,9 +15,8 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize(("name", "budget"), PUBLISHED, ids=lambda value: str(value))
-def test_published_schedules(name, budget):
-    with torch.device("meta"):
-        model = timm.create_model(name, num_classes=1000)
+def test_published_schedules(meta_model, name, budget):
+    model = meta_model(name, num_classes=1000)
     dense, compressed = (
         tokcomp.flops(model),
         tokcomp.flops(tokcomp.compress(model, tokcomp.DiffRate.published(name, budget))),

@@ -58,7 +58,10 @@ class TimmVisionTransformer(Adapter):
             return
         if getattr(pool, "pos_embed", None) is not None:
             raise UnsupportedModelError(f"{type(pool).__name__} with position embeddings cannot be compressed")
-        if method.proportional_attention and "attn_mask" not in inspect.signature(pool.forward).parameters:
+        takes_sizes = "attn_mask" in inspect.signature(pool.forward).parameters and hasattr(
+            model, "pool_include_prefix"
+        )
+        if method.proportional_attention and not takes_sizes:
             raise UnsupportedModelError(
                 f"this timm's {type(pool).__name__} takes no attn_mask, so sizes cannot reach it"
             )
