@@ -144,7 +144,7 @@ class CompressedModel(Swapped):
 
     def _head(self, x: Tensor, size: Tensor | None, pre_logits: bool = False) -> Tensor:
         if size is None or self.global_pool not in ("avg", "avgmax", "map"):
-            return super().forward_head(x, pre_logits=pre_logits)
+            return super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]
         if not getattr(self, "pool_include_prefix", False):
             x, size = x[:, self.num_prefix_tokens :], size[:, self.num_prefix_tokens :]
         if self.global_pool == "map":
