@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(row)
         note = row.problem()
         print(
-            f"{row.op:24} {row.case:44} sm_{row.capability} {row.registers:4} registers {row.shared:7} B shared"
+            f"{row.op:24} {row.case:52} sm_{row.capability} {row.registers:4} registers {row.shared:7} B shared"
             f"{'  ' + note if note else ''}",
             flush=True,
         )

@@ -46,9 +46,12 @@ def _lookup(op: str, kernel: str, device_name: str, shape: tuple[tuple[str, int]
     raise LookupError(f"configs/{op}.json: no entry of {kernel} for {device_name} fits {values}")
 
 
-def launch_config(op: str, kernel: str, device: torch.device, **shape: int) -> dict[str, int]:
+def launch_config(op: str, kernel: str, device: torch.device | str, **shape: int) -> dict[str, int]:
     """Launch arguments of ``kernel`` for a problem of this ``shape`` (such as N=197, D=64, itemsize=2) on ``device``.
+
+    ``device`` may also be the name of a GPU that need not be there.
 
     Unknown GPUs, and CPU tensors under the interpreter, get the default entries. The result is shared: read only.
     """
-    return _lookup(op, kernel, _device_name(device), tuple(shape.items()))
+    name = device if isinstance(device, str) else _device_name(device)
+    return _lookup(op, kernel, name, tuple(shape.items()))

@@ -7,6 +7,7 @@ the maximum, so the visible powers may be far below 1 and only probabilities are
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,7 @@ from tokcomp_kernels.triton._attention import (
     store_rows,
 )
 from tokcomp_kernels.triton._common import device_guard, dot, inner_contiguous, narrow, require_supported
+from tokcomp_kernels.triton._configs import load
 from tokcomp_kernels.triton._reduce import BLOCK_N, _reduce_kernel, reduce_groups
 
 if TYPE_CHECKING:
@@ -103,7 +105,7 @@ def _attention_fwd_kernel(
         if HAS_MASK:
             probs = apply_mask(probs, load_mask(mask_ptr, offs_tile, stride_mn, N)[None, :], offs_m, offs_tile)
             row_sum = tl.sum(probs, 1) + eps
-            probs = (probs + eps_over_n) / row_sum[:, None]
+            probs = (probs + eps_over_n) * (1.0 / row_sum)[:, None]
             if pid_m == 0:
                 store_first_row(cls_ptr, probs, offs_m, offs_tile, N)
         else:
@@ -140,7 +142,7 @@ def _attention_fwd_kernel(
                 scores = key_scores(q, k, size_ptr, offs_n, stride_sn, N, scale, HAS_SIZE)  # [BLOCK_M, BLOCK_N]
                 powers = tl.exp2(scores - row_max[:, None])
                 powers = apply_mask(powers, load_mask(mask_ptr, offs_n, stride_mn, N)[None, :], offs_m, offs_n)
-                probs = (powers + eps_over_n) / row_sum[:, None]
+                probs = (powers + eps_over_n) * (1.0 / row_sum)[:, None]
                 if pid_m == 0:
                     store_first_row(cls_ptr, probs, offs_m, offs_n, N)
                 v = load_rows(v_ptr, offs_n, stride_vn, N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -193,7 +195,7 @@ def attention_forward(
                 heads,
                 num_tokens,
                 width**-0.5 if scale is None else float(scale),
-                eps,
+                float(eps),
                 eps / num_tokens,
                 HAS_SIZE=size is not None,
                 HAS_MASK=token_mask is not None,
@@ -211,17 +213,17 @@ def attention_triton(
 
 
 def forward_cases(op: str, *, masked: bool) -> list[CompileCase]:
-    """The forward kernel as each entry of the default configuration of ``op`` launches it."""
+    """The forward kernel as the tables of ``op`` launch it."""
     from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
 
     cases = []
-    for dtype, num_tokens, width in CASE_SHAPES:
+    for gpu, (dtype, num_tokens, width) in product(load(op), CASE_SHAPES):
         itemsize = 4 if dtype == "float32" else 2
-        options = launch_options(op, "forward", torch.device("cpu"), num_tokens, width, itemsize)
+        options = launch_options(op, "forward", gpu, num_tokens, width, itemsize)
         types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), POINTER_TYPES[dtype])
         types |= dict.fromkeys(("size_ptr", "mask_ptr", "cls_ptr", "stats_ptr"), "*fp32")
         types |= dict.fromkeys(("scale", "eps", "eps_over_n"), "fp32")
-        name = f"forward-{dtype}-N{num_tokens}-D{width}"
+        name = f"forward-{dtype}-N{num_tokens}-D{width}-{gpu}"
         constants = {"HAS_SIZE": True, "HAS_MASK": masked, "stride_sn": 1, "stride_mn": 1}
         cases.append(CompileCase.launched(name, _attention_fwd_kernel, types, options, **constants))
     return cases

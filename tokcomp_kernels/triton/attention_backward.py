@@ -9,6 +9,7 @@ dA = (dO V^T - sum_k P dO V^T) / Z, dS = dA * A, and the mask's gradient is the 
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +31,7 @@ from tokcomp_kernels.triton._attention import (
     store_rows,
 )
 from tokcomp_kernels.triton._common import LOG2_E, device_guard, dot, inner_contiguous, narrow, require_supported
+from tokcomp_kernels.triton._configs import load
 from tokcomp_kernels.triton._reduce import reduce_groups
 
 if TYPE_CHECKING:
@@ -287,7 +289,17 @@ def attention_backward(
         flags = {"HAS_SIZE": size is not None, "HAS_MASK": token_mask is not None}
         with device_guard(q):
             _attention_bwd_rows_kernel[(batch * heads * triton.cdiv(num_tokens, rows["BLOCK_M"]),)](
-                *inputs, grad_q, stats, *strides, heads, num_tokens, scale, eps, eps / num_tokens, **flags, **rows
+                *inputs,
+                grad_q,
+                stats,
+                *strides,
+                heads,
+                num_tokens,
+                scale,
+                float(eps),
+                eps / num_tokens,
+                **flags,
+                **rows,
             )
             _attention_bwd_columns_kernel[(batch * heads * triton.cdiv(num_tokens, columns["BLOCK_N"]),)](
                 *inputs,
@@ -318,21 +330,21 @@ def attention_backward_triton(
 
 
 def backward_cases(op: str, *, masked: bool) -> list[CompileCase]:
-    """Both backward kernels as each entry of the default configuration of ``op`` launches them."""
+    """Both backward kernels as the tables of ``op`` launch them."""
     from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
 
     kernels = {"rows": _attention_bwd_rows_kernel, "columns": _attention_bwd_columns_kernel}
     float_pointers = ("size_ptr", "mask_ptr", "stats_ptr", "dm_ptr")
     cases = []
-    for dtype, num_tokens, width in CASE_SHAPES:
+    for gpu, (dtype, num_tokens, width) in product(load(op), CASE_SHAPES):
         itemsize = 4 if dtype == "float32" else 2
         for kind, kernel in kernels.items():
-            options = launch_options(op, f"backward_{kind}", torch.device("cpu"), num_tokens, width, itemsize)
+            options = launch_options(op, f"backward_{kind}", gpu, num_tokens, width, itemsize)
             pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
             types = {name: "*fp32" if name in float_pointers else POINTER_TYPES[dtype] for name in pointers}
             types |= {name: "fp32" for name in kernel.arg_names if name in ("scale", "eps", "eps_over_n")}
             constants = {"HAS_SIZE": True, "HAS_MASK": masked, "stride_sn": 1, "stride_mn": 1}
-            name = f"{kind}-{dtype}-N{num_tokens}-D{width}"
+            name = f"{kind}-{dtype}-N{num_tokens}-D{width}-{gpu}"
             cases.append(CompileCase.launched(name, kernel, types, options, **constants))
     return cases
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from tokcomp_kernels._checks import check_class_attention_sort
 from tokcomp_kernels.reference._common import descending_order
 from tokcomp_kernels.triton._attention import finite_max, load_bias, load_rows, per_token_strides
 from tokcomp_kernels.triton._common import LOG2_E, device_guard, inner_contiguous, require_supported
-from tokcomp_kernels.triton._configs import ENABLE_FP_FUSION, launch_config
+from tokcomp_kernels.triton._configs import ENABLE_FP_FUSION, launch_config, load
 from tokcomp_kernels.triton._order import MAX_COUNTED, count_before
 from tokcomp_kernels.triton._reduce import reduce_groups
 
@@ -150,13 +151,14 @@ def compile_cases() -> list[CompileCase]:
     from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
 
     cases = []
-    for dtype, width in (("float16", 64), ("bfloat16", 64), ("float16", 80), ("float32", 64), ("float32", 160)):
+    shapes = (("float16", 64), ("bfloat16", 64), ("float16", 80), ("float32", 64), ("float32", 160))
+    for gpu, (dtype, width) in product(load("class_attention_sort"), shapes):
         itemsize = 4 if dtype == "float32" else 2
-        config = launch_config("class_attention_sort", "scores", torch.device("cpu"), D=width, itemsize=itemsize)
+        config = launch_config("class_attention_sort", "scores", gpu, D=width, itemsize=itemsize)
         types = dict.fromkeys(("q_ptr", "k_ptr"), POINTER_TYPES[dtype])
         types |= dict.fromkeys(("size_ptr", "scores_ptr", "stats_ptr"), "*fp32") | {"scale": "fp32"}
         constants = {"D": width, "BLOCK_D": triton.next_power_of_2(width), "HAS_SIZE": True, "stride_sn": 1}
-        name = f"scores-{dtype}-D{width}"
+        name = f"scores-{dtype}-D{width}-{gpu}"
         cases.append(CompileCase.launched(name, _class_attention_scores_kernel, types, config, **constants))
     types = {"cls_ptr": "*fp32", "order_ptr": "*i64"}
     cases.append(CompileCase("order", _token_order_kernel, types, {"BLOCK_I": BLOCK_I, "BLOCK_J": BLOCK_J}))

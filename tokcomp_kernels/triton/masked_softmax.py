@@ -7,7 +7,8 @@ stores the sum over its own rows, and these are added up in their order, without
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from torch import Tensor
 from tokcomp_kernels._checks import check_masked_softmax, check_masked_softmax_backward
 from tokcomp_kernels.triton._attention import apply_mask, finite_max, load_mask, per_token_strides
 from tokcomp_kernels.triton._common import LOG2_E, device_guard, inner_contiguous, narrow, require_supported
-from tokcomp_kernels.triton._configs import launch_config
+from tokcomp_kernels.triton._configs import launch_config, load
 from tokcomp_kernels.triton._reduce import reduce_groups
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def _masked_softmax_bwd_kernel(
             _store_gradients(ds_ptr, dm_ptr, powers, grad, mean, 1.0 / row_sum, token_mask, offs_m, offs_n, N)
 
 
-def _launch_options(kernel: str, device: torch.device, num_tokens: int) -> dict:
+def _launch_options(kernel: str, device: torch.device | str, num_tokens: int) -> dict[str, Any]:
     config = launch_config("masked_softmax", kernel, device, N=num_tokens)
     return {"SINGLE_TILE": num_tokens <= config["BLOCK_N"], **config}
 
@@ -213,7 +214,7 @@ def masked_softmax_triton(scores: Tensor, token_mask: Tensor, eps: float = 1e-6)
                 *per_token_strides(token_mask),
                 heads,
                 num_tokens,
-                eps,
+                float(eps),
                 eps / num_tokens,
                 **options,
             )
@@ -245,7 +246,7 @@ def masked_softmax_backward_triton(
                 *per_token_strides(token_mask),
                 heads,
                 num_tokens,
-                eps,
+                float(eps),
                 eps / num_tokens,
                 **options,
             )
@@ -259,12 +260,11 @@ def compile_cases() -> list[CompileCase]:
     for kind, kernel in (("forward", _masked_softmax_fwd_kernel), ("backward", _masked_softmax_bwd_kernel)):
         shapes = [(dtype, 197) for dtype in ("float16", "bfloat16", "float32")]
         shapes += [("float32", num_tokens) for num_tokens in (32, 577, 4096, 9000)]
-        for dtype, num_tokens in shapes:
+        for gpu, (dtype, num_tokens) in product(load("masked_softmax"), shapes):
             types = dict.fromkeys(("scores_ptr", "grad_ptr", "out_ptr", "ds_ptr"), POINTER_TYPES[dtype])
             types |= {"mask_ptr": "*fp32", "dm_ptr": "*fp32", "eps": "fp32", "eps_over_n": "fp32"}
-            types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
-            options = _launch_options(kind, torch.device("cpu"), num_tokens)
-            cases.append(
-                CompileCase.launched(f"{kind}-{dtype}-N{num_tokens}", kernel, types, options, **{"stride_mn": 1})
-            )
+            types = {name: pointer for name, pointer in types.items() if name in kernel.arg_names}
+            options = _launch_options(kind, gpu, num_tokens)
+            name = f"{kind}-{dtype}-N{num_tokens}-{gpu}"
+            cases.append(CompileCase.launched(name, kernel, types, options, stride_mn=1))
     return cases
