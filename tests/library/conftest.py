@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import timm
+import tokcomp
 import torch
 from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
@@ -84,5 +85,38 @@ def make_vit():
                 elif name.endswith("bias"):
                     parameter.normal_(std=0.1)
         return model
+
+    return make
+
+
+SCHEDULE = tokcomp.CompressionSchedule([17, 14, 11, 11], [17, 12, 11, 6])
+METHODS = {
+    "diffrate": tokcomp.DiffRate(SCHEDULE),
+    "diffrate-image_attn": tokcomp.DiffRate(SCHEDULE, metric="image_attn"),
+    "diffrate-cls_attn_v": tokcomp.DiffRate(SCHEDULE, metric="cls_attn_v", pipeline="merge"),
+    "diffrate-random": tokcomp.DiffRate(SCHEDULE, metric="random", pipeline="prune"),
+    "tome": tokcomp.ToMe(3),
+    "evit": tokcomp.EViT(0.6, blocks=(1, 2)),
+}
+
+
+@pytest.fixture
+def methods() -> dict[str, tokcomp.Method]:
+    """One of each kind, for a model of 4 blocks and 17 tokens."""
+    return METHODS
+
+
+@pytest.fixture(params=METHODS)
+def method(request) -> tokcomp.Method:
+    return METHODS[request.param]
+
+
+@pytest.fixture
+def images_for():
+    """Random images of a model's own size: images_for(model, batch, seed)."""
+
+    def make(model: VisionTransformer, batch: int = 3, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(batch, 3, *model.patch_embed.img_size, generator=generator)
 
     return make

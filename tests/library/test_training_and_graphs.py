@@ -1,0 +1,110 @@
+"""Gradients, training mode, autocast, torch.compile and torch.export of compressed models."""
+
+from __future__ import annotations
+
+import tokcomp
+import torch
+
+
+def test_gradients_reach_every_parameter(make_vit, method, images_for):
+    model = tokcomp.compress(make_vit().double(), method)
+    model(images_for(model).double()).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_gradient_is_the_slope(make_vit, methods, images_for):
+    """The change of the loss along a small step, tokens' groups unchanged, against the gradient."""
+    model = tokcomp.compress(make_vit().double(), methods["diffrate"])
+    images = images_for(model).double()
+    weight = model.blocks[1].mlp.fc1.weight
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (slope,) = torch.autograd.grad(model(images).square().sum(), weight)
+    step = 1e-6
+    with torch.no_grad():
+        weight.add_(direction, alpha=step)
+        above = model(images).square().sum()
+        weight.sub_(direction, alpha=2 * step)
+        below = model(images).square().sum()
+    # Central difference: error step^2 times the third derivative, and float64 rounding divided by the step.
+    torch.testing.assert_close((above - below) / (2 * step), (slope * direction).sum(), rtol=1e-6, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_no_gradient(make_vit, method, images_for):
+    model = tokcomp.compress(make_vit().double(), method)
+    images = images_for(model).double()
+    grads = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        model(images).square().sum().backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, checkpointed in zip(*grads, strict=True):
+        torch.testing.assert_close(checkpointed, plain, atol=1e-12, rtol=1e-9)
+
+
+def test_training_mode_with_all_dropouts(make_vit, method, images_for):
+    model = make_vit(
+        drop_rate=0.1,
+        pos_drop_rate=0.1,
+        proj_drop_rate=0.1,
+        attn_drop_rate=0.1,
+        drop_path_rate=0.2,
+        patch_drop_rate=0.2,
+    )
+    tokcomp.compress(model, method).train()
+    images = images_for(model)
+    torch.manual_seed(0)
+    first, second = model(images), model(images)
+    first.sum().backward()
+    assert not torch.equal(first, second) and first.isfinite().all()
+    with torch.no_grad():
+        assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+def test_autocast(make_vit, method, images_for):
+    model = tokcomp.compress(make_vit(), method)
+    images = images_for(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+        logits.sum().backward()
+        with torch.no_grad():
+            assert model(images).isfinite().all()
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+
+
+def test_compile(make_vit, method, images_for):
+    torch._dynamo.reset()
+    model = tokcomp.compress(make_vit(), method)
+    dynamic = getattr(method, "metric", "cls_attn") == "cls_attn"
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    with torch.no_grad():
+        for batch in (3, 2, 5):
+            images = images_for(model, batch, seed=batch)
+            torch.testing.assert_close(compiled(images), model(images), atol=2e-5, rtol=0)
+    images = images_for(model)
+    compiled(images).sum().backward()
+    compiled_grad = model.patch_embed.proj.weight.grad.clone()
+    model.zero_grad()
+    model(images).sum().backward()
+    torch.testing.assert_close(compiled_grad, model.patch_embed.proj.weight.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_compile_with_inductor(make_vit, methods, images_for):
+    torch._dynamo.reset()
+    model = tokcomp.compress(make_vit(), methods["diffrate"])
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        images = images_for(model)
+        torch.testing.assert_close(compiled(images), model(images), atol=2e-5, rtol=0)
+
+
+def test_export(make_vit, method, images_for):
+    model = tokcomp.compress(make_vit(), method)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    with torch.no_grad():
+        program = torch.export.export(model, (images_for(model),), dynamic_shapes=({0: batch},))
+        images = images_for(model, batch=5, seed=1)
+        torch.testing.assert_close(program.module()(images), model(images), atol=2e-5, rtol=0)
