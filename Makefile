@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-check
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 .PHONY: build rebuild setup demo test test-fast bench lint gpu-check clean
 
@@ -24,10 +25,10 @@ demo: .venv/installed
 	$(BIN)/tokcomp demo
 
 test: rebuild
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: rebuild
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 bench: rebuild
 	$(BIN)/python -m pytest benchmarks --benchmark-only
