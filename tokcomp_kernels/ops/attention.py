@@ -10,7 +10,8 @@ from torch import Tensor
 from tokcomp_kernels._checks import check_attention, check_attention_backward
 from tokcomp_kernels.ops._fake import accumulate_dtype, token_major
 from tokcomp_kernels.ops._register import Arguments, register
-from tokcomp_kernels.reference.attention import attention_backward_reference, attention_reference
+from tokcomp_kernels.reference.attention import attention_reference
+from tokcomp_kernels.reference.attention_backward import attention_backward_reference
 
 
 def attention(

@@ -10,7 +10,8 @@ from torch import Tensor
 from tokcomp_kernels._checks import check_masked_attention, check_masked_attention_backward
 from tokcomp_kernels.ops._fake import accumulate_dtype, token_major
 from tokcomp_kernels.ops._register import Arguments, register
-from tokcomp_kernels.reference.masked_attention import masked_attention_backward_reference, masked_attention_reference
+from tokcomp_kernels.reference.masked_attention import masked_attention_reference
+from tokcomp_kernels.reference.masked_attention_backward import masked_attention_backward_reference
 
 
 def masked_attention(

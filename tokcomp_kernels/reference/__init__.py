@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tokcomp_kernels.reference.attention import attention_backward_reference, attention_reference
+from tokcomp_kernels.reference.attention import attention_reference
+from tokcomp_kernels.reference.attention_backward import attention_backward_reference
 from tokcomp_kernels.reference.class_attention_sort import class_attention_sort_reference
-from tokcomp_kernels.reference.masked_attention import masked_attention_backward_reference, masked_attention_reference
+from tokcomp_kernels.reference.masked_attention import masked_attention_reference
+from tokcomp_kernels.reference.masked_attention_backward import masked_attention_backward_reference
 from tokcomp_kernels.reference.masked_softmax import masked_softmax_backward_reference, masked_softmax_reference
 from tokcomp_kernels.reference.merge_backward import merge_backward_reference
 from tokcomp_kernels.reference.prune_merge import prune_merge_reference
