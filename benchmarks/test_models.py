@@ -9,7 +9,7 @@ import tokcomp
 import torch
 from tokcomp.bench.models import Entry, Row, compare_models, create_model, keep_everything
 from tokcomp.bench.provenance import find_device
-from tokcomp.budget import evit_for_budget, tome_for_budget
+from tokcomp.equal_cost import evit_for_budget, tome_for_budget
 from tokcomp.methods import Method
 from torch import nn
 

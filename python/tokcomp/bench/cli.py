@@ -16,7 +16,7 @@ from tokcomp.bench.models import COMPETITORS, PRECISIONS, Entry, compare_models,
 from tokcomp.bench.provenance import device_name, find_device, provenance, save_record
 from tokcomp.bench.report import draw, table
 from tokcomp.bench.timing import MIN_ROUNDS
-from tokcomp.budget import evit_blocks
+from tokcomp.equal_cost import evit_blocks
 from tokcomp.methods import Method
 from tokcomp.schedule import published_budgets
 

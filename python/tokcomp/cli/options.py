@@ -256,7 +256,7 @@ def _diffrate(args: argparse.Namespace, model: nn.Module) -> Method:
 
 def _tome(args: argparse.Namespace, model: nn.Module) -> Method:
     from tokcomp import ToMe
-    from tokcomp.budget import tome_for_budget
+    from tokcomp.equal_cost import tome_for_budget
 
     if _one_of(args, "r", "gflops") == "gflops":
         with blame("--gflops"):
@@ -268,7 +268,7 @@ def _tome(args: argparse.Namespace, model: nn.Module) -> Method:
 
 def _evit(args: argparse.Namespace, model: nn.Module) -> Method:
     from tokcomp import EViT
-    from tokcomp.budget import evit_for_budget
+    from tokcomp.equal_cost import evit_for_budget
 
     chosen = _one_of(args, "keep_rate", "num_pruned", "gflops")
     if args.keep_blocks is not None and chosen != "keep_rate":

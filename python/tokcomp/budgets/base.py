@@ -1,0 +1,116 @@
+"""What a budget is: a differentiable cost of a model's token counts, and a target for it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokcomp.adapters import find_adapter
+from tokcomp.methods import Method
+
+
+class TokenCounts(NamedTuple):
+    """Tokens of one image in every block, prefix tokens included. Floating point, so that gradients can flow."""
+
+    num_in: Tensor  # [L] tokens that enter the block: its attention sees these
+    num_out: Tensor  # [L] tokens that the block's compression leaves: its MLP sees these
+
+
+class Budget(ABC):
+    """One term of the search's loss: ``weight * loss(counts)`` draws ``cost(counts)`` to ``target``."""
+
+    #: What is limited, as in log columns: ``flops``, ``latency``.
+    name: str
+    #: Unit of the cost and of the target: ``GFLOPs``, ``ms``.
+    unit: str
+    target: float
+    weight: float
+
+    @abstractmethod
+    def cost(self, counts: TokenCounts) -> Tensor:
+        """Cost of these counts in ``unit``: 0-dim, differentiable in both tensors of ``counts``."""
+
+    @abstractmethod
+    def loss(self, counts: TokenCounts) -> Tensor:
+        """How far the cost is from the target: 0-dim, at least 0, ``weight`` not applied."""
+
+    def describe(self) -> dict[str, Any]:
+        """What this budget is, as JSON data for a schedule's provenance."""
+        return {"budget": self.name, "target": self.target, "unit": self.unit, "weight": self.weight}
+
+
+class TargetError(ValueError):
+    """A target that no schedule of the model can meet, or that the uncompressed model meets already."""
+
+
+def check_number(name: str, value: float, *, positive: bool = False) -> float:
+    """``value`` as a finite float that is not negative (or positive).
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of range; the message names the argument, the rule and what arrived.
+    """
+    if isinstance(value, (bool, str)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        raise ValueError(f"{name} must be a finite number {'above' if positive else 'not below'} 0, got {value!r}")
+    return number
+
+
+def check_target(name: str, target: float, unit: str, least: float, most: float) -> float:
+    """``target`` if a schedule can have that cost.
+
+    Args:
+        name: the argument, for the message.
+        target: in ``unit``.
+        unit: of the three numbers.
+        least: cost of the smallest schedule that the search can reach.
+        most: cost of the uncompressed model.
+
+    Raises:
+        TargetError: it is outside ``least .. most``; the message gives both.
+    """
+    target = check_number(name, target, positive=True)
+    if not least <= target <= most:
+        rule = "at most the uncompressed model's" if target > most else "at least the smallest reachable schedule's"
+        raise TargetError(
+            f"{name} must be {rule} cost: between {least:.4g} and {most:.4g} {unit} here, got {target:g} {unit}"
+        )
+    return target
+
+
+def counts_of(model: nn.Module, method: Method | None = None) -> TokenCounts:
+    """The token counts [L] (float64, CPU) of a model under a method; without one, of the uncompressed model."""
+    adapter = find_adapter(model)
+    geometry, num_tokens = adapter.geometry(model), adapter.num_tokens(model)
+    num_in, num_out = [], []
+    for block in range(geometry.depth):
+        num_in.append(num_tokens)
+        assignment = None if method is None else method.assign(block, num_tokens, geometry.num_prefix_tokens)
+        num_tokens = num_tokens if assignment is None else assignment.num_tokens_out
+        num_out.append(num_tokens)
+    return TokenCounts(torch.tensor(num_in, dtype=torch.float64), torch.tensor(num_out, dtype=torch.float64))
+
+
+def least_counts(model: nn.Module, granularity: int = 1) -> TokenCounts:
+    """The smallest token counts [L] that a search of this granularity can reach: block 0 keeps all its tokens.
+
+    Every other block may keep as few as the smallest candidate, ``P - granularity * (ceil(P / granularity) - 1)`` of P
+    patches, and the prefix tokens.
+    """
+    adapter = find_adapter(model)
+    prefix = adapter.geometry(model).num_prefix_tokens
+    num_in, num_out = (counts.clone() for counts in counts_of(model))
+    patches = int(num_in[0]) - prefix
+    fewest = prefix + patches - granularity * (math.ceil(patches / granularity) - 1)
+    num_out[1:] = fewest
+    num_in[2:] = fewest
+    return TokenCounts(num_in, num_out)
