@@ -63,10 +63,14 @@ def _require_per_token(
     _require_device(op, argument, tensor, other_name, other)
 
 
+def _require_int64(op: str, argument: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.int64:
+        refuse(op, argument, "be int64", _dtype(tensor), TypeError)
+
+
 def _require_source(op: str, source: Tensor, other_name: str, other: Tensor) -> None:
     _require_dim(op, "source", source, "[B, N]")
-    if source.dtype != torch.int64:
-        refuse(op, "source", "be int64", _dtype(source), TypeError)
+    _require_int64(op, "source", source)
     _require_device(op, "source", source, other_name, other)
     if source.shape[0] != other.shape[0]:
         refuse(op, "source", f"have the batch size of {other_name} ({other.shape[0]})", source.shape[0])
@@ -235,6 +239,43 @@ def check_unmerge(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = Non
     if pruned_fill is not None:
         _require_shape(op, "pruned_fill", pruned_fill, "[B, N, C]", (x.shape[0], source.shape[1], x.shape[2]))
         _require_like(op, "pruned_fill", pruned_fill, "x", x)
+
+
+def check_masked_merge(
+    x: Tensor,
+    importance: Tensor,
+    token_mask: Tensor,
+    counts: Tensor,
+    *,
+    size: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+    similarity_weighted_size: bool = True,
+    min_weighted_size: float | None = None,
+) -> None:
+    op = "masked_merge"
+    _require_dim(op, "x", x, "[B, N, C]")
+    _require_floating(op, "x", x)
+    batch, num_tokens, _ = x.shape
+    _require_per_token(op, "importance", importance, "x", x, (batch, num_tokens))
+    _require_per_token(op, "token_mask", token_mask, "x", x, (batch, num_tokens))
+    if counts.dim() != 1 or counts.shape[0] != 2:
+        refuse(op, "counts", "be [num_before_merge, num_merge_kept]", f"a tensor of shape {_shape(counts.shape)}")
+    _require_int64(op, "counts", counts)
+    _require_device(op, "counts", counts, "x", x)
+    if size is not None:
+        _require_per_token(op, "size", size, "x", x, (batch, num_tokens))
+    _require_prefix(op, num_prefix_tokens, num_tokens)
+    if min_weighted_size is not None and min_weighted_size != min_weighted_size:
+        refuse(op, "min_weighted_size", "be a number", "nan")
+
+
+def check_masked_merge_backward(grad: Tensor, destination: Tensor) -> None:
+    op = "_masked_merge_backward"
+    _require_dim(op, "grad", grad, "[B, N, C]")
+    _require_floating(op, "grad", grad)
+    _require_shape(op, "destination", destination, "[B, N]", grad.shape[:2])
+    _require_int64(op, "destination", destination)
+    _require_device(op, "destination", destination, "grad", grad)
 
 
 def check_merge_backward(grad: Tensor, source: Tensor, size: Tensor | None = None) -> None:

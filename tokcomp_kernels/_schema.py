@@ -87,6 +87,15 @@ OPERATORS: tuple[Operator, ...] = (
         backward="_unmerge_backward",
     ),
     Operator(
+        "masked_merge",
+        "(Tensor x, Tensor importance, Tensor token_mask, Tensor counts, *, Tensor? size=None, int num_prefix_tokens=1,"
+        " bool similarity_weighted_size=True, float? min_weighted_size=None)"
+        " -> (Tensor x, Tensor size, Tensor rank, Tensor destination)",
+        "prune_merge's merge in place, for a search that drops nothing: a mask and counts that stay on the device.",
+        differentiable=("x",),
+        backward="_masked_merge_backward",
+    ),
+    Operator(
         "_merge_backward",
         "(Tensor grad, Tensor source, Tensor? size=None) -> Tensor",
         "Gradient of a (size-weighted) group mean, for prune_merge and tome_merge.",
@@ -113,6 +122,11 @@ OPERATORS: tuple[Operator, ...] = (
         "(Tensor grad_out, Tensor q, Tensor k, Tensor v, *, Tensor? size=None, float? scale=None)"
         " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
         "Gradient of attention; recomputes each row.",
+    ),
+    Operator(
+        "_masked_merge_backward",
+        "(Tensor grad, Tensor destination) -> Tensor",
+        "Gradient of masked_merge: copies and plain means, each token at its place.",
     ),
 )
 

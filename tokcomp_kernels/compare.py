@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tokcomp_kernels import reference
 from tokcomp_kernels.reference._common import cosine, descending_order, effective_size
+from tokcomp_kernels.reference.masked_merge import live_order
 from tokcomp_kernels.testing import Sample
 
 #: Rounding responses are random draws; a kernel's own rounding is another. Its size against the largest of the draws.
@@ -214,8 +215,55 @@ def _compare_tome_merge(sample: Sample, x_out: Tensor, size_out: Tensor, source:
     assert_within_rounding(sample, given_source, (x_out, size_out, source))
 
 
+def _compare_masked_merge(sample: Sample, x_out: Tensor, size_out: Tensor, rank: Tensor, destination: Tensor) -> None:
+    x, importance, token_mask, counts = sample.args
+    prefix = sample.kwargs.get("num_prefix_tokens", 1)
+    batch, num_tokens, _ = x.shape
+    own = torch.arange(num_tokens, device=x.device).expand(batch, -1)
+    alive = (token_mask > 0) | (own < prefix)
+    assert torch.equal(rank.argsort(1), live_order(importance, alive, prefix)), "rank"
+    num_kept = counts[1]
+    num_before = alive.sum(1, keepdim=True).minimum(counts[0])
+    is_source = (num_kept > prefix) & (rank >= num_kept) & (rank < num_before)
+    is_candidate = (rank >= prefix) & (rank < num_kept)
+    assert torch.equal(torch.where(is_source, own, destination), own), "what does not merge is its own destination"
+    assert bool(((destination >= 0) & (destination < num_tokens)).all()), "a destination is a token of the image"
+    assert bool((is_candidate.gather(1, destination) | ~is_source).all()), "a destination must be a kept patch token"
+    similarity = cosine(x.double(), x.double()).masked_fill(~is_candidate[:, None], float("-inf"))
+    best, chosen = similarity.amax(2), similarity.gather(2, destination[:, :, None]).squeeze(2)
+    assert bool(((chosen >= best - _cosine_slack(x)) | ~is_source).all()), "a merged token must go to its most similar"
+    if sample.exact:
+        want = reference.REFERENCES[sample.op](*sample.args, **sample.kwargs)[3]
+        assert torch.equal(destination, want), f"{sample.id}: destination differs from the reference's"
+
+    def given_choices(call: Sample) -> tuple[Tensor, ...]:
+        return *_masked_merge_given(call, is_source, destination), rank, destination
+
+    assert_within_rounding(sample, given_choices, (x_out, size_out, rank, destination))
+    joined = torch.zeros(batch, num_tokens, device=x.device).scatter_add(1, destination, is_source.float()) > 0
+    same = (x_out == x) | (x_out.isnan() & x.isnan())
+    assert bool((same | joined[:, :, None]).all()), "a token that nothing merged into must be an exact copy"
+
+
+def _masked_merge_given(call: Sample, is_source: Tensor, destination: Tensor) -> tuple[Tensor, Tensor]:
+    """x and size of masked_merge in float64 with its choices given."""
+    x, size = call.args[0], call.kwargs.get("size")
+    size = torch.ones_like(x[..., 0]) if size is None else effective_size(size, x.dtype)
+    index = destination[:, :, None].expand(-1, -1, x.shape[2])
+    weight = size
+    if call.kwargs.get("similarity_weighted_size", True):
+        weight = weight * cosine(x, x).gather(2, destination[:, :, None]).squeeze(2)
+    if call.kwargs.get("min_weighted_size") is not None:
+        weight = weight.clamp_min(call.kwargs["min_weighted_size"])
+    size_out = effective_size(size.scatter_add(1, destination, torch.where(is_source, weight, 0.0)), x.dtype)
+    count = torch.ones_like(size).scatter_add(1, destination, is_source.to(x.dtype))
+    total = x.scatter_add(1, index, torch.where(is_source[:, :, None], x, 0.0))
+    return total / count[:, :, None], size_out
+
+
 _COMPARE: dict[str, Callable[..., None]] = {
     "class_attention_sort": _compare_class_attention_sort,
     "prune_merge": _compare_prune_merge,
     "tome_merge": _compare_tome_merge,
+    "masked_merge": _compare_masked_merge,
 }

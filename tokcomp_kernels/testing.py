@@ -64,6 +64,9 @@ class _Maker:
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=self.generator).to(self.device)
 
+    def counts(self, num_before_merge: int, num_merge_kept: int) -> Tensor:
+        return torch.tensor([num_before_merge, num_merge_kept], device=self.device)
+
     def packed_qkv(self, batch: int, heads: int, num_tokens: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as a model has them: [B, H, N, D] views of [B, N, 3, H, D]."""
         q, k, v = self.randn(batch, num_tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
@@ -235,6 +238,80 @@ def _unmerge(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
     yield "M0", (x[:, :0], torch.full_like(source, -1)), {}, True
 
 
+def _masked_merge(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+    channels = 5 if small else 48
+
+    def mask(m: _Maker, batch: int, num_tokens: int) -> Tensor:
+        return (m.per_token(batch, num_tokens) < 0.8).to(m.accumulate)
+
+    for num_tokens in _token_counts(small):
+        m = make(f"N{num_tokens}")
+        x, importance, alive = m.randn(2, num_tokens, channels), m.per_token(2, num_tokens), mask(m, 2, num_tokens)
+        counts = m.counts(max(1, num_tokens * 3 // 4), max(min(num_tokens, 2), num_tokens * 5 // 8))
+        size = m.per_token(2, num_tokens, 0.5, 9.0)
+        yield f"N{num_tokens}", (x, importance, alive, counts), {}, False
+        strided = m.strided(2, num_tokens, channels)
+        clamped = {"size": size, "min_weighted_size": 1.0}
+        yield f"N{num_tokens}-size-strided", (strided, importance, alive, counts), clamped, False
+        yield f"N{num_tokens}-few-kept", (x, importance, alive, m.counts(num_tokens, 2)), {"size": size}, False
+    m = make("prefix")
+    x, importance, size, alive = (
+        m.randn(3, 39, channels),
+        m.per_token(3, 39),
+        m.per_token(3, 39, 0.5, 4.0),
+        mask(m, 3, 39),
+    )
+    counts = m.counts(28, 11)
+    yield "prefix0", (x, importance, alive, counts), {"num_prefix_tokens": 0}, False
+    plain = {"num_prefix_tokens": 5, "similarity_weighted_size": False, "size": size}
+    yield "prefix5-plain-size", (x, importance, alive, counts), plain, False
+    for name, values in {
+        "prefix-kept-alone": (39, 1),
+        "counts-negative": (-3, -7),
+        "counts-huge": (2**62, 12),
+        "counts-crossed": (9, 20),
+        "counts-all-kept": (39, 2**62),
+    }.items():
+        yield name, (x, importance, alive, m.counts(*values)), {"size": size}, False
+    yield "all-dead", (x, importance, torch.zeros_like(alive), counts), {}, False
+    mixed = m.per_token(3, 39, -1.0, 1.0)
+    mixed[:, ::5] = float("nan")
+    yield "mixed-mask", (x, importance, mixed, m.counts(14, 6)), {"size": size}, False
+    yield "transposed", (m.randn(3, channels, 39).mT, importance, alive, counts), {}, False
+    yield "importance-dtype", (x, importance.to(x.dtype), alive.to(x.dtype), counts), {}, False
+    yield "B0", (x[:0], importance[:0], alive[:0], counts), {"size": size[:0]}, False
+    tied = m.integers(0, 3, 3, 39).to(m.accumulate)
+    whole = m.integers(1, 4, 3, 39).to(m.accumulate)
+    yield "ties", (m.signs(3, 39, 6), tied, alive, counts), {"size": whole, "min_weighted_size": 0.25}, True
+    special = importance.clone()
+    special[:, 3:9] = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 0.0, float("nan")])
+    yield "special-importance", (m.signs(3, 39, 6), special, alive, m.counts(36, 24)), {}, True
+    zeros = m.randn(3, 39, channels)
+    zeros[:, ::2] = 0
+    yield "zero-vectors", (zeros, importance, alive, counts), {"size": size, "min_weighted_size": -0.5}, False
+    poor = size.clone()
+    poor[:, ::3] = torch.tensor(float("nan"))
+    poor[:, 1::3] = -1.0
+    yield "bad-sizes", (m.signs(3, 39, 6), importance, alive, counts), {"size": poor}, True
+
+
+def _masked_merge_backward(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+    for num_tokens in _token_counts(small):
+        m = make(f"N{num_tokens}")
+        # Sources go to a token of the first half; a destination out of range counts as the token itself.
+        own = torch.arange(num_tokens).expand(2, -1)
+        split = max(1, num_tokens // 2)
+        merged = (m.per_token(2, num_tokens).cpu() < 0.4) & (own >= split)
+        destination = torch.where(merged, m.integers(0, split, 2, num_tokens).cpu(), own)
+        destination[:, -1] = num_tokens + 4 if num_tokens % 2 else -1
+        yield f"N{num_tokens}", (m.strided(2, num_tokens, 12), destination.to(m.device)), {}, False
+    m = make("other")
+    grad = m.randn(3, 12, 33).mT
+    yield "transposed", (grad, m.integers(0, 33, 3, 33)), {}, False
+    yield "prefix-any", (grad, m.integers(-4, 37, 3, 33)), {}, False
+    yield "B0", (grad[:0], m.integers(0, 33, 0, 33)), {}, False
+
+
 def _merge_backward(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
     for num_tokens in _token_counts(small):
         m = make(f"N{num_tokens}")
@@ -271,11 +348,13 @@ _CASES: dict[str, Callable[..., Iterator[tuple]]] = {
     "attention": _attention,
     "tome_merge": _tome_merge,
     "unmerge": _unmerge,
+    "masked_merge": _masked_merge,
     "_merge_backward": _merge_backward,
     "_unmerge_backward": _unmerge_backward,
     "_masked_softmax_backward": _with_grad(_masked_softmax, 0),
     "_masked_attention_backward": _with_grad(_masked_attention, 0),
     "_attention_backward": _with_grad(_attention, 0),
+    "_masked_merge_backward": _masked_merge_backward,
 }
 
 _missing = {operator.name for operator in OPERATORS} - _CASES.keys()

@@ -94,7 +94,7 @@ def find(op: str, sample_id: str, dtype: torch.dtype, device: str) -> Sample:
 
 
 def _num_tokens(sample: Sample) -> int:
-    return max(t.shape[-2 if t.dim() > 2 else 1] for t in sample.args if isinstance(t, torch.Tensor))
+    return max(t.shape[-2 if t.dim() > 2 else 1] for t in sample.args if isinstance(t, torch.Tensor) and t.dim() > 1)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -72,7 +72,8 @@ def _tensors(sample: Sample) -> list[torch.Tensor]:
 
 def _image(sample: Sample, image: int) -> Sample:
     def one(value: object) -> object:
-        return value[image : image + 1] if isinstance(value, torch.Tensor) else value
+        # What has one dimension, such as masked_merge's counts, is for all images.
+        return value[image : image + 1] if isinstance(value, torch.Tensor) and value.dim() > 1 else value
 
     args = tuple(one(value) for value in sample.args)
     return Sample(sample.op, sample.id, args, {name: one(value) for name, value in sample.kwargs.items()})

@@ -21,8 +21,8 @@ def _typed(dtype: torch.dtype, *shape: int) -> Callable[[str], torch.Tensor]:
 
 
 X, IMPORTANCE, QKV, SCORES = _randn(2, 9, 4), _randn(2, 9), _randn(2, 3, 9, 4), _randn(2, 3, 9, 9)
-SOURCE = _typed(torch.int64, 2, 12)
 INT = torch.int64
+SOURCE, COUNTS = _typed(INT, 2, 12), _typed(INT, 2)
 NEED = "where tokens merge, which need a destination"
 HALF = torch.float16
 #: operator, positional arguments, keyword arguments, error, message
@@ -84,6 +84,30 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] =
      "unmerge: pruned_fill must be [B, N, C] = [2, 12, 4], got a tensor of shape [2, 9, 4]"),
     ("unmerge", (X, SOURCE), {"pruned_fill": _typed(HALF, 2, 12, 4)}, TypeError,
      "unmerge: pruned_fill must have the dtype of x (float32), got float16"),
+    ("masked_merge", (_randn(9, 4), IMPORTANCE, IMPORTANCE, COUNTS), {}, ValueError,
+     "masked_merge: x must be [B, N, C], got a tensor of shape [9, 4]"),
+    ("masked_merge", (_typed(INT, 2, 9, 4), IMPORTANCE, IMPORTANCE, COUNTS), {}, TypeError,
+     "masked_merge: x must be float16, bfloat16, float32 or float64, got int64"),
+    ("masked_merge", (X, _randn(2, 8), IMPORTANCE, COUNTS), {}, ValueError,
+     "masked_merge: importance must be [B, N] = [2, 9], got a tensor of shape [2, 8]"),
+    ("masked_merge", (X, IMPORTANCE, _randn(1, 9), COUNTS), {}, ValueError,
+     "masked_merge: token_mask must be [B, N] = [2, 9], got a tensor of shape [1, 9]"),
+    ("masked_merge", (X, IMPORTANCE, _typed(torch.bool, 2, 9), COUNTS), {}, TypeError,
+     "masked_merge: token_mask must be float16, bfloat16, float32 or float64, got bool"),
+    ("masked_merge", (X, IMPORTANCE, IMPORTANCE, _typed(INT, 3)), {}, ValueError,
+     "masked_merge: counts must be [num_before_merge, num_merge_kept], got a tensor of shape [3]"),
+    ("masked_merge", (X, IMPORTANCE, IMPORTANCE, _typed(torch.int32, 2)), {}, TypeError,
+     "masked_merge: counts must be int64, got int32"),
+    ("masked_merge", (X, IMPORTANCE, IMPORTANCE, COUNTS), {"size": _randn(2, 8)}, ValueError,
+     "masked_merge: size must be [B, N] = [2, 9], got a tensor of shape [2, 8]"),
+    ("masked_merge", (X, IMPORTANCE, IMPORTANCE, COUNTS), {"num_prefix_tokens": 10}, ValueError,
+     "masked_merge: num_prefix_tokens must be between 0 and the number of tokens (9), got 10"),
+    ("masked_merge", (X, IMPORTANCE, IMPORTANCE, COUNTS), {"min_weighted_size": float("nan")}, ValueError,
+     "masked_merge: min_weighted_size must be a number, got nan"),
+    ("_masked_merge_backward", (X, SOURCE), {}, ValueError,
+     "_masked_merge_backward: destination must be [B, N] = [2, 9], got a tensor of shape [2, 12]"),
+    ("_masked_merge_backward", (X, IMPORTANCE), {}, TypeError,
+     "_masked_merge_backward: destination must be int64, got float32"),
     ("_merge_backward", (X, SOURCE), {"size": _randn(2, 9)}, ValueError,
      "_merge_backward: size must be [B, N] = [2, 12], got a tensor of shape [2, 9]"),
     ("_unmerge_backward", (X, SOURCE, 3), {}, ValueError,
@@ -121,6 +145,10 @@ def test_devices_must_agree() -> None:
     for call in (torch.ops.tokcomp.prune_merge, REFERENCES["prune_merge"]):
         with pytest.raises(ValueError, match=r"importance must be on the device of x \(cpu\), got meta"):
             call(x, importance, 5, 3)
+    counts = torch.ones(2, dtype=torch.int64, device="meta")
+    for call in (torch.ops.tokcomp.masked_merge, REFERENCES["masked_merge"]):
+        with pytest.raises(ValueError, match=r"counts must be on the device of x \(cpu\), got meta"):
+            call(x, torch.randn(2, 9), torch.ones(2, 9), counts)
 
 
 def test_every_public_operator_is_in_the_table() -> None:
@@ -131,7 +159,7 @@ def test_every_public_operator_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e30, -1.0, 0.0])
 @pytest.mark.parametrize(
-    "target", [t for op in ("prune_merge", "tome_merge", "class_attention_sort") for t in targets(op)]
+    "target", [t for op in ("prune_merge", "tome_merge", "class_attention_sort", "masked_merge") for t in targets(op)]
 )
 def test_any_value_is_survived(target: Target, value: float) -> None:
     """Sizes stay above zero and finite indices come out, whatever goes in."""
@@ -141,6 +169,15 @@ def test_any_value_is_survived(target: Target, value: float) -> None:
         heads = x.reshape(2, 33, 4, 4).transpose(1, 2)
         order = target.call(heads[:, :, 0], heads, poison)[1]
         assert torch.equal(order.sort(1).values, torch.arange(33, device=target.device).expand(2, -1))
+        return
+    if target.op == "masked_merge":
+        counts = torch.tensor([30, 20], device=target.device)
+        least = None if value != value else value
+        for mask in (poison, torch.ones_like(poison)):
+            _, size, rank, destination = target.call(x, poison, mask, counts, size=poison, min_weighted_size=least)
+            assert bool((size > 0).all())
+            assert torch.equal(rank.sort(1).values, torch.arange(33, device=target.device).expand(2, -1))
+            assert bool(((destination >= 0) & (destination < 33)).all())
         return
     if target.op == "prune_merge":
         _, size, source = target.call(x, poison, 30, 20, size=poison)

@@ -12,7 +12,15 @@ from tokcomp_kernels.testing import samples
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: opcheck traces each sample several times; these cover optional inputs, layouts and empty batches.
 OPCHECKED = ("N33", "N9", "B0", "ties", "prefix", "last-dim-strided", "transposed", "strided", "r0", "M0", "all-masked")
-COMPILED = ["attention", "masked_attention", "masked_softmax", "prune_merge", "tome_merge", "class_attention_sort"]
+COMPILED = [
+    "attention",
+    "masked_attention",
+    "masked_softmax",
+    "prune_merge",
+    "tome_merge",
+    "class_attention_sort",
+    "masked_merge",
+]
 
 
 @pytest.mark.parametrize("op", NAMES)
@@ -45,7 +53,9 @@ def test_compiles_whole_with_a_dynamic_batch(op: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (2, 1):
-        args = [value[:batch] if isinstance(value, torch.Tensor) else value for value in sample.args]
+        args = [
+            value[:batch] if isinstance(value, torch.Tensor) and value.dim() > 1 else value for value in sample.args
+        ]
         sizes = {name: value for name, value in sample.kwargs.items() if isinstance(value, torch.Tensor)}
         if sizes and batch != 2:
             continue

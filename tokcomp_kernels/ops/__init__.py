@@ -4,6 +4,7 @@ from tokcomp_kernels.ops._register import IMPLEMENTATIONS
 from tokcomp_kernels.ops.attention import attention
 from tokcomp_kernels.ops.class_attention_sort import class_attention_sort
 from tokcomp_kernels.ops.masked_attention import masked_attention
+from tokcomp_kernels.ops.masked_merge import masked_merge
 from tokcomp_kernels.ops.masked_softmax import masked_softmax
 from tokcomp_kernels.ops.prune_merge import prune_merge
 from tokcomp_kernels.ops.tome_merge import tome_merge
@@ -14,6 +15,7 @@ __all__ = [
     "attention",
     "class_attention_sort",
     "masked_attention",
+    "masked_merge",
     "masked_softmax",
     "prune_merge",
     "tome_merge",

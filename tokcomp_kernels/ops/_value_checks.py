@@ -77,6 +77,16 @@ def _unmerge(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = None) ->
         _finite("unmerge", pruned_fill=pruned_fill)
 
 
+def _masked_merge(
+    x: Tensor, importance: Tensor, token_mask: Tensor, counts: Tensor, *, size: Tensor | None = None, **_: Any
+) -> None:
+    _finite("masked_merge", x=x)
+    _mask("masked_merge", token_mask)
+    # A dead token is ranked by its place: its importance is not looked at.
+    _refuse_where("masked_merge", "importance", importance.isnan() & (token_mask > 0), "not be NaN", importance)
+    _positive_size("masked_merge", size)
+
+
 VALUE_CHECKS: dict[str, Callable[..., None]] = {
     "class_attention_sort": _class_attention_sort,
     "prune_merge": _prune_merge,
@@ -85,4 +95,5 @@ VALUE_CHECKS: dict[str, Callable[..., None]] = {
     "attention": _attention,
     "tome_merge": _tome_merge,
     "unmerge": _unmerge,
+    "masked_merge": _masked_merge,
 }

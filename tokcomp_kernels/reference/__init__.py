@@ -10,6 +10,8 @@ from tokcomp_kernels.reference.attention_backward import attention_backward_refe
 from tokcomp_kernels.reference.class_attention_sort import class_attention_sort_reference
 from tokcomp_kernels.reference.masked_attention import masked_attention_reference
 from tokcomp_kernels.reference.masked_attention_backward import masked_attention_backward_reference
+from tokcomp_kernels.reference.masked_merge import masked_merge_reference
+from tokcomp_kernels.reference.masked_merge_backward import masked_merge_backward_reference
 from tokcomp_kernels.reference.masked_softmax import masked_softmax_backward_reference, masked_softmax_reference
 from tokcomp_kernels.reference.merge_backward import merge_backward_reference
 from tokcomp_kernels.reference.prune_merge import prune_merge_reference
@@ -24,9 +26,11 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "attention": attention_reference,
     "tome_merge": tome_merge_reference,
     "unmerge": unmerge_reference,
+    "masked_merge": masked_merge_reference,
     "_merge_backward": merge_backward_reference,
     "_unmerge_backward": unmerge_backward_reference,
     "_masked_softmax_backward": masked_softmax_backward_reference,
     "_masked_attention_backward": masked_attention_backward_reference,
     "_attention_backward": attention_backward_reference,
+    "_masked_merge_backward": masked_merge_backward_reference,
 }
