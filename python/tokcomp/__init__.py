@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from tokcomp.api import compress, flops, restore, trace
     from tokcomp.methods import DiffRate, EViT, Method, ToMe
     from tokcomp.schedule import CompressionSchedule
+    from tokcomp.search.model import DiffRateSearch
     from tokcomp_kernels._version import __version__
 
 _HOMES = {
     "CompressionSchedule": "tokcomp.schedule",
     "DiffRate": "tokcomp.methods",
+    "DiffRateSearch": "tokcomp.search.model",
     "EViT": "tokcomp.methods",
     "Method": "tokcomp.methods",
     "ToMe": "tokcomp.methods",
@@ -36,6 +38,7 @@ _HOMES = {
 __all__ = [
     "CompressionSchedule",
     "DiffRate",
+    "DiffRateSearch",
     "EViT",
     "Method",
     "ToMe",

@@ -54,6 +54,45 @@ def attend(
     return out, evidence
 
 
+def masked_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    scale: float,
+    size: Tensor | None = None,
+    needs: frozenset[str] = frozenset(),
+) -> tuple[Tensor, Evidence]:
+    """:func:`attend` under a token mask [B, N] that has a gradient (DiffRate, Eq. 11-12); a token still sees itself.
+
+    The attention a token receives is the mean over the queries that are alive, as in inference.
+    """
+    out, cls_attn = torch.ops.tokcomp.masked_attention(q, k, v, mask, size=size, scale=scale)
+    image_attn = None
+    if "image_attn" in needs:
+        image_attn = _mean_received_under_mask(q, k, mask, scale=scale, size=size)
+    evidence = Evidence(
+        cls_attn if "cls_attn" in needs else None,
+        image_attn,
+        k if "keys" in needs else None,
+        v if "values" in needs else None,
+    )
+    return out, evidence
+
+
+@torch.no_grad()
+def _mean_received_under_mask(q: Tensor, k: Tensor, mask: Tensor, *, scale: float, size: Tensor | None) -> Tensor:
+    heads = q.shape[1]
+    bias = _log_size(size)
+    weight = (mask / mask.sum(1, keepdim=True)).unsqueeze(1)  # [B, 1, N] of each query
+    total = q.new_zeros(mask.shape, dtype=_accumulate_dtype(q))
+    for head in range(heads):
+        scores = _scores(q[:, head], k[:, head], scale, bias).unsqueeze(1)  # [B, 1, N, N]
+        total = total + (weight @ torch.ops.tokcomp.masked_softmax(scores, mask)[:, 0])[:, 0]
+    return total / heads
+
+
 @torch.no_grad()
 def mean_received_attention(q: Tensor, k: Tensor, *, scale: float, size: Tensor | None = None) -> Tensor:
     """Attention each token receives, mean over heads and over all queries: [B, N], float32 (float64 for float64 input).
@@ -78,8 +117,12 @@ def _attend_with_dropout(
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    return _scores(q, k, scale, bias).softmax(-1)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     scores = (q @ k.transpose(-2, -1)).to(_accumulate_dtype(q)) * scale
-    return (scores if bias is None else scores + bias).softmax(-1)
+    return scores if bias is None else scores + bias
 
 
 def _log_size(size: Tensor | None) -> Tensor | None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
 from tokcomp.methods.base import Geometry, Method
+
+if TYPE_CHECKING:
+    from tokcomp.search.tokens import BlockSearch
 
 
 class UnsupportedModelError(TypeError):
@@ -76,3 +80,15 @@ class Adapter(ABC):
     @abstractmethod
     def sources(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Run the model: the last block's tokens [B, M, C], and each block's source map (None: nothing dropped)."""
+
+    @abstractmethod
+    def check_search(self, model: nn.Module) -> None:
+        """Raise UnsupportedModelError if a plain model of this family has nothing that a search could go by."""
+
+    @abstractmethod
+    def reads_patches(self, model: nn.Module) -> bool:
+        """Whether the head reads patch tokens; the search then leaves the last block as it is."""
+
+    @abstractmethod
+    def search(self, model: nn.Module, images: Tensor, blocks: Sequence[BlockSearch]) -> Tensor:
+        """Logits of a plain model whose attention and reduction ``blocks`` do, one per compressible block."""

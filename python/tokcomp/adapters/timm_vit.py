@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from timm.models.deit import VisionTransformerDistilled
@@ -13,7 +14,9 @@ from tokcomp import fastpath
 from tokcomp.adapters.base import Adapter, BlockCost, Cost, UnsupportedModelError
 from tokcomp.adapters.swap import original_class, restore_class, swap_class
 from tokcomp.adapters.timm_vit_modules import CompressedAttention, CompressedBlock, CompressedModel
+from tokcomp.adapters.timm_vit_search import check_search, reads_patches, run_search
 from tokcomp.methods.base import Geometry, Method
+from tokcomp.search.tokens import BlockSearch
 
 #: Methods of the model that compression replaces or relies on; a subclass with its own version is not understood.
 _MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "forward_intermediates", "_pos_embed")
@@ -128,6 +131,15 @@ class TimmVisionTransformer(Adapter):
             x, _ = model.tokens(images, sources)
             return x, sources
         return model.forward_features(images), [None] * len(model.blocks)
+
+    def check_search(self, model: nn.Module) -> None:
+        check_search(model)
+
+    def reads_patches(self, model: nn.Module) -> bool:
+        return reads_patches(model)
+
+    def search(self, model: nn.Module, images: Tensor, blocks: Sequence[BlockSearch]) -> Tensor:
+        return run_search(model, images, blocks)
 
 
 def _require(module: nn.Module, known: type[nn.Module], parts: tuple[str, ...], name: str) -> None:

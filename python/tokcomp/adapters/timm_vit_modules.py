@@ -19,6 +19,28 @@ from tokcomp.state import BlockState
 _SIZE_ATTRIBUTE = "_tokcomp_size"
 
 
+def split_heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, H, N, D] of timm's Attention for tokens x [B, N, C]: views of the packed product where it can be."""
+    batch, num_tokens, _ = x.shape
+    qkv = attn.qkv(x).reshape(batch, num_tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if q.dtype != v.dtype:  # a norm that stays in float32 under autocast
+        q, k = q.to(v.dtype), k.to(v.dtype)
+    return q, k, v
+
+
+def join_heads(attn: Any, out: Tensor, x: Tensor) -> Tensor:
+    """What timm's Attention makes of its heads' outputs [B, H, N, D], for its input x [B, N, C]."""
+    out = out.transpose(1, 2).reshape(x.shape[0], x.shape[1], attn.num_heads * attn.head_dim)
+    if hasattr(attn, "norm"):
+        out = attn.norm(out)
+    gate = getattr(attn, "gate", None)
+    if gate is not None:
+        out = out * gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(out))
+
+
 class CompressedAttention(Swapped):
     """timm's Attention that takes sizes into account and leaves evidence in the block's state."""
 
@@ -26,13 +48,7 @@ class CompressedAttention(Swapped):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, state: BlockState | None = None
     ) -> Tensor:
         state = _require_state(state, attn_mask, is_causal)
-        batch, num_tokens, _ = x.shape
-        gate = getattr(self, "gate", None)
-        qkv = self.qkv(x).reshape(batch, num_tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # [B, H, N, D] views of the packed tensor
-        q, k = self.q_norm(q), self.k_norm(k)
-        if q.dtype != v.dtype:  # a norm that stays in float32 under autocast
-            q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k, v = split_heads(self, x)
         out, state.evidence = attend(
             q,
             k,
@@ -42,12 +58,7 @@ class CompressedAttention(Swapped):
             needs=state.needs,
             dropout_p=self.attn_drop.p if self.training else 0.0,
         )
-        out = out.transpose(1, 2).reshape(batch, num_tokens, self.num_heads * self.head_dim)
-        if hasattr(self, "norm"):
-            out = self.norm(out)
-        if gate is not None:
-            out = out * gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+        return join_heads(self, out, x)
 
 
 class CompressedBlock(Swapped):

@@ -114,12 +114,7 @@ class DiffRate(Method):
         return Assignment(min(num_prune_kept, num_tokens), min(num_merge_kept, num_tokens), left)
 
     def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
-        if self.metric == "random":
-            return _position_hash(x, self.seed, block)
-        if self.metric == "cls_attn_v":
-            cls_attn, values = evidence.require("cls_attn"), evidence.require("values").detach()  # [B, N], [B, H, N, D]
-            return cls_attn * values.to(cls_attn.dtype).square().sum((1, 3)).sqrt()
-        return evidence.require(self.metric)
+        return score_tokens(self.metric, evidence, block, x, self.seed)
 
     def reduce(
         self, x: Tensor, score: Tensor, assignment: Assignment, *, size: Tensor | None, num_prefix_tokens: int
@@ -144,6 +139,16 @@ class DiffRate(Method):
             new_size = None if new_size is None else new_size[:, :num_prune_kept]
             source = source.masked_fill(source >= num_prune_kept, -1)
         return Reduced(x, new_size, source)
+
+
+def score_tokens(metric: str, evidence: Evidence, block: int, x: Tensor, seed: int = 0) -> Tensor:
+    """Importance [B, N] of the tokens x [B, N, C] by one of :data:`METRICS`, from what the block's attention saw."""
+    if metric == "random":
+        return _position_hash(x, seed, block)
+    if metric == "cls_attn_v":
+        cls_attn, values = evidence.require("cls_attn"), evidence.require("values").detach()  # [B, N], [B, H, N, D]
+        return cls_attn * values.to(cls_attn.dtype).square().sum((1, 3)).sqrt()
+    return evidence.require(metric)
 
 
 def _position_hash(x: Tensor, seed: int, block: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""The differentiable search of a compression schedule (DiffRate, ICCV 2023)."""

@@ -1,0 +1,3 @@
+"""The small models of the library's tests."""
+
+from tests.library.conftest import images_for, make_vit, published  # noqa: F401
