@@ -18,7 +18,9 @@ def spelled_out(logits: torch.Tensor, patches: int, granularity: int, prefix: in
     return expected, kept
 
 
-@pytest.mark.parametrize(("patches", "granularity", "prefix"), [(64, 1, 1), (196, 4, 1), (10, 3, 2), (7, 7, 0), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("patches", "granularity", "prefix"), [(64, 1, 1), (196, 4, 1), (10, 3, 2), (7, 7, 0), (1, 1, 1)]
+)
 def test_relax_is_the_definition(patches, granularity, prefix):
     torch.manual_seed(patches)
     logits = torch.randn(3, -(-patches // granularity))

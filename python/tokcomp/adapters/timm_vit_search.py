@@ -31,8 +31,9 @@ def reads_patches(model: Any) -> bool:
 def run_search(model: Any, images: Tensor, blocks: Sequence[BlockSearch]) -> Tensor:
     """Logits [B, classes] of images [B, 3, H, W], the model's blocks compressed as ``blocks`` say."""
     x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-    if x.shape[1] != blocks[0].num_tokens:
-        raise ValueError(f"images must give {blocks[0].num_tokens} tokens as the model's own size does, got {x.shape[1]}")
+    wanted = blocks[0].num_tokens
+    if x.shape[1] != wanted:
+        raise ValueError(f"images must give {wanted} tokens as the model's own size does, got {x.shape[1]}")
     state = TokenState.start(x)
     for block, search in zip(model.blocks, blocks, strict=True):
         if model.grad_checkpointing and torch.is_grad_enabled():

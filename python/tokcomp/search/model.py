@@ -160,7 +160,7 @@ class DiffRateSearch(nn.Module):
         return relaxed
 
     def _counts(self, relaxed: dict[str, Relaxed]) -> TokenCounts:
-        device = self.prune[0].logits.device
+        device = next(self.prune.parameters()).device
         every = torch.full((len(self.prune),), float(self.num_tokens), dtype=torch.float64, device=device)
         least, gradient = every, torch.zeros_like(every)
         for step in relaxed.values():
@@ -203,4 +203,3 @@ def _granularity(value: int, num_patches: int) -> int:
     if not 1 <= granularity <= num_patches:
         raise ValueError(f"granularity must be between 1 and the model's {num_patches} patches, got {granularity}")
     return granularity
-
