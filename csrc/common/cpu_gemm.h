@@ -191,6 +191,34 @@ inline void pack_left(const Rows<scalar_t>& rows, int64_t first, int64_t count, 
   std::fill(to + count * row_units, to + round_up(count, kTileRows) * row_units, unit_t{});
 }
 
+// Left operand whose rows are those of a float matrix, rounded: to[row * stride / 2 + step] holds columns 2 step and
+// 2 step + 1 of the row. stride: a multiple of a vector's lanes.
+inline void round_rows(const float* from, int64_t rows, int64_t stride, BFloat16Pair* to) {
+#ifdef TOKCOMP_BFLOAT16_PAIRS
+  constexpr int64_t lanes = kLanes<float>;
+  for (int64_t i = 0; i < rows * stride; i += lanes) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i / 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+  }
+#endif
+}
+
+// Left operand whose rows are the columns of a float matrix, rounded: to[step * stride + column] holds rows 2 step and
+// 2 step + 1 of the column, the last one filled up with zero.
+inline void round_columns(const float* from, int64_t rows, int64_t stride, BFloat16Pair* to) {
+#ifdef TOKCOMP_BFLOAT16_PAIRS
+  constexpr int64_t lanes = kLanes<float>;
+  for (int64_t row = 0; row < rows; row += 2, from += 2 * stride, to += stride) {
+    for (int64_t i = 0; i < stride; i += lanes) {
+      const __m512 even = _mm512_loadu_ps(from + i);
+      const __m512 odd = row + 1 < rows ? _mm512_loadu_ps(from + stride + i) : _mm512_setzero_ps();
+      const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+      const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+      _mm512_storeu_si512(to + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  }
+#endif
+}
+
 // A block of at most one vector's lanes of rows, transposed: to[step * to_stride + lane] = from[lane][step].
 template <typename unit_t>
 inline void transpose_block(const unit_t* from, int64_t from_stride, int64_t count, int64_t depth, unit_t* to,
