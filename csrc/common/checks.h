@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -87,9 +88,13 @@ inline void per_token(const char* op, const char* argument, const OptionalTensor
   if (tensor.has_value()) per_token(op, argument, *tensor, other_name, other, sizes);
 }
 
+inline void int64(const char* op, const char* argument, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kLong, op, ": ", argument, " must be int64, got ", dtype_name(tensor));
+}
+
 inline void source_map(const char* op, const Tensor& source, const char* other_name, const Tensor& other) {
   dim(op, "source", source, "[B, N]");
-  TORCH_CHECK_TYPE(source.scalar_type() == at::kLong, op, ": source must be int64, got ", dtype_name(source));
+  int64(op, "source", source);
   device(op, "source", source, other_name, other);
   TORCH_CHECK_VALUE(source.size(0) == other.size(0), op, ": source must have the batch size of ", other_name, " (",
                     other.size(0), "), got ", source.size(0));
@@ -217,6 +222,35 @@ inline void check_unmerge(const Tensor& x, const Tensor& source, const OptionalT
     checks::shape(op, "pruned_fill", *pruned_fill, "[B, N, C]", {x.size(0), source.size(1), x.size(2)});
     checks::like(op, "pruned_fill", *pruned_fill, "x", x);
   }
+}
+
+inline void check_masked_merge(const Tensor& x, const Tensor& importance, const Tensor& token_mask,
+                               const Tensor& counts, const OptionalTensor& size, int64_t num_prefix_tokens,
+                               std::optional<double> min_weighted_size) {
+  const char* op = "masked_merge";
+  checks::dim(op, "x", x, "[B, N, C]");
+  checks::floating(op, "x", x);
+  const int64_t batch = x.size(0), num_tokens = x.size(1);
+  checks::per_token(op, "importance", importance, "x", x, {batch, num_tokens});
+  checks::per_token(op, "token_mask", token_mask, "x", x, {batch, num_tokens});
+  TORCH_CHECK_VALUE(counts.dim() == 1 && counts.size(0) == 2, op,
+                    ": counts must be [num_before_merge, num_merge_kept], got a tensor of shape ",
+                    checks::shape_name(counts.sizes()));
+  checks::int64(op, "counts", counts);
+  checks::device(op, "counts", counts, "x", x);
+  checks::per_token(op, "size", size, "x", x, {batch, num_tokens});
+  checks::prefix(op, num_prefix_tokens, num_tokens);
+  TORCH_CHECK_VALUE(!min_weighted_size || !std::isnan(*min_weighted_size), op,
+                    ": min_weighted_size must be a number, got nan");
+}
+
+inline void check_masked_merge_backward(const Tensor& grad, const Tensor& destination) {
+  const char* op = "_masked_merge_backward";
+  checks::dim(op, "grad", grad, "[B, N, C]");
+  checks::floating(op, "grad", grad);
+  checks::shape(op, "destination", destination, "[B, N]", {grad.size(0), grad.size(1)});
+  checks::int64(op, "destination", destination);
+  checks::device(op, "destination", destination, "grad", grad);
 }
 
 inline void check_merge_backward(const Tensor& grad, const Tensor& source, const OptionalTensor& size) {

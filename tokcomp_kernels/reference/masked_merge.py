@@ -46,7 +46,7 @@ def masked_merge_reference(
         empty = torch.empty(batch, 0, dtype=torch.int64, device=x.device)
         return x.clone(memory_format=torch.contiguous_format), token_size.contiguous(), empty, empty.clone()
 
-    alive = (token_mask > 0) | (ranks < num_prefix_tokens)  # [B, N]
+    alive = (token_mask.to(dtype) > 0) | (ranks < num_prefix_tokens)  # [B, N]
     order = live_order(importance, alive, num_prefix_tokens)
     rank = torch.empty_like(order).scatter(1, order, ranks.expand(batch, -1))
     num_before, num_kept = counts[0], counts[1]
