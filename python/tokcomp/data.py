@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -73,34 +73,47 @@ def held_out_digits() -> tuple[Tensor, Tensor]:
 
 
 class DigitsDataset(Dataset):
-    """The held-out digits as pictures, as timm's data sets give them: (PIL image, label), with ``transform`` to set."""
+    """The digits as pictures, as timm's data sets give them: (PIL image, label), with ``transform`` to set.
+
+    Args:
+        train: the 1437 training digits, drawn anew each time they are asked for, turned, sheared and moved by torch's
+            global generator; otherwise the 360 held-out digits, drawn once.
+    """
 
     num_classes = 10
 
-    def __init__(self) -> None:
-        images, labels = held_out_digits()
-        pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-        self.images = [Image.fromarray(picture) for picture in pixels]
-        self.labels = labels.tolist()
+    def __init__(self, train: bool = False) -> None:
+        if train:
+            (self._ink, labels), _ = digits_split()
+        else:
+            images, labels = held_out_digits()
+            self.images = [_as_picture(image) for image in images]
+        self.train = train
+        self.labels: list[int] = labels.tolist()
         self.transform: Callable[[Image.Image], object] | None = None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[object, int]:
-        image = self.images[index]
+        image = self._draw(index) if self.train else self.images[index]
         return (image if self.transform is None else self.transform(image)), self.labels[index]
 
+    def _draw(self, index: int) -> Image.Image:
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        return _as_picture(render_digits(self._ink[index : index + 1], generator, augment=True)[0])
 
-class SpreadSubset(Dataset):
-    """``num_samples`` of a data set, evenly spread: the first ones of a sorted folder would all be of one class."""
 
-    def __init__(self, dataset: Dataset, num_samples: int) -> None:
-        total = len(dataset)  # type: ignore[arg-type]
-        self.dataset = dataset
-        self.indices = (
-            [index * total // num_samples for index in range(num_samples)] if num_samples < total else range(total)
-        )
+def _as_picture(image: Tensor) -> Image.Image:
+    """[3, H, W] in 0..1 -> PIL."""
+    return Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).contiguous().numpy())
+
+
+class _Subset(Dataset):
+    """Some images of a data set, with its transform to set, as timm's loader does."""
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -114,13 +127,28 @@ class SpreadSubset(Dataset):
 
     @transform.setter
     def transform(self, transform: object) -> None:
-        # timm's loader sets a data set's transform.
         self.dataset.transform = transform  # type: ignore[attr-defined]
+
+
+class SpreadSubset(_Subset):
+    """``num_samples`` of a data set, evenly spread: the first ones of a sorted folder would all be of one class."""
+
+    def __init__(self, dataset: Dataset, num_samples: int) -> None:
+        total = len(dataset)  # type: ignore[arg-type]
+        chosen = [index * total // num_samples for index in range(num_samples)]
+        super().__init__(dataset, chosen if num_samples < total else range(total))
+
+
+class EveryNth(_Subset):
+    """The images ``first``, ``first + step``, ...: one process's share of a data set."""
+
+    def __init__(self, dataset: Dataset, first: int, step: int) -> None:
+        super().__init__(dataset, range(first, len(dataset), step))  # type: ignore[arg-type]
 
 
 def count_classes(dataset: Dataset) -> int | None:
     """Classes of a data set where it knows them without being read through."""
-    if isinstance(dataset, SpreadSubset):
+    while isinstance(dataset, _Subset):
         dataset = dataset.dataset
     if hasattr(dataset, "num_classes"):
         return int(dataset.num_classes)

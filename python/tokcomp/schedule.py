@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import operator
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from tokcomp.files import write_whole
 
 FORMAT = "tokcomp.CompressionSchedule"
 VERSION = 1
@@ -68,7 +69,7 @@ class CompressionSchedule:
             text = json.dumps(data, indent=2, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
             raise TypeError(f"provenance must be JSON data, got {self.provenance!r} ({error})") from error
-        _replace_file(Path(path), text)
+        write_whole(Path(path), text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CompressionSchedule:
@@ -113,23 +114,6 @@ def _counts(name: str, counts: Sequence[int] | None) -> list[int] | None:
     if not checked:
         raise ValueError(f"{name} must have one entry per block, got none")
     return checked
-
-
-def _replace_file(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; give it the mode that a plain open() would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 #: timm's model name -> the name in the published tables.

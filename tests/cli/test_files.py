@@ -5,7 +5,8 @@ import stat
 from pathlib import Path
 
 import pytest
-from tokcomp.cli.errors import UserError, check_output_file, check_output_folder, write_whole
+from tokcomp.cli.errors import UserError, check_output_file, check_output_folder
+from tokcomp.files import write_whole
 
 
 def test_write_makes_folders_and_ordinary_files(tmp_path: Path):

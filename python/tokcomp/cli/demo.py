@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokcomp.cli import options
-from tokcomp.cli.errors import UserError, check_output_folder, write_whole
+from tokcomp.cli.errors import UserError, check_output_folder
 from tokcomp.cli.table import table
+from tokcomp.files import write_whole
 
 if TYPE_CHECKING:
     from tokcomp.demo import DigitsRow, SpeedRow

@@ -1,9 +1,8 @@
-"""Mistakes of the user's, and the writing of files that are there whole or not at all."""
+"""Mistakes of the user's, and checks of where output is to go."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,23 +39,3 @@ def check_output_file(argument: str, path: Path) -> Path:
         raise UserError(f"{argument} must be a file, got the folder '{path}'; add a file name")
     check_output_folder(f"the folder of {argument}", path.parent)
     return path
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there complete or, whatever interrupts, as it was before. Makes its folder."""
-    data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; a result is an ordinary one.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tokcomp.cli import options
-from tokcomp.cli.errors import UserError, check_output_file, write_whole
+from tokcomp.cli.data import add_data_options, data_root, open_data
+from tokcomp.cli.errors import UserError, check_output_file
 from tokcomp.cli.table import table
+from tokcomp.files import write_whole
 
 if TYPE_CHECKING:
     import torch
     from torch.utils.data import Dataset
 
     from tokcomp.evaluate import Evaluation
+    from tokcomp.train.distributed import World
 
 DESCRIPTION = """\
 Accuracy (top-1, top-5) and speed of a model, compressed or not, on labelled images.
@@ -40,36 +43,18 @@ examples:
   tokcomp evaluate /data/imagenet -m deit_base_patch16_224 --checkpoint mine.safetensors \\
       --method diffrate --schedule mine.json --num-samples 5000 --results-file result.json
       your own weights and schedule, on 5000 images spread over the set
+  torchrun --nproc-per-node 8 -m tokcomp evaluate /data/imagenet -m deit_small_patch16_224 --pretrained
+      on 8 GPUs, each taking every eighth image
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "tokcomp evaluate DATA [-m NAME] [--method METHOD ...] [options]"
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    data = parser.add_argument_group("data")
-    data.add_argument("data", nargs="?", type=Path, metavar="DATA", help="folder of the data set")
-    data.add_argument("--data-dir", type=Path, metavar="DIR", help="the same, as an option")
-    data.add_argument(
-        "--dataset", default="", metavar="NAME", help="timm data set type/name (default: image folder), or digits"
-    )
+    data = add_data_options(parser, batch_size=64)
     data.add_argument("--split", default="validation", help="part of the data set (default: %(default)s)")
     data.add_argument(
-        "--dataset-download", action="store_true", help="let torch/ and tfds/ data sets download themselves"
-    )
-    data.add_argument("--class-map", default="", metavar="FILE", help="text file of class names, in label order")
-    data.add_argument(
         "--num-samples", type=options.positive_int, metavar="N", help="evaluate N images spread evenly over the set"
-    )
-    data.add_argument(
-        "-b", "--batch-size", type=options.positive_int, default=64, metavar="N", help="default: %(default)s"
-    )
-    data.add_argument(
-        "-j",
-        "--workers",
-        type=options.non_negative_int,
-        default=2,
-        metavar="N",
-        help="loader processes (default: %(default)s)",
     )
     options.add_model_options(parser, default="deit_small_patch16_224")
     options.add_method_options(parser)
@@ -80,15 +65,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from tokcomp.train.distributed import join, leave, local_device
+
     if args.results_file is not None:
         check_output_file("--results-file", args.results_file)
-    root = _data_root(args)
-    device = options.chosen_device(args.device)
+    root = data_root(args)
+    device = local_device(options.chosen_device(args.device))
+    world = join(device)
+    try:
+        return _run(args, root, device, world)
+    finally:
+        leave()
+
+
+def _run(args: argparse.Namespace, root: Path | None, device: torch.device, world: World) -> int:
     import torch
     from timm.data import resolve_model_data_config
 
     model = options.build_model(args)
-    dataset = _open_dataset(args, root)
+    dataset = _open_dataset(args, root, world)
     _check_classes(dataset, model.num_classes)
     method = options.build_method(args, model)
     options.compress_by(args, model, method)
@@ -99,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     config = resolve_model_data_config(model)
     if args.img_size is not None:
         config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
-    found = _evaluate(args, runner, dataset, config, device, dtype)
+    found = _evaluate(args, runner, dataset, config, device, dtype, world)
     result = {
         "model": args.model,
         "weights": options.describe_weights(args),
@@ -114,57 +109,27 @@ def run(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
         "img_size": config["input_size"][-1],
         "device": str(device),
+        "processes": world.size,
         "dtype": str(dtype).removeprefix("torch."),
         "amp": args.amp,
         "torch": torch.__version__,
     }
-    _report(args, result)
+    if world.is_main:
+        _report(args, result)
     return 0
 
 
-def _data_root(args: argparse.Namespace) -> Path | None:
-    if args.data is not None and args.data_dir is not None:
-        raise UserError("DATA and --data-dir are the same thing, got both; keep one")
-    root = args.data if args.data is not None else args.data_dir
-    if args.dataset == "digits":
-        return None
-    if root is None and not args.dataset:
-        raise UserError("DATA must be a folder of images, got nothing; name one, or try --dataset digits")
-    if root is not None and not root.exists() and not args.dataset_download:
-        raise UserError(f"DATA must be a folder or archive of images, got '{root}', which is not there")
-    return root
-
-
-def _open_dataset(args: argparse.Namespace, root: Path | None) -> Dataset:
-    from timm.data import create_dataset
+def _open_dataset(args: argparse.Namespace, root: Path | None, world: World) -> Dataset:
     from torch.utils.data import IterableDataset
 
-    from tokcomp.data import DigitsDataset, SpreadSubset
+    from tokcomp.data import EveryNth, SpreadSubset
 
-    if args.dataset == "digits":
-        try:
-            dataset: Dataset = DigitsDataset()
-        except ImportError as error:
-            raise UserError("--dataset digits needs scikit-learn; pip install 'tokcomp[demo]'") from error
-    else:
-        try:
-            dataset = create_dataset(
-                args.dataset,
-                root=None if root is None else str(root),
-                split=args.split,
-                class_map=args.class_map,
-                download=args.dataset_download,
-                batch_size=args.batch_size,
-            )
-        except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            what = f"--dataset '{args.dataset}'" if args.dataset else f"DATA '{root}'"
-            raise UserError(
-                f"{what} could not be opened as a data set ({reason}); it must be one folder per class"
-            ) from error
-    if args.num_samples is None or isinstance(dataset, IterableDataset):
+    dataset = open_data(args, root, args.split)
+    if isinstance(dataset, IterableDataset):
         return dataset
-    return SpreadSubset(dataset, args.num_samples)
+    if args.num_samples is not None:
+        dataset = SpreadSubset(dataset, args.num_samples)
+    return dataset if world.size == 1 else EveryNth(dataset, world.rank, world.size)
 
 
 def _check_classes(dataset: Dataset, model_classes: int) -> None:
@@ -195,6 +160,7 @@ def _evaluate(
     config: dict[str, Any],
     device: torch.device,
     dtype: torch.dtype,
+    world: World,
 ) -> Evaluation:
     import torch
     from timm.data import create_loader
@@ -226,14 +192,18 @@ def _evaluate(
     amp_dtype = None
     if args.amp:
         amp_dtype = getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "bfloat16"))
-    with tqdm(total=total, unit=" images", leave=False, disable=None, file=sys.stderr) as bar:
+    with tqdm(
+        total=total, unit=" images", leave=False, disable=None if world.is_main else True, file=sys.stderr
+    ) as bar:
 
         def advance(seen: int, top1: float) -> None:
             bar.set_postfix_str(f"top-1 {top1:.2f} %", refresh=False)
             bar.update(seen - bar.n)
 
         try:
-            return evaluate(model, batches, device=device, dtype=dtype, amp_dtype=amp_dtype, on_batch=advance)
+            return evaluate(
+                model, batches, device=device, dtype=dtype, amp_dtype=amp_dtype, on_batch=advance, world=world
+            )
         except ValueError as error:
             raise UserError(
                 f"the data set does not fit the model: {error}; check --num-classes and --class-map"

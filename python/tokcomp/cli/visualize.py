@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tokcomp.cli import options
-from tokcomp.cli.errors import UserError, check_output_file, check_output_folder, write_whole
+from tokcomp.cli.errors import UserError, check_output_file, check_output_folder
+from tokcomp.files import write_whole
 
 DESCRIPTION = """\
 Draw what a method does to an image's patches, as in Fig. 5 of the DiffRate paper: the input, then one column per block.

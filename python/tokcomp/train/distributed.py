@@ -1,0 +1,85 @@
+"""Data parallel runs under ``torchrun``: who this process is, and sums and means over all of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run; one process alone is rank 0 of 1 and every reduction leaves its input."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes, in place; the same bits in each."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return tensor
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """Mean over the processes, in place; the same bits in each."""
+        return self.sum_(tensor).div_(self.size) if self.size > 1 else tensor
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """The main process's values, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+ALONE = World()
+
+
+def launched_by_torchrun() -> bool:
+    """Whether ``torchrun`` (or what sets the same variables) started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The device of this process: the GPU of its local rank where ``device`` is ``cuda`` with no number."""
+    if device.type == "cuda" and device.index is None and launched_by_torchrun():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def join(device: torch.device) -> World:
+    """Join the processes that ``torchrun`` started: over gloo on CPU, NCCL on CUDA. Alone where it started none.
+
+    Raises:
+        RuntimeError: the processes do not find each other, or there are more on this host than GPUs.
+    """
+    if not launched_by_torchrun():
+        return ALONE
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise RuntimeError(
+                f"torchrun must start one process per GPU at most, got process {device.index} on a host of "
+                f"{torch.cuda.device_count()} GPUs; lower --nproc-per-node"
+            )
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+def leave() -> None:
+    """Take down what :func:`join` set up."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,149 @@
+"""The log, the seeds, the wish to stop, and processes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from tokcomp.train import distributed
+from tokcomp.train.log import RunLog, read_log
+from tokcomp.train.steps import Progress, StopRequest, derived_seed, seed_all, seeded
+
+
+def test_the_log_reads_back_exactly(tmp_path):
+    log = RunLog(tmp_path / "log.csv", ["loss", "kept_0", "accuracy"])
+    log.write(1, {"loss": 0.1 + 0.2, "kept_0": 17})
+    log.write(2, {"loss": 1e-30, "accuracy": 50.0, "kept_0": None})
+    assert read_log(log.path) == [
+        {"step": 1, "loss": 0.1 + 0.2, "kept_0": 17},
+        {"step": 2, "loss": 1e-30, "accuracy": 50.0},
+    ]
+    with pytest.raises(ValueError, match="named as the log's columns, got typo"):
+        log.write(3, {"typo": 1.0})
+    log.close()
+
+
+def test_a_resumed_log_is_the_uninterrupted_one(tmp_path):
+    whole = RunLog(tmp_path / "whole.csv", ["loss"])
+    for step in range(1, 7):
+        whole.write(step, {"loss": 1 / step})
+    whole.close()
+    path = tmp_path / "log.csv"
+    first = RunLog(path, ["loss"])
+    for step in range(1, 5):
+        first.write(step, {"loss": 1 / step})
+    first.close()
+    with path.open("a") as file:
+        file.write("5,0.")  # killed in the middle of a line
+    second = RunLog(path, ["loss"], resume_step=2)
+    for step in range(3, 7):
+        second.write(step, {"loss": 1 / step})
+    second.close()
+    assert path.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_a_new_log_replaces_an_old_one(tmp_path):
+    RunLog(tmp_path / "log.csv", ["loss"]).write(1, {"loss": 1.0})
+    RunLog(tmp_path / "log.csv", ["other"]).close()
+    assert (tmp_path / "log.csv").read_text() == "step,other\n"
+
+
+def test_seeds_differ_in_every_number():
+    seeds = {derived_seed(*numbers) for numbers in [(0,), (0, 0), (0, 1), (1, 0), (1, 1), (0, 0, 1), (2**40, 0)]}
+    assert len(seeds) == 7 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def drawn():
+    return torch.rand(()).item(), float(np.random.rand()), random.random()
+
+
+def test_seeding_covers_all_generators_and_can_be_undone():
+    seed_all(3, 4)
+    first = drawn()
+    with seeded(9):
+        inside = drawn()
+    after = drawn()
+    seed_all(3, 4)
+    assert drawn() == first and drawn() == after
+    with seeded(9):
+        assert drawn() == inside
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_and_the_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.wanted and stop.exit_status == 0
+        os.kill(os.getpid(), number)
+        assert stop.wanted and stop.exit_status == 128 + number
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_interrupts():
+    with pytest.raises(KeyboardInterrupt), StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_other_threads_take_no_signals():
+    failures = []
+
+    def work():
+        try:
+            with StopRequest() as stop:
+                assert not stop.wanted
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert failures == []
+
+
+def test_progress_off_a_terminal_prints_notes_alone(capsys):
+    progress = Progress(4, label="search")
+    progress.status("unseen")
+    progress.advance()
+    progress.note(1, "loss 0.5")
+    progress.close()
+    silent = Progress(4, show=False)
+    silent.note(1, "unseen")
+    silent.close()
+    captured = capsys.readouterr()
+    assert captured.err == "search step 1/4: loss 0.5\n" and captured.out == ""
+
+
+def test_alone_nothing_is_reduced(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    world = distributed.join(torch.device("cpu"))
+    assert world == distributed.ALONE and world.is_main
+    tensor = torch.tensor([1.0, 2.0])
+    assert torch.equal(world.mean_(tensor.clone()), tensor) and torch.equal(world.sum_(tensor.clone()), tensor)
+    world.barrier()
+
+
+def _process(rank: int, size: int, port: int, folder: str) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    world = distributed.join(torch.device("cpu"))
+    value = torch.tensor([float(rank + 1)])
+    result = [world.sum_(value.clone()), world.mean_(value.clone()), world.broadcast_(value.clone())]
+    world.barrier()
+    torch.save({"rank": world.rank, "size": world.size, "values": torch.cat(result)}, f"{folder}/{rank}.pt")
+    distributed.leave()
+
+
+def test_two_processes_reduce(tmp_path, free_port):
+    multiprocessing.spawn(_process, (2, free_port, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert (found["rank"], found["size"]) == (rank, 2)
+        assert found["values"].tolist() == [3.0, 1.5, 1.0]
