@@ -54,11 +54,15 @@ class _Packed(NamedTuple):
 
 
 class PackedWeights:
-    """Packed weights of some of a model's linear layers, in one compute type. Immutable."""
+    """Packed weights of some of a model's linear layers, in one compute type.
+
+    Immutable but for the transposed weights, which a backward pass needs and which are packed when first asked for.
+    """
 
     def __init__(self, layers: Sequence[Layer], dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._layers = {layer: _Packed.of(layer, dtype) for layer in layers}
+        self._transposed: dict[Layer, Tensor] = {}
         self.widest = max(layer.weight.shape[0] for layer in layers)  # columns of the widest output
         self._views = [_sample(entry.weight) for entry in self._layers.values()]
         self._values = torch.cat(self._views)
@@ -77,10 +81,26 @@ class PackedWeights:
     def __contains__(self, layer: nn.Module) -> bool:
         return layer in self._layers
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed copies take, oneDNN's padding not counted."""
+        packed = [*(entry.packed for entry in self._layers.values()), *self._transposed.values()]
+        return sum(one.numel() * one.element_size() for one in packed)
+
+    def transposed(self, layer: nn.Linear) -> Tensor:
+        """The packed weight of ``x -> x @ layer.weight``, the product that carries a gradient back."""
+        packed = self._transposed.get(layer)
+        if packed is None:
+            with _lock:
+                packed = self._transposed.get(layer)
+                if packed is None:
+                    packed = self._transposed[layer] = _pack(self._layers[layer].weight.detach().t(), self.dtype)
+        return packed
+
     def linear(self, layer: Layer, x: Tensor) -> Tensor:
         """``layer(x)``."""
         entry = self._layers[layer]
-        return _linear(x, entry.packed, self._bias(entry), "none", [], "")
+        return product(x, entry.packed, self._bias(entry))
 
     def linear_gelu(self, layer: Layer, x: Tensor, approximate: str) -> Tensor:
         """``F.gelu(layer(x), approximate=approximate)``."""
@@ -94,6 +114,11 @@ class PackedWeights:
 
     def _bias(self, entry: _Packed) -> Tensor | None:
         return entry.bias if entry.bias is None or entry.bias.dtype == self.dtype else entry.bias.to(self.dtype)
+
+
+def product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times a packed weight [out, in], transposed, plus the bias: [..., out]."""
+    return _linear(x, packed, bias, "none", [], "")
 
 
 def _parameter(layer: Layer, name: str) -> Tensor | None:
@@ -120,11 +145,20 @@ _cache: weakref.WeakKeyDictionary[nn.Module, PackedWeights] = weakref.WeakKeyDic
 _lock = threading.Lock()
 
 
-def packed_weights(model: nn.Module, layers: Iterable[Layer], x: Tensor) -> PackedWeights | None:
+def packed_weights(
+    model: nn.Module, layers: Iterable[Layer], x: Tensor, *, frozen: bool = False
+) -> PackedWeights | None:
     """The packed weights of ``layers`` for computing on ``x``, or None where the ordinary path has to be taken.
 
     That is: on other devices or types than this serves, when gradients are wanted, under autocast, and whenever someone
     watches the operators (torch.compile, export, tracing, functorch, dispatch modes such as FLOP counters).
+
+    Args:
+        model: whose layers these are; the packed copies live as long.
+        layers: the layers to pack.
+        x: activations of the type and on the device that will be computed on.
+        frozen: gradients may be wanted, though not for these layers' parameters: :mod:`tokcomp.fastpath.frozen` has
+            the products that carry a gradient to their input.
     """
     layers = list(dict.fromkeys(layers))
     packed = _cache.get(model)
@@ -133,7 +167,7 @@ def packed_weights(model: nn.Module, layers: Iterable[Layer], x: Tensor) -> Pack
             forget(model)
             return None
         packed = None
-    if not _available(x) or _wants_gradients(model, x):
+    if not _available(x) or (_learns(layers) if frozen else _wants_gradients(model, x)):
         return None
     if packed is None:
         with _lock:
@@ -145,6 +179,13 @@ def packed_weights(model: nn.Module, layers: Iterable[Layer], x: Tensor) -> Pack
 
 def _wants_gradients(model: nn.Module, x: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in model.parameters()))
+
+
+def _learns(layers: Iterable[Layer]) -> bool:
+    """Whether gradients are wanted for any of the layers' parameters."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(one.requires_grad for layer in layers for one in layer.parameters(recurse=False))
 
 
 def forget(model: nn.Module) -> None:

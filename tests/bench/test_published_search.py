@@ -1,0 +1,116 @@
+"""The baseline of the search's speed computes what the published search does, and what ours does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from tokcomp import DiffRateSearch
+from tokcomp.bench.published_search import PublishedSearch
+
+from tests.library.conftest import make_vit, published  # noqa: F401
+
+DATA = Path(__file__).parents[1] / "data" / "published_search.safetensors"
+STEPS = ("prune", "merge")
+
+
+def proxy_gradients(search):
+    return {name: value.grad for name, value in search.named_parameters() if not name.startswith("model.")}
+
+
+def assert_same_gradients(have, want, relative):
+    assert have.keys() == want.keys()
+    for name in want:
+        # What takes no part in a loss has a gradient of zeros, or none.
+        gradient, wanted = (torch.zeros(1) if one[name] is None else one[name] for one in (have, want))
+        assert (gradient - wanted).norm() <= relative * wanted.norm() + 1e-18, name
+
+
+def test_agrees_with_the_published_code(published):  # noqa: F811
+    with safe_open(DATA, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        settings = {name: json.loads(text) for name, text in file.metadata().items()}
+    search = PublishedSearch(published.model().double(), settings["granularity"]).double().eval()
+    for step in STEPS:
+        for block, proxy in enumerate(getattr(search, step)):
+            proxy.logits.data.copy_(tensors[f"logits.{step}.{block}"])
+        kept = [int(proxy()) for proxy in getattr(search, step)]
+        assert kept == settings[f"kept_{step}"]
+    logits, flops = search(published.images.double())
+    # The same operators in the same order: what is left is how sums are split over threads.
+    torch.testing.assert_close(logits, tensors["logits"], rtol=1e-12, atol=1e-12)
+    assert flops.item() == tensors["flops"].item()
+    loss = F.cross_entropy(logits, tensors["labels"])
+    total = loss + settings["lambda"] * (flops / 1e9 - settings["target_gflops"]).square()
+    for which, value in {"grad_ce": loss, "grad_flops_G": flops / 1e9, "grad_total": total}.items():
+        search.zero_grad()
+        value.backward(retain_graph=True)
+        names = [f"{step}.{block}" for step in STEPS for block in range(6)]
+        want = {f"{name}.logits": tensors.get(f"{which}.{name}") for name in names}
+        assert_same_gradients(proxy_gradients(search), want, 1e-10)
+    assert search.model.blocks[0].mlp.fc1.weight.grad.norm() > 0  # nothing is frozen
+
+
+MODELS = {
+    "class-token": {},
+    "average-pool": {"global_pool": "avg"},
+    "layer-scale-qk-norm": {"init_values": 0.3, "qk_norm": True},
+}
+#: What the logits are to be scaled by: a small scale keeps half of the tokens, a large one wildly different numbers.
+SPREAD = {"calm": 0.3, "wild": 4.0}
+
+
+def twins(model, granularity, seed, spread):
+    """The published search and ours, on the same weights and proxies."""
+    theirs = PublishedSearch(model, granularity).double()
+    generator = torch.Generator().manual_seed(seed)
+    for proxy in (*theirs.prune, *theirs.merge):
+        falling = -torch.arange(len(proxy.logits)) / 4 if spread < 1 else 0
+        proxy.logits.data.copy_(spread * torch.randn(proxy.logits.shape, generator=generator) + falling)
+    ours = DiffRateSearch(model, granularity).double()
+    ours.load_proxy_state({name: value for name, value in theirs.state_dict().items() if name.endswith(".logits")})
+    return theirs, ours
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("spread", SPREAD.values(), ids=SPREAD)
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_agrees_with_our_search(make_vit, options, spread, seed):  # noqa: F811
+    model = make_vit(seed=seed, depth=5, **options).double()
+    theirs, ours = (one.eval() for one in twins(model, 1 + seed, seed + 10, spread))
+    generator = torch.Generator().manual_seed(seed + 20)
+    images = torch.randn(3, 3, 32, 32, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 5, (3,), generator=generator)
+    for search in (theirs, ours):
+        logits, flops = search(images)
+        (F.cross_entropy(logits, labels) + (flops / 1e6).square()).backward()
+    torch.testing.assert_close(ours(images)[0], theirs(images)[0], rtol=1e-9, atol=1e-9)
+    assert ours(images)[1] == theirs(images)[1]
+    # The kernels hold the maximum of a row constant, which is off by the order of eps = 1e-6.
+    assert_same_gradients(proxy_gradients(ours), proxy_gradients(theirs), 1e-5)
+
+
+def test_granularity_need_not_divide_the_patches(make_vit):  # noqa: F811
+    search = PublishedSearch(make_vit(), 5)
+    assert search.prune[1].candidates.tolist() == [16, 11, 6, 1]
+    assert len(search.prune[0].logits) == 1
+    pi = search.prune[1].token_probability()
+    torch.testing.assert_close(pi[[0, 1, 2, 6, 7, 11, 12, 16]], torch.tensor([4, 4, 3, 3, 2, 2, 1, 1]) / 4)
+
+
+def test_half_precision_by_autocast(make_vit):  # noqa: F811
+    search = PublishedSearch(make_vit(), 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, flops = search(torch.randn(2, 3, 32, 32))
+    (F.cross_entropy(logits.float(), torch.tensor([1, 2])) + flops / 1e6).backward()
+    assert all(torch.isfinite(proxy.logits.grad).all() for proxy in search.prune[1:3])
+
+
+def test_a_model_that_is_no_vision_transformer_is_refused():
+    with pytest.raises(TypeError, match="ResNet"):
+        PublishedSearch(timm.create_model("resnet18"))
