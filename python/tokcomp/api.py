@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tokcomp.adapters import find_adapter
 from tokcomp.methods import Method
+from tokcomp.state import compose_sources
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -20,7 +21,7 @@ def compress(model: ModelT, method: Method) -> ModelT:
     to the new method. Everything is checked first: if this raises, the model is unchanged.
 
     Args:
-        model: a timm VisionTransformer or VisionTransformerDistilled.
+        model: a timm VisionTransformer, VisionTransformerDistilled or CAFormer.
         method: :class:`DiffRate`, :class:`ToMe`, :class:`EViT` or another :class:`Method`.
 
     Returns:
@@ -94,6 +95,6 @@ def trace(model: nn.Module, images: Tensor) -> list[Tensor]:
     current = torch.arange(num_tokens, device=x.device).expand(x.shape[0], -1)
     for source in sources:
         if source is not None:
-            current = source.gather(1, current.clamp(min=0)).masked_fill(current < 0, -1)
+            current = compose_sources(current, source)
         maps.append(current.clone())
     return maps

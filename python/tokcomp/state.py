@@ -8,6 +8,11 @@ from tokcomp.fastpath import PackedWeights
 from tokcomp.methods.base import Assignment, Evidence, Method
 
 
+def compose_sources(first: Tensor, then: Tensor) -> Tensor:
+    """The source map [B, N] of one step after another: ``first`` [B, N] leads into ``then`` [B, M]; -1 stays -1."""
+    return then.gather(1, first.clamp(min=0)).masked_fill(first < 0, -1)
+
+
 class BlockState:
     """The tokens' sizes on the way into a block and, once it has run, on the way out.
 

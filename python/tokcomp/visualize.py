@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -140,8 +139,7 @@ def draw_blocks(
     for block in chosen:
         if not 0 <= block < len(sources):
             raise ValueError(f"blocks must be between 0 and {len(sources) - 1}, got {block}")
-    patch_embed: Any = model.patch_embed
-    grid = patch_embed.dynamic_feat_size(tuple(image.shape[-2:]))
+    grid = adapter.grid(model, *image.shape[-2:])
     cell = cell or max(8, 320 // grid[1])
     size = (grid[1] * cell, grid[0] * cell)
     shown = picture.expand(3, *picture.shape[-2:]).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()

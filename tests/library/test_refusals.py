@@ -31,7 +31,8 @@ UNSUPPORTED = {
     "vit_small_patch16_18x2_224": "ParallelThingsBlock",
     "vit_small_patch16_36x1_224": None,
     "cait_xxs24_224": "Cait",
-    "caformer_s18": "MetaFormer",
+    "convformer_s18": "SepConv",
+    "poolformer_s12": "Pooling",
 }
 
 

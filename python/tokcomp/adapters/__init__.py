@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from tokcomp.adapters.base import Adapter, BlockCost, Cost, UnsupportedModelError
+from tokcomp.adapters.timm_caformer import TimmCAFormer
 from tokcomp.adapters.timm_vit import TimmVisionTransformer
 
 #: One adapter per family, asked in this order.
-ADAPTERS: tuple[Adapter, ...] = (TimmVisionTransformer(),)
+ADAPTERS: tuple[Adapter, ...] = (TimmVisionTransformer(), TimmCAFormer())
 
 __all__ = ["ADAPTERS", "Adapter", "BlockCost", "Cost", "UnsupportedModelError", "find_adapter"]
 

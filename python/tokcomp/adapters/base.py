@@ -58,6 +58,10 @@ class Adapter(ABC):
         """Tokens, prefix included, that enter block 0 at the model's own image size."""
 
     @abstractmethod
+    def grid(self, model: nn.Module, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the patches, prefix tokens aside, for images of this size."""
+
+    @abstractmethod
     def cost(self, model: nn.Module) -> Cost:
         """Multiply-adds, for :func:`tokcomp.flops`."""
 

@@ -105,6 +105,10 @@ class TimmVisionTransformer(Adapter):
             raise ValueError("the model has no image size of its own, so its tokens cannot be counted")
         return patches + model.num_prefix_tokens
 
+    def grid(self, model: Any, height: int, width: int) -> tuple[int, int]:
+        rows, columns = model.patch_embed.dynamic_feat_size((height, width))
+        return rows, columns
+
     def patch(self, model: Any, method: Method) -> None:
         for block in model.blocks:
             swap_class(block, CompressedBlock)

@@ -21,6 +21,10 @@ class Geometry:
     has_class_token: bool
     #: Tokens that enter block 0, prefix included; None where they depend on the image.
     num_tokens: int | None
+    #: Blocks behind those, which are never compressed but for which a published list may have entries.
+    following_blocks: int = 0
+    #: Whether every position gets a token again behind the last block, as hierarchical models need.
+    spreads_tokens: bool = False
 
 
 class Evidence(NamedTuple):
@@ -86,8 +90,8 @@ class Method(ABC):
 
 
 def require_depth(name: str, entries: int, geometry: Geometry) -> None:
-    """A per-block list must fit the model's depth."""
-    if entries != geometry.depth:
+    """A per-block list must fit the model's depth; it may go on for the blocks behind, whose entries are not read."""
+    if entries not in (geometry.depth, geometry.depth + geometry.following_blocks):
         raise ValueError(f"{name} must have one entry per block, got {entries} entries for {geometry.depth} blocks")
 
 

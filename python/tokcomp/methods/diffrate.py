@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,21 @@ METRICS = {
     "random": frozenset[str](),
 }
 PIPELINES = ("prune_merge", "merge_prune", "prune", "merge")
+
+
+class Settings(NamedTuple):
+    """Arguments of :class:`DiffRate` that a model's kind suggests."""
+
+    metric: str
+    pipeline: str
+    similarity_weighted_size: bool
+
+
+def published_settings(geometry: Geometry) -> Settings:
+    """What was published for models of this geometry: hierarchical ones merge only, by the attention received."""
+    if geometry.spreads_tokens:
+        return Settings("image_attn", "merge", similarity_weighted_size=False)
+    return Settings("cls_attn", "prune_merge", similarity_weighted_size=True)
 
 
 class DiffRate(Method):

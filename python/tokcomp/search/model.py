@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokcomp.adapters import find_adapter
 from tokcomp.budgets.base import TokenCounts
 from tokcomp.budgets.flops import flops_of
-from tokcomp.methods.diffrate import DiffRate
+from tokcomp.methods.diffrate import DiffRate, published_settings
 from tokcomp.schedule import CompressionSchedule
 from tokcomp.search.proxy import KeptNumber, Relaxed, relax
 from tokcomp.search.tokens import MIN_WEIGHTED_SIZE, BlockProxies, BlockSearch
@@ -33,11 +33,12 @@ class DiffRateSearch(nn.Module):
         model: a plain timm model of a family that :func:`tokcomp.compress` understands.
         granularity: step between the candidate numbers of tokens to keep.
         metric, pipeline: as in :class:`tokcomp.DiffRate`; ``prune`` and ``merge`` have proxies of the one kind only in
-            effect, the other ones never move.
+            effect, the other ones never move. By default what was published for the family: ``cls_attn`` and
+            ``prune_merge``, for CAFormers ``image_attn`` and ``merge``.
         match_inference: merged tokens add their size times their similarity, as inference does, where the published
             search adds at least 1.
         seed: of the ``random`` metric.
-        similarity_weighted_size: as in :class:`tokcomp.DiffRate`.
+        similarity_weighted_size: as in :class:`tokcomp.DiffRate`; by default True, for CAFormers False.
 
     Raises:
         TypeError: (UnsupportedModelError) the model is not understood.
@@ -52,11 +53,11 @@ class DiffRateSearch(nn.Module):
         model: nn.Module,
         granularity: int = 1,
         *,
-        metric: str = "cls_attn",
-        pipeline: str = "prune_merge",
+        metric: str | None = None,
+        pipeline: str | None = None,
         match_inference: bool = False,
         seed: int = 0,
-        similarity_weighted_size: bool = True,
+        similarity_weighted_size: bool | None = None,
     ) -> None:
         super().__init__()
         adapter = find_adapter(model)
@@ -67,10 +68,17 @@ class DiffRateSearch(nn.Module):
         depth, prefix = geometry.depth, geometry.num_prefix_tokens
         self.granularity = _granularity(granularity, self.num_tokens - prefix)
         every = [self.num_tokens] * depth
-        method = DiffRate(CompressionSchedule(every, every), metric, pipeline, seed, similarity_weighted_size)
+        published = published_settings(geometry)
+        method = DiffRate(
+            CompressionSchedule(every, every),
+            published.metric if metric is None else metric,
+            published.pipeline if pipeline is None else pipeline,
+            seed,
+            published.similarity_weighted_size if similarity_weighted_size is None else similarity_weighted_size,
+        )
         adapter.validate(model, method)
         method.validate(geometry)
-        self.metric, self.pipeline, self.seed = metric, pipeline, method.seed
+        self.metric, self.pipeline, self.seed = method.metric, method.pipeline, method.seed
         self.match_inference = bool(match_inference)
         self.similarity_weighted_size = method.similarity_weighted_size
         self.num_prefix_tokens = prefix

@@ -24,6 +24,7 @@ class TokenState(NamedTuple):
     mask: Tensor  # [B, N] 0 or 1, differentiable
     size: Tensor | None = None  # [B, N] patches per token; None before the first block that may merge
     place: Tensor | None = None  # [B, N] int64: where inference would have each token, for the metric that asks
+    joined: Tensor | None = None  # [B, N] int64: the token that each one joined in the block before, itself if none
 
     @classmethod
     def start(cls, x: Tensor) -> TokenState:
@@ -89,14 +90,14 @@ class BlockSearch:
     def reduce(self, x: Tensor, importance: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """Prune and merge the tokens x [B, N, C] by the mask: x with merged destinations, and the new state."""
         if self.proxies is None:
-            return x, state
+            return x, state._replace(joined=None)
         mask = state.mask
         if self.metric == "random" and state.place is not None:
             importance = importance.gather(1, state.place)  # inference scores the places, not the tokens
         everything = importance.new_full((), x.shape[1], dtype=torch.int64)
         prune, merge = (everything if kept is None else kept.detach().long() for kept in self.proxies.kept)
         before_merge = everything if self.pipeline == "merge_prune" else prune
-        merged, size, rank, _ = torch.ops.tokcomp.masked_merge(
+        merged, size, rank, joined = torch.ops.tokcomp.masked_merge(
             x,
             importance,
             mask.detach(),
@@ -111,7 +112,7 @@ class BlockSearch:
         else:
             size = state.size  # pruning alone leaves sizes as they are
         mask = self._masked(mask, rank)
-        return x, TokenState(mask, size, self._place(state, rank, mask))
+        return x, TokenState(mask, size, self._place(state, rank, mask), joined)
 
     def _masked(self, mask: Tensor, rank: Tensor) -> Tensor:
         """The mask times each step's 0/1 mask, whose gradient goes straight to the token probability (Eq. 9-10, 14)."""
