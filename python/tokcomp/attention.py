@@ -81,6 +81,31 @@ def masked_attend(
     return out, evidence
 
 
+def prefix_masked_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    scale: float,
+    size: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The first rows of :func:`masked_attend` alone: q [B, H, P, D] of prefix tokens, which are never masked.
+
+    Returns:
+        out [B, H, P, D].
+    """
+    dtype = _accumulate_dtype(q)
+    scores = (q @ k.transpose(-2, -1)).to(dtype) * scale  # [B, H, P, N]
+    bias = _log_size(size)
+    if bias is not None:
+        scores = scores + bias.unsqueeze(1)
+    weight = (scores - scores.detach().amax(-1, keepdim=True)).exp() * mask[:, None, None].to(dtype)
+    probabilities = (weight + eps / k.shape[2]) / (weight.sum(-1, keepdim=True) + eps)
+    return probabilities.to(v.dtype) @ v
+
+
 @torch.no_grad()
 def _mean_received_under_mask(q: Tensor, k: Tensor, mask: Tensor, *, scale: float, size: Tensor | None) -> Tensor:
     heads = q.shape[1]

@@ -23,7 +23,7 @@ def pack(model: Any, images: Tensor) -> PackedWeights | None:
     """Packed weights of those parts of the model that this module can run; None where none can."""
     if torch.compiler.is_compiling():
         return None
-    layers: list[Layer] = [layer for block in model.blocks if is_plain(block) for layer in _layers(block)]
+    layers: list[Layer] = [layer for block in model.blocks if is_plain(block) for layer in layers_of(block)]
     if not layers:
         return None
     if is_plain_embedding(model.patch_embed):
@@ -40,7 +40,7 @@ def embed_patches(patch_embed: Any, images: Tensor, packed: PackedWeights) -> Te
     grid = (height // rows, width // columns)
     patches = images.to(packed.dtype).view(batch, channels, grid[0], rows, grid[1], columns)
     patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, grid[0] * grid[1], channels * rows * columns)
-    return _norm(patch_embed.norm, packed.linear(patch_embed.proj, patches)).to(images.dtype)
+    return norm(patch_embed.norm, packed.linear(patch_embed.proj, patches)).to(images.dtype)
 
 
 def split(x: Tensor, packed: PackedWeights) -> tuple[Tensor, ...]:
@@ -60,14 +60,14 @@ def run_block(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeig
     batch, num_tokens, _ = x.shape
     heads, width = attention.num_heads, attention.head_dim
     with torch._C._AutoDispatchBelowAutograd():  # no gradient is wanted here: spare each call the way through autograd
-        qkv = packed.linear(attn["qkv"], _norm(parts["norm1"], x))
+        qkv = packed.linear(attn["qkv"], norm(parts["norm1"], x))
         q, k, v = qkv.view(batch, num_tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = _norm(attn["q_norm"], q), _norm(attn["k_norm"], k)
+        q, k = norm(attn["q_norm"], q), norm(attn["k_norm"], k)
         out, state.evidence = attend(q, k, v, scale=attention.scale, size=state.attention_size, needs=state.needs)
         out = out.transpose(1, 2).reshape(batch, num_tokens, heads * width)
         x = _residual(parts["ls1"], packed, attn["proj"], out, x)
         x = state.reduce(x)
-        hidden = _norm(parts["norm2"], x)
+        hidden = norm(parts["norm2"], x)
         if type(mlp["act"]) is nn.GELU:
             hidden = packed.linear_gelu(mlp["fc1"], hidden, mlp["act"].approximate)
         else:
@@ -83,6 +83,11 @@ def is_packed(block: nn.Module, packed: PackedWeights) -> bool:
 
 def is_plain(block: nn.Module) -> bool:
     """Whether run_block computes just what this block's modules would, with nobody watching them."""
+    return has_known_parts(block) and not any(module.training for module in _modules(block))
+
+
+def has_known_parts(block: nn.Module) -> bool:
+    """Whether the block is made of what this module knows, with nobody watching its parts; dropout is not looked at."""
     parts: dict[str, Any] = block._modules
     attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
     if type(parts["mlp"]) is not Mlp or not _is_absent(mlp.get("norm")):
@@ -93,10 +98,9 @@ def is_plain(block: nn.Module) -> bool:
         return False
     if any(type(scale) not in _SCALES for scale in (parts["ls1"], parts["ls2"])):
         return False
-    if any(type(layer) is not nn.Linear for layer in _layers(block)):
+    if any(type(layer) is not nn.Linear for layer in layers_of(block)):
         return False
-    modules = [module for part in (parts, attn, mlp) for module in part.values() if module is not None]
-    return not any(module.training for module in modules) and not has_hooks(modules)
+    return not has_hooks(_modules(block))
 
 
 def is_plain_embedding(patch_embed: nn.Module) -> bool:
@@ -116,23 +120,31 @@ def is_plain_embedding(patch_embed: nn.Module) -> bool:
     return conv.padding == (0, 0) and conv.dilation == (1, 1) and len(modules) == 3 and not has_hooks(modules)
 
 
-def _layers(block: nn.Module) -> tuple[Any, ...]:
+def layers_of(block: nn.Module) -> tuple[Any, ...]:
+    """The block's four linear layers."""
     parts: dict[str, Any] = block._modules
     attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
     return attn["qkv"], attn["proj"], mlp["fc1"], mlp["fc2"]
+
+
+def _modules(block: nn.Module) -> list[nn.Module]:
+    parts: dict[str, Any] = block._modules
+    attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
+    return [module for part in (parts, attn, mlp) for module in part.values() if module is not None]
 
 
 def _is_absent(module: nn.Module | None) -> bool:
     return module is None or type(module) is nn.Identity
 
 
-def _norm(norm: Any, x: Tensor) -> Tensor:
-    if type(norm) is nn.Identity:
+def norm(module: Any, x: Tensor) -> Tensor:
+    """What a LayerNorm, or an nn.Identity in place of one, makes of x."""
+    if type(module) is nn.Identity:
         return x
-    weight, bias = norm.weight, norm.bias
+    weight, bias = module.weight, module.bias
     if weight is not None and weight.dtype != x.dtype:  # a float16 model computed in float32
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    return torch.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+    return torch.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
 
 def _residual(scale: Any, packed: PackedWeights, layer: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:

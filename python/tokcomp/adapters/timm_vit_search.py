@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tokcomp.adapters import timm_vit_search_fast
 from tokcomp.adapters.base import UnsupportedModelError
 from tokcomp.adapters.timm_vit_modules import join_heads, split_heads
+from tokcomp.fastpath import PackedWeights
 from tokcomp.search.tokens import BlockSearch, TokenState
 
 #: Weight of a masked token in map pooling: nothing in the result, but the mask's gradient flows.
@@ -30,24 +32,36 @@ def reads_patches(model: Any) -> bool:
 
 def run_search(model: Any, images: Tensor, blocks: Sequence[BlockSearch]) -> Tensor:
     """Logits [B, classes] of images [B, 3, H, W], the model's blocks compressed as ``blocks`` say."""
-    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+    packed = timm_vit_search_fast.pack(model, images)
+    if packed is None:
+        x = model.patch_embed(images)
+    else:
+        x = timm_vit_search_fast.embed_patches(model.patch_embed, images, packed)
+    x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
     wanted = blocks[0].num_tokens
     if x.shape[1] != wanted:
         raise ValueError(f"images must give {wanted} tokens as the model's own size does, got {x.shape[1]}")
+    dtype = x.dtype
+    x = x if packed is None else x.to(packed.dtype)
     state = TokenState.start(x)
     for block, search in zip(model.blocks, blocks, strict=True):
         if model.grad_checkpointing and torch.is_grad_enabled():
-            x, state = checkpoint(_run_block, block, search, x, state, use_reentrant=False)
+            x, state = checkpoint(_run_block, block, search, x, state, packed, use_reentrant=False)
         else:
-            x, state = _run_block(block, search, x, state)
-    return _head(model, model.norm(x), state)
+            x, state = _run_block(block, search, x, state, packed)
+    return _head(model, model.norm(x.to(dtype)), state)
 
 
-def _run_block(block: Any, search: BlockSearch, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+def _run_block(
+    block: Any, search: BlockSearch, x: Tensor, state: TokenState, packed: PackedWeights | None
+) -> tuple[Tensor, TokenState]:
+    if packed is not None:
+        return timm_vit_search_fast.run_block(block, search, x, state, packed)
     y = block.norm1(x)
     q, k, v = split_heads(block.attn, y)
     out, importance = search.attend(q, k, v, state, scale=block.attn.scale)
-    x = x + block.drop_path1(block.ls1(join_heads(block.attn, out, y)))
+    x = search.read(x)
+    x = x + block.drop_path1(block.ls1(join_heads(block.attn, out, search.read(y))))
     x, state = search.reduce(x, importance, state)
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), state
 

@@ -92,6 +92,8 @@ class DiffRateSearch(nn.Module):
                 for block in range(depth)
             ]
             setattr(self, step, nn.ModuleList(numbers).to(device))
+        # No loss sees the patch tokens of a class-token model's last block.
+        self._prefix_only_block = None if adapter.reads_patches(model) else depth - 1
         self._free = [block for block in range(depth) if block not in fixed]
 
     def extra_repr(self) -> str:
@@ -196,6 +198,7 @@ class DiffRateSearch(nn.Module):
             min_weighted_size=None if self.match_inference else MIN_WEIGHTED_SIZE,
             num_prefix_tokens=self.num_prefix_tokens,
             num_tokens=self.num_tokens,
+            prefix_only=block == self._prefix_only_block,
         )
 
 

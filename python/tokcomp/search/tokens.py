@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokcomp.attention import masked_attend
+from tokcomp.attention import masked_attend, prefix_masked_attend
 from tokcomp.methods.diffrate import METRICS, score_tokens
 
 #: In the search a merged token adds at least this to the size of its destination, as published.
@@ -50,6 +50,8 @@ class BlockSearch:
         min_weighted_size: least size that a merged token adds, or None for none (as in inference).
         num_prefix_tokens: tokens that always stay.
         num_tokens: tokens of every block, prefix included.
+        prefix_only: nothing reads the block's other tokens, as in the last block of a class-token model, so they are
+            not computed: attention has prefix queries alone, nothing is pruned or merged.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class BlockSearch:
         min_weighted_size: float | None,
         num_prefix_tokens: int,
         num_tokens: int,
+        prefix_only: bool = False,
     ) -> None:
         self.block = block
         self.proxies = proxies
@@ -74,12 +77,16 @@ class BlockSearch:
         self.min_weighted_size = min_weighted_size
         self.num_prefix_tokens = num_prefix_tokens
         self.num_tokens = num_tokens
+        self.prefix_only = prefix_only
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, state: TokenState, *, scale: float) -> tuple[Tensor, Tensor]:
         """Attention under the mask: out [B, H, N, D], and the importance [B, N] of each token (no gradient).
 
-        The importance is empty ([B, 0]) where this block keeps every token.
+        The importance is empty ([B, 0]) where this block keeps every token; ``prefix_only`` gives [B, H, prefix, D].
         """
+        if self.prefix_only:
+            out = prefix_masked_attend(self._read(q, 2), k, v, state.mask, scale=scale, size=state.size)
+            return out, q.new_empty(q.shape[0], 0)
         needs = METRICS[self.metric] if self.proxies is not None else frozenset[str]()
         out, evidence = masked_attend(q, k, v, state.mask, scale=scale, size=state.size, needs=needs)
         if self.proxies is None:
@@ -87,9 +94,16 @@ class BlockSearch:
         with torch.no_grad():
             return out, score_tokens(self.metric, evidence, self.block, k[:, 0], self.seed)
 
+    def read(self, x: Tensor) -> Tensor:
+        """Those of the tokens x [B, N, C] that something reads after this block's attention."""
+        return self._read(x, 1)
+
+    def _read(self, x: Tensor, dim: int) -> Tensor:
+        return x.narrow(dim, 0, self.num_prefix_tokens) if self.prefix_only else x
+
     def reduce(self, x: Tensor, importance: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """Prune and merge the tokens x [B, N, C] by the mask: x with merged destinations, and the new state."""
-        if self.proxies is None:
+        if self.proxies is None or self.prefix_only:
             return x, state._replace(joined=None)
         mask = state.mask
         if self.metric == "random" and state.place is not None:

@@ -1,0 +1,88 @@
+"""A frozen timm ViT block under the search on CPU: packed linear layers that carry gradients to their inputs alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from tokcomp import fastpath
+from tokcomp.adapters import timm_vit_fast
+from tokcomp.adapters.timm_vit_fast import norm
+from tokcomp.fastpath import Layer, PackedWeights, packed_weights
+from tokcomp.search.tokens import BlockSearch, TokenState
+
+
+def pack(model: Any, images: Tensor) -> PackedWeights | None:
+    """Packed weights of the model if this module can run all of its blocks, else None."""
+    if torch.compiler.is_compiling() or not all(_is_plain(block) for block in model.blocks):
+        return None
+    layers: list[Layer] = [layer for block in model.blocks for layer in timm_vit_fast.layers_of(block)]
+    if timm_vit_fast.is_plain_embedding(model.patch_embed):
+        layers.append(model.patch_embed.proj)
+    return packed_weights(model, layers, images, frozen=True)
+
+
+def embed_patches(patch_embed: Any, images: Tensor, packed: PackedWeights) -> Tensor:
+    """``patch_embed(images)``, as a packed product where that is possible and no gradient to the images is wanted."""
+    if patch_embed.proj not in packed or (images.requires_grad and torch.is_grad_enabled()):
+        return patch_embed(images)
+    return timm_vit_fast.embed_patches(patch_embed, images, packed)
+
+
+def run_block(
+    block: nn.Module, search: BlockSearch, x: Tensor, state: TokenState, packed: PackedWeights
+) -> tuple[Tensor, TokenState]:
+    """What timm_vit_search.run_block computes, for x [B, N, C] in ``packed.dtype``."""
+    parts: dict[str, Any] = block._modules
+    attention, attn, mlp = parts["attn"], parts["attn"]._modules, parts["mlp"]._modules
+    batch, num_tokens, _ = x.shape
+    heads, width = attention.num_heads, attention.head_dim
+    qkv = fastpath.linear(packed, attn["qkv"], norm(parts["norm1"], x))
+    q, k, v = qkv.view(batch, num_tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = norm(attn["q_norm"], q), norm(attn["k_norm"], k)
+    out, importance = search.attend(q, k, v, state, scale=attention.scale)
+    x = search.read(x)
+    out = out.transpose(1, 2).reshape(batch, x.shape[1], heads * width)
+    factor = _factor(parts["ls1"], parts["drop_path1"], x)
+    if factor is None:
+        x = fastpath.linear_add(packed, attn["proj"], out, x)
+    else:
+        x = torch.addcmul(x, fastpath.linear(packed, attn["proj"], out), factor)
+    x, state = search.reduce(x, importance, state)
+    factor = _factor(parts["ls2"], parts["drop_path2"], x)
+    hidden = norm(parts["norm2"], x)
+    residual = x if factor is None else None
+    if type(mlp["act"]) is nn.GELU:
+        approximate = mlp["act"].approximate
+        out = fastpath.gelu_mlp(packed, mlp["fc1"], mlp["fc2"], hidden, residual, approximate=approximate)
+    else:
+        hidden = mlp["act"](fastpath.linear(packed, mlp["fc1"], hidden))
+        out = fastpath.linear(packed, mlp["fc2"], hidden)
+        out = out if residual is None else out + residual
+    return out if factor is None else torch.addcmul(x, out, factor), state
+
+
+def _factor(scale: Any, drop_path: Any, x: Tensor) -> Tensor | None:
+    """What a branch is multiplied by before it joins x [B, N, C], [C] or [B, 1, 1 or C]; None for 1.
+
+    DropPath draws one number an image, so it draws the same ones here for ones [B, 1, 1].
+    """
+    factor = None if type(scale) is nn.Identity else scale.gamma.to(x.dtype)
+    if type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob:
+        keep = drop_path(x.new_ones(x.shape[0], 1, 1))
+        factor = keep if factor is None else keep * factor
+    return factor
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether run_block computes just what this block's modules would, with nobody watching them."""
+    parts: dict[str, Any] = block._modules
+    if not timm_vit_fast.has_known_parts(block):
+        return False
+    if any(type(parts[name]) not in (DropPath, nn.Identity) for name in ("drop_path1", "drop_path2")):
+        return False
+    mlp = parts["mlp"]._modules
+    return not any(drop.training and drop.p > 0 for drop in (parts["attn"].proj_drop, mlp["drop1"], mlp["drop2"]))
