@@ -47,3 +47,39 @@ def count_before(
         threshold = key_i[:, None] - (offs_j[None, :] < offs_i[:, None]).to(key_i.dtype)
         before += ((key_j[None, :] > threshold) & mask_j[None, :]).to(tl.int32)  # [BLOCK_I, BLOCK_J]
     return tl.sum(before, axis=1)
+
+
+@triton.jit
+def count_before_alive(
+    values_ptr,
+    mask_ptr,
+    offs_i,
+    begin,
+    end,
+    stride,
+    stride_mask,
+    BLOCK_J: tl.constexpr,
+):
+    """As count_before, tokens whose mask is not above 0 coming after all others, by index; and how many are alive."""
+    key_i = _live_key(values_ptr, mask_ptr, offs_i, offs_i < end, stride, stride_mask)  # [BLOCK_I]
+    before = tl.zeros([offs_i.shape[0], BLOCK_J], tl.int32)
+    alive = tl.zeros([BLOCK_J], tl.int32)
+    for start in range(begin, end, BLOCK_J):
+        offs_j = start + tl.arange(0, BLOCK_J)
+        mask_j = offs_j < end
+        key_j = _live_key(values_ptr, mask_ptr, offs_j, mask_j, stride, stride_mask)  # [BLOCK_J]
+        # The lowest key has nothing below it to compare with, as count_before does.
+        earlier = (key_j[None, :] == key_i[:, None]) & (offs_j[None, :] < offs_i[:, None])
+        ahead = (key_j[None, :] > key_i[:, None]) | earlier
+        before += (ahead & mask_j[None, :]).to(tl.int32)  # [BLOCK_I, BLOCK_J]
+        mask_value = tl.load(mask_ptr + offs_j.to(tl.int64) * stride_mask, mask=mask_j, other=0.0).to(tl.float32)
+        alive += (mask_value > 0.0).to(tl.int32)
+    return tl.sum(before, axis=1), tl.sum(alive, axis=0)
+
+
+@triton.jit
+def _live_key(values_ptr, mask_ptr, offs, inside, stride, stride_mask):
+    """descending_key of live tokens, and for dead ones the integer that it leaves free."""
+    key = descending_key(tl.load(values_ptr + offs.to(tl.int64) * stride, mask=inside, other=0.0))
+    mask_value = tl.load(mask_ptr + offs.to(tl.int64) * stride_mask, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(mask_value > 0.0, key, -0x7FFFFFFFFFFFFFFF - 1 if key.dtype == tl.int64 else -0x7FFFFFFF - 1)

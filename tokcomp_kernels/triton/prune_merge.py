@@ -14,12 +14,12 @@ from torch import Tensor
 from tokcomp_kernels._checks import check_prune_merge
 from tokcomp_kernels.reference._common import descending_order
 from tokcomp_kernels.triton._cases import table_cases
-from tokcomp_kernels.triton._common import device_guard, dot, inner_contiguous, require_supported
+from tokcomp_kernels.triton._common import device_guard, inner_contiguous, require_supported
 from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
 from tokcomp_kernels.triton._configs import launch_config
 from tokcomp_kernels.triton._order import MAX_COUNTED, count_before
 from tokcomp_kernels.triton._rows import merge_rows, merge_rows_cases
-from tokcomp_kernels.triton._similarity import inverse_norm, row_squares
+from tokcomp_kernels.triton._similarity import best_matches
 
 _COUNTS = ["num_tokens", "num_slots", "num_sources", "num_prefix_tokens"]
 
@@ -76,35 +76,19 @@ def _prune_merge_match_kernel(
     mask_s = offs_s < num_sources
     src_token = tl.load(order_ptr + num_slots + offs_s, mask=mask_s, other=0).to(tl.int64)  # [BLOCK_S]
     src_ptrs = x_ptr + src_token * stride_xn
-    inv_src = inverse_norm(row_squares(src_ptrs, mask_s, num_channels, BLOCK_C))  # [BLOCK_S]
-
-    best = tl.full([BLOCK_S], float("-inf"), tl.float32)
-    best_slot = tl.zeros([BLOCK_S], tl.int32) + num_prefix_tokens
-    for start in range(num_prefix_tokens, num_slots, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < num_slots
-        dst_token = tl.load(order_ptr + offs_d, mask=mask_d, other=0).to(tl.int64)  # [BLOCK_D]
-        dst_ptrs = x_ptr + dst_token * stride_xn
-        dots = tl.zeros([BLOCK_D, BLOCK_S], tl.float32)
-        squares = tl.zeros([BLOCK_D], tl.float32)
-        for start_c in range(0, num_channels, BLOCK_C):
-            offs_c = start_c + tl.arange(0, BLOCK_C)
-            mask_c = offs_c < num_channels
-            dst = tl.load(dst_ptrs[:, None] + offs_c[None, :], mask=mask_d[:, None] & mask_c[None, :], other=0.0)
-            src = tl.load(src_ptrs[None, :] + offs_c[:, None], mask=mask_s[None, :] & mask_c[:, None], other=0.0)
-            dots = dot(dst, src, dots)  # [BLOCK_D, BLOCK_C] x [BLOCK_C, BLOCK_S]
-            wide = dst.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=1)
-        cosine = dots * inv_src[None, :] * inverse_norm(squares)[:, None]  # [BLOCK_D, BLOCK_S]
-        cosine = tl.where(cosine == cosine, cosine, 0.0)
-        cosine = tl.where(mask_d[:, None], cosine, float("-inf"))
-        block_best = tl.max(cosine, axis=0)
-        block_slot = tl.min(tl.where(cosine == block_best[None, :], offs_d[:, None], num_slots), axis=0)
-        # Slots run upwards, so only a strictly better block takes over: the lowest slot wins ties.
-        better = block_best > best
-        best = tl.where(better, block_best, best)
-        best_slot = tl.where(better, block_slot, best_slot)
-
+    best, best_slot = best_matches(
+        x_ptr,
+        order_ptr,
+        src_ptrs,
+        mask_s,
+        num_prefix_tokens,
+        num_slots,
+        num_channels,
+        stride_xn,
+        BLOCK_S,
+        BLOCK_D,
+        BLOCK_C,
+    )
     tl.store(dst_ptr + batch * num_sources + offs_s, best_slot, mask=mask_s)
     tl.store(similarity_ptr + batch * num_sources + offs_s, best, mask=mask_s)
     tl.store(source_ptr + batch * num_tokens + src_token, best_slot.to(tl.int64), mask=mask_s)
