@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 import tokcomp
 from tokcomp.adapters import find_adapter
@@ -57,7 +58,13 @@ def run(args: argparse.Namespace) -> int:
     if min(args.batch_size) < 1 or args.rounds < 1:
         raise ValueError("--batch-size and --rounds must be at least 1")
     model = create_model(args.model, pretrained=args.pretrained)
-    method = build_method(args, find_adapter(model).geometry(model).depth)
+    geometry = find_adapter(model).geometry(model)
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(
+            f"--model must be a timm VisionTransformer, which the published pipeline runs on, got {args.model}; "
+            "tokcomp evaluate measures other families"
+        )
+    method = build_method(args, geometry.depth)
     entries = {
         name: Entry(name, None if name.startswith("timm") else method)
         for name in COMPETITORS

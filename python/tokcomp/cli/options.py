@@ -96,12 +96,12 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
     group.add_argument(
         "--metric",
         choices=("cls_attn", "image_attn", "cls_attn_v", "random"),
-        help="diffrate: what ranks the tokens (default: cls_attn)",
+        help="diffrate: what ranks the tokens (default: cls_attn; image_attn for CAFormers)",
     )
     group.add_argument(
         "--pipeline",
         choices=("prune_merge", "merge_prune", "prune", "merge"),
-        help="diffrate: what happens in which order (default: prune_merge)",
+        help="diffrate: what happens in which order (default: prune_merge, or what the schedule has)",
     )
     group.add_argument(
         "--r",
@@ -166,8 +166,6 @@ def check_model_name(name: str) -> None:
 
 def build_model(args: argparse.Namespace) -> Any:
     """The plain model, in evaluation mode, on the CPU."""
-    import timm
-
     import tokcomp.assets  # noqa: F401  registers the digits model with timm
 
     if args.checkpoint is not None and not args.checkpoint.is_file():
@@ -178,7 +176,7 @@ def build_model(args: argparse.Namespace) -> Any:
     options = {"num_classes": args.num_classes, "img_size": args.img_size}
     options = {name: value for name, value in options.items() if value is not None}
     try:
-        model = timm.create_model(args.model, pretrained=args.pretrained, **options)
+        model = _create_model(args.model, args.pretrained, options)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if args.pretrained:
@@ -198,6 +196,24 @@ def build_model(args: argparse.Namespace) -> Any:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"--checkpoint '{args.checkpoint}' does not fit {args.model}: {reason}") from error
     return model.eval()
+
+
+def _create_model(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
+    import timm
+
+    side = options.get("img_size")
+    try:
+        model: Any = timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:
+        if side is None or "img_size" not in str(error):
+            raise
+        options = {option: value for option, value in options.items() if option != "img_size"}
+        model = timm.create_model(name, pretrained=pretrained, **options)
+    if side is not None and not hasattr(model, "patch_embed"):
+        # A model for any image size: its configuration says which one it is used at.
+        config = model.pretrained_cfg
+        model.pretrained_cfg = {**config, "input_size": (config["input_size"][0], side, side)}
+    return model
 
 
 def describe_weights(args: argparse.Namespace) -> str:
@@ -238,7 +254,11 @@ def _one_of(args: argparse.Namespace, *options: str) -> str:
 
 def _diffrate(args: argparse.Namespace, model: nn.Module) -> Method:
     from tokcomp import CompressionSchedule, DiffRate
+    from tokcomp.adapters import find_adapter
+    from tokcomp.methods.diffrate import published_settings
 
+    with blame(f"--model '{args.model}'"):
+        settings = published_settings(find_adapter(model).geometry(model))
     if _one_of(args, "gflops", "schedule") == "gflops":
         with blame("--gflops", hint="or pass --schedule FILE"):
             published = DiffRate.published(args.model, args.gflops)
@@ -250,8 +270,16 @@ def _diffrate(args: argparse.Namespace, model: nn.Module) -> Method:
             raise UserError(f"--schedule must be a JSON file, got '{args.schedule}', which is not there")
         with blame("--schedule"):
             schedule = CompressionSchedule.load(args.schedule)
+    pipeline = args.pipeline or "_".join(
+        step for step in ("prune", "merge") if getattr(schedule, f"num_{step}_kept") is not None
+    )
     with blame("--pipeline"):
-        return DiffRate(schedule, metric=args.metric or "cls_attn", pipeline=args.pipeline or "prune_merge")
+        return DiffRate(
+            schedule,
+            metric=args.metric or settings.metric,
+            pipeline=pipeline,
+            similarity_weighted_size=settings.similarity_weighted_size,
+        )
 
 
 def _tome(args: argparse.Namespace, model: nn.Module) -> Method:

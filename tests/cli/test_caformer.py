@@ -1,0 +1,59 @@
+"""Commands with a CAFormer, whose defaults are not a ViT's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tokcomp
+
+# 64 x 64 pixels are 4 x 4 tokens in the third stage's 9 blocks.
+SMALL = ("-m", "caformer_s18", "--num-classes", "5", "--img-size", "64", "--device", "cpu")
+
+
+@pytest.fixture
+def schedule(tmp_path):
+    path = tmp_path / "schedule.json"
+    tokcomp.CompressionSchedule(None, [16, 14, 12, 10, 8, 6, 5, 4, 16]).save(path)
+    return path
+
+
+def test_evaluate_at_another_size(run, image_folder, schedule):
+    command = ("evaluate", image_folder, *SMALL, "--json")
+    status, plain, _ = run(*command)
+    assert status == 0
+    status, out, err = run(*command, "--method", "diffrate", "--schedule", schedule)
+    assert status == 0, err
+    plain, result = json.loads(plain), json.loads(out)
+    assert "metric='image_attn', pipeline='merge'" in json.dumps(result)
+    assert result["gflops"] < plain["gflops"] < 0.5  # 4.1 GFLOPs at 224 x 224
+    status, out, err = run(*command, "--method", "tome", "--gflops", round(0.9 * plain["gflops"], 3))
+    assert status == 0, err
+    assert json.loads(out)["gflops"] == pytest.approx(0.9 * plain["gflops"], rel=0.05)
+
+
+def test_visualize(run, picture, schedule, tmp_path):
+    target = tmp_path / "drawn.png"
+    status, _, err = run(
+        "visualize", picture, *SMALL, "--method", "diffrate", "--schedule", schedule, "-o", target, "--cell", "10"
+    )
+    assert status == 0, err
+    assert target.stat().st_size > 0
+
+
+def test_what_cannot_be_done_is_refused(run, image_folder, schedule):
+    command = ("evaluate", image_folder, *SMALL)
+    status, _, err = run(*command, "--method", "evit", "--keep-rate", "0.7")
+    assert status == 2
+    assert "EViT needs a class token" in err
+    status, _, err = run(*command, "--method", "diffrate", "--schedule", schedule, "--metric", "cls_attn")
+    assert status == 2
+    assert "metric 'cls_attn' needs a class token" in err
+    status, _, err = run(
+        "evaluate", image_folder, "-m", "poolformer_s12", "--method", "diffrate", "--schedule", schedule
+    )
+    assert status == 2
+    assert "--model 'poolformer_s12': stages.2.blocks.0.token_mixer: Pooling cannot be compressed" in err
+    status, _, err = run("bench", "-m", "caformer_s18", "--method", "tome")
+    assert status == 2
+    assert "--model must be a timm VisionTransformer" in err
