@@ -55,24 +55,36 @@ def split(x: Tensor, packed: PackedWeights) -> tuple[Tensor, ...]:
 
 def run_block(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeights) -> Tensor:
     """What CompressedBlock.forward computes, for x [B, N, C] in ``packed.dtype``; the block has to be packed."""
+    with torch._C._AutoDispatchBelowAutograd():  # no gradient is wanted here: spare each call the way through autograd
+        x = attention_half(block, x, state, packed)
+        x = state.reduce(x)
+        return mlp_half(block, x, packed)
+
+
+def attention_half(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeights) -> Tensor:
+    """x + attention: :func:`run_block` up to where the tokens are reduced. Leaves the evidence in ``state``."""
     parts: dict[str, Any] = block._modules
-    attention, attn, mlp = parts["attn"], parts["attn"]._modules, parts["mlp"]._modules
+    attention, attn = parts["attn"], parts["attn"]._modules
     batch, num_tokens, _ = x.shape
     heads, width = attention.num_heads, attention.head_dim
-    with torch._C._AutoDispatchBelowAutograd():  # no gradient is wanted here: spare each call the way through autograd
-        qkv = packed.linear(attn["qkv"], norm(parts["norm1"], x))
-        q, k, v = qkv.view(batch, num_tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = norm(attn["q_norm"], q), norm(attn["k_norm"], k)
-        out, state.evidence = attend(q, k, v, scale=attention.scale, size=state.attention_size, needs=state.needs)
-        out = out.transpose(1, 2).reshape(batch, num_tokens, heads * width)
-        x = _residual(parts["ls1"], packed, attn["proj"], out, x)
-        x = state.reduce(x)
-        hidden = norm(parts["norm2"], x)
-        if type(mlp["act"]) is nn.GELU:
-            hidden = packed.linear_gelu(mlp["fc1"], hidden, mlp["act"].approximate)
-        else:
-            hidden = mlp["act"](packed.linear(mlp["fc1"], hidden))
-        return _residual(parts["ls2"], packed, mlp["fc2"], hidden, x)
+    qkv = packed.linear(attn["qkv"], norm(parts["norm1"], x))
+    q, k, v = qkv.view(batch, num_tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = norm(attn["q_norm"], q), norm(attn["k_norm"], k)
+    out, state.evidence = attend(q, k, v, scale=attention.scale, size=state.attention_size, needs=state.needs)
+    out = out.transpose(1, 2).reshape(batch, num_tokens, heads * width)
+    return _residual(parts["ls1"], packed, attn["proj"], out, x)
+
+
+def mlp_half(block: nn.Module, x: Tensor, packed: PackedWeights) -> Tensor:
+    """x + MLP: what :func:`run_block` does once the tokens are reduced."""
+    parts: dict[str, Any] = block._modules
+    mlp = parts["mlp"]._modules
+    hidden = norm(parts["norm2"], x)
+    if type(mlp["act"]) is nn.GELU:
+        hidden = packed.linear_gelu(mlp["fc1"], hidden, mlp["act"].approximate)
+    else:
+        hidden = mlp["act"](packed.linear(mlp["fc1"], hidden))
+    return _residual(parts["ls2"], packed, mlp["fc2"], hidden, x)
 
 
 def is_packed(block: nn.Module, packed: PackedWeights) -> bool:

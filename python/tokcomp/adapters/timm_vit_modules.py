@@ -70,8 +70,16 @@ class CompressedBlock(Swapped):
         state = _require_state(state, attn_mask, is_causal)
         if state.packed is not None:
             return timm_vit_fast.run_block(self, x, state, state.packed)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), state=state)))
+        x = self.attention_half(x, state)
         x = state.reduce(x)
+        return self.mlp_half(x)
+
+    def attention_half(self, x: Tensor, state: BlockState) -> Tensor:
+        """x + attention: the block up to where the tokens are reduced. Leaves the evidence in ``state``."""
+        return x + self.drop_path1(self.ls1(self.attn(self.norm1(x), state=state)))
+
+    def mlp_half(self, x: Tensor) -> Tensor:
+        """x + MLP: the block once the tokens are reduced."""
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -83,11 +91,7 @@ class CompressedModel(Swapped):
     def tokens(self, images: Tensor, sources: list[Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, M, C] after the last block, their sizes [B, M]; ``sources`` collects each block's source map."""
         packed = timm_vit_fast.pack(self, images)
-        if packed is not None and self.patch_embed.proj in packed:
-            x = timm_vit_fast.embed_patches(self.patch_embed, images, packed)
-        else:
-            x = self.patch_embed(images)
-        x = self.norm_pre(self.patch_drop(self._pos_embed(x)))
+        x = self.embed(images, packed)
         if packed is None or sources is not None or has_hooks(self.blocks):
             return self._run_blocks(x, packed, sources)
         parts = [self._run_blocks(part, packed) for part in timm_vit_fast.split(x, packed)]
@@ -95,6 +99,14 @@ class CompressedModel(Swapped):
             return parts[0]
         tokens, sizes = zip(*parts, strict=True)
         return torch.cat(tokens), None if sizes[0] is None else torch.cat(sizes)
+
+    def embed(self, images: Tensor, packed: PackedWeights | None) -> Tensor:
+        """Tokens [B, N, C] that enter block 0; ``packed`` is what timm_vit_fast.pack returned for these images."""
+        if packed is not None and self.patch_embed.proj in packed:
+            x = timm_vit_fast.embed_patches(self.patch_embed, images, packed)
+        else:
+            x = self.patch_embed(images)
+        return self.norm_pre(self.patch_drop(self._pos_embed(x)))
 
     def _run_blocks(
         self, x: Tensor, packed: PackedWeights | None, sources: list[Tensor | None] | None = None
@@ -123,6 +135,10 @@ class CompressedModel(Swapped):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         _refuse_mask(attn_mask, is_causal)
         x, size = self.tokens(x)
+        return self.logits(x, size)
+
+    def logits(self, x: Tensor, size: Tensor | None) -> Tensor:
+        """What follows the last block: x [B, M, C] and the tokens' sizes [B, M] to logits."""
         return self._head(self.norm(x), size)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
