@@ -2,5 +2,20 @@
 
 from tokcomp.budgets.base import Budget, TargetError, TokenCounts, counts_of, least_counts
 from tokcomp.budgets.flops import FlopsBudget, flops_of
+from tokcomp.budgets.latency import LatencyBudget, LatencyTable
+from tokcomp.budgets.measure import MeasurementStopped, find_latency_table, measure_latency
 
-__all__ = ["Budget", "FlopsBudget", "TargetError", "TokenCounts", "counts_of", "flops_of", "least_counts"]
+__all__ = [
+    "Budget",
+    "FlopsBudget",
+    "LatencyBudget",
+    "LatencyTable",
+    "MeasurementStopped",
+    "TargetError",
+    "TokenCounts",
+    "counts_of",
+    "find_latency_table",
+    "flops_of",
+    "least_counts",
+    "measure_latency",
+]

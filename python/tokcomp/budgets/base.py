@@ -65,24 +65,24 @@ def check_number(name: str, value: float, *, positive: bool = False) -> float:
     return number
 
 
-def check_target(name: str, target: float, unit: str, least: float, most: float) -> float:
+def check_target(name: str, target: float, unit: str, *, smallest: float, uncompressed: float) -> float:
     """``target`` if a schedule can have that cost.
 
     Args:
         name: the argument, for the message.
         target: in ``unit``.
-        unit: of the three numbers.
-        least: cost of the smallest schedule that the search can reach.
-        most: cost of the uncompressed model.
+        unit: of the three numbers, for the message.
+        smallest: what the smallest schedule that the search can reach has.
+        uncompressed: what the uncompressed model has; more than ``smallest`` for a cost, less for a rate.
 
     Raises:
-        TargetError: it is outside ``least .. most``; the message gives both.
+        TargetError: the target is not between the two; the message gives both.
     """
     target = check_number(name, target, positive=True)
-    if not least <= target <= most:
-        rule = "at most the uncompressed model's" if target > most else "at least the smallest reachable schedule's"
+    if not min(smallest, uncompressed) <= target <= max(smallest, uncompressed):
         raise TargetError(
-            f"{name} must be {rule} cost: between {least:.4g} and {most:.4g} {unit} here, got {target:g} {unit}"
+            f"{name} must lie between {uncompressed:.4g} (uncompressed) and {smallest:.4g} (the smallest schedule that "
+            f"the search can reach) {unit}, got {target:g}"
         )
     return target
 

@@ -64,9 +64,11 @@ class FlopsBudget(Budget):
         adapter = find_adapter(model)
         self._cost, self._num_tokens = adapter.cost(model), adapter.num_tokens(model)
         least, most = self.cost(least_counts(model, granularity)), self.cost(counts_of(model))
-        self.target = check_target("target_gflops", target_gflops, self.unit, least.item(), most.item())
-        self.weight = check_number("weight", weight)
         self.uncompressed = most.item()
+        self.target = check_target(
+            "target_gflops", target_gflops, self.unit, smallest=least.item(), uncompressed=self.uncompressed
+        )
+        self.weight = check_number("weight", weight)
 
     def cost(self, counts: TokenCounts) -> Tensor:
         return flops_of(self._cost, counts, self._num_tokens) / 1e9

@@ -11,11 +11,11 @@ from torch import Tensor
 class Staircase:
     """A function of a token count, as a table of its values at whole counts 0 .. len - 1.
 
-    Hardware works in units of 8, 16 or 32 tokens, so cost rises in steps. The value at a whole count is the table's own,
-    steps and all (between whole counts: linear). The derivative of that would be 0 on a step and huge at its edge, so a
-    search would see nothing until it happened on an edge. The gradient is therefore the slope of the least-squares line
-    through the table within ``reach`` counts either side: at least one step wide, it sees the next edge coming. Negative
-    slopes, which only noise or a kernel's change of plan can make, count as 0: no search is rewarded for adding tokens.
+    Hardware works in units of 8, 16 or 32 tokens, so cost rises in steps. The value at a whole count is the table's
+    own, steps and all (between whole counts: linear). The derivative of that would be 0 on a step and huge at its edge,
+    so a search would see nothing until it happened on an edge. The gradient is therefore the slope of the least-squares
+    line through the table within ``reach`` counts either side: wider than a step, it sees the next edge coming.
+    Negative slopes, which only noise or a kernel's change of plan can make, count as 0: adding tokens earns nothing.
 
     Args:
         values: [..., T] the cost at counts 0 .. T - 1; leading dimensions are functions side by side.

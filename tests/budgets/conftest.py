@@ -1,0 +1,21 @@
+"""Small models to hold to a budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+
+@pytest.fixture
+def make_vit():
+    """Build a small ViT of 4 blocks and 17 tokens: make_vit(seed, **arguments of VisionTransformer)."""
+
+    def make(seed: int = 0, **options: Any) -> VisionTransformer:
+        torch.manual_seed(seed)
+        defaults = dict(img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=3, num_classes=5)
+        return VisionTransformer(**{**defaults, **options}).eval()
+
+    return make
