@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_vit():
     """Build a small ViT of 4 blocks and 17 tokens: make_vit(seed, **arguments of VisionTransformer)."""
 

@@ -66,6 +66,14 @@ def test_smallest_counts_leave_block_0_alone(deit_small):
     assert least_counts(deit_small, 4).num_out.tolist() == [197.0] + [5.0] * 11  # 196 - 4 * 48 = 4 patches
 
 
+def test_a_head_that_reads_patches_keeps_the_last_block(make_vit):
+    model = make_vit(class_token=False, global_pool="avg")  # 16 patches, 4 blocks
+    counts = least_counts(model, 5)
+    assert counts.num_in.tolist() == [16.0, 16.0, 1.0, 1.0] and counts.num_out.tolist() == [16.0, 1.0, 1.0, 1.0]
+    alone = least_counts(make_vit(class_token=False, global_pool="avg", depth=2))
+    assert alone.num_in.tolist() == alone.num_out.tolist() == [16.0, 16.0]
+
+
 @pytest.mark.parametrize("target", [0.1, 4.7])
 def test_an_unreachable_target_is_refused_with_both_ends(deit_small, target):
     with pytest.raises(

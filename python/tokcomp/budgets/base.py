@@ -101,9 +101,10 @@ def counts_of(model: nn.Module, method: Method | None = None) -> TokenCounts:
 
 
 def least_counts(model: nn.Module, granularity: int = 1) -> TokenCounts:
-    """The smallest token counts [L] that a search of this granularity can reach: block 0 keeps all its tokens.
+    """The smallest token counts [L] (float64, CPU) that a search of this granularity can reach.
 
-    Every other block may keep as few as the smallest candidate, ``P - granularity * (ceil(P / granularity) - 1)`` of P
+    Block 0 keeps all its tokens, and the last block of a model whose head reads patch tokens all that it gets. Every
+    other block may keep as few as the smallest candidate, ``P - granularity * (ceil(P / granularity) - 1)`` of P
     patches, and the prefix tokens.
     """
     adapter = find_adapter(model)
@@ -111,6 +112,8 @@ def least_counts(model: nn.Module, granularity: int = 1) -> TokenCounts:
     num_in, num_out = (counts.clone() for counts in counts_of(model))
     patches = int(num_in[0]) - prefix
     fewest = prefix + patches - granularity * (math.ceil(patches / granularity) - 1)
-    num_out[1:] = fewest
-    num_in[2:] = fewest
+    free = len(num_out) - 1 if adapter.reads_patches(model) else len(num_out)
+    if free > 1:
+        num_out[1:] = fewest
+        num_in[2:] = fewest
     return TokenCounts(num_in, num_out)

@@ -16,7 +16,7 @@ from tokcomp.adapters import find_adapter
 from tokcomp.budgets.base import Budget, TokenCounts, check_number, check_target, counts_of, least_counts
 from tokcomp.budgets.staircase import Staircase
 from tokcomp.budgets.vit_parts import PARTS, uniform_blocks
-from tokcomp.schedule import _replace_file
+from tokcomp.files import write_whole
 
 FORMAT = "tokcomp.LatencyTable"
 VERSION = 1
@@ -65,7 +65,7 @@ class LatencyTable:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON: the file at ``path`` is either wholly replaced or left as it was."""
         data = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        _replace_file(Path(path), json.dumps(data, indent=1, allow_nan=False) + "\n")
+        write_whole(Path(path), json.dumps(data, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:

@@ -210,6 +210,7 @@ def find_latency_table(
                 raise ValueError(f"{path} was measured with {name} {getattr(table, name)}, got {name} {value}")
         return table
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()  # an unwritable place shows before minutes of measuring
         path.unlink()
     table = measure_latency(model, batch_size=batch_size or 1, dtype=dtype or "float32", device=device, **options)

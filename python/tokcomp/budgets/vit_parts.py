@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tokcomp.adapters import UnsupportedModelError, find_adapter, timm_vit_fast
 from tokcomp.adapters.base import BlockCost
-from tokcomp.adapters.timm_vit_modules import CompressedModel
 from tokcomp.api import compress, restore
 from tokcomp.methods import DiffRate, Method
 from tokcomp.methods.base import Evidence
@@ -55,18 +55,18 @@ class VitParts:
     """
 
     def __init__(self, model: nn.Module, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        uniform_blocks(model)
         adapter = find_adapter(model)
+        if not isinstance(model, VisionTransformer):
+            raise UnsupportedModelError(
+                f"measured latency knows timm's VisionTransformer, not a {type(model).__name__}"
+            )
+        uniform_blocks(model)
         geometry = adapter.geometry(model)
         self.depth, self.num_tokens = geometry.depth, adapter.num_tokens(model)
         self.num_prefix_tokens = geometry.num_prefix_tokens
         self.metric = "cls_attn" if geometry.has_class_token else "image_attn"
         own: Any = restore(copy.deepcopy(model)).to(device=device, dtype=dtype).eval()
         self._model = compress(own, self._method(self.num_tokens))
-        if not isinstance(self._model, CompressedModel):
-            raise UnsupportedModelError(
-                f"measured latency knows timm's VisionTransformer, not a {type(model).__name__}"
-            )
         channels = own.patch_embed.proj.in_channels
         generator = torch.Generator().manual_seed(0)
         self._images = torch.randn(batch_size, channels, *own.patch_embed.img_size, generator=generator).to(
