@@ -1,6 +1,7 @@
 """Each operator as a chain of PyTorch calls, the way the published code writes it: what a kernel has to beat.
 
-Same arguments as the operator, the outputs that the published code computes (no source maps).
+Same arguments as the operator, the outputs that the published code computes (no source maps); masked_merge's are in the
+order of rank, for the published search sorts the tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from tokcomp.bench.published import bipartite_merge, gather_tokens, merge_by_similarity
+from tokcomp.bench.published_search import merge_in_place
 from torch import Tensor
 
 
@@ -99,6 +101,22 @@ def unmerge(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = None) -> 
     return torch.where(alive, x.gather(1, index), 0.0 if pruned_fill is None else pruned_fill)
 
 
+def masked_merge(
+    x: Tensor,
+    importance: Tensor,
+    token_mask: Tensor,
+    counts: Tensor,
+    *,
+    size: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+) -> tuple[Tensor, Tensor]:
+    order = _descending(importance, num_prefix_tokens)  # the importance of dead tokens is what eps leaves of it
+    x, column, _ = gather_tokens(x, order), gather_tokens(_column(size, x), order), token_mask.gather(1, order)
+    num_before_merge, num_merge_kept = (int(count) for count in counts)
+    x, column = merge_in_place(x, column, num_merge_kept, num_before_merge, num_prefix_tokens)
+    return x, column.squeeze(-1)
+
+
 EAGER: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
@@ -109,5 +127,6 @@ EAGER: dict[str, Callable[..., Any]] = {
         attention,
         tome_merge,
         unmerge,
+        masked_merge,
     )
 }

@@ -32,9 +32,10 @@ BACKWARD = {
     "_masked_softmax_backward": "masked_softmax",
     "_masked_attention_backward": "masked_attention",
     "_attention_backward": "attention",
+    "_masked_merge_backward": "masked_merge",
 }
 #: Operators that only the search runs, at its batch size.
-SEARCH = ("masked_softmax", "masked_attention", *BACKWARD)
+SEARCH = ("masked_softmax", "masked_attention", "masked_merge", *BACKWARD)
 BATCH = {"cpu": 16, "cuda": 1024}
 SEARCH_BATCH = {"cpu": 8, "cuda": 256}
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float16,)}
@@ -110,6 +111,15 @@ def make_case(op: str, shape: BlockShape, batch: int, dtype: torch.dtype, device
         return Case(packed(), {"size": uniform(1, 3)}, 4 * plane)
     if op == "masked_attention":
         return Case((*packed(), mask()), {"size": uniform(1, 3)}, 4 * plane)
+    if op == "masked_merge":
+        # What is pruned is dead already, and of no importance, as masked attention leaves it.
+        alive = (torch.arange(tokens, device=device) < shape.num_prune_kept).float().expand(batch, tokens)
+        args = normal(tokens, channels), uniform(0.1, 1) * alive, alive.contiguous()
+        counts = torch.tensor([shape.num_prune_kept, kept], device=device)
+        return Case((*args, counts), {"size": uniform(1, 3), "min_weighted_size": 1.0}, 2 * plane)
+    if op == "_masked_merge_backward":
+        inner = make_case("masked_merge", shape, batch, dtype, device)
+        return Case((normal(tokens, channels), _destination(inner)), {}, 2 * plane)
     if op == "_merge_backward":
         return Case((normal(kept, channels), source()), {}, small + plane)
     if op == "_unmerge_backward":
@@ -124,6 +134,10 @@ def make_case(op: str, shape: BlockShape, batch: int, dtype: torch.dtype, device
     return Case((normal(shape.heads, tokens, shape.width), *forward.args), forward.kwargs, 7 * plane)
 
 
+def _destination(case: Case) -> Tensor:
+    return torch.ops.tokcomp.masked_merge(*case.args, **case.kwargs)[3]
+
+
 def backends(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:
     """The implementations of an operator that run on this device, by the name under which they are listed."""
     names = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}[device.type]
@@ -135,9 +149,10 @@ def backends(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:
 def eager_call(op: str, case: Case, shape: BlockShape) -> Callable[[], Any]:
     """The eager chain on a case; for a backward pass, autograd through the forward's chain."""
     if op in EAGER:
-        return lambda: EAGER[op](*case.args, **case.kwargs)
+        kwargs = {name: value for name, value in case.kwargs.items() if name != "min_weighted_size"}  # 1, as published
+        return lambda: EAGER[op](*case.args, **kwargs)
     grad, forward = case.args[0], BACKWARD[op]
-    if op == "_merge_backward":  # the one backward that does not take its forward's arguments
+    if op in OF_ANOTHER_CASE:
         inner = make_case(forward, shape, grad.shape[0], grad.dtype, grad.device)
         args, kwargs = inner.args, inner.kwargs
     elif op == "_unmerge_backward":
@@ -147,13 +162,22 @@ def eager_call(op: str, case: Case, shape: BlockShape) -> Callable[[], Any]:
     differentiable = IMPLEMENTATION_INPUTS[forward]
     leaves = [args[i].detach().requires_grad_() for i in range(differentiable)]
     with torch.enable_grad():
-        outputs = EAGER[forward](*leaves, *args[differentiable:], **kwargs)
+        outputs = eager_call(forward, Case((*leaves, *args[differentiable:]), kwargs, 0), shape)()
     out = outputs[0] if isinstance(outputs, tuple) else outputs
     return lambda: torch.autograd.grad(out, leaves, grad.to(out.dtype), retain_graph=True)
 
 
 #: How many leading arguments of a forward take a gradient.
-IMPLEMENTATION_INPUTS = {"prune_merge": 1, "unmerge": 1, "masked_softmax": 2, "masked_attention": 4, "attention": 3}
+IMPLEMENTATION_INPUTS = {
+    "prune_merge": 1,
+    "unmerge": 1,
+    "masked_softmax": 2,
+    "masked_attention": 4,
+    "attention": 3,
+    "masked_merge": 1,
+}
+#: Backward passes that take a map where their forward takes scores: their chain differentiates a case of its own.
+OF_ANOTHER_CASE = ("_merge_backward", "_masked_merge_backward")
 
 
 def tensors(outputs: Any) -> tuple[Tensor, ...]:
@@ -166,7 +190,7 @@ def check(op: str, calls: dict[str, Callable[..., Any]], case: Case, shape: Bloc
     sample = Sample(op, shape.id, case.args, case.kwargs)
 
     def pick(value: Any) -> Any:
-        return value[chosen.to(value.device)] if isinstance(value, Tensor) else value
+        return value[chosen.to(value.device)] if isinstance(value, Tensor) and value.dim() > 1 else value
 
     few = Sample(op, shape.id, tuple(map(pick, case.args)), {name: pick(value) for name, value in case.kwargs.items()})
     owner = IMPLEMENTATIONS[op].backend(case.args[0].device.type)
@@ -186,8 +210,13 @@ def check_eager(op: str, few: Sample, shape: BlockShape) -> None:
     """The eager chain computes the same function: in float64 it agrees with the reference to 1e-9."""
     double = few.map(lambda value: value.double())
     want = tensors(IMPLEMENTATIONS[op].reference(*double.args, **double.kwargs))
-    if op == "_merge_backward":
-        return  # its chain differentiates a prune_merge of its own, which the forward's row has checked
+    if op in OF_ANOTHER_CASE:
+        return  # the forward's row has checked the chain
+    if op == "masked_merge":
+        order = want[2].argsort(dim=1)
+        want = tensors(
+            tuple(t.gather(1, order.reshape(*order.shape, *[1] * (t.dim() - 2)).expand(t.shape)) for t in want)
+        )
     have = tensors(eager_call(op, Case(double.args, double.kwargs, 0), shape)())
     for one, other in zip(have, want, strict=False):
         assert one.shape == other.shape

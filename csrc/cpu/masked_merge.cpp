@@ -153,6 +153,8 @@ void masked_merge_image(const Image<T>& image, const Options& options, int64_t n
   const int64_t ranked = std::min(num_live, options.before);
   if (options.merges(ranked)) {
     merge(image, options, ranked, work);
+  } else if (image.token_stride == options.width) {
+    rows::copy(image.x, image.x_out, options.tokens * options.width);
   } else {
     for (int64_t n = 0; n < options.tokens; ++n) {
       rows::copy(image.row(n), image.x_out + n * options.width, options.width);

@@ -63,6 +63,23 @@ void test_class_attention_sort(at::Device device, const std::string& where) {
   expect((ranked.diff(1, 1) <= 0).all().item<bool>(), "class_attention_sort: descending, " + where);
 }
 
+// Of the live tokens 0, 1, 3 two stay; token 3 points the way token 1 does, so it merges into it and stays where it is.
+void test_masked_merge(at::Device device, const std::string& where) {
+  const auto options = at::TensorOptions(device).dtype(at::kFloat);
+  const at::Tensor x = at::tensor({5., 5., 1., 0., 0., 2., 2., 0.}, at::kFloat).view({1, 4, 2}).to(options);
+  const at::Tensor importance = at::tensor({0., .5, .9, .2}, at::kFloat).view({1, 4}).to(options);
+  const at::Tensor token_mask = at::tensor({1., 1., 0., 1.}, at::kFloat).view({1, 4}).to(options);
+  const at::Tensor counts = at::tensor({4, 2}, at::kLong).to(device);
+  const Tensors merged = call("masked_merge", {x, importance, token_mask, counts});
+  const at::Tensor x_out = at::tensor({5., 5., 1.5, 0., 0., 2., 2., 0.}, at::kFloat).view({1, 4, 2}).to(options);
+  const at::Tensor size_out = at::tensor({1., 2., 1., 1.}, at::kFloat).view({1, 4}).to(options);
+  expect(at::allclose(merged[0], x_out), "masked_merge: tokens, " + where);
+  expect(at::allclose(merged[1], size_out), "masked_merge: sizes, " + where);
+  expect(merged[2].cpu().equal(at::tensor({0, 1, 3, 2}, at::kLong).view({1, 4})), "masked_merge: ranks, " + where);
+  expect(merged[3].cpu().equal(at::tensor({0, 1, 2, 1}, at::kLong).view({1, 4})),
+         "masked_merge: destinations, " + where);
+}
+
 void test_refusal() {
   std::string message;
   try {
@@ -90,6 +107,7 @@ void test_every_operator_has_a_cpu_kernel() {
 int main() {
   test_every_operator_has_a_cpu_kernel();
   test_refusal();
+  test_masked_merge(at::kCPU, "cpu");
   std::vector<at::Device> devices{at::kCPU};
   if (at::hasCUDA()) devices.emplace_back(at::kCUDA);
   for (const at::Device& device : devices) {

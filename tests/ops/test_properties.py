@@ -45,6 +45,25 @@ def test_prune_merge(case: Any, data: Any) -> None:
 
 @steady
 @given(tokens(), st.data())
+def test_masked_merge(case: Any, data: Any) -> None:
+    x, importance, size, prefix, generator = case
+    token_mask = (
+        torch.rand(x.shape[:2], generator=generator) < data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+    ).float()
+    counts = torch.tensor([data.draw(st.integers(-2, x.shape[1] + 2)) for _ in range(2)])
+    kwargs = {
+        "num_prefix_tokens": prefix,
+        "size": size,
+        "similarity_weighted_size": data.draw(st.booleans()),
+        "min_weighted_size": data.draw(st.sampled_from([None, 1.0, -0.25])),
+    }
+    args = (x, importance, token_mask.to(DEVICE), counts.to(DEVICE))
+    sample = Sample("masked_merge", f"{list(x.shape)}", args, kwargs)
+    assert_right(sample, torch.ops.tokcomp.masked_merge(*args, **kwargs))
+
+
+@steady
+@given(tokens(), st.data())
 def test_tome_merge(case: Any, data: Any) -> None:
     x, _, size, prefix, generator = case
     metric = torch.randn(*x.shape[:2], data.draw(st.integers(1, 20)), generator=generator).to(x.dtype).to(DEVICE)
