@@ -87,7 +87,7 @@ def test_a_signal_stops_and_resume_goes_on_exactly(run, tmp_path, few_images, mo
     monkeypatch.setattr(FineTuner, "step", step)
     again, _, err = run(*command, "-o", tmp_path / "parts")
     assert again == 2 and "holds a run already; go on with it by --resume, or choose another folder" in err
-    status, out, err = run(*command, "-o", tmp_path / "parts", "--resume")
+    status, _, err = run(*command, "-o", tmp_path / "parts", "--resume")
     assert status == 0, err
     for name in ("log.csv", "best.safetensors", "last.safetensors", "last_ema.safetensors"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
@@ -109,13 +109,14 @@ def test_a_loss_that_is_not_finite_is_reported(run, tmp_path, few_images, monkey
 
 
 def test_from_scratch_takes_the_recipe_of_deit(run, tmp_path, folders):
-    options = ("--from-scratch", "-b", "4", "--num-classes", "2", "--epochs", "1", "--method", "evit", "--keep-rate", "0.7")
-    extra = ("--grad-checkpointing", "--grad-accum-steps", "2", "--amp")
-    status, out, err = run(*MODEL, folders, *options, "--keep-blocks", "1,3", *extra, "-o", tmp_path / "run")
+    options = ("--from-scratch", "-b", "4", "--num-classes", "2", "--epochs", "1", "--method", "evit")
+    extra = ("--keep-rate", "0.7", "--grad-checkpointing", "--grad-accum-steps", "2", "--amp")
+    status, _, err = run(*MODEL, folders, *options, *extra, "--keep-blocks", "1,3", "-o", tmp_path / "run")
     assert status == 0, err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     recipe = summary["settings"]["recipe"]
-    assert recipe["lr"] == pytest.approx(5e-4 * 4 / 512) and recipe["repeated_aug"] == 3 and recipe["reprob"] == 0.25
+    assert recipe["lr"] == pytest.approx(5e-4 * 4 / 512) and recipe["min_lr"] == recipe["lr"] / 100
+    assert recipe["repeated_aug"] == 3 and recipe["reprob"] == 0.25
     assert recipe["model_ema_decay"] == 0.99996 and recipe["warmup_epochs"] == 5
     assert summary["weights"] == "random weights" and summary["settings"]["amp"] == "bfloat16"
     assert (tmp_path / "run" / "last_ema.safetensors").exists()
@@ -123,7 +124,8 @@ def test_from_scratch_takes_the_recipe_of_deit(run, tmp_path, folders):
 
 def test_a_part_of_the_training_images_can_be_held_out(run, tmp_path, folders):
     (folders / "validation").rename(tmp_path / "elsewhere")
-    command = (*MODEL, folders, "--from-scratch", "--num-classes", "2", "-b", "4", "--epochs", "1", "-o", tmp_path / "run")
+    command = (*MODEL, folders, "--from-scratch", "--num-classes", "2", "-b", "4", "--epochs", "1")
+    command = (*command, "-o", tmp_path / "run")
     status, _, err = run(*command)
     assert status == 2 and "DATA must have a folder 'validation' besides 'train'" in err
     assert run(*command, "--held-out", "12")[0] == 2
@@ -151,17 +153,20 @@ def test_processes_of_torchrun_train_together(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "fine-tuning starts from trained weights; pass --pretrained, --checkpoint FILE or --from-scratch"),
+        (
+            (),
+            "fine-tuning starts from trained weights, got none; pass --pretrained, --checkpoint FILE or --from-scratch",
+        ),
         (("--pretrained", "--from-scratch"), "--from-scratch starts from random weights, got trained ones too"),
         (("--from-scratch", "-b", "7"), "--batch-size: the batch size must be a multiple of 2 (1 processes"),
-        (("--from-scratch", "-b", "8", "--grad-accum-steps", "3"), "--batch-size: the batch size must be a multiple of 6"),
-        (("--from-scratch", "--num-classes", "7"), "the data set must have as many classes as the model's head, 7, got 10"),
+        (("--from-scratch", "-b", "8", "--grad-accum-steps", "3"), "the batch size must be a multiple of 6"),
+        (("--from-scratch", "--num-classes", "7"), "as many classes as the model's head, 7, got 10"),
         (("--from-scratch", "--opt", "typo"), "recipe: opt must be an optimizer that timm knows, got 'typo'"),
         (("--from-scratch", "--sched", "typo"), "recipe: sched must be a scheduler that timm knows, got 'typo'"),
         (("--from-scratch", "--smoothing", "1"), "recipe: smoothing must be in [0, 1), got 1.0"),
-        (("--from-scratch", "--lr", "1e-9"), "--min-lr must not be above --lr, got 1e-05 and 1e-09"),
-        (("--from-scratch", "--amp", "--amp-dtype", "float16"), "mixed precision in float16 must run on cuda, got cpu"),
-        (("--from-scratch", "--method", "tome", "--r", "8,8"), "--method tome does not fit tokcomp_digits_vit: r must have"),
+        (("--from-scratch", "--min-lr", "1"), "--min-lr must not be above --lr, got 1 and 0.001"),
+        (("--from-scratch", "--amp", "--amp-dtype", "float16"), "in float16 must run on cuda, got cpu"),
+        (("--from-scratch", "--method", "tome", "--r", "8,8"), "--method tome does not fit tokcomp_digits_vit: r"),
         (("--from-scratch", "--method", "diffrate", "--gflops", "2.3"), "--gflops: name must be one of deit_tiny"),
         (("--from-scratch", "--held-out", "1437"), "--held-out must leave images to train on, got 1437 of 1437"),
         (("--from-scratch", "--lr", "0"), "argument --lr: must be a number above 0, got '0'"),

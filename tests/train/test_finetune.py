@@ -224,9 +224,7 @@ def test_a_killed_run_loses_at_most_its_last_checkpoint(tmp_path, monkeypatch):
         raise SystemExit(9)  # nothing after this step is written, as if the process were gone
 
     step = killed.tuner.step
-    monkeypatch.setattr(
-        killed.tuner, "step", lambda *batch: die() if killed.tuner.step_number == 5 else step(*batch)
-    )
+    monkeypatch.setattr(killed.tuner, "step", lambda *batch: die() if killed.tuner.step_number == 5 else step(*batch))
     with pytest.raises(SystemExit):
         killed.train(StopAfter(killed))
     second = make_run(tmp_path / "killed", checkpoint_steps=3)
@@ -243,7 +241,7 @@ def test_resuming_under_other_settings_is_refused(tmp_path):
     other = make_run(tmp_path, replace(LIVELY, lr=0.5))
     with pytest.raises(ValueError, match=r"a resumed run must keep its settings, got lr = 0\.5 where .* with 0\.01"):
         other.resume()
-    with pytest.raises(ValueError, match="the checkpoint must be a file, got '.*nowhere/checkpoint.pt', which is not"):
+    with pytest.raises(ValueError, match=r"the checkpoint must be a file, got '.*nowhere/checkpoint.pt', which"):
         make_run(tmp_path / "nowhere").resume()
     plain = make_tuner(PLAIN)
     with pytest.raises(ValueError, match="the state must be of a run with the same recipe and precision"):

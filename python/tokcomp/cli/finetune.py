@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Train a model with its tokens really dropped: fine-tuning by the DiffRate paper's recipe (its Table 6: 30 epochs from
-trained weights), or with --from-scratch by DeiT's (300 epochs from random ones). A step of a compressed model costs what
-its fewer tokens cost, so training is faster too.
+trained weights), or with --from-scratch by DeiT's (300 epochs from random ones). A step of a compressed model costs
+what its fewer tokens cost, so training is faster too.
 
-DATA is a folder with 'train' and 'validation' in it, one sub-folder per class in each, or --dataset names any data set of
-timm's that gives an image by its number. Accuracy on the validation images is taken before the first step and after each
-epoch, with the compression on. Ctrl-C and SIGTERM stop the run after its step, and --resume goes on as if nothing had
-happened: to the same weights, bit for bit on a CPU.
+DATA is a folder with 'train' and 'validation' in it, one sub-folder per class in each, or --dataset names any data set
+of timm's that gives an image by its number. Accuracy on the validation images is taken before the first step and after
+each epoch, with the compression on. Ctrl-C and SIGTERM stop the run after its step, and --resume goes on as if nothing
+had happened: to the same weights, bit for bit on a CPU.
 """
 
 EXAMPLES = """\
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_model_options(parser, default="deit_small_patch16_224")
     options.add_method_options(parser)
-    recipe = parser.add_argument_group("recipe (one default is both recipes'; of two, the second is that of --from-scratch)")
+    recipe = parser.add_argument_group("recipe (of two defaults, the second is that of --from-scratch)")
     recipe.add_argument("--from-scratch", action="store_true", help="start from random weights, by DeiT's recipe")
     for option, (field, kind, text, *defaults) in RECIPE_OPTIONS.items():
         default = "; ".join(dict.fromkeys(defaults))
@@ -188,16 +188,21 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     if args.from_scratch and (args.pretrained or args.checkpoint is not None):
         raise UserError("--from-scratch starts from random weights, got trained ones too; leave one of the two out")
     if not (args.from_scratch or args.pretrained or args.checkpoint is not None):
-        raise UserError("fine-tuning starts from trained weights; pass --pretrained, --checkpoint FILE or --from-scratch")
+        raise UserError(
+            "fine-tuning starts from trained weights, got none; pass --pretrained, --checkpoint FILE or --from-scratch"
+        )
     fields = ["batch_size", *(field for field, *_ in RECIPE_OPTIONS.values())]
     given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
     if args.from_scratch:
         given = {"lr": 5e-4 * args.batch_size / 512, **given}
+    base = SCRATCH_RECIPE if args.from_scratch else FINETUNE_RECIPE
+    if given.get("lr", base.lr) < base.min_lr:
+        given = {"min_lr": given["lr"] / 100, **given}
     given |= {name: tuple(value) for name in ("scale", "ratio") if (value := getattr(args, name)) is not None}
     if given.get("aa", "") in ("none", "None"):
         given["aa"] = None
     with blame("recipe"):
-        recipe = replace(SCRATCH_RECIPE if args.from_scratch else FINETUNE_RECIPE, **given)
+        recipe = replace(base, **given)
     if recipe.min_lr > recipe.lr:
         raise UserError(f"--min-lr must not be above --lr, got {recipe.min_lr:g} and {recipe.lr:g}")
     return recipe
@@ -322,10 +327,12 @@ def _parts(args: argparse.Namespace, root: Path | None) -> tuple[Dataset, Datase
         kept, held_out = split_off(train, args.held_out, args.seed)
         return Part(train, kept), Part(train, held_out)
     val = open_data(args, root, args.val_split)
-    folders = [getattr(getattr(one, "reader", None), "root", None) for one in (train, val)]
-    if folders[0] is not None and folders[0] == folders[1] and not args.dataset:
+    folders = [
+        Path(getattr(getattr(one, "reader", None), "root", None) or str(n)) for n, one in enumerate((train, val))
+    ]
+    if folders[0].is_relative_to(folders[1]):  # timm takes the whole folder where a part of that name is not there
         raise UserError(
-            f"DATA must have a folder '{args.val_split}' besides '{args.train_split}', got '{root}' without; add it, or "
+            f"DATA must have a folder '{args.val_split}' besides '{args.train_split}', got '{root}' without it; "
             "pass --held-out N to validate on N of the training images"
         )
     return train, val

@@ -83,7 +83,7 @@ class FineTuner:
         """One optimizer step.
 
         Args:
-            images: [b, 3, H, W] normalized, this process's share of the batch, piece after piece; overwritten by mixing.
+            images: [b, 3, H, W] normalized, this process's share of the batch, piece after piece; mixed in place.
             labels: [b] int64.
 
         Returns:
