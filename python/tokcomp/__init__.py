@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tokcomp.methods import DiffRate, EViT, Method, ToMe
     from tokcomp.schedule import CompressionSchedule
     from tokcomp.search.model import DiffRateSearch
+    from tokcomp.tocom.plugin import ToCom
     from tokcomp_kernels._version import __version__
 
 _HOMES = {
@@ -26,6 +27,7 @@ _HOMES = {
     "DiffRateSearch": "tokcomp.search.model",
     "EViT": "tokcomp.methods",
     "Method": "tokcomp.methods",
+    "ToCom": "tokcomp.tocom.plugin",
     "ToMe": "tokcomp.methods",
     "UnsupportedModelError": "tokcomp.adapters",
     "compress": "tokcomp.api",
@@ -41,6 +43,7 @@ __all__ = [
     "DiffRateSearch",
     "EViT",
     "Method",
+    "ToCom",
     "ToMe",
     "UnsupportedModelError",
     "__version__",

@@ -85,6 +85,14 @@ class Adapter(ABC):
     def sources(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Run the model: the last block's tokens [B, M, C], and each block's source map (None: nothing dropped)."""
 
+    def qkv_layers(self, model: nn.Module) -> list[nn.Linear]:
+        """The packed layers that compute q, k and v (their rows in this order), one per block in running order.
+
+        Raises:
+            UnsupportedModelError: this family has none.
+        """
+        raise UnsupportedModelError(f"{self.family}: its blocks have no packed q, k, v layers that ToCom could change")
+
     @abstractmethod
     def check_search(self, model: nn.Module) -> None:
         """Raise UnsupportedModelError if a plain model of this family has nothing that a search could go by."""

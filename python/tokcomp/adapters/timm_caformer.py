@@ -146,6 +146,10 @@ class TimmCAFormer(Adapter):
         x, _, _ = stage.tokens(x, sources)
         return x, sources
 
+    def qkv_layers(self, model: Any) -> list[nn.Linear]:
+        """Those of the stage that is compressed."""
+        return [block.token_mixer.qkv for block in model.stages[STAGE].blocks]
+
     def check_search(self, model: nn.Module) -> None:
         check_search(model)
 

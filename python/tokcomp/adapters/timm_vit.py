@@ -136,6 +136,9 @@ class TimmVisionTransformer(Adapter):
             return x, sources
         return model.forward_features(images), [None] * len(model.blocks)
 
+    def qkv_layers(self, model: Any) -> list[nn.Linear]:
+        return [block.attn.qkv for block in model.blocks]
+
     def check_search(self, model: nn.Module) -> None:
         check_search(model)
 

@@ -1,0 +1,132 @@
+"""Low-rank terms added to q and v while a ``with`` block runs, the model's own modules left alone.
+
+The modules on the way from the model to its packed layers are replaced by twins that share their parameters, buffers,
+hooks and other children. A twin keeps its terms for as long as anyone holds it, so gradient checkpointing, which runs a
+block again in the backward pass, meets the same computation there even when the ``with`` block has ended.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokcomp.adapters.swap import Swapped, original_class, swap_class
+
+_TERMS = "_tokcomp_terms"
+
+
+class Term(NamedTuple):
+    """``factor * up @ down`` for the q and for the v rows of one layer."""
+
+    q_down: Tensor  # [K, C]
+    q_up: Tensor  # [A, K]
+    v_down: Tensor
+    v_up: Tensor
+    columns: slice  # the part of K that takes part
+    factor: float
+
+    def add(self, x: Tensor, out: Tensor) -> Tensor:
+        """``out`` [..., 3A] with the term of tokens ``x`` [..., C] added to its q and v."""
+        down = torch.cat((self.q_down[self.columns], self.v_down[self.columns]))  # [2R, C]
+        hidden = F.linear(x, down.to(x)) * self.factor  # [..., 2R]
+        q_up, v_up = self.q_up[:, self.columns], self.v_up[:, self.columns]  # [A, R]
+        rank = q_up.shape[1]
+        no_k = q_up.new_zeros(q_up.shape[0], 2 * rank)
+        up = torch.cat((F.pad(q_up, (0, rank)), no_k, F.pad(v_up, (rank, 0))))  # [3A, 2R]
+        flat = torch.addmm(out.flatten(0, -2), hidden.flatten(0, -2).to(out), up.to(out).t())
+        return flat.view(out.shape)
+
+
+class Compensated(Swapped):
+    """A packed layer that adds its terms to what it computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)
+        for term in self.__dict__[_TERMS]:
+            out = term.add(x, out)
+        return out
+
+
+@contextmanager
+def terms_added(model: nn.Module, layers: Sequence[nn.Linear], terms: Sequence[Term]) -> Iterator[None]:
+    """Add one term per layer while the block runs; blocks nest, and may end in any order."""
+    twins = _TWINS.get(model)
+    if twins is None:
+        twins = _TWINS[model] = _Twins(model, layers)
+    scope = list(terms)
+    twins.scopes.append(scope)
+    twins.renew(model)
+    try:
+        yield
+    finally:
+        twins.scopes = [other for other in twins.scopes if other is not scope]
+        twins.renew(model)
+        if not twins.scopes:
+            _TWINS.pop(model, None)
+
+
+class _Twins:
+    """A model's own modules on the way to its packed layers, and the twins that stand in for them now."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Linear]) -> None:
+        names = {id(module): name for name, module in model.named_modules()}
+        self.layers = [names[id(layer)] for layer in layers]
+        parts = [name.split(".") for name in self.layers]
+        paths = {".".join(part[:end]) for part in parts for end in range(1, len(part) + 1)}
+        #: Children before their parents.
+        self.own = {path: model.get_submodule(path) for path in sorted(paths, key=lambda path: -path.count("."))}
+        self.twins: dict[str, nn.Module] = {}
+        self.scopes: list[list[Term]] = []
+
+    def renew(self, model: nn.Module) -> None:
+        """Put twins with the terms of all open scopes in place, or the model's own modules where none is open."""
+        self._take_back(model)
+        if not self.scopes:
+            return
+        terms = {name: [scope[index] for scope in self.scopes] for index, name in enumerate(self.layers)}
+        for path, module in self.own.items():
+            twin = self.twins[path] = _twin(module)
+            _exchange(twin, {id(self.own[child]): self.twins[child] for child in self._children(path)})
+            if path in terms:
+                swap_class(twin, Compensated)
+                twin.__dict__[_TERMS] = terms[path]
+        _exchange(model, {id(self.own[path]): twin for path, twin in self.twins.items() if "." not in path})
+
+    def _take_back(self, model: nn.Module) -> None:
+        """The model's own modules again, with whatever was done to their twins."""
+        own = {id(twin): self.own[path] for path, twin in self.twins.items()}
+        for path, twin in self.twins.items():
+            module = self.own[path]
+            state = {name: value for name, value in vars(twin).items() if name not in ("_modules", _TERMS)}
+            modules = module._modules
+            modules.clear()
+            modules.update(twin._modules)
+            vars(module).clear()
+            vars(module).update(state, _modules=modules)
+            _exchange(module, own)
+            module.__class__ = original_class(twin) if path in self.layers else type(twin)
+        _exchange(model, own)
+        self.twins = {}
+
+    def _children(self, path: str) -> list[str]:
+        return [child for child in self.twins if child.rpartition(".")[0] == path]
+
+
+_TWINS: weakref.WeakKeyDictionary[nn.Module, _Twins] = weakref.WeakKeyDictionary()
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    twin: nn.Module = object.__new__(type(module))
+    vars(twin).update(vars(module), _modules=dict(module._modules))
+    return twin
+
+
+def _exchange(module: nn.Module, others: dict[int, nn.Module]) -> None:
+    for name, child in module._modules.items():
+        module._modules[name] = others.get(id(child), child)

@@ -1,0 +1,168 @@
+"""Writing other rows of q and v into a model so that they can be taken out again.
+
+The rows that were there before lie in buffers of the packed layers that belong to no state_dict. So they go wherever
+the weights go, through deepcopy, pickle, ``.to()`` and ``.half()``, and are rounded as the weights would have been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokcomp import fastpath
+from tokcomp.tocom.layers import read_rows, write_rows
+
+_RECORD = "_tokcomp_fold"  # attribute of the model
+_ORIGINAL = "_tokcomp_unfolded"  # buffer of a packed layer: rows of q and v before the fold
+_SAMPLE = "_tokcomp_folded"  # buffer of a packed layer: some of the elements that the fold wrote
+_SAMPLES = 256
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What is folded into a model: the degrees, and whose rows they are."""
+
+    source: int
+    target: int
+    scale: float
+    #: Names of the plugin: of the object, and of what its parameters were.
+    plugin: tuple[str, str]
+    #: Hashes of the rows as written and of a sample of them, per layer.
+    written: tuple[tuple[int, int], ...] = ()
+
+    def __str__(self) -> str:
+        return f"degree {self.source} to {self.target} at scale {self.scale:g}"
+
+
+class _Marks(NamedTuple):
+    original: Tensor
+    sample: Tensor
+
+
+def fold_of(model: nn.Module) -> Fold | None:
+    """What is folded into ``model``."""
+    record: Fold | None = vars(model).get(_RECORD)
+    return record
+
+
+def original_rows(layers: Sequence[nn.Linear]) -> list[Tensor]:
+    """Rows [2A, C] of q and v without what is folded in."""
+    marks = [_marks(layer) for layer in layers]
+    return [read_rows(layer) if mark is None else mark.original for layer, mark in zip(layers, marks, strict=True)]
+
+
+def require_unchanged(record: Fold, layers: Sequence[nn.Linear]) -> None:
+    """Raise RuntimeError unless q and v hold what the fold wrote, up to a conversion of the whole model."""
+    if len(layers) == len(record.written) and all(
+        _is_as_written(layer, *written) for layer, written in zip(layers, record.written, strict=True)
+    ):
+        return
+    raise RuntimeError(
+        f"the q and v weights must be those that the fold ({record}) wrote, got others: they changed since. Train and "
+        "load weights without a fold; tokcomp.tocom.fold.forget_fold(model) takes the weights of now as the model's own"
+    )
+
+
+def write_fold(model: nn.Module, layers: Sequence[nn.Linear], rows: Sequence[Tensor], record: Fold) -> None:
+    """Write rows [2A, C] into every layer and remember what was there before any fold; all of it or nothing."""
+    with torch.inference_mode(_inference(layers)), torch.no_grad():
+        originals = original_rows(layers)
+        marks = [_Marks(original, _sample(new)) for original, new in zip(originals, rows, strict=True)]
+        written = tuple((_hash(new), _hash(mark.sample)) for new, mark in zip(rows, marks, strict=True))
+    record = Fold(record.source, record.target, record.scale, record.plugin, written)
+    with _whole(model, layers):
+        for layer, new in zip(layers, rows, strict=True):
+            write_rows(layer, new)
+        for layer, mark in zip(layers, marks, strict=True):
+            _set_marks(layer, mark)
+        setattr(model, _RECORD, record)
+
+
+def take_out(model: nn.Module, layers: Sequence[nn.Linear]) -> None:
+    """Write back the rows from before the fold, and forget it; all of it or nothing."""
+    with _whole(model, layers):
+        for layer, rows in zip(layers, original_rows(layers), strict=True):
+            write_rows(layer, rows)
+        _forget(model, layers)
+
+
+def forget_fold(model: nn.Module) -> None:
+    """Take the weights as they are now for the model's own, for good; without a fold it does nothing."""
+    _forget(model, [module for module in model.modules() if _ORIGINAL in module._buffers])
+
+
+def _forget(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    for layer in layers:
+        _set_marks(layer, None)
+    vars(model).pop(_RECORD, None)
+
+
+@contextmanager
+def _whole(model: nn.Module, layers: Sequence[nn.Linear]) -> Iterator[None]:
+    """Writing to the layers, all undone if the block raises."""
+    record, marks = fold_of(model), [_marks(layer) for layer in layers]
+    with torch.inference_mode(_inference(layers)), torch.no_grad():
+        before = [read_rows(layer) for layer in layers]
+        try:
+            yield
+        except BaseException:
+            for layer, rows, mark in zip(layers, before, marks, strict=True):
+                write_rows(layer, rows)
+                _set_marks(layer, mark)
+            if record is None:
+                vars(model).pop(_RECORD, None)
+            else:
+                setattr(model, _RECORD, record)
+            raise
+        finally:
+            fastpath.forget(model)
+
+
+def _inference(layers: Sequence[nn.Linear]) -> bool:
+    """Whether the weights are inference tensors, which can be written in that mode alone."""
+    return any(layer.weight.is_inference() for layer in layers)
+
+
+def _marks(layer: nn.Module) -> _Marks | None:
+    original, sample = layer._buffers.get(_ORIGINAL), layer._buffers.get(_SAMPLE)
+    return None if original is None or sample is None else _Marks(original, sample)
+
+
+def _set_marks(layer: nn.Module, marks: _Marks | None) -> None:
+    for name, tensor in zip((_ORIGINAL, _SAMPLE), marks or (None, None), strict=True):
+        if tensor is not None:
+            layer.register_buffer(name, tensor, persistent=False)
+        elif name in layer._buffers:
+            delattr(layer, name)
+
+
+def _is_as_written(layer: nn.Linear, rows_hash: int, sample_hash: int) -> bool:
+    marks = _marks(layer)
+    if marks is None or marks.original.dtype != layer.weight.dtype or layer.weight.is_meta:
+        return False
+    rows = read_rows(layer)
+    if rows.shape != marks.original.shape:
+        return False
+    sample = _hash(marks.sample)
+    if sample == sample_hash:
+        return _hash(rows) == rows_hash
+    # The whole model was converted: the sample went through the same rounding.
+    return _hash(_sample(rows)) == sample
+
+
+def _sample(rows: Tensor) -> Tensor:
+    return rows.flatten()[:: max(1, rows.numel() // _SAMPLES)].clone()
+
+
+def _hash(rows: Tensor) -> int:
+    """A number that changes with any one element; the same on every device."""
+    bits = rows.contiguous().view(_INTEGERS[rows.dtype.itemsize]).flatten().long()
+    # Odd factors: a change of one element changes the sum modulo 2^64.
+    factors = torch.arange(bits.numel(), device=bits.device).mul_(2).add_(1).mul_(0x9E3779B97F4A7C1)
+    return int((bits * factors).sum())

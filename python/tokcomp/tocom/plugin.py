@@ -1,0 +1,257 @@
+"""ToCom: a plugin of low-rank steps between neighbouring compression degrees."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import operator
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from numbers import Real
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+
+from tokcomp.adapters import Adapter
+from tokcomp.methods import Method
+from tokcomp.tocom.applied import Term, terms_added
+from tokcomp.tocom.files import Contents, read_plugin, write_plugin
+from tokcomp.tocom.fold import Fold, fold_of, original_rows, require_unchanged, take_out, write_fold
+from tokcomp.tocom.layers import Width, describe, qkv_layers, width_of
+
+
+class ToCom(nn.Module):
+    """The gap between a model's weights at different compression degrees (ToCom, ECCV 2024).
+
+    One step per pair of neighbouring degrees: low-rank matrices on the q and v weights of every block. From degree m to
+    a higher degree n the weights become W + scale * sum of up @ down over the steps m+1..n; towards a lower degree the
+    sum over n+1..m is subtracted (Eq. 6-7). A new plugin changes nothing: its up matrices are zero.
+
+    Which degree means what is the method's matter: ToMe's r, EViT's ``num_pruned``, the place in a list of schedules.
+
+    Args:
+        model: any model that :func:`tokcomp.compress` takes and whose blocks compute q, k and v by one linear layer;
+            it gives the widths and is not kept. The parameters are made on its device, in float32 (float64 for a
+            float64 model).
+        rank: of a step, 1 or more.
+        max_degree: degrees are 0..max_degree.
+
+    Attributes:
+        q_down, v_down: per block, Parameters [max_degree * rank, C].
+        q_up, v_up: per block, Parameters [A, max_degree * rank], A the width of all heads together (C, as a rule).
+            Rows ``rank * (d - 1)`` to ``rank * d - 1`` of a down matrix, and those columns of its up matrix, are the
+            step from degree d - 1 to d.
+        method: name of the method it was trained with ("tome"), or None; a model compressed by another is refused.
+        provenance: JSON data on where it comes from, or None.
+
+    Raises:
+        TypeError: rank or max_degree is no integer; or (UnsupportedModelError) the model is not understood.
+        ValueError: rank or max_degree is below 1.
+    """
+
+    def __init__(self, model: nn.Module, rank: int = 2, max_degree: int = 16) -> None:
+        super().__init__()
+        self.rank, self.max_degree = _whole("rank", rank, 1), _whole("max_degree", max_degree, 1)
+        self.method: str | None = None
+        self.provenance: dict[str, Any] | None = None
+        _, layers = qkv_layers(model)
+        self.widths = [width_of(layer) for layer in layers]
+        self._identity = uuid.uuid4().hex
+        slots = self.rank * self.max_degree
+        for name in ("q_down", "q_up", "v_down", "v_up"):
+            parameters = nn.ParameterList()
+            for layer, width in zip(layers, self.widths, strict=True):
+                dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+                shape = (slots, width.tokens) if name.endswith("down") else (width.attention, slots)
+                parameters.append(nn.Parameter(torch.zeros(shape, dtype=dtype, device=layer.weight.device)))
+            setattr(self, name, parameters)
+        self.q_down: nn.ParameterList
+        self.q_up: nn.ParameterList
+        self.v_down: nn.ParameterList
+        self.v_up: nn.ParameterList
+        for down in (*self.q_down, *self.v_down):
+            nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, max_degree={self.max_degree}, {describe(self.widths)}"
+
+    def fold(self, model: nn.Module, source: int = 0, target: int = 8, scale: float = 0.1) -> None:
+        """Turn the weights of a model trained at degree ``source`` into weights for degree ``target``, in place.
+
+        Only the values of the q and v weights change. A second fold of this plugin replaces the first. If this raises,
+        the model is as it was.
+
+        Args:
+            model: plain or compressed, with the depth and widths that the plugin was made for.
+            source, target: degrees, 0..max_degree.
+            scale: factor on the steps; the paper trains with 0.1 and uses 0.01 to 0.15.
+
+        Raises:
+            TypeError: a degree is no integer, or the model is not understood.
+            ValueError: a degree out of range, a scale that is not finite, a plugin for another width, depth or method,
+                or one whose values are not finite.
+            RuntimeError: another plugin is folded in already, or the weights changed since this one was.
+        """
+        steps = self._steps(source, target, scale)
+        layers = self._layers_of(model)
+        if any(layer.weight.is_meta for layer in layers):
+            raise ValueError("model must have weights to fold into, got one on the meta device")
+        plugin = (self._identity, self._digest())
+        record = fold_of(model)
+        if record is not None:
+            require_unchanged(record, layers)
+            if not set(record.plugin) & set(plugin):
+                raise RuntimeError(f"another plugin is folded into the model already ({record}): unfold that first")
+        rows = [self._compensated(index, original, *steps) for index, original in enumerate(original_rows(layers))]
+        write_fold(model, layers, rows, Fold(int(source), int(target), float(scale), plugin))
+
+    def unfold(self, model: nn.Module) -> None:
+        """Give a model the weights back, bit for bit, that it had before :meth:`fold`, whichever plugin's fold it is.
+
+        A model that was converted in between gets what the conversion would have made of them. Without a fold it does
+        nothing.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            RuntimeError: the weights changed since the fold.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        record = fold_of(model)
+        if record is not None:
+            _, layers = qkv_layers(model)
+            require_unchanged(record, layers)
+            take_out(model, layers)
+
+    def applied(
+        self, model: nn.Module, source: int, target: int, scale: float = 0.1
+    ) -> AbstractContextManager[nn.Module]:
+        """What :meth:`fold` does, as a context that is differentiable in the plugin and leaves the weights alone.
+
+        Inside it the model adds two skinny products to its q and v; no weight is copied. Contexts nest, and add up with
+        each other and with a fold. Blocks under gradient checkpointing may run backward after the end of the context,
+        a model that is checkpointed as a whole inside it only. Not for a model that other threads use.
+
+        Raises:
+            TypeError, ValueError: as :meth:`fold`, when the context is entered.
+        """
+        return self._applied(model, source, target, scale)
+
+    @contextmanager
+    def _applied(self, model: nn.Module, source: int, target: int, scale: float) -> Iterator[nn.Module]:
+        columns, factor = self._steps(source, target, scale)
+        layers = self._layers_of(model)
+        if columns.start == columns.stop:
+            yield model
+            return
+        parts = zip(self.q_down, self.q_up, self.v_down, self.v_up, strict=True)
+        with terms_added(model, layers, [Term(*part, columns, factor) for part in parts]):
+            yield model
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plugin as safetensors with its metadata; the file is there whole or as it was before."""
+        tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        contents = Contents(self.rank, self.max_degree, self.widths, tensors, self.method, self.provenance)
+        write_plugin(Path(path), contents)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> ToCom:
+        """Read a plugin that was made for models like ``model``: what :meth:`save` wrote, or the published code's.
+
+        The published code's files hold ``blocks.{i}.attn.{q,v}_tocom.adapter_{down,up}.weight`` (safetensors or torch,
+        other entries are ignored); a step's rank is 2 there, and degree r switches on the last 2r slots.
+
+        Returns:
+            A plugin in the file's element type, on the device of the model's weights.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is truncated, is no plugin, or one for another depth or width; the message names it.
+        """
+        contents = read_plugin(Path(path))
+        _, layers = qkv_layers(model)
+        _require_widths(contents.widths, [width_of(layer) for layer in layers], f"{path}: the plugin")
+        plugin = cls(model, contents.rank, contents.max_degree)
+        with torch.no_grad():
+            for name, parameter in plugin.named_parameters():
+                parameter.data = contents.tensors[name].to(parameter.device)
+        plugin.method, plugin.provenance = contents.method, contents.provenance
+        return plugin
+
+    def _layers_of(self, model: nn.Module) -> list[nn.Linear]:
+        adapter, layers = qkv_layers(model)
+        _require_widths(self.widths, [width_of(layer) for layer in layers], "the plugin")
+        self._require_method(adapter, model)
+        return layers
+
+    def _require_method(self, adapter: Adapter, model: nn.Module) -> None:
+        method = adapter.method(model)
+        name = self.method if method is None else method_name(method)
+        if self.method is not None and name != self.method:
+            raise ValueError(
+                f"the plugin was trained with the method {self.method}, got a model compressed by {name}; compress the "
+                "model by that method, or set the plugin's method to None"
+            )
+
+    def _steps(self, source: int, target: int, scale: float) -> tuple[slice, float]:
+        """The slots between two degrees, and the factor on them."""
+        source, target = self._degree("source", source), self._degree("target", target)
+        if isinstance(scale, bool) or not isinstance(scale, Real):
+            raise TypeError(f"scale must be a number, got {scale!r}")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale}")
+        low, high = sorted((source, target))
+        return slice(self.rank * low, self.rank * high), float(scale) if target > source else -float(scale)
+
+    def _degree(self, name: str, value: int) -> int:
+        degree = _whole(name, value, 0)
+        if degree > self.max_degree:
+            raise ValueError(f"{name} must be a degree from 0 to {self.max_degree}, got {degree}")
+        return degree
+
+    @torch.no_grad()
+    def _compensated(self, block: int, rows: Tensor, columns: slice, factor: float) -> Tensor:
+        """Rows [2A, C] of q and v with the steps added; summed in float32 or better, rounded once."""
+        ups, downs = (self.q_up[block], self.v_up[block]), (self.q_down[block], self.v_down[block])
+        dtype = torch.promote_types(torch.promote_types(rows.dtype, ups[0].dtype), torch.float32)
+        parts = []
+        with torch.autocast(rows.device.type, enabled=False):
+            for part, up, down in zip(rows.chunk(2), ups, downs, strict=True):
+                up, down = up[:, columns].to(rows.device, dtype), down[columns].to(rows.device, dtype)
+                if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
+                    raise ValueError(f"the plugin's values must be finite, got others in block {block}")
+                parts.append(torch.addmm(part.to(dtype), up, down, alpha=factor))
+        return torch.cat(parts).to(rows.dtype)
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, parameter in self.named_parameters():
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def method_name(method: Method) -> str:
+    """The name by which the command line knows a method: ``tome`` for ToMe."""
+    return type(method).__name__.lower()
+
+
+def _require_widths(made_for: Sequence[Width], found: list[Width], what: str) -> None:
+    if list(made_for) != found:
+        raise ValueError(f"{what} was made for {describe(list(made_for))}, got a model of {describe(found)}")
+
+
+def _whole(name: str, value: SupportsIndex, least: int) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
