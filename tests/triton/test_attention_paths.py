@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 import tokcomp_kernels.triton._attention as attention_tiles
 import tokcomp_kernels.triton.masked_softmax as masked_softmax_module
+from tokcomp_kernels import native_kernels
 from tokcomp_kernels.compare import assert_right
 from tokcomp_kernels.testing import Sample
 from tokcomp_kernels.triton.attention import attention_triton
@@ -133,6 +134,25 @@ def test_masked_keys_far_above_the_visible_ones(path, dtype, force_tiles):
     assert_right(sample, (out, cls_attn))
     sample = Sample("_masked_attention_backward", path, (inputs.normal(1, 2, num_tokens, width), *sample.args))
     assert_right(sample, masked_attention_backward_triton(*sample.args))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "width", "dtype"),
+    [(577, 80, torch.float32), (577, 80, torch.bfloat16), (257, 80, torch.float16)],
+    ids=str,
+)
+def test_the_masks_gradient_of_the_large_models(num_tokens, width, dtype):
+    """With the tiles of the tables; the compiled CPU kernel, where there is one, is held to the same bound."""
+    backward = sample_of("_masked_attention_backward", dtype, num_tokens, width)
+    one = Sample(backward.op, backward.id, tuple(t[:1] for t in backward.args), {"size": backward.kwargs["size"][:1]})
+    launchers = [LAUNCHERS[one.op]]
+    if one.op in native_kernels()["cpu"] and DEVICE == "cpu":
+        launchers.append(torch.ops.tokcomp_cpu._masked_attention_backward)
+    token_mask = one.args[4]
+    for launcher in launchers:
+        grads = launcher(*one.args, **one.kwargs)
+        assert_right(one, grads)
+        assert bool((grads[3][token_mask == 0] != 0).all()), "a masked token's gradient is missing"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
