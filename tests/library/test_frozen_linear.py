@@ -246,6 +246,10 @@ def test_refused_where_it_does_not_serve():
     assert packed(x.detach().double()) is None and packed(x.detach().bfloat16()) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert packed() is None
+        cast = fastpath.packed_weights(layers, [layers.first], x, frozen=True, autocast=True)
+        assert cast is not None and cast.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.float16):
+        assert fastpath.packed_weights(layers, [layers.first], x, frozen=True, autocast=True) is None
     for parameter in (layers.first.weight, layers.second.bias):
         parameter.requires_grad_(True)
         assert packed() is None

@@ -111,6 +111,34 @@ def test_half_types_are_no_worse_than_the_ordinary_path(make_vit, images_for, ca
 
 
 @needs_onednn
+@pytest.mark.parametrize("options", [{}, {"drop_path_rate": 0.6, "init_values": 0.3}], ids=["plain", "drop-path"])
+def test_autocast_is_no_worse_than_on_the_ordinary_path(make_vit, images_for, calls, options):
+    search = make_search(make_vit(embed_dim=48, **options)).train()
+    for number in (*search.prune, *search.merge):
+        number.logits.data.copy_(30.0 * torch.arange(len(number.logits), 0, -1))
+    search.prune[1].logits.data.mul_(-1 / 30)  # only here may rounding make a difference to which tokens stay
+    images = images_for(search.model)
+    exact, exact_gradients = ordinary(search, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        slow, slow_gradients = ordinary(search, images)
+        assert not calls
+        fast, fast_gradients = step(search, images)
+    assert len(calls) == 4
+    slow_error = (slow - exact).abs().mean()
+    assert slow_error > 1e-4  # there was rounding
+    assert (fast - exact).abs().mean() < 1.5 * slow_error
+    which = 1  # of all gradients, the one that is not zero
+    slow_error = (slow_gradients[which] - exact_gradients[which]).norm()
+    assert 0 < slow_error < 0.1 * exact_gradients[which].norm()
+    assert (fast_gradients[which] - exact_gradients[which]).norm() < 1.5 * slow_error
+    assert_same(step(search, images), (exact, exact_gradients), 1e-4)  # packed anew in float32
+    calls.clear()
+    with torch.autocast("cpu", torch.float16):
+        step(search, images)
+    assert not calls
+
+
+@needs_onednn
 def test_checkpointing_gives_the_same_step(make_vit, images_for, calls):
     search = make_search(make_vit(drop_path_rate=0.5)).train()
     images = images_for(search.model)

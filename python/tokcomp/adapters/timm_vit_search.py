@@ -42,7 +42,7 @@ def run_search(model: Any, images: Tensor, blocks: Sequence[BlockSearch]) -> Ten
     if x.shape[1] != wanted:
         raise ValueError(f"images must give {wanted} tokens as the model's own size does, got {x.shape[1]}")
     dtype = x.dtype
-    x = x if packed is None else x.to(packed.dtype)
+    x = x if packed is None or torch.is_autocast_enabled("cpu") else x.to(packed.dtype)
     state = TokenState.start(x)
     for block, search in zip(model.blocks, blocks, strict=True):
         if model.grad_checkpointing and torch.is_grad_enabled():

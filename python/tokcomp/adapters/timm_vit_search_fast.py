@@ -22,7 +22,7 @@ def pack(model: Any, images: Tensor) -> PackedWeights | None:
     layers: list[Layer] = [layer for block in model.blocks for layer in timm_vit_fast.layers_of(block)]
     if timm_vit_fast.is_plain_embedding(model.patch_embed):
         layers.append(model.patch_embed.proj)
-    return packed_weights(model, layers, images, frozen=True)
+    return packed_weights(model, layers, images, frozen=True, autocast=True)
 
 
 def embed_patches(patch_embed: Any, images: Tensor, packed: PackedWeights) -> Tensor:
@@ -35,34 +35,39 @@ def embed_patches(patch_embed: Any, images: Tensor, packed: PackedWeights) -> Te
 def run_block(
     block: nn.Module, search: BlockSearch, x: Tensor, state: TokenState, packed: PackedWeights
 ) -> tuple[Tensor, TokenState]:
-    """What timm_vit_search.run_block computes, for x [B, N, C] in ``packed.dtype``."""
+    """What timm_vit_search.run_block computes, for x [B, N, C] in ``packed.dtype``, or float32 under autocast."""
     parts: dict[str, Any] = block._modules
     attention, attn, mlp = parts["attn"], parts["attn"]._modules, parts["mlp"]._modules
     batch, num_tokens, _ = x.shape
     heads, width = attention.num_heads, attention.head_dim
-    qkv = fastpath.linear(packed, attn["qkv"], norm(parts["norm1"], x))
+    qkv = fastpath.linear(packed, attn["qkv"], norm(parts["norm1"], x).to(packed.dtype))
     q, k, v = qkv.view(batch, num_tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = norm(attn["q_norm"], q), norm(attn["k_norm"], k)
     out, importance = search.attend(q, k, v, state, scale=attention.scale)
     x = search.read(x)
     out = out.transpose(1, 2).reshape(batch, x.shape[1], heads * width)
     factor = _factor(parts["ls1"], parts["drop_path1"], x)
-    if factor is None:
+    if factor is None and x.dtype == packed.dtype:
         x = fastpath.linear_add(packed, attn["proj"], out, x)
     else:
-        x = torch.addcmul(x, fastpath.linear(packed, attn["proj"], out), factor)
+        x = _join(x, fastpath.linear(packed, attn["proj"], out), factor)
     x, state = search.reduce(x, importance, state)
     factor = _factor(parts["ls2"], parts["drop_path2"], x)
-    hidden = norm(parts["norm2"], x)
-    residual = x if factor is None else None
-    if type(mlp["act"]) is nn.GELU:
-        approximate = mlp["act"].approximate
-        out = fastpath.gelu_mlp(packed, mlp["fc1"], mlp["fc2"], hidden, residual, approximate=approximate)
-    else:
+    hidden = norm(parts["norm2"], x).to(packed.dtype)
+    if type(mlp["act"]) is not nn.GELU:
         hidden = mlp["act"](fastpath.linear(packed, mlp["fc1"], hidden))
-        out = fastpath.linear(packed, mlp["fc2"], hidden)
-        out = out if residual is None else out + residual
-    return out if factor is None else torch.addcmul(x, out, factor), state
+        return _join(x, fastpath.linear(packed, mlp["fc2"], hidden), factor), state
+    fused = factor is None and x.dtype == packed.dtype
+    out = fastpath.gelu_mlp(
+        packed, mlp["fc1"], mlp["fc2"], hidden, x if fused else None, approximate=mlp["act"].approximate
+    )
+    return out if fused else _join(x, out, factor), state
+
+
+def _join(x: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
+    """x + branch * factor, in x's type."""
+    branch = branch.to(x.dtype)
+    return x + branch if factor is None else torch.addcmul(x, branch, factor)
 
 
 def _factor(scale: Any, drop_path: Any, x: Tensor) -> Tensor | None:

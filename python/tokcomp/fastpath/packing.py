@@ -67,9 +67,12 @@ class PackedWeights:
         self._views = [_sample(entry.weight) for entry in self._layers.values()]
         self._values = torch.cat(self._views)
 
-    def is_current(self, layers: Sequence[Layer], dtype: torch.dtype) -> bool:
-        """Whether these are the layers, their weights of ``dtype``, and none has changed, in place or otherwise."""
-        if len(layers) != len(self._layers) or dtype != self._values.dtype:
+    def is_current(self, layers: Sequence[Layer], weight_dtype: torch.dtype, dtype: torch.dtype | None) -> bool:
+        """Whether these are the layers, their weights and the computation of those types, and none has changed.
+
+        ``dtype`` None: nothing is to be computed now, so any type will do.
+        """
+        if len(layers) != len(self._layers) or weight_dtype != self._values.dtype or dtype not in (self.dtype, None):
             return False
         for layer in layers:
             entry = self._layers.get(layer)
@@ -146,12 +149,18 @@ _lock = threading.Lock()
 
 
 def packed_weights(
-    model: nn.Module, layers: Iterable[Layer], x: Tensor, *, frozen: bool = False
+    model: nn.Module,
+    layers: Iterable[Layer],
+    x: Tensor,
+    *,
+    frozen: bool = False,
+    autocast: bool = False,
 ) -> PackedWeights | None:
     """The packed weights of ``layers`` for computing on ``x``, or None where the ordinary path has to be taken.
 
-    That is: on other devices or types than this serves, when gradients are wanted, under autocast, and whenever someone
-    watches the operators (torch.compile, export, tracing, functorch, dispatch modes such as FLOP counters).
+    That is: on other devices or types than this serves, when gradients are wanted, under autocast (unless the caller
+    says that it casts), and whenever someone watches the operators (torch.compile, export, tracing, functorch, dispatch
+    modes such as FLOP counters).
 
     Args:
         model: whose layers these are; the packed copies live as long.
@@ -159,22 +168,32 @@ def packed_weights(
         x: activations of the type and on the device that will be computed on.
         frozen: gradients may be wanted, though not for these layers' parameters: :mod:`tokcomp.fastpath.frozen` has
             the products that carry a gradient to their input.
+        autocast: the caller casts activations to the packed weights' type, which under autocast is autocast's own.
     """
     layers = list(dict.fromkeys(layers))
     packed = _cache.get(model)
-    if packed is None or not packed.is_current(layers, x.dtype):
+    dtype = _compute_dtype(x.dtype, autocast)
+    if packed is None or not packed.is_current(layers, x.dtype, dtype):
         if x.dtype not in COMPUTE_DTYPES or not all(_packable(layer, x.dtype) for layer in layers):
             forget(model)
             return None
         packed = None
-    if not _available(x) or (_learns(layers) if frozen else _wants_gradients(model, x)):
+    if dtype is None or not _available(x) or (_learns(layers) if frozen else _wants_gradients(model, x)):
         return None
     if packed is None:
         with _lock:
             packed = _cache.get(model)
-            if packed is None or not packed.is_current(layers, x.dtype):
-                packed = _cache[model] = PackedWeights(layers, COMPUTE_DTYPES[x.dtype])
+            if packed is None or not packed.is_current(layers, x.dtype, dtype):
+                packed = _cache[model] = PackedWeights(layers, dtype)
     return packed
+
+
+def _compute_dtype(dtype: torch.dtype, autocast: bool) -> torch.dtype | None:
+    """The type to compute in, None where that is left to the ordinary path."""
+    if not torch.is_autocast_enabled("cpu"):
+        return COMPUTE_DTYPES.get(dtype)
+    serves = autocast and dtype == torch.float32 and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return torch.bfloat16 if serves else None
 
 
 def _wants_gradients(model: nn.Module, x: Tensor) -> bool:
@@ -208,7 +227,6 @@ def _available(x: Tensor) -> bool:
         and type(x) is Tensor
         and _linear is not None
         and torch._C._get_mkldnn_enabled()
-        and not torch.is_autocast_enabled("cpu")
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
