@@ -191,7 +191,7 @@ def test_label_without_a_class_is_an_error():
 @pytest.mark.parametrize("num_samples", [41, 1])
 def test_two_processes_find_the_accuracy_of_one(run, tmp_path, num_samples):
     # Not --r, which torchrun takes for an abbreviation of its own options.
-    options = (*DIGITS, "--pretrained", "--num-samples", num_samples, "--method", "tome", "--gflops", "0.009", "-b", "8")
+    options = (*DIGITS, "--pretrained", "--num-samples", num_samples, "--method", "tome", "--gflops", "0.009", "-b8")
     _, out, _ = run(*options, "--json")
     alone = json.loads(out)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tokcomp"]

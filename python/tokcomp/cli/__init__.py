@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": ("tokcomp.cli.demo", "see it work, with no download: accuracy, speed and pictures in one report"),
     "info": ("tokcomp.cli.info", "versions, what was built, devices, and which backend each operator would use"),
     "evaluate": ("tokcomp.cli.evaluate", "accuracy and images per second on a folder of images or a timm data set"),
+    "finetune": ("tokcomp.cli.finetune", "train a compressed model: fine-tuning, or from scratch"),
     "visualize": ("tokcomp.cli.visualize", "draw which patches a method merges and prunes, block by block"),
     "bench": ("tokcomp.cli.bench", "time a compressed model against timm and the published pipeline"),
 }

@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace, root: Path | None, device: torch.device, worl
     _check_classes(dataset, model.num_classes)
     method = options.build_method(args, model)
     options.compress_by(args, model, method)
-    cost = _gflops(model)
+    cost = options.gflops(model)
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
     model.to(device, dtype)
     runner = torch.compile(model) if args.torchcompile else model
@@ -141,16 +141,6 @@ def _check_classes(dataset: Dataset, model_classes: int) -> None:
             f"the model must have a class for each of the data set's {classes}, got a model of {model_classes}; "
             "pass the right --model, --checkpoint and --num-classes"
         )
-
-
-def _gflops(model: Any) -> float | None:
-    from tokcomp import UnsupportedModelError, flops
-
-    try:
-        return round(flops(model) / 1e9, 6)
-    except UnsupportedModelError:
-        # A family that cannot be compressed can still be evaluated as it is.
-        return None
 
 
 def _evaluate(

@@ -58,6 +58,16 @@ def positive_float(text: str) -> float:
     return value
 
 
+def non_negative_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number, 0 or more, got '{text}'")
+    return value
+
+
 def listed(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     """``8`` is one value, ``8,8,4`` a list."""
 
@@ -164,8 +174,8 @@ def check_model_name(name: str) -> None:
         raise UserError(f"--model must be a name that timm knows, got '{name}'; {hint}")
 
 
-def build_model(args: argparse.Namespace) -> Any:
-    """The plain model, in evaluation mode, on the CPU."""
+def build_model(args: argparse.Namespace, **more: Any) -> Any:
+    """The plain model, in evaluation mode, on the CPU; ``more`` is timm's as well, ``drop_path_rate`` say."""
     import tokcomp.assets  # noqa: F401  registers the digits model with timm
 
     if args.checkpoint is not None and not args.checkpoint.is_file():
@@ -173,7 +183,7 @@ def build_model(args: argparse.Namespace) -> Any:
     if args.checkpoint is not None and args.pretrained:
         raise UserError("--pretrained and --checkpoint exclude each other; keep the one that names your weights")
     check_model_name(args.model)
-    options = {"num_classes": args.num_classes, "img_size": args.img_size}
+    options = {"num_classes": args.num_classes, "img_size": args.img_size, **more}
     options = {name: value for name, value in options.items() if value is not None}
     try:
         model = _create_model(args.model, args.pretrained, options)
@@ -323,3 +333,14 @@ def compress_by(args: argparse.Namespace, model: nn.Module, method: Method | Non
         raise UserError(f"--model '{args.model}': {error}") from error
     except (ValueError, TypeError) as error:
         raise UserError(f"--method {args.method} does not fit {args.model}: {error}") from error
+
+
+def gflops(model: nn.Module) -> float | None:
+    """1e9 multiply-adds of one image; None of a family that they are not known of."""
+    from tokcomp import UnsupportedModelError, flops
+
+    try:
+        return round(flops(model) / 1e9, 6)
+    except UnsupportedModelError:
+        # A family that cannot be compressed can still be used as it is.
+        return None

@@ -34,7 +34,7 @@ class Recipe:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
-    color_jitter: float = 0.4  # used where aa is None
+    color_jitter: float = 0.3  # used where aa is None
     train_interpolation: str = "bicubic"
     reprob: float = 0.0
     remode: str = "pixel"

@@ -1,0 +1,356 @@
+"""tokcomp finetune."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokcomp.cli import options
+from tokcomp.cli.data import add_data_options, data_root, open_data
+from tokcomp.cli.errors import UserError, blame, check_output_folder
+from tokcomp.cli.table import table
+
+if TYPE_CHECKING:
+    import torch
+    from torch.utils.data import Dataset
+
+    from tokcomp.train.distributed import World
+    from tokcomp.train.finetune_run import FineTuneRun
+    from tokcomp.train.recipe import Recipe
+
+DESCRIPTION = """\
+Train a model with its tokens really dropped: fine-tuning by the DiffRate paper's recipe (its Table 6: 30 epochs from
+trained weights), or with --from-scratch by DeiT's (300 epochs from random ones). A step of a compressed model costs
+what its fewer tokens cost, so training is faster too.
+
+DATA is a folder with 'train' and 'validation' in it, one sub-folder per class in each, or --dataset names any data set
+of timm's that gives an image by its number. Accuracy on the validation images is taken before the first step and after
+each epoch, with the compression on. Ctrl-C and SIGTERM stop the run after its step, and --resume goes on as if nothing
+had happened: to the same weights, bit for bit on a CPU.
+"""
+
+EXAMPLES = """\
+examples:
+  tokcomp finetune --dataset digits -m tokcomp_digits_vit --pretrained --method tome --r 10 \\
+      --epochs 5 -b 64 --lr 5e-4 -o digits-run
+      the bundled model on the bundled digits, no download
+  tokcomp finetune /data/imagenet -m deit_small_patch16_224 --pretrained --method diffrate --gflops 2.3 --amp -o run
+      the paper's fine-tuning, in mixed precision (bfloat16)
+  torchrun --nproc-per-node 8 -m tokcomp finetune /data/imagenet -m deit_small_patch16_224 --from-scratch \\
+      --method diffrate --schedule mine.json --amp --torchcompile -o run
+      from scratch on 8 GPUs, with a schedule of yours
+  tokcomp finetune /data/imagenet ... -o run --resume
+      go on with a run that was stopped; the other options as they were
+"""
+
+#: option -> (field of the recipe, what parses it, what it says, the defaults of the two recipes); the names are timm's.
+RECIPE_OPTIONS: dict[str, tuple[str, Any, str, str, str]] = {
+    "--epochs": ("epochs", options.positive_float, "passes over the training images", "30", "300"),
+    "--opt": ("opt", str, "optimizer", "adamw", "adamw"),
+    "--lr": ("lr", options.positive_float, "highest learning rate", "2e-05", "5e-4 x batch size / 512"),
+    "--min-lr": ("min_lr", options.non_negative_float, "the last step's learning rate", "1e-06", "1e-05"),
+    "--sched": ("sched", str, "learning rate scheduler", "cosine", "cosine"),
+    "--warmup-epochs": ("warmup_epochs", options.non_negative_float, "epochs in which the rate rises", "0.0", "5"),
+    "--warmup-lr": ("warmup_lr", options.non_negative_float, "rate that the warm-up starts from", "1e-06", "1e-06"),
+    "--weight-decay": ("weight_decay", options.non_negative_float, "not of biases and norms", "0.05", "0.05"),
+    "--clip-grad": ("clip_grad", options.positive_float, "largest norm of the gradient", "None", "None"),
+    "--aa": ("aa", str, "augmentation policy, or none", "rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1"),
+    "--hflip": ("hflip", options.non_negative_float, "probability of a horizontal flip", "0.5", "0.5"),
+    "--color-jitter": ("color_jitter", options.non_negative_float, "where --aa is none", "0.3", "0.3"),
+    "--reprob": ("reprob", options.non_negative_float, "probability of random erasing", "0.0", "0.25"),
+    "--aug-repeats": ("repeated_aug", options.positive_int, "copies of an image, each augmented by itself", "1", "3"),
+    "--smoothing": ("smoothing", options.non_negative_float, "label smoothing", "0.1", "0.1"),
+    "--mixup": ("mixup", options.non_negative_float, "alpha of mixup", "0.8", "0.8"),
+    "--cutmix": ("cutmix", options.non_negative_float, "alpha of cutmix", "1.0", "1.0"),
+    "--drop-path": ("drop_path", options.non_negative_float, "stochastic depth of the last block", "0.1", "0.1"),
+    "--model-ema-decay": ("model_ema_decay", options.positive_float, "of averaged weights", "None", "0.99996"),
+}
+_CROPS = {"--scale": "0.08 1", "--ratio": "0.75 1.33"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "tokcomp finetune DATA [-m NAME] [--method METHOD ...] [-o DIR] [options]"
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    data = add_data_options(parser, batch_size=1024, batch_help="images in a step, over all processes; ")
+    data.add_argument("--train-split", default="train", help="part to train on (default: %(default)s)")
+    data.add_argument("--val-split", default="validation", help="part to validate on (default: %(default)s)")
+    data.add_argument(
+        "--held-out",
+        type=options.positive_int,
+        metavar="N",
+        help="validate on N of the training images, spread over the classes, that are not trained on",
+    )
+    options.add_model_options(parser, default="deit_small_patch16_224")
+    options.add_method_options(parser)
+    recipe = parser.add_argument_group("recipe (of two defaults, the second is that of --from-scratch)")
+    recipe.add_argument("--from-scratch", action="store_true", help="start from random weights, by DeiT's recipe")
+    for option, (field, kind, text, *defaults) in RECIPE_OPTIONS.items():
+        default = "; ".join(dict.fromkeys(defaults))
+        recipe.add_argument(option, type=kind, dest=field, metavar="X", help=f"{text} (default: {default})")
+    for option, text in (("--scale", "share of an image that a crop takes"), ("--ratio", "width to height of a crop")):
+        recipe.add_argument(
+            option,
+            type=options.positive_float,
+            nargs=2,
+            metavar=("LEAST", "MOST"),
+            help=f"{text} (default: {_CROPS[option]})",
+        )
+    recipe.add_argument("--seed", type=options.non_negative_int, default=0, metavar="N", help="default: %(default)s")
+    speed = parser.add_argument_group("precision, speed and memory")
+    speed.add_argument("--amp", action="store_true", help="automatic mixed precision")
+    speed.add_argument(
+        "--amp-dtype",
+        choices=("bfloat16", "float16"),
+        default="bfloat16",
+        help="type for --amp (default: %(default)s); float16 scales its gradients and takes a GPU",
+    )
+    speed.add_argument("--torchcompile", action="store_true", help="compile the model with torch.compile")
+    speed.add_argument("--grad-checkpointing", action="store_true", help="recompute each block in the backward pass")
+    speed.add_argument(
+        "--grad-accum-steps",
+        type=options.positive_int,
+        default=1,
+        metavar="N",
+        help="compute a process's part of the batch in N pieces (default: %(default)s)",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "-o", "--output", type=Path, default=Path("tokcomp-finetune"), metavar="DIR", help="default: %(default)s"
+    )
+    output.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    output.add_argument(
+        "--checkpoint-steps",
+        type=options.positive_int,
+        default=500,
+        metavar="N",
+        help="steps between checkpoints, besides one after each epoch (default: %(default)s)",
+    )
+    output.add_argument(
+        "--log-interval",
+        type=options.positive_int,
+        default=50,
+        metavar="N",
+        help="steps between rows of the log (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from tokcomp.train.distributed import join, leave, local_device
+
+    recipe = _recipe(args)
+    root = data_root(args)
+    device = local_device(options.chosen_device(args.device))
+    _check_output(args)
+    try:
+        world = join(device)
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+    try:
+        return _run(args, recipe, root, device, world)
+    finally:
+        leave()
+
+
+def _run(args: argparse.Namespace, recipe: Recipe, root: Path | None, device: torch.device, world: World) -> int:
+    from tokcomp.train.finetune_run import DivergedError
+    from tokcomp.train.steps import StopRequest
+
+    found = _prepare(args, recipe, root, device, world)
+    if args.resume:
+        with blame("--resume"):
+            found.resume()
+    with StopRequest() as stop:
+        try:
+            finished = found.train(stop, resumed=args.resume)
+        except DivergedError as error:
+            if world.is_main:
+                print(f"tokcomp finetune: error: {error}", file=sys.stderr)
+            return 1
+        except OSError as error:
+            raise UserError(f"--output '{args.output}' could not be written to: {error}") from error
+    if world.is_main and finished:
+        _report(args, found)
+    elif world.is_main:
+        print(
+            f"stopped after step {found.tuner.step_number} of {found.total_steps}; the same command with --resume goes "
+            "on from there",
+            file=sys.stderr,
+        )
+    return 0 if finished else stop.exit_status or 1
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    from tokcomp.train.recipe import FINETUNE_RECIPE, SCRATCH_RECIPE
+
+    if args.from_scratch and (args.pretrained or args.checkpoint is not None):
+        raise UserError("--from-scratch starts from random weights, got trained ones too; leave one of the two out")
+    if not (args.from_scratch or args.pretrained or args.checkpoint is not None):
+        raise UserError(
+            "fine-tuning starts from trained weights, got none; pass --pretrained, --checkpoint FILE or --from-scratch"
+        )
+    fields = ["batch_size", *(field for field, *_ in RECIPE_OPTIONS.values())]
+    given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
+    if args.from_scratch:
+        given = {"lr": 5e-4 * args.batch_size / 512, **given}
+    base = SCRATCH_RECIPE if args.from_scratch else FINETUNE_RECIPE
+    if given.get("lr", base.lr) < base.min_lr:
+        given = {"min_lr": given["lr"] / 100, **given}
+    given |= {name: tuple(value) for name in ("scale", "ratio") if (value := getattr(args, name)) is not None}
+    if given.get("aa", "") in ("none", "None"):
+        given["aa"] = None
+    with blame("recipe"):
+        recipe = replace(base, **given)
+    if recipe.min_lr > recipe.lr:
+        raise UserError(f"--min-lr must not be above --lr, got {recipe.min_lr:g} and {recipe.lr:g}")
+    return recipe
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    from tokcomp.train.finetune_run import CHECKPOINT
+
+    check_output_folder("--output", args.output)
+    if not args.resume and (args.output / CHECKPOINT).exists():
+        raise UserError(
+            f"--output '{args.output}' holds a run already; go on with it by --resume, or choose another folder"
+        )
+
+
+def _prepare(
+    args: argparse.Namespace, recipe: Recipe, root: Path | None, device: torch.device, world: World
+) -> FineTuneRun:
+    """Everything that can be refused is refused here, with nothing written."""
+    import timm
+    import torch
+    from timm.data import resolve_model_data_config
+
+    import tokcomp
+    from tokcomp.evaluate import evaluate
+    from tokcomp.train.data import LoaderBatches, Part, check_batch_size, check_labels, held_out_batches
+    from tokcomp.train.finetune import FineTuner
+    from tokcomp.train.finetune_run import FineTuneRun
+    from tokcomp.train.recipe import plain_transform, train_transform
+    from tokcomp.train.steps import seed_all
+
+    pieces = args.grad_accum_steps
+    with blame("--batch-size"):
+        check_batch_size(args.batch_size, world.size, pieces, mixes=recipe.mixes)
+    seed_all(args.seed)
+    model = options.build_model(args, drop_path_rate=recipe.drop_path)
+    method = options.build_method(args, model)
+    plain_cost = options.gflops(model)
+    options.compress_by(args, model, method)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    train_part, val_part = _parts(args, root)
+    for part in (train_part, val_part):
+        with blame("DATA" if root is not None else "--dataset"):
+            check_labels(part, model.num_classes)
+    config = resolve_model_data_config(model)
+    if args.img_size is not None:
+        config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
+    with blame("--aa"):
+        train_set = Part(train_part, transform=train_transform(recipe, config))
+    val_set = Part(val_part, transform=plain_transform(config))
+    loading: dict[str, Any] = {"workers": args.workers, "pin_memory": device.type == "cuda"}
+    batches = LoaderBatches(
+        train_set, args.batch_size, args.seed, world=world, pieces=pieces, repeats=recipe.repeated_aug, **loading
+    )
+    share = max(1, args.batch_size // (world.size * pieces))
+    held_out = held_out_batches(val_set, share, world=world, **loading)
+    amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    total_steps = max(1, round(recipe.epochs * batches.steps_per_epoch))
+    with blame("recipe"):
+        tuner = FineTuner(
+            model,
+            recipe,
+            num_classes=model.num_classes,
+            total_steps=total_steps,
+            steps_per_epoch=batches.steps_per_epoch,
+            device=device,
+            seed=args.seed,
+            world=world,
+            pieces=pieces,
+            amp_dtype=amp_dtype,
+            compiled=args.torchcompile,
+        )
+    facts = {
+        "model": args.model,
+        "num_classes": model.num_classes,
+        "weights": options.describe_weights(args),
+        "method": args.method,
+        "method_settings": repr(method) if method is not None else None,
+        "gflops": options.gflops(model),
+        "uncompressed_gflops": plain_cost,
+        "tokcomp": tokcomp.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    settings = {
+        "model": args.model,
+        "method": facts["method_settings"],
+        "img_size": config["input_size"][-1],
+        "recipe": recipe.describe(),
+        "seed": args.seed,
+        "data": args.dataset or str(root),
+        "train_images": len(train_set),
+        "val_images": len(val_set),
+        "processes": world.size,
+        "grad_accum_steps": pieces,
+        "device": device.type,
+        "amp": args.amp_dtype if args.amp else None,
+    }
+    return FineTuneRun(
+        tuner,
+        batches,
+        lambda one: evaluate(one, held_out(), device=device, amp_dtype=amp_dtype, world=world),
+        args.output,
+        settings=settings,
+        facts=facts,
+        total_steps=total_steps,
+        checkpoint_steps=args.checkpoint_steps,
+        log_steps=args.log_interval,
+    )
+
+
+def _parts(args: argparse.Namespace, root: Path | None) -> tuple[Dataset, Dataset]:
+    """The images to train on and those to validate on."""
+    from tokcomp.train.data import Part, split_off
+
+    train = open_data(args, root, args.train_split)
+    if args.held_out is not None:
+        total = len(train) if hasattr(train, "__len__") else 0
+        if args.held_out >= total:
+            raise UserError(f"--held-out must leave images to train on, got {args.held_out} of {total}")
+        kept, held_out = split_off(train, args.held_out, args.seed)
+        return Part(train, kept), Part(train, held_out)
+    val = open_data(args, root, args.val_split)
+    folders = [
+        Path(getattr(getattr(one, "reader", None), "root", None) or str(n)) for n, one in enumerate((train, val))
+    ]
+    if folders[0].is_relative_to(folders[1]):  # timm takes the whole folder where a part of that name is not there
+        raise UserError(
+            f"DATA must have a folder '{args.val_split}' besides '{args.train_split}', got '{root}' without it; "
+            "pass --held-out N to validate on N of the training images"
+        )
+    return train, val
+
+
+def _report(args: argparse.Namespace, found: FineTuneRun) -> None:
+    summary = found.summary()
+    cost = "" if summary["gflops"] is None else f", {summary['gflops']:.4g} GFLOPs"
+    print(f"{summary['model']} ({summary['weights']}), {summary['method_settings'] or 'uncompressed'}{cost}")
+    rows = [
+        [name, f"{epoch:g}", f"{value:.2f} %"]
+        for name, epoch, value in (
+            ("before", 0, summary["before"]["top1"]),
+            ("last", summary["epochs"], summary["last"]["top1"]),
+            (f"best ({summary['best']['of']})", summary["best"]["epoch"], summary["best"]["top1"]),
+        )
+    ]
+    print(table(["validation", "epoch", "top-1"], rows))
+    if summary["images_per_second"]:
+        print(f"trained on {summary['images_per_second']:.1f} images/s")
+    print(f"written: {args.output}")

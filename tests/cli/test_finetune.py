@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import timm
+import tokcomp
+import torch
+from PIL import Image
+from tokcomp.cli import finetune, options
+from tokcomp.train.finetune import FineTuner
+from tokcomp.train.recipe import FINETUNE_RECIPE, SCRATCH_RECIPE
+
+MODEL = ("finetune", "-m", "tokcomp_digits_vit", "--device", "cpu", "-j", "0")
+DIGITS = (*MODEL, "--dataset", "digits", "--pretrained")
+#: 1437 images: 5 steps an epoch.
+SHORT = ("-b", "256", "--epochs", "0.6", "--aa", "none", "--method", "tome", "--r", "12")
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """Validate on 20 digits, so that a test spends its time on training."""
+    import tokcomp.train.data as data
+
+    whole = data.held_out_batches
+    monkeypatch.setattr(
+        data, "held_out_batches", lambda dataset, *args, **kw: whole(data.Part(dataset, range(20)), *args, **kw)
+    )
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two classes, in timm's layout: root/train and root/validation."""
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 6), ("validation", 2)):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "data" / part / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(0, 256, (32, 40, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    return tmp_path / "data"
+
+
+def test_digits(run, tmp_path, few_images):
+    status, out, err = run(*DIGITS, *SHORT, "-o", tmp_path, "--log-interval", "1")
+    assert status == 0, err
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 3 and summary["gflops"] < 0.5 * summary["uncompressed_gflops"]
+    assert summary["settings"]["recipe"]["lr"] == 2e-5 and summary["settings"]["recipe"]["epochs"] == 0.6
+    assert "ToMe(r=12" in out and "before" in out and "best (weights)" in out and f"written: {tmp_path}" in out
+    names = {"best.safetensors", "checkpoint.pt", "curves.png", "last.safetensors", "log.csv", "summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} - {"tensorboard"} == names
+    # Scored the same by evaluate, and loadable by timm alone.
+    weights = str(tmp_path / "last.safetensors")
+    model = timm.create_model("tokcomp_digits_vit", checkpoint_path=weights).eval()
+    tokcomp.compress(model, tokcomp.ToMe(12))
+    from tokcomp.train.data import Part, held_out_batches, open_dataset
+    from tokcomp.train.recipe import plain_transform
+
+    config = timm.data.resolve_model_data_config(model)
+    part = Part(open_dataset("digits", None, split="validation"), range(20), plain_transform(config))
+    images, labels = next(held_out_batches(part, 20)())
+    with torch.no_grad():
+        top1 = 100 * (model(images).argmax(-1) == labels).double().mean().item()
+    assert top1 == pytest.approx(summary["last"]["top1"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_and_resume_goes_on_exactly(run, tmp_path, few_images, monkeypatch, number):
+    command = (*DIGITS, *SHORT, "--model-ema-decay", "0.9", "--log-interval", "1")
+    assert run(*command, "-o", tmp_path / "whole")[0] == 0
+    step = FineTuner.step
+
+    def interrupted(self, *batch):
+        if self.step_number == 1:
+            signal.raise_signal(number)
+        return step(self, *batch)
+
+    monkeypatch.setattr(FineTuner, "step", interrupted)
+    status, _, err = run(*command, "-o", tmp_path / "parts")
+    assert status == 128 + number
+    assert "stopped after step 2 of 3; the same command with --resume goes on from there" in err
+    monkeypatch.setattr(FineTuner, "step", step)
+    again, _, err = run(*command, "-o", tmp_path / "parts")
+    assert again == 2 and "holds a run already; go on with it by --resume, or choose another folder" in err
+    status, _, err = run(*command, "-o", tmp_path / "parts", "--resume")
+    assert status == 0, err
+    for name in ("log.csv", "best.safetensors", "last.safetensors", "last_ema.safetensors"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    status, _, err = run(*command, "-o", tmp_path / "parts", "--resume", "--lr", "1e-3")
+    assert status == 2 and "--resume: a resumed run must keep its settings, got recipe = " in err
+
+
+def test_a_loss_that_is_not_finite_is_reported(run, tmp_path, few_images, monkeypatch):
+    step = FineTuner.step
+
+    def ruinous(self, images, labels):
+        return step(self, images * float("nan") if self.step_number == 1 else images, labels)
+
+    monkeypatch.setattr(FineTuner, "step", ruinous)
+    status, _, err = run(*DIGITS, *SHORT, "-o", tmp_path, "--checkpoint-steps", "1")
+    assert status == 1
+    assert "error: the loss of step 2 is nan; the checkpoint before it is kept" in err and "Traceback" not in err
+    assert (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "summary.json").exists()
+
+
+def test_from_scratch_takes_the_recipe_of_deit(run, tmp_path, folders):
+    options = ("--from-scratch", "-b", "4", "--num-classes", "2", "--epochs", "1", "--method", "evit")
+    extra = ("--keep-rate", "0.7", "--grad-checkpointing", "--grad-accum-steps", "2", "--amp")
+    status, _, err = run(*MODEL, folders, *options, *extra, "--keep-blocks", "1,3", "-o", tmp_path / "run")
+    assert status == 0, err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    recipe = summary["settings"]["recipe"]
+    assert recipe["lr"] == pytest.approx(5e-4 * 4 / 512) and recipe["min_lr"] == recipe["lr"] / 100
+    assert recipe["repeated_aug"] == 3 and recipe["reprob"] == 0.25
+    assert recipe["model_ema_decay"] == 0.99996 and recipe["warmup_epochs"] == 5
+    assert summary["weights"] == "random weights" and summary["settings"]["amp"] == "bfloat16"
+    assert (tmp_path / "run" / "last_ema.safetensors").exists()
+
+
+def test_a_part_of_the_training_images_can_be_held_out(run, tmp_path, folders):
+    (folders / "validation").rename(tmp_path / "elsewhere")
+    command = (*MODEL, folders, "--from-scratch", "--num-classes", "2", "-b", "4", "--epochs", "1")
+    command = (*command, "-o", tmp_path / "run")
+    status, _, err = run(*command)
+    assert status == 2 and "DATA must have a folder 'validation' besides 'train'" in err
+    assert run(*command, "--held-out", "12")[0] == 2
+    status, _, err = run(*command, "--held-out", "4")
+    assert status == 0, err
+    settings = json.loads((tmp_path / "run" / "summary.json").read_text())["settings"]
+    assert (settings["train_images"], settings["val_images"]) == (8, 4)
+
+
+def test_processes_of_torchrun_train_together(run, tmp_path):
+    """Two processes draw what one process draws in two pieces, and count every validation image once."""
+    options = (*DIGITS, "-b", "64", "--epochs", "0.1", "--aa", "none", "--method", "tome", "--gflops", "0.009")
+    status, _, err = run(*options, "--grad-accum-steps", "2", "-o", tmp_path / "alone")
+    assert status == 0, err
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tokcomp"]
+    arguments = [*map(str, options), "-o", str(tmp_path / "both")]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written:") == 1
+    alone, both = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("alone", "both"))
+    assert both["settings"]["processes"] == 2 and both["steps"] == alone["steps"] == 2
+    assert both["before"] == alone["before"] and both["last"]["top1"] == alone["last"]["top1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (),
+            "fine-tuning starts from trained weights, got none; pass --pretrained, --checkpoint FILE or --from-scratch",
+        ),
+        (("--pretrained", "--from-scratch"), "--from-scratch starts from random weights, got trained ones too"),
+        (("--from-scratch", "-b", "7"), "--batch-size: the batch size must be a multiple of 2 (1 processes"),
+        (("--from-scratch", "-b", "8", "--grad-accum-steps", "3"), "the batch size must be a multiple of 6"),
+        (("--from-scratch", "--num-classes", "7"), "as many classes as the model's head, 7, got 10"),
+        (("--from-scratch", "--opt", "typo"), "recipe: opt must be an optimizer that timm knows, got 'typo'"),
+        (("--from-scratch", "--sched", "typo"), "recipe: sched must be a scheduler that timm knows, got 'typo'"),
+        (("--from-scratch", "--smoothing", "1"), "recipe: smoothing must be in [0, 1), got 1.0"),
+        (("--from-scratch", "--min-lr", "1"), "--min-lr must not be above --lr, got 1 and 0.001"),
+        (("--from-scratch", "--amp", "--amp-dtype", "float16"), "in float16 must run on cuda, got cpu"),
+        (("--from-scratch", "--method", "tome", "--r", "8,8"), "--method tome does not fit tokcomp_digits_vit: r"),
+        (("--from-scratch", "--method", "diffrate", "--gflops", "2.3"), "--gflops: name must be one of deit_tiny"),
+        (("--from-scratch", "--held-out", "1437"), "--held-out must leave images to train on, got 1437 of 1437"),
+        (("--from-scratch", "--lr", "0"), "argument --lr: must be a number above 0, got '0'"),
+        (("--from-scratch", "--mixup", "-1"), "argument --mixup: must be a number, 0 or more, got '-1'"),
+        (("--from-scratch", "--resume"), "--resume: the checkpoint must be a file, got "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_mistakes_are_named_before_anything_is_written(run, tmp_path, arguments, message):
+    status, out, err = run(*MODEL, "--dataset", "digits", *arguments, "-o", tmp_path / "out")
+    assert status == 2 and message in err and "Traceback" not in err and out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_first_step(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("timm.create_model", lambda *args, **kwargs: pytest.fail("work began"))
+    (tmp_path / "file").write_text("")
+    status, _, err = run(*DIGITS, "-o", tmp_path / "file" / "run")
+    assert status == 2 and "--output must be a folder, got" in err
+
+
+def test_data_without_images_or_labels_is_refused(run, tmp_path):
+    for part in ("train", "validation"):
+        (tmp_path / "empty" / part / "cat").mkdir(parents=True)
+    status, _, err = run(*MODEL, tmp_path / "empty", "--from-scratch", "-o", tmp_path / "out")
+    assert status == 2 and "DATA" in err and "Traceback" not in err and not (tmp_path / "out").exists()
+
+
+def test_the_help_states_the_recipes():
+    for field, kind, _, *defaults in finetune.RECIPE_OPTIONS.values():
+        for recipe, text in zip((FINETUNE_RECIPE, SCRATCH_RECIPE), defaults, strict=True):
+            value = getattr(recipe, field)
+            if field == "lr" and recipe is SCRATCH_RECIPE:
+                assert value == 5e-4 * recipe.batch_size / 512
+            elif value is None or isinstance(value, str):
+                assert text == str(value)
+            else:
+                assert kind(text) == value
+        assert kind is str or kind.__module__ == options.__name__
