@@ -59,3 +59,11 @@ def test_what_failed_is_said_first(gpu_check: ModuleType):
     text = gpu_check.summary(facts, [build, tests])
     assert text.startswith("NOT everything passed: tests failed (exit status 1)\n")
     assert "- test_x: wrong\n" in text
+
+
+def test_every_benchmark_has_its_time(gpu_check: ModuleType):
+    steps = gpu_check.benchmarks()
+    assert [name for name, _, _ in steps] == ["benchmarks", "search-benchmarks"]
+    files = [file for _, files, _ in steps for file in files]
+    assert sorted(files) == sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("benchmarks/test_*.py"))
+    assert 0 < steps[0][2] < gpu_check.BENCH_SECONDS and steps[1][2] == 0
