@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,22 @@ class World:
         if self.size > 1:
             dist.broadcast(tensor, src=0)
         return tensor
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns in the main process, which alone calls it; what it raises, every process raises."""
+        if self.size == 1:
+            return make()
+        found: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                found[0] = make()
+            except Exception as error:
+                found[1] = error
+        dist.broadcast_object_list(found, src=0)
+        if found[1] is not None:
+            raise found[1]
+        result: T = found[0]
+        return result
 
     def barrier(self) -> None:
         """Wait until every process is here."""

@@ -1,0 +1,83 @@
+"""What a search is told, what it finds, and how it fails."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tokcomp.schedule import CompressionSchedule
+from tokcomp.train.recipe import SEARCH_RECIPE, Recipe
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """All that a search's result depends on besides model, images and budgets; the defaults are the paper's.
+
+    Args:
+        recipe: optimizer and augmentation. Its augmentation of single images is the data's business, its drop path the
+            model's; here it mixes images and sets the learning rate.
+        steps: length of the search; by default ``recipe.epochs`` of the batches' epochs.
+        granularity, metric, pipeline, match_inference: as for :class:`DiffRateSearch`. The published code's granularity
+            is 4.
+        seed: of the mixing, of drop path and of the ``random`` metric.
+        budget_warmup_epochs: at first, learn from the images alone for so many epochs.
+        amp: autocast to bfloat16.
+        log_interval: steps between two rows of the log. On a GPU nothing waits for it in between.
+        eval_interval: steps between two looks at the held-out accuracy; None: ten over the run; 0: at its end alone.
+        checkpoint_interval: steps between two checkpoints.
+    """
+
+    recipe: Recipe = SEARCH_RECIPE
+    steps: int | None = None
+    granularity: int = 4
+    metric: str = "cls_attn"
+    pipeline: str = "prune_merge"
+    match_inference: bool = False
+    seed: int = 0
+    budget_warmup_epochs: float = 0.0
+    amp: bool = False
+    log_interval: int = 10
+    eval_interval: int | None = None
+    checkpoint_interval: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_interval", "checkpoint_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("eval_interval", "budget_warmup_epochs"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {value}")
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as flat JSON data, without those that cannot change the result."""
+        data = asdict(self)
+        data.update(self.recipe.describe())
+        return {name: value for name, value in data.items() if name not in ("recipe", "checkpoint_interval", "epochs")}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found for one target."""
+
+    schedule: CompressionSchedule
+    gflops: float  # of the schedule, 1e9 multiply-adds an image
+    uncompressed_gflops: float
+    costs: dict[str, float]  # by budget, in its unit
+    top1: float | None  # on the held-out images, per cent; None where there are none
+    uncompressed_top1: float | None
+    steps: int
+    complete: bool  # False where it was stopped before its last step
+    log: list[dict[str, float]] = field(repr=False, default_factory=list)  # its rows, as in the CSV
+
+
+class DivergedError(ArithmeticError):
+    """A loss or gradient is not a number, or infinite. Nothing of it was kept."""
+
+    def __init__(self, step: int, target: str, kept: str) -> None:
+        self.step = step
+        super().__init__(
+            f"the loss or its gradient is not finite at step {step}{target and f' of target {target}'}; {kept}. "
+            "Lower --lr or the budget's weight, leave --amp out, or look for broken images or weights"
+        )
