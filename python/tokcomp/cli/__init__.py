@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,6 +19,7 @@ from tokcomp.cli.errors import UserError
 COMMANDS = {
     "demo": ("tokcomp.cli.demo", "see it work, with no download: accuracy, speed and pictures in one report"),
     "info": ("tokcomp.cli.info", "versions, what was built, devices, and which backend each operator would use"),
+    "search": ("tokcomp.cli.search", "find a model's compression schedule for a budget (DiffRate)"),
     "evaluate": ("tokcomp.cli.evaluate", "accuracy and images per second on a folder of images or a timm data set"),
     "finetune": ("tokcomp.cli.finetune", "train a compressed model: fine-tuning, or from scratch"),
     "visualize": ("tokcomp.cli.visualize", "draw which patches a method merges and prunes, block by block"),
@@ -80,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser(command).parse_args(rest)
         return import_module(COMMANDS[command][0]).run(args) or 0
     except UserError as error:
-        print(f"tokcomp {command}: error: {error}", file=sys.stderr)
+        # Of the processes of one run, which all make the same mistake, one says so.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"tokcomp {command}: error: {error}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print(f"\ntokcomp {command}: interrupted", file=sys.stderr)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tokcomp.data import DigitsDataset, EveryNth, count_classes
 from tokcomp.train.distributed import ALONE, World
+from tokcomp.train.recipe import Recipe, plain_transform, train_transform
 from tokcomp.train.steps import ORDER, SAMPLE, SPLIT, derived_seed, seeded
 
 
@@ -335,6 +336,20 @@ class _Seeded(Dataset):
             return cast("tuple[Any, int]", self._dataset[index])
 
 
+class _Still(Dataset):
+    """A data set whose images, if they are drawn at random, are drawn alike each time."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        with seeded(SAMPLE, index):
+            return cast("tuple[Any, int]", self._dataset[index])
+
+
 class _Keys:
     """The keys of each batch, for a DataLoader."""
 
@@ -357,8 +372,11 @@ def _heed_parent_alone(worker: int) -> None:
 def held_out_batches(
     dataset: Dataset, batch_size: int, *, workers: int = 0, pin_memory: bool = False, world: World = ALONE
 ) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-    """A function that starts a pass over a data set in its order; each process gets every world.size-th image."""
-    share = EveryNth(dataset, world.rank, world.size)
+    """A function that starts a pass over a data set in its order; each process gets every world.size-th image.
+
+    An image that is drawn at random is the same in every pass.
+    """
+    share = EveryNth(_Still(dataset), world.rank, world.size)
 
     def start() -> Iterator[tuple[Tensor, Tensor]]:
         return iter(
@@ -373,3 +391,14 @@ def held_out_batches(
         )
 
     return start
+
+
+def training_part(dataset: Dataset, indices: Sequence[int] | None, recipe: Recipe, config: dict[str, Any]) -> Part:
+    """Images to train on, augmented as the recipe says. The digits, which are drawn anew each time, are not: they would
+    be mirrored and cropped to something else.
+
+    Raises:
+        ValueError: timm does not understand the recipe's ``aa``.
+    """
+    transform = plain_transform(config) if isinstance(dataset, DigitsDataset) else train_transform(recipe, config)
+    return Part(dataset, indices, transform)

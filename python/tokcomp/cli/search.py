@@ -1,0 +1,400 @@
+"""tokcomp search."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokcomp.cli import options
+from tokcomp.cli.budgets import add_budget_options, build_targets, check_budget_options
+from tokcomp.cli.data import add_data_options, data_root, open_data
+from tokcomp.cli.errors import UserError, blame, check_output_folder
+from tokcomp.cli.table import table
+
+if TYPE_CHECKING:
+    import torch
+    from torch.utils.data import Dataset
+
+    from tokcomp.search.settings import SearchResult, SearchSettings
+    from tokcomp.train.distributed import World
+
+DESCRIPTION = """\
+Find how many tokens each block of a model should prune and merge, for a budget: the search of the DiffRate paper. The
+model is frozen and stays as it is; what comes out is a schedule, which 'tokcomp evaluate --method diffrate --schedule
+FILE' or tokcomp.compress then applies to it.
+
+DATA is a folder with 'train' in it, one sub-folder per class, or --dataset names any data set of timm's that gives an
+image by its number. 1,000 images are enough (--images 1000): a search learns some hundred numbers. Part of the training
+images is held out, to watch the accuracy of the schedule so far with its tokens really dropped.
+
+The defaults are the paper's recipe. Ctrl-C and SIGTERM stop the search after its step, and --resume goes on as if
+nothing had happened: to the same schedule, bit for bit on a CPU.
+"""
+
+EXAMPLES = """\
+examples:
+  tokcomp search --dataset digits -m tokcomp_digits_vit --pretrained --target-gflops 0.0105 -b 64 --steps 300 -o digits
+      the bundled model on the bundled digits, no download
+  tokcomp search --model deit_small_patch16_224 --pretrained --data /data/imagenet --target-gflops 2.9 --amp
+      the paper's search, in mixed precision (bfloat16)
+  tokcomp search /data/imagenet -m deit_small_patch16_224 --pretrained --images 1000 --target-gflops 2.3 2.5 2.9
+      three schedules from one pass over the data, with 1,000 images
+  torchrun --nproc-per-node 8 -m tokcomp search /data/imagenet -m deit_base_patch16_224 --pretrained --target-gflops 8.7
+      on 8 GPUs, each with an eighth of every batch
+  tokcomp search ... -o run --resume
+      go on with a run that was stopped; the other options as they were
+"""
+
+#: field of the recipe -> (what parses it, what it says, its default); the options' names are timm's.
+RECIPE_OPTIONS: dict[str, tuple[Any, str, str]] = {
+    "epochs": (options.positive_float, "passes over the training images", "3"),
+    "opt": (str, "optimizer", "adamw"),
+    "lr": (options.positive_float, "highest learning rate", "0.01"),
+    "min_lr": (options.non_negative_float, "the last step's learning rate", "0.001"),
+    "sched": (str, "learning rate scheduler", "cosine"),
+    "weight_decay": (options.non_negative_float, "decay of the logits that learn", "0.0"),
+    "clip_grad": (options.positive_float, "largest norm of the gradient", "None"),
+    "aa": (str, "augmentation policy, or none", "rand-m9-mstd0.5-inc1"),
+    "hflip": (options.non_negative_float, "probability of a mirrored image", "0.5"),
+    "color_jitter": (options.non_negative_float, "where --aa is none", "0.4"),
+    "train_interpolation": (str, "resizing of training images", "bicubic"),
+    "reprob": (options.non_negative_float, "probability of random erasing", "0.0"),
+    "smoothing": (options.non_negative_float, "label smoothing", "0.1"),
+    "mixup": (options.non_negative_float, "alpha of mixup", "0.8"),
+    "cutmix": (options.non_negative_float, "alpha of cutmix", "1.0"),
+    "drop_path": (options.non_negative_float, "stochastic depth of the last block", "0.1"),
+}
+#: What has no say on the digits, which are drawn anew each time.
+_NOT_OF_DIGITS = ("aa", "hflip", "color_jitter", "train_interpolation", "reprob")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "tokcomp search DATA [-m NAME] --target-gflops G [-o DIR] [options]"
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    _add_data_options(parser)
+    options.add_model_options(parser, default="deit_small_patch16_224")
+    add_budget_options(parser)
+    search = parser.add_argument_group("search")
+    search.add_argument(
+        "--granularity",
+        type=options.positive_int,
+        default=4,
+        metavar="N",
+        help="tokens between two candidate numbers to keep (default: %(default)s, as published)",
+    )
+    search.add_argument(
+        "--metric",
+        choices=("cls_attn", "image_attn", "cls_attn_v", "random"),
+        default="cls_attn",
+        help="what ranks the tokens (default: %(default)s)",
+    )
+    search.add_argument(
+        "--pipeline",
+        choices=("prune_merge", "merge_prune", "prune", "merge"),
+        default="prune_merge",
+        help="what happens in which order (default: %(default)s)",
+    )
+    search.add_argument(
+        "--match-inference", action="store_true", help="let a merged token's size count in search as it does afterwards"
+    )
+    search.add_argument(
+        "--budget-warmup-epochs",
+        type=options.non_negative_float,
+        default=0.0,
+        metavar="X",
+        help="epochs at first without the budget (default: %(default)s)",
+    )
+    recipe = parser.add_argument_group(
+        "recipe (defaults are the paper's, its Table 5; names and meanings as in timm's scripts)"
+    )
+    recipe.add_argument(
+        "--steps", type=options.positive_int, metavar="N", help="length of the search, in place of --epochs"
+    )
+    for field, (kind, text, default) in RECIPE_OPTIONS.items():
+        flag = "--" + field.replace("_", "-")
+        recipe.add_argument(flag, type=kind, dest=field, metavar="X", help=f"{text} (default: {default})")
+    recipe.add_argument("--seed", type=options.non_negative_int, default=0, metavar="N", help="default: %(default)s")
+    _add_run_options(parser)
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    data = add_data_options(parser, batch_size=1024, batch_help="images in a step, over all processes; ")
+    data.add_argument("--train-split", default="train", metavar="NAME", help="part to search on (default: %(default)s)")
+    data.add_argument(
+        "--images",
+        type=options.positive_int,
+        metavar="N",
+        help="search on N of the images, spread over the classes; an epoch stays as many steps as with all",
+    )
+    data.add_argument(
+        "--held-out",
+        type=options.non_negative_int,
+        metavar="N",
+        help="training images kept to watch the accuracy on (default: a tenth of them, 1000 at most)",
+    )
+    data.add_argument("--val-data", type=Path, metavar="DIR", help="watch the accuracy on this data set instead")
+    data.add_argument("--val-split", metavar="NAME", help="or on this part of the data set: validation, say")
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    speed = parser.add_argument_group("precision and memory")
+    speed.add_argument("--amp", action="store_true", help="automatic mixed precision (bfloat16)")
+    speed.add_argument(
+        "--grad-accum-steps",
+        type=options.positive_int,
+        default=1,
+        metavar="N",
+        help="compute a process's part of the batch in N pieces; the same search in less memory (default: %(default)s)",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "-o", "--output", type=Path, default=Path("tokcomp-search"), metavar="DIR", help="default: %(default)s"
+    )
+    output.add_argument("--resume", action="store_true", help="go on with the search in the output folder")
+    output.add_argument(
+        "--log-interval", type=options.positive_int, default=10, metavar="N", help="steps between rows of the log"
+    )
+    output.add_argument(
+        "--eval-interval",
+        type=options.non_negative_int,
+        metavar="N",
+        help="steps between looks at the accuracy (default: ten over the search; 0: at its end alone)",
+    )
+    output.add_argument(
+        "--checkpoint-interval", type=options.positive_int, default=50, metavar="N", help="steps between checkpoints"
+    )
+    output.add_argument("--json", action="store_true", help="print the summary as JSON rather than as a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tokcomp.train.distributed import join, leave, local_device
+
+    check_budget_options(args)
+    root = data_root(args)
+    if args.val_data is not None and not args.val_data.exists():
+        raise UserError(f"--val-data must be a folder or archive of images, got '{args.val_data}', which is not there")
+    check_output_folder("--output", args.output)
+    settings = _settings(args)
+    device = local_device(options.chosen_device(args.device))
+    try:
+        world = join(device)
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+    try:
+        return _run(args, settings, root, device, world)
+    finally:
+        leave()
+
+
+def _settings(args: argparse.Namespace) -> SearchSettings:
+    from tokcomp.search.settings import SearchSettings
+    from tokcomp.train.recipe import SEARCH_RECIPE
+
+    given = {field: getattr(args, field) for field in RECIPE_OPTIONS if getattr(args, field) is not None}
+    if args.steps is not None and "epochs" in given:
+        raise UserError("--steps and --epochs are both the length of the search, got both; keep one")
+    if args.dataset == "digits":
+        for field in _NOT_OF_DIGITS:
+            if field in given:
+                flag = "--" + field.replace("_", "-")
+                raise UserError(
+                    f"{flag} has no say with --dataset digits, which are drawn anew each time; leave it out"
+                )
+        given.update(aa=None, hflip=0.0, color_jitter=0.0)
+    if given.get("aa") in ("none", "None", ""):
+        given["aa"] = None
+    with blame("recipe"):
+        recipe = replace(SEARCH_RECIPE, batch_size=args.batch_size, **given)
+    if recipe.min_lr > recipe.lr:
+        raise UserError(f"--min-lr must not be above --lr, got {recipe.min_lr:g} and {recipe.lr:g}")
+    return SearchSettings(
+        recipe=recipe,
+        steps=args.steps,
+        granularity=args.granularity,
+        metric=args.metric,
+        pipeline=args.pipeline,
+        match_inference=args.match_inference,
+        seed=args.seed,
+        budget_warmup_epochs=args.budget_warmup_epochs,
+        amp=args.amp,
+        log_interval=args.log_interval,
+        eval_interval=args.eval_interval,
+        checkpoint_interval=args.checkpoint_interval,
+    )
+
+
+def _run(
+    args: argparse.Namespace, settings: SearchSettings, root: Path | None, device: torch.device, world: World
+) -> int:
+    """Everything that can be refused is refused before the first step, with nothing written."""
+    from timm.data import resolve_model_data_config
+
+    from tokcomp import UnsupportedModelError
+    from tokcomp.search.run import run_searches
+    from tokcomp.search.settings import DivergedError
+    from tokcomp.train.data import LoaderBatches, check_batch_size, held_out_batches, training_part
+    from tokcomp.train.steps import StopRequest, seed_all
+
+    with blame("--batch-size"):
+        check_batch_size(args.batch_size, world.size, args.grad_accum_steps, mixes=settings.recipe.mixes)
+    seed_all(args.seed)  # of random weights, where neither --pretrained nor --checkpoint is given
+    model = options.build_model(args, drop_path_rate=settings.recipe.drop_path).to(device)
+    config = resolve_model_data_config(model)
+    if args.img_size is not None:
+        config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
+    dataset, indices, watched, epoch_images = _parts(args, root, model.num_classes, config)
+    try:
+        with blame("--granularity"):
+            targets = build_targets(args, model, device, world)
+    except UnsupportedModelError as error:
+        raise UserError(f"--model '{args.model}': {error}") from error
+    loading: dict[str, Any] = {"workers": args.workers, "pin_memory": device.type == "cuda"}
+    with blame("--aa"):
+        training = training_part(dataset, indices, settings.recipe, config)
+    batches = LoaderBatches(
+        training,
+        args.batch_size,
+        args.seed,
+        epoch_images=epoch_images,
+        world=world,
+        pieces=args.grad_accum_steps,
+        **loading,
+    )
+    held_out = None
+    if watched is not None:
+        share = max(1, args.batch_size // (world.size * args.grad_accum_steps))
+        held_out = held_out_batches(watched, min(share, 256), world=world, **loading)
+    facts = {
+        "model": args.model,
+        "weights": options.describe_weights(args),
+        "data": args.dataset or str(root),
+        "img_size": config["input_size"][-1],
+        "held_out_images": 0 if watched is None else len(watched),  # type: ignore[arg-type]
+    }
+    if world.is_main and facts["weights"] == "random weights":
+        print(
+            "note: the weights are random, so there is nothing to find; pass --pretrained or --checkpoint",
+            file=sys.stderr,
+        )
+    with StopRequest() as stop:
+        try:
+            results = run_searches(
+                model,
+                batches,
+                targets,
+                settings,
+                held_out=held_out,
+                output=args.output,
+                resume=args.resume,
+                facts=facts,
+                command=_command(),
+                world=world,
+                stop=stop,
+                show_progress=True,
+            )
+        except DivergedError as error:
+            if world.is_main:
+                print(f"tokcomp search: error: {error}", file=sys.stderr)
+            return 1
+        except UnsupportedModelError as error:
+            raise UserError(f"--model '{args.model}': {error}") from error
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        except OSError as error:
+            raise UserError(
+                f"--output must be writable, got '{args.output}' ({error}); choose another folder"
+            ) from error
+    if world.is_main:
+        _report(args, dict(zip(targets, results, strict=True)))
+    return 0 if results[0].complete else stop.exit_status or 1
+
+
+def _parts(
+    args: argparse.Namespace, root: Path | None, num_classes: int, config: dict[str, Any]
+) -> tuple[Dataset, list[int], Dataset | None, int]:
+    """The data set, which of its images to search on, what to watch the accuracy on, and the images of an epoch."""
+    from tokcomp.train.data import Part, check_labels, split_off, spread_sample
+    from tokcomp.train.recipe import plain_transform
+
+    dataset = open_data(args, root, args.train_split)
+    where = f"--dataset {args.dataset}" if args.dataset else f"DATA '{root}'"
+    with blame(where):
+        check_labels(dataset, num_classes)
+    total = len(dataset)  # type: ignore[arg-type]
+    other = args.val_data is not None or args.val_split is not None
+    if other and args.held_out:
+        raise UserError("--held-out and --val-data or --val-split both say what to watch the accuracy on; keep one")
+    digits = args.dataset == "digits"
+    watched: Dataset | None = None
+    indices = list(range(total))
+    if other or (digits and args.held_out is None):
+        watched = open_data(args, args.val_data or root, args.val_split or "validation")
+        with blame("--val-data" if args.val_data is not None else "--val-split"):
+            check_labels(watched, num_classes)
+        watched = Part(watched, None, plain_transform(config))
+    else:
+        count = min(1000, total // 10) if args.held_out is None else args.held_out
+        if count >= total:
+            raise UserError(f"--held-out must leave images to search on, got {count} of {total}")
+        if count > 0:
+            indices, held_out = split_off(dataset, count, args.seed)
+            watched = Part(dataset, held_out, plain_transform(config))
+    epoch_images = len(indices)
+    if args.images is not None:
+        if args.images > len(indices):
+            raise UserError(
+                f"--images must be at most the {len(indices)} images there are to search on, got {args.images}"
+            )
+        chosen = spread_sample(Part(dataset, indices), args.images, args.seed)
+        indices = [indices[index] for index in chosen]
+    return dataset, indices, watched, epoch_images
+
+
+def _command() -> str:
+    """The command line that makes this schedule in one go."""
+    return shlex.join(["tokcomp", *(word for word in sys.argv[1:] if word != "--resume")])
+
+
+def _report(args: argparse.Namespace, results: dict[str, SearchResult]) -> None:
+    from tokcomp.search.folder import SearchFolder
+
+    folder = SearchFolder(args.output, list(results))
+    if not next(iter(results.values())).complete:
+        steps = next(iter(results.values())).steps
+        print(f"stopped after step {steps}; the same command with --resume goes on from there", file=sys.stderr)
+        return
+    if args.json:
+        print(folder.summary.read_text(encoding="utf-8"), end="")
+        return
+    plain = next(iter(results.values()))
+    rows = [["uncompressed", "", f"{plain.uncompressed_gflops:.4g}", _percent(plain.uncompressed_top1), "", ""]]
+    for name, result in results.items():
+        costs = ", ".join(f"{cost:.4g}" for kind, cost in result.costs.items() if kind != "flops") or "-"
+        kept = " ".join(str(count) for count in _kept(result))
+        rows.append(
+            [name or "found", costs, f"{result.gflops:.4g}", _percent(result.top1), kept, folder.schedule(name).name]
+        )
+    if all(row[1] in ("", "-") for row in rows):
+        rows = [[row[0], *row[2:]] for row in rows]
+        header = ["target", "GFLOPs", "top-1", "tokens after each block", "schedule"]
+    else:
+        header = ["target", "cost", "GFLOPs", "top-1", "tokens after each block", "schedule"]
+    print(table(header, rows))
+    print(f"written: {args.output}")
+    metric = f" --metric {args.metric}" if args.metric != "cls_attn" else ""
+    pipeline = f" --pipeline {args.pipeline}" if args.pipeline != "prune_merge" else ""
+    first = folder.schedule(next(iter(results)))
+    print(f"Next: tokcomp evaluate DATA -m {args.model} --method diffrate --schedule {first}{metric}{pipeline}")
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"
+
+
+def _kept(result: SearchResult) -> list[int]:
+    last = result.log[-1]
+    return [int(last[f"kept_{block}"]) for block in range(len(result.schedule))]
