@@ -234,6 +234,7 @@ def _run(
     from timm.data import resolve_model_data_config
 
     from tokcomp import UnsupportedModelError
+    from tokcomp.search.model import DiffRateSearch
     from tokcomp.search.run import run_searches
     from tokcomp.search.settings import DivergedError
     from tokcomp.train.data import LoaderBatches, check_batch_size, held_out_batches, training_part
@@ -246,12 +247,14 @@ def _run(
     config = resolve_model_data_config(model)
     if args.img_size is not None:
         config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
-    dataset, indices, watched, epoch_images = _parts(args, root, model.num_classes, config)
     try:
-        with blame("--granularity"):
-            targets = build_targets(args, model, device, world)
+        DiffRateSearch(model, args.granularity, metric=args.metric, pipeline=args.pipeline)
     except UnsupportedModelError as error:
         raise UserError(f"--model '{args.model}': {error}") from error
+    except ValueError as error:
+        raise UserError(f"the search does not fit {args.model}: {error}") from error
+    dataset, indices, watched, epoch_images = _parts(args, root, model.num_classes, config)
+    targets = build_targets(args, model, device, world)
     loading: dict[str, Any] = {"workers": args.workers, "pin_memory": device.type == "cuda"}
     with blame("--aa"):
         training = training_part(dataset, indices, settings.recipe, config)
@@ -300,8 +303,6 @@ def _run(
             if world.is_main:
                 print(f"tokcomp search: error: {error}", file=sys.stderr)
             return 1
-        except UnsupportedModelError as error:
-            raise UserError(f"--model '{args.model}': {error}") from error
         except ValueError as error:
             raise UserError(str(error)) from error
         except OSError as error:

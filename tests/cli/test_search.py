@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokcomp import CompressionSchedule
+from tokcomp.cli.search import RECIPE_OPTIONS
+from tokcomp.train.checkpoint import load_checkpoint
+from tokcomp.train.log import read_log
+from tokcomp.train.recipe import SEARCH_RECIPE
+
+SHORT = ("-b", "8", "--steps", "6", "--log-interval", "1", "--checkpoint-interval", "2", "--eval-interval", "0")
+MODEL = ("-m", "tokcomp_digits_vit", "--device", "cpu", "-j", "0")
+DIGITS = ("search", "--dataset", "digits", *MODEL, "--pretrained", *SHORT)
+TARGET = ("--target-gflops", "0.0105")
+
+
+@pytest.fixture
+def training_folder(tmp_path: Path) -> Path:
+    """Two classes of eight 40 x 32 pictures to train on, and of two to validate on."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 8), ("validation", 2)):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(0, 256, (32, 40, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    return tmp_path / "data"
+
+
+def searched(run, folder, *options):
+    status, out, err = run(*DIGITS, *TARGET, "-o", folder, *options)
+    assert status == 0, err
+    return out, err
+
+
+def test_digits(run, tmp_path):
+    out, err = searched(run, tmp_path / "run", "--eval-interval", "3", "--steps", "6")
+    schedule = CompressionSchedule.load(tmp_path / "run" / "schedule.json")
+    assert {"schedule.json", "log.csv", "kept.png", "summary.json", "checkpoint.pt"} <= set(
+        os.listdir(tmp_path / "run")
+    )
+    assert schedule.provenance["settings"]["model"] == "tokcomp_digits_vit"
+    assert schedule.provenance["settings"]["held_out_images"] == 360 and schedule.provenance["top1"] > 90
+    assert "--resume" not in schedule.provenance["command"]
+    for text in ("uncompressed", "0.02261", "schedule.json", f"written: {tmp_path / 'run'}", "tokcomp evaluate"):
+        assert text in out
+    assert "search step 3/6: top-1 9" in err and "kept 65 " in err and "step 1/6" not in err
+    status, out, _ = run(
+        *("evaluate", "--dataset", "digits", *MODEL, "--pretrained", "--json"),
+        *("--method", "diffrate", "--schedule", tmp_path / "run" / "schedule.json"),
+    )
+    found = json.loads(out)
+    assert status == 0
+    assert found["top1"] == pytest.approx(schedule.provenance["top1"], abs=1e-4)
+    assert found["gflops"] == pytest.approx(schedule.provenance["gflops"], abs=1e-6)
+
+
+def test_several_targets_and_json(run, tmp_path):
+    status, out, _ = run(*DIGITS, "--target-gflops", "0.012", "0.015", "--steps", "2", "-o", tmp_path, "--json")
+    summary = json.loads(out)
+    assert status == 0 and summary == json.loads((tmp_path / "summary.json").read_text())
+    assert [target["name"] for target in summary["targets"]] == ["0.012", "0.015"]
+    assert [target["budgets"][0]["target"] for target in summary["targets"]] == [0.012, 0.015]
+    assert {"schedule-0.012.json", "schedule-0.015.json", "log-0.012.csv"} <= set(os.listdir(tmp_path))
+
+
+def test_folders_of_images(run, training_folder, tmp_path):
+    """With timm's augmentation: however images are loaded, the same search; a subset keeps the number of steps."""
+    options = ("search", "--data", training_folder, "-m", "tokcomp_digits_vit", "--num-classes", "2", "--device", "cpu")
+    options += ("--target-gflops", "0.015", "-b", "4", "--epochs", "2", "--log-interval", "1")
+    logs = {}
+    for name, more in {
+        "one": ("-j", "0"),
+        "workers": ("-j", "2", "--checkpoint-interval", "1"),
+        "seed": ("-j", "0", "--seed", "1"),
+        "subset": ("-j", "0", "--images", "4", "--aa", "none", "--held-out", "4"),
+    }.items():
+        status, _, err = run(*options, "-o", tmp_path / name, *more)
+        assert status == 0, err
+        assert "the weights are random" in err
+        logs[name] = (tmp_path / name / "log.csv").read_bytes()
+    assert logs["one"] == logs["workers"] != logs["seed"]
+    settings = {name: json.loads((tmp_path / name / "summary.json").read_text())["settings"] for name in logs}
+    assert settings["one"]["held_out_images"] == 1 and settings["one"]["num_images"] == 15
+    assert settings["subset"]["num_images"] == 4 and settings["subset"]["held_out_images"] == 4
+    # 15 images are 3 batches of 4 an epoch; 12 of 16 are 3 too, also where the search sees but 4 of them.
+    assert settings["one"]["steps"] == settings["subset"]["steps"] == 6
+    assert settings["one"]["aa"] == SEARCH_RECIPE.aa and settings["subset"]["aa"] is None
+    status, _, err = run(
+        *options, "-j", "0", "--val-split", "validation", "--steps", "1", "-o", tmp_path / "val", "--epochs", "1"
+    )
+    assert status == 2 and "--steps and --epochs are both the length of the search" in err
+    status, _, err = run(
+        *options[:-4], "-j", "0", "--val-split", "validation", "--steps", "1", "-o", tmp_path / "val", "-b", "4"
+    )
+    assert status == 0
+    assert json.loads((tmp_path / "val" / "summary.json").read_text())["settings"]["held_out_images"] == 4
+
+
+def test_the_defaults_are_the_papers():
+    recipe = SEARCH_RECIPE.describe()
+    assert {field: default for field, (_, _, default) in RECIPE_OPTIONS.items()} == {
+        field: str(recipe[field]) for field in RECIPE_OPTIONS
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "a search needs a budget, got none; pass --target-gflops G"),
+        (("--target-gflops", "9"), "--target-gflops: target_gflops must"),
+        (("--target-gflops", "0.001"), "--target-gflops: target_gflops must"),
+        (("--target-gflops", "0.012", "0.0120"), "--target-gflops must name each target once, got 0.012 0.012"),
+        (("--target-gflops", "-1"), "argument --target-gflops: must be a number above 0, got '-1'"),
+        ((*TARGET, "-b", "7"), "--batch-size: the batch size must be a multiple of 2 (1 processes x 1 accumulated"),
+        ((*TARGET, "--grad-accum-steps", "3"), "multiple of 6"),
+        ((*TARGET, "--num-classes", "3"), "as many classes as the model's head, 3, got 10"),
+        ((*TARGET, "--images", "2000"), "--images must be at most the 1437 images there are to search on, got 2000"),
+        ((*TARGET, "--held-out", "1437"), "--held-out must leave images to search on, got 1437 of 1437"),
+        ((*TARGET, "--held-out", "9", "--val-split", "x"), "--held-out and --val-data or --val-split both say"),
+        ((*TARGET, "--val-data", "nowhere"), "--val-data must be a folder or archive of images, got 'nowhere'"),
+        ((*TARGET, "--aa", "v0"), "--aa has no say with --dataset digits"),
+        ((*TARGET, "--lr", "0.0001"), "--min-lr must not be above --lr, got 0.001 and 0.0001"),
+        ((*TARGET, "--opt", "nope"), "opt must be an optimizer that timm knows, got 'nope'"),
+        ((*TARGET, "--granularity", "65"), "granularity must be between 1 and the model's 64 patches, got 65"),
+        ((*TARGET, "--budget-warmup-epochs", "9"), "budget_warmup_epochs must leave steps for the budget"),
+        ((*TARGET, "--smoothing", "1"), "recipe: smoothing must be in [0, 1), got 1.0"),
+        ((*TARGET, "-m", "resnet18"), "--model 'resnet18': "),
+        ((*TARGET, "-m", "deit_tiny_patch16_224"), "as many classes as the model's head, 1000, got 10"),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_written(run, tmp_path, options, message):
+    argv = [word for word in DIGITS if "-m" not in options or word != "--pretrained"]
+    status, out, err = run(*argv, "-o", tmp_path / "run", *options)
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in err and out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_unfit_folders_are_named(run, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    options = (
+        "search",
+        "-m",
+        "tokcomp_digits_vit",
+        "--device",
+        "cpu",
+        "-j",
+        "0",
+        *TARGET,
+        *SHORT,
+        "-o",
+        tmp_path / "run",
+    )
+    status, _, err = run(*options, flat)
+    assert status == 2 and f"DATA '{flat}' could not be opened as a data set" in err
+    Image.new("RGB", (32, 32)).save(flat / "0.png")  # a picture, in no class's folder
+    status, _, err = run(*options, flat)
+    assert status == 2 and f"DATA '{flat}'" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_is_checked_before_the_work(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("timm.create_model", lambda *a, **k: pytest.fail("work began"))
+    status, _, err = run(*DIGITS, *TARGET, "-o", tmp_path / "file" / "run")
+    assert status == 2 and "--output must be a folder, got" in err
+
+
+def test_a_folder_that_cannot_be_written_is_named(run, tmp_path, monkeypatch):
+    def full(**options):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    status, _, err = run(*DIGITS, *TARGET, "-o", tmp_path)
+    assert status == 2 and f"--output must be writable, got '{tmp_path}' (read-only); choose another folder" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_run_is_refused_unless_resumed(run, tmp_path):
+    searched(run, tmp_path, "--steps", "2")
+    status, _, err = run(*DIGITS, *TARGET, "-o", tmp_path, "--steps", "2")
+    assert status == 2 and "the output folder must not hold another run" in err
+    status, _, err = run(*DIGITS, *TARGET, "-o", tmp_path, "--steps", "3", "--resume")
+    assert status == 2 and "a resumed run must keep its settings, got steps = 3" in err
+    status, _, err = run(*DIGITS, *TARGET, "-o", tmp_path, "--steps", "2", "--mixup", "0.5", "--resume")
+    assert status == 2 and "got mixup = 0.5" in err
+    searched(run, tmp_path, "--steps", "2", "--resume")
+
+
+def test_weights_that_are_no_numbers_stop_the_search(run, tmp_path):
+    import timm
+    import tokcomp.assets  # noqa: F401
+    from safetensors.torch import save_file
+
+    weights = timm.create_model("tokcomp_digits_vit", pretrained=True).state_dict()
+    weights["blocks.2.attn.qkv.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "broken.safetensors")
+    argv = [word for word in DIGITS if word != "--pretrained"]
+    folder = tmp_path / "run"
+    status, out, err = run(*argv, "--checkpoint", tmp_path / "broken.safetensors", *TARGET, "-o", folder)
+    assert status == 1 and out == ""
+    assert f"not finite at step 1; the last good checkpoint is {folder / 'checkpoint.pt'}" in err
+    assert load_checkpoint(folder / "checkpoint.pt", "search")["step"] == 0
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "tokcomp", *DIGITS, *TARGET, "-o", str(folder), *options]
+
+
+def wait_for_row(folder: Path, process: subprocess.Popen, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        rows = read_log(folder / "log.csv")
+        if rows and rows[-1]["step"] >= step:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"the search ended or hung: {process.poll()}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("search") / "whole"
+    subprocess.run(command(folder, "--steps", "40"), check=True, capture_output=True, timeout=300)
+    return folder
+
+
+def assert_goes_on_as_if_nothing_had_happened(folder: Path, uninterrupted: Path) -> None:
+    subprocess.run(command(folder, "--steps", "40", "--resume"), check=True, capture_output=True, timeout=300)
+    assert (folder / "log.csv").read_bytes() == (uninterrupted / "log.csv").read_bytes()
+    schedules = [CompressionSchedule.load(one / "schedule.json") for one in (folder, uninterrupted)]
+    assert schedules[0] == schedules[1] and schedules[0].provenance["top1"] == schedules[1].provenance["top1"]
+
+
+def test_a_killed_search_loses_no_more_than_its_checkpoint_interval(uninterrupted, tmp_path):
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(command(folder, "--steps", "40"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_row(folder, process, 5)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    reached = read_log(folder / "log.csv")[-1]["step"]
+    saved = load_checkpoint(folder / "checkpoint.pt", "search")["step"]
+    assert reached >= 5 and reached - saved <= 2  # --checkpoint-interval 2
+    assert not (folder / "summary.json").exists()
+    assert_goes_on_as_if_nothing_had_happened(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_search_loses_nothing(uninterrupted, tmp_path, number):
+    folder = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command(folder, "--steps", "40"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for_row(folder, process, 3)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 128 + number, err
+    reached = read_log(folder / "log.csv")[-1]["step"]
+    assert load_checkpoint(folder / "checkpoint.pt", "search")["step"] == reached < 40
+    assert out == "" and f"stopped after step {reached}; the same command with --resume goes on from there" in err
+    assert_goes_on_as_if_nothing_had_happened(folder, uninterrupted)
+
+
+def test_two_processes_find_the_schedule_of_one(tmp_path):
+    """Mixup on: each process holds whole pairs of the batch. Drop path, which each draws for itself, off."""
+    options = ("--steps", "8", "--drop-path", "0", "--eval-interval", "4")
+    subprocess.run(command(tmp_path / "one", *options), check=True, capture_output=True, timeout=300)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tokcomp"]
+    argv = [sys.executable, *launcher, *command(tmp_path / "two", *options)[3:]]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written:") == 1 and done.stderr.count("step 4/8: top-1") == 1
+    schedules = [CompressionSchedule.load(tmp_path / name / "schedule.json") for name in ("one", "two")]
+    assert schedules[0] == schedules[1]
+    assert schedules[0].provenance["top1"] == schedules[1].provenance["top1"]
+    logs = [read_log(tmp_path / name / "log.csv") for name in ("one", "two")]
+    for row, other in zip(*logs, strict=True):
+        # The mean of two float32 means against the mean of all: a few roundings of a number below 4.
+        assert row["cross_entropy"] == pytest.approx(other["cross_entropy"], abs=1e-5)
+        assert row["kept_3"] == other["kept_3"]
