@@ -74,6 +74,69 @@ def test_several_targets_and_json(run, tmp_path):
     assert {"schedule-0.012.json", "schedule-0.015.json", "log-0.012.csv"} <= set(os.listdir(tmp_path))
 
 
+@pytest.fixture
+def latency_table(tmp_path):
+    """Of a device where a part takes as many milliseconds as tokens, in steps of 8; batches of 4."""
+    import timm
+    import tokcomp.assets  # noqa: F401
+    from tokcomp.budgets import LatencyTable
+    from tokcomp.budgets.vit_parts import uniform_blocks
+
+    counts = sorted({2, 65, *range(8, 65, 8), *range(9, 65, 8)})
+    times = [float(-(-count // 8)) for count in counts]
+    block = uniform_blocks(timm.create_model("tokcomp_digits_vit"))._asdict()
+    fixed = {"depth": 6, "num_tokens": 65, "num_prefix_tokens": 1, "block": block, "batch_size": 4, "dtype": "float32"}
+    parts = {"attention_ms": times, "reduce_ms": [0.0] * len(times), "mlp_ms": times, "head_ms": [0.0] * len(times)}
+    LatencyTable(**fixed, embed_ms=0.0, counts=counts, **parts).save(tmp_path / "table.json")
+    return tmp_path / "table.json"
+
+
+def test_latency_by_a_table(run, tmp_path, latency_table):
+    """Uncompressed: 6 blocks of 9 + 9 ms. Both kinds of budget, summed, and their costs beside each other."""
+    options = (*DIGITS, "--latency-table", latency_table, "--granularity", "1", "--lr", "0.3", "--steps", "40")
+    status, out, err = run(*options, "--target-ms", "80", "60", "-o", tmp_path / "run", "--json")
+    assert status == 0, err
+    costs = {target["name"]: target["costs"]["latency"] for target in json.loads(out)["targets"]}
+    assert costs == {"80ms": pytest.approx(80, abs=4), "60ms": pytest.approx(60, abs=4)}
+    status, out, err = run(*options, "--target-images-per-s", "50", "--target-gflops", "0.015", "-o", tmp_path / "both")
+    assert status == 0, err
+    budgets = json.loads((tmp_path / "both" / "summary.json").read_text())["targets"][0]["budgets"]
+    assert [(budget["budget"], budget["target"]) for budget in budgets] == [("flops", 0.015), ("latency", 80.0)]
+    assert "cost" in out
+    status, _, err = run(*options, "--target-ms", "1000", "-o", tmp_path / "new")
+    assert status == 2 and "--target-ms: target_ms must lie between 108" in err and not (tmp_path / "new").exists()
+    status, _, err = run(*options, "--target-ms", "80", "--latency-batch-size", "1", "-o", tmp_path / "new")
+    assert status == 2 and "was measured with batch_size 4, got batch_size 1" in err
+
+
+def test_latency_is_measured_once(run, tmp_path, monkeypatch, latency_table):
+    from tokcomp.budgets import LatencyTable
+
+    table, measured = LatencyTable.load(latency_table), []
+    monkeypatch.setattr("tokcomp.budgets.measure.measure_latency", lambda model, **o: measured.append(o) or table)
+    options = (*DIGITS, "--target-ms", "80", "--latency-batch-size", "4", "-o", tmp_path / "run")
+    assert run(*options, "--steps", "2")[0] == 0
+    assert len(measured) == 1 and measured[0]["batch_size"] == 4 and measured[0]["dtype"] == "float32"
+    assert LatencyTable.load(tmp_path / "run" / "latency.json") == table
+    assert run(*options, "--steps", "2", "--resume")[0] == 0
+    assert run(*options, "--steps", "2", "--latency-table", latency_table, "--resume")[0] == 0
+    assert len(measured) == 1
+
+
+def test_stopped_while_measuring(run, tmp_path, monkeypatch):
+    def measure(model, *, stop, **options):
+        from tokcomp.budgets import MeasurementStopped
+
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+        raise MeasurementStopped
+
+    monkeypatch.setattr("tokcomp.budgets.measure.measure_latency", measure)
+    status, _, err = run(*DIGITS, "--target-ms", "80", "-o", tmp_path / "run")
+    assert status == 128 + signal.SIGTERM and "stopped while the latency was measured; nothing was written" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_folders_of_images(run, training_folder, tmp_path):
     """With timm's augmentation: however images are loaded, the same search; a subset keeps the number of steps."""
     options = ("search", "--data", training_folder, "-m", "tokcomp_digits_vit", "--num-classes", "2", "--device", "cpu")
@@ -120,7 +183,17 @@ def test_the_defaults_are_the_papers():
         ((), "a search needs a budget, got none; pass --target-gflops G"),
         (("--target-gflops", "9"), "--target-gflops: target_gflops must"),
         (("--target-gflops", "0.001"), "--target-gflops: target_gflops must"),
-        (("--target-gflops", "0.012", "0.0120"), "--target-gflops must name each target once, got 0.012 0.012"),
+        (("--target-gflops", "0.012", "0.0120"), "targets must differ from each other, got 0.012 0.012"),
+        (
+            ("--target-ms", "1", "--target-images-per-s", "9"),
+            "--target-ms and --target-images-per-s are the same budget",
+        ),
+        ((*TARGET, "--latency-batch-size", "2"), "--latency-batch-size goes with --target-ms or --target-images-per-s"),
+        (
+            ("--target-gflops", "0.012", "0.013", "--target-ms", "1", "2", "3"),
+            "as many as the others, got 2 of --target-gflops, 3 of --target-ms",
+        ),
+        (("--target-ms", "1", "--latency-table", "."), "--latency-table must be a file, got the folder '.'"),
         (("--target-gflops", "-1"), "argument --target-gflops: must be a number above 0, got '-1'"),
         ((*TARGET, "-b", "7"), "--batch-size: the batch size must be a multiple of 2 (1 processes x 1 accumulated"),
         ((*TARGET, "--grad-accum-steps", "3"), "multiple of 6"),

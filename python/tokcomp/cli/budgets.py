@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokcomp.cli import options
-from tokcomp.cli.errors import UserError, blame
+from tokcomp.cli.errors import UserError, blame, check_output_file
 
 if TYPE_CHECKING:
     import torch
 
-    from tokcomp.budgets import Budget
+    from tokcomp.budgets import Budget, LatencyTable
     from tokcomp.train.distributed import World
+
+#: option -> what follows its number in a target's name
+_TARGETS = {"target_gflops": "", "target_ms": "ms", "target_images_per_s": "ips"}
+#: options that are nothing without a latency target
+_OF_LATENCY = ("latency_batch_size", "latency_dtype", "latency_table", "latency_weight")
 
 
 def add_budget_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("budgets (at least one; several are summed)")
+    group = parser.add_argument_group("budgets (at least one; several kinds are summed)")
     group.add_argument(
         "--target-gflops",
         type=options.positive_float,
@@ -30,27 +38,131 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="weight of its loss, (F - T)^2 in GFLOPs (default: 5, as in the paper; more for models below 1 GFLOPs)",
     )
+    group.add_argument(
+        "--target-ms",
+        type=options.positive_float,
+        nargs="+",
+        metavar="T",
+        help="milliseconds a batch, by a table measured on --device",
+    )
+    group.add_argument(
+        "--target-images-per-s", type=options.positive_float, nargs="+", metavar="R", help="the same, as a rate"
+    )
+    group.add_argument(
+        "--latency-batch-size", type=options.positive_int, metavar="N", help="images in that batch (default: 1)"
+    )
+    group.add_argument(
+        "--latency-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type that the model will be served in (default: float32)",
+    )
+    group.add_argument(
+        "--latency-table",
+        type=Path,
+        metavar="FILE",
+        help="the table: read if it is there, else measured and saved (default: latency.json in the output folder)",
+    )
+    group.add_argument(
+        "--latency-weight",
+        type=options.non_negative_float,
+        metavar="X",
+        help="weight of its loss, ((E - T) / uncompressed)^2 (default: 100)",
+    )
 
 
 def check_budget_options(args: argparse.Namespace) -> None:
     """Refuse what is wrong whatever the model."""
-    if args.target_gflops is None:
+    given = [option for option in _TARGETS if getattr(args, option) is not None]
+    if not given:
         raise UserError("a search needs a budget, got none; pass --target-gflops G")
-    names = [f"{target:g}" for target in args.target_gflops]
+    if "target_ms" in given and "target_images_per_s" in given:
+        raise UserError("--target-ms and --target-images-per-s are the same budget, got both; keep one")
+    if given == ["target_gflops"]:
+        for option in _OF_LATENCY:
+            if getattr(args, option) is not None:
+                raise UserError(f"{_flag(option)} goes with --target-ms or --target-images-per-s, got neither")
+    elif args.latency_table is not None:
+        check_output_file("--latency-table", args.latency_table)
+    lengths = {len(getattr(args, option)) for option in given}
+    if len(lengths - {1}) > 1:
+        got = ", ".join(f"{len(getattr(args, option))} of {_flag(option)}" for option in given)
+        raise UserError(f"of several budgets each must have one target or as many as the others, got {got}")
+    names = target_names(args)
     if len(set(names)) < len(names):
-        raise UserError(f"--target-gflops must name each target once, got {' '.join(names)}")
+        raise UserError(f"targets must differ from each other, got {' '.join(names)}")
 
 
-def build_targets(args: argparse.Namespace, model: Any, device: torch.device, world: World) -> dict[str, list[Budget]]:
-    """Target's name -> its budgets. A single target has the name ""."""
+def target_names(args: argparse.Namespace) -> list[str]:
+    """The names of the targets, as their files bear them; a single target has the name ""."""
+    series = [(getattr(args, option), unit) for option, unit in _TARGETS.items() if getattr(args, option) is not None]
+    count = max(len(values) for values, _ in series)
+    if count == 1:
+        return [""]
+    several = [(values, unit) for values, unit in series if len(values) > 1]
+    return ["-".join(f"{values[index]:g}{unit}" for values, unit in several) for index in range(count)]
+
+
+def build_targets(
+    args: argparse.Namespace, model: Any, device: torch.device, world: World, stop: Callable[[], bool]
+) -> dict[str, list[Budget]]:
+    """Target's name -> its budgets.
+
+    Raises:
+        MeasurementStopped: ``stop`` became true while a latency table was measured.
+    """
     from tokcomp import flops
-    from tokcomp.budgets import FlopsBudget
+    from tokcomp.budgets import FlopsBudget, LatencyBudget
     from tokcomp.search.settings import flops_weight
 
-    weight = flops_weight(flops(model) / 1e9) if args.flops_weight is None else args.flops_weight
-    targets: dict[str, list[Budget]] = {}
-    for target in args.target_gflops:
-        with blame("--target-gflops"):
-            budget = FlopsBudget(model, target, weight, granularity=args.granularity)
-        targets[f"{target:g}" if len(args.target_gflops) > 1 else ""] = [budget]
+    names = target_names(args)
+    targets: dict[str, list[Budget]] = {name: [] for name in names}
+    if args.target_gflops is not None:
+        weight = flops_weight(flops(model) / 1e9) if args.flops_weight is None else args.flops_weight
+        for name, target in zip(names, _each(args.target_gflops, len(names)), strict=True):
+            with blame("--target-gflops"):
+                targets[name].append(FlopsBudget(model, target, weight, granularity=args.granularity))
+    option = "target_ms" if args.target_ms is not None else "target_images_per_s"
+    if getattr(args, option) is not None:
+        table, path = _latency_table(args, model, device, world, stop)
+        weights = {} if args.latency_weight is None else {"weight": args.latency_weight}
+        for name, target in zip(names, _each(getattr(args, option), len(names)), strict=True):
+            with blame(_flag(option)):
+                budget = LatencyBudget(model, table, **{option: target}, granularity=args.granularity, **weights)
+            targets[name].append(budget)
+        if world.is_main and not path.exists():
+            table.save(path)
     return targets
+
+
+def _latency_table(
+    args: argparse.Namespace, model: Any, device: torch.device, world: World, stop: Callable[[], bool]
+) -> tuple[LatencyTable, Path]:
+    """The table, and where it belongs. One that was not asked for by name is saved only once its targets are fit."""
+    from tokcomp.budgets import find_latency_table
+
+    path = args.latency_table or args.output / "latency.json"
+
+    def find() -> LatencyTable:
+        return find_latency_table(
+            model,
+            path if args.latency_table is not None or path.exists() else None,
+            batch_size=args.latency_batch_size,
+            dtype=args.latency_dtype,
+            device=device,
+            report=lambda line: print(line, file=sys.stderr, flush=True),
+            stop=stop,
+        )
+
+    try:
+        with blame("--latency-table"):
+            return world.from_main(find), path
+    except OSError as error:
+        raise UserError(f"--latency-table '{path}' cannot be used: {error}") from error
+
+
+def _each(values: list[float], count: int) -> list[float]:
+    return values * count if len(values) == 1 else values
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")

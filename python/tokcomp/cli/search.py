@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokcomp.cli import options
-from tokcomp.cli.budgets import add_budget_options, build_targets, check_budget_options
+from tokcomp.cli.budgets import add_budget_options, build_targets, check_budget_options, target_names
 from tokcomp.cli.data import add_data_options, data_root, open_data
 from tokcomp.cli.errors import UserError, blame, check_output_folder
 from tokcomp.cli.table import table
@@ -60,7 +60,7 @@ RECIPE_OPTIONS: dict[str, tuple[Any, str, str]] = {
     "clip_grad": (options.positive_float, "largest norm of the gradient", "None"),
     "aa": (str, "augmentation policy, or none", "rand-m9-mstd0.5-inc1"),
     "hflip": (options.non_negative_float, "probability of a mirrored image", "0.5"),
-    "color_jitter": (options.non_negative_float, "where --aa is none", "0.4"),
+    "color_jitter": (options.non_negative_float, "where --aa is none", "0.3"),
     "train_interpolation": (str, "resizing of training images", "bicubic"),
     "reprob": (options.non_negative_float, "probability of random erasing", "0.0"),
     "smoothing": (options.non_negative_float, "label smoothing", "0.1"),
@@ -171,6 +171,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from tokcomp.search.folder import SearchFolder
     from tokcomp.train.distributed import join, leave, local_device
 
     check_budget_options(args)
@@ -178,6 +179,8 @@ def run(args: argparse.Namespace) -> int:
     if args.val_data is not None and not args.val_data.exists():
         raise UserError(f"--val-data must be a folder or archive of images, got '{args.val_data}', which is not there")
     check_output_folder("--output", args.output)
+    with blame("--output"):
+        SearchFolder(args.output, target_names(args)).check_free(args.resume)
     settings = _settings(args)
     device = local_device(options.chosen_device(args.device))
     try:
@@ -234,6 +237,7 @@ def _run(
     from timm.data import resolve_model_data_config
 
     from tokcomp import UnsupportedModelError
+    from tokcomp.budgets import MeasurementStopped
     from tokcomp.search.model import DiffRateSearch
     from tokcomp.search.run import run_searches
     from tokcomp.search.settings import DivergedError
@@ -254,7 +258,6 @@ def _run(
     except ValueError as error:
         raise UserError(f"the search does not fit {args.model}: {error}") from error
     dataset, indices, watched, epoch_images = _parts(args, root, model.num_classes, config)
-    targets = build_targets(args, model, device, world)
     loading: dict[str, Any] = {"workers": args.workers, "pin_memory": device.type == "cuda"}
     with blame("--aa"):
         training = training_part(dataset, indices, settings.recipe, config)
@@ -285,6 +288,7 @@ def _run(
         )
     with StopRequest() as stop:
         try:
+            targets = build_targets(args, model, device, world, lambda: stop.wanted)
             results = run_searches(
                 model,
                 batches,
@@ -299,6 +303,9 @@ def _run(
                 stop=stop,
                 show_progress=True,
             )
+        except MeasurementStopped:
+            print("stopped while the latency was measured; nothing was written", file=sys.stderr)
+            return stop.exit_status or 1
         except DivergedError as error:
             if world.is_main:
                 print(f"tokcomp search: error: {error}", file=sys.stderr)

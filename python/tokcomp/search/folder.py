@@ -46,10 +46,14 @@ class SearchFolder:
     def plot(self, target: str) -> Path:
         return self.file("kept", target, ".png")
 
-    def holds_a_run(self) -> bool:
-        return self.path.is_dir() and any(
-            any(self.path.glob(pattern)) for pattern in ("checkpoint.pt", "summary.json", "schedule*.json", "log*.csv")
-        )
+    def check_free(self, resume: bool) -> None:
+        """Raise ValueError if the folder holds a run that is not to be resumed."""
+        patterns = ("checkpoint.pt", "summary.json", "schedule*.json", "log*.csv")
+        if not resume and self.path.is_dir() and any(any(self.path.glob(pattern)) for pattern in patterns):
+            raise ValueError(
+                f"the output folder must not hold another run, got '{self.path}'; go on with it by --resume, or choose "
+                "another folder"
+            )
 
     def open(self, settings: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
         """Make the folder, see that it can be written, and read the checkpoint to go on from, if there is one.
@@ -58,11 +62,7 @@ class SearchFolder:
             ValueError: it holds a run and ``resume`` is False, or one of other settings, or a broken checkpoint.
             OSError: it cannot be written.
         """
-        if self.holds_a_run() and not resume:
-            raise ValueError(
-                f"the output folder must not hold another run, got '{self.path}'; go on with it by --resume, or choose "
-                "another folder"
-            )
+        self.check_free(resume)
         state = None
         if self.checkpoint.is_file():
             state = load_checkpoint(self.checkpoint, KIND)

@@ -134,7 +134,7 @@ class _Run:
         """What a resumed run must share with its beginning."""
         budgets = {
             target.name: [
-                {name: budget.describe().get(name) for name in ("budget", "target", "unit", "weight")}
+                {name: budget.describe().get(name) for name in ("budget", "target", "unit", "weight", "uncompressed")}
                 for budget in target.budgets
             ]
             for target in self.targets
