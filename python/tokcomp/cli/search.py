@@ -304,7 +304,8 @@ def _run(
                 show_progress=True,
             )
         except MeasurementStopped:
-            print("stopped while the latency was measured; nothing was written", file=sys.stderr)
+            if world.is_main:
+                print("stopped while the latency was measured; nothing was written", file=sys.stderr)
             return stop.exit_status or 1
         except DivergedError as error:
             if world.is_main:
