@@ -255,8 +255,8 @@ def masked_merge_triton(
             **config,
         )
         config = launch_config("masked_merge", "apply", x.device, C=channels)
-        blocks = triton.cdiv(num_tokens, config["BLOCK_N"]), max(1, triton.cdiv(channels, config["BLOCK_C"]))
-        _masked_merge_apply_kernel[(batch, *blocks)](
+        channel_blocks = max(1, triton.cdiv(channels, config["BLOCK_C"]))
+        _masked_merge_apply_kernel[(batch, triton.cdiv(num_tokens, config["BLOCK_N"]), channel_blocks)](
             x,
             size,
             counts,
