@@ -43,12 +43,13 @@ def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
     return right / len(labels)
 
 
-def train(epochs: int, batch_size: int, seed: int) -> torch.nn.Module:
+def train(epochs: int, batch_size: int, seed: int, **model_options: Any) -> torch.nn.Module:
+    """The digits model, or with ``model_options`` (``embed_dim``, ``num_heads`` ...) a variant of it."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     (ink, labels), _ = digits_split()
     test_images, test_labels = held_out_digits()
-    model: Any = timm.create_model(DIGITS_MODEL, drop_path_rate=0.05, weight_init="jax")
+    model: Any = timm.create_model(DIGITS_MODEL, drop_path_rate=0.05, weight_init="jax", **model_options)
     positions = build_sincos2d_pos_embed(model.patch_embed.grid_size, model.embed_dim, temperature=100.0)  # [P, C]
     with torch.no_grad():
         model.pos_embed[:, model.num_prefix_tokens :] = positions

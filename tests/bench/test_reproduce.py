@@ -1,0 +1,212 @@
+"""The reproduction's own parts: schedules at a cost, units that resume, statistics, the whole command in small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import tokcomp
+import torch
+from tokcomp.assets import DIGITS_MODEL
+from tokcomp.equal_cost import evit_for_budget, tome_for_budget
+
+from benchmarks.reproduce import diffrate, runner, schedules
+from benchmarks.reproduce.measure import held_out_pictures, training_pictures
+from benchmarks.reproduce.plan import PIPELINES, QUICK, SearchSettings, Settings
+from benchmarks.reproduce.summary import paired
+from benchmarks.reproduce.units import all_units
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return timm.create_model(DIGITS_MODEL).eval()
+
+
+def tokens_left(model: Any, method: Any) -> list[int]:
+    """What really is left after each block, by running the model."""
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    maps = tokcomp.trace(tokcomp.compress(model, method), images)
+    tokcomp.restore(model)
+    return [len(one[one >= 0].unique()) for one in maps]
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("share", [0.5, 0.33])
+def test_random_schedules_cost_the_budget(model: Any, pipeline: str, share: float) -> None:
+    budget = share * tokcomp.flops(model)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(5):
+        method = schedules.random_method(model, budget, generator, pipeline=pipeline)
+        assert schedules.cost(model, method) == pytest.approx(budget, rel=0.01)
+        before_merge, kept = schedules.effective_counts(method, 65, 6)
+        assert kept == tokens_left(model, method)
+        assert kept[0] == 65 and kept == sorted(kept, reverse=True)
+        assert all(
+            there >= middle >= left for there, middle, left in zip([65, *kept], before_merge, kept, strict=False)
+        )
+
+
+def test_the_pipelines_drop_the_same_tokens_by_the_same_steps(model: Any) -> None:
+    before_merge, kept = [65, 50, 40, 20, 10, 8], [65, 40, 30, 20, 6, 8]
+    for pipeline in ("prune_merge", "merge_prune"):
+        method = schedules.diffrate(before_merge, kept, pipeline=pipeline, metric="cls_attn")
+        assert schedules.effective_counts(method, 65, 6) == ([65, 50, 40, 20, 10, 6], [65, 40, 30, 20, 6, 6])
+    for pipeline in ("prune", "merge"):
+        method = schedules.diffrate(before_merge, kept, pipeline=pipeline, metric="cls_attn")
+        assert schedules.effective_counts(method, 65, 6)[1] == [65, 40, 30, 20, 6, 6]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.4, 0.33])
+def test_uniform_drops_the_same_share(model: Any, share: float) -> None:
+    budget = share * tokcomp.flops(model)
+    method = schedules.uniform(model, budget)
+    assert schedules.cost(model, method) == pytest.approx(budget, rel=0.01)
+    _, kept = schedules.effective_counts(method, 65, 6)
+    ratio = (kept[1] - 1) / 64
+    expected = [64.0]
+    for block in range(1, 6):
+        expected.append(64 * ratio**block)
+    assert kept[0] == 65
+    # Rounding the first ratio to whole tokens moves the k-th count by up to k/2 tokens times ratio^(k-1).
+    assert all(
+        abs(count - 1 - want) <= 1 + k / 2
+        for k, (count, want) in enumerate(zip(kept, expected, strict=True))
+        if want >= 3
+    )
+
+
+def test_fit_reaches_the_budget_and_keeps_the_shape(model: Any) -> None:
+    found = tokcomp.DiffRate(tokcomp.CompressionSchedule([65, 60, 50, 70, 20, 12], [65, 40, 45, 30, 30, 9]))
+    assert schedules.effective_counts(found, 65, 6) == ([65, 60, 40, 40, 20, 12], [65, 40, 40, 30, 20, 9])
+    for share in (0.6, 0.5, 0.4):
+        budget = share * tokcomp.flops(model)
+        fitted = schedules.fit(model, found, budget)
+        assert schedules.cost(model, fitted) == pytest.approx(budget, rel=0.01)
+        _, kept = schedules.effective_counts(fitted, 65, 6)
+        assert kept[1] == kept[2] > kept[3] > kept[4] > kept[5]
+    own = schedules.cost(model, found)
+    assert schedules.effective_counts(schedules.fit(model, found, own), 65, 6) == schedules.effective_counts(
+        found, 65, 6
+    )
+
+
+@pytest.mark.parametrize(("pipeline", "wanted"), [("merge", tome_for_budget), ("prune", evit_for_budget)])
+def test_other_methods_counts_cost_what_they_cost(model: Any, pipeline: str, wanted: Any) -> None:
+    other = wanted(model, 0.5 * tokcomp.flops(model))
+    method = schedules.from_counts(other, 65, 6, pipeline)
+    assert tokens_left(model, method) == tokens_left(model, other)
+    assert schedules.cost(model, method) == schedules.cost(model, other)
+
+
+def test_no_two_drawings_are_alike() -> None:
+    held_out, labels = held_out_pictures(720)
+    training, _ = training_pictures(64)
+    assert torch.equal(labels[:360], labels[360:])
+    everything = torch.cat([held_out, training]).flatten(1)
+    assert len(everything.unique(dim=0)) == 784
+
+
+def test_units_are_named_once_and_need_what_there_is() -> None:
+    for settings in (Settings(), QUICK):
+        units = all_units(settings)
+        names = {unit.name for unit in units}
+        assert len(names) == len(units)
+        assert all(need in names for unit in units for need in unit.needs)
+    assert len(Settings().seeds) >= 5 and len(Settings().shares) == 3
+
+
+def test_the_name_of_a_search_tells_it_from_the_others() -> None:
+    default = SearchSettings(0.5)
+    others = [
+        SearchSettings(0.4),
+        SearchSettings(0.5, metric="random"),
+        SearchSettings(0.5, pipeline="prune"),
+        SearchSettings(0.5, match_inference=True),
+        SearchSettings(0.5, epochs=1),
+        SearchSettings(0.5, images=16),
+    ]
+    assert len({one.name for one in [default, *others]}) == 7
+
+
+WORK = """
+from pathlib import Path
+
+def count(folder, step, fail=False):
+    if fail and not (folder / "mended").exists():
+        raise RuntimeError("broken")
+    with open(folder / "calls", "a") as file:
+        file.write(step + "\\n")
+    return {"step": step}
+"""
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "reproduce_work.py").write_text(WORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def unit(step: str, needs: tuple[str, ...] = (), **arguments: Any) -> runner.Unit:
+    return runner.Unit(step, "reproduce_work:count", {"step": step, **arguments}, needs)
+
+
+def test_a_stopped_run_goes_on_and_a_changed_unit_runs_again(work: Path) -> None:
+    lines: list[str] = []
+    units = [unit("late", ("early", "other")), unit("early"), unit("other", ("early",), fail=True)]
+    with pytest.raises(RuntimeError, match="broken"):
+        runner.run_units(work, units, 1, lines.append)
+    assert (work / "calls").read_text().split() == ["early"]
+    (work / "mended").touch()
+    runner.run_units(work, units, 2, lines.append)
+    assert (work / "calls").read_text().split() == ["early", "other", "late"]
+    assert runner.load_result(work, "late") == {"step": "late"}
+    assert "1 of 3 units are there already" in lines and lines[-1].startswith("[  3/3]")
+    # Another argument of a unit: it and what needs it run again, the rest does not.
+    units[2] = unit("other", ("early",))
+    runner.run_units(work, units, 1, lines.append)
+    assert (work / "calls").read_text().split() == ["early", "other", "late", "other", "late"]
+
+
+def test_paired_differences() -> None:
+    mean, half = paired([1.0, 2.0, 6.0], [0.0, 0.0, 0.0])
+    assert mean == pytest.approx(3.0)
+    # t(0.975, 2 degrees) = 4.303; the deviation is sqrt(7).
+    assert half == pytest.approx(4.303 * 7**0.5 / 3**0.5)
+    assert paired([2.0, 3.0], [1.0, 2.0]) == (1.0, 0.0)
+
+
+@pytest.mark.slow
+def test_the_command_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--quick", "--output", str(tmp_path / "out")]
+    assert diffrate.main(options) == 0
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    plots = {"diffrate-equal-cost.png", "diffrate-random.png", "diffrate-schedules.png"}
+    assert written == {"models", "units", "results.json", "tables.md", *plots}
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results["equal_cost"]) == {"0.5"}
+    rows = results["equal_cost"]["0.5"]["rows"]
+    assert {"DiffRate", "ToMe", "EViT", "uniform"} < set(rows)
+    for series in rows.values():
+        assert len(series["top1"]) == 2 and all(0 <= value <= 100 for value in series["top1"])
+        shares = [1e6 * m / dense for m, dense in zip(series["mflops"], results["uncompressed"]["flops"], strict=True)]
+        assert shares == pytest.approx([0.5, 0.5], rel=0.02)
+    assert set(results["ablations"]) == {"metric", "pipeline", "images", "epochs"}
+    gaps = results["match_inference"]["0.5"]["gap"]
+    assert max(gaps["match_inference=True"]["logits"]) < 1e-4
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    assert tables.count("\n## ") == 8 and "nan" not in tables.lower()
+    capsys.readouterr()
+    assert diffrate.main(options) == 0
+    units = len(all_units(QUICK))
+    assert f"{units} of {units} units are there already" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["equal_cost"] == results["equal_cost"]
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert diffrate.main(["--output", str(tmp_path / "file")]) == 2
+    assert "--output must be a folder" in capsys.readouterr().err
