@@ -8,7 +8,7 @@ import pytest
 import tokcomp
 
 # 64 x 64 pixels are 4 x 4 tokens in the third stage's 9 blocks.
-SMALL = ("-m", "caformer_s18", "--num-classes", "5", "--img-size", "64", "--device", "cpu")
+SMALL = ("-m", "caformer_s18", "--num-classes", "2", "--img-size", "64", "--device", "cpu")
 
 
 @pytest.fixture
@@ -57,3 +57,30 @@ def test_what_cannot_be_done_is_refused(run, image_folder, schedule):
     status, _, err = run("bench", "-m", "caformer_s18", "--method", "tome")
     assert status == 2
     assert "--model must be a timm VisionTransformer" in err
+
+
+def test_search_finetune_evaluate(run, image_folder, tmp_path):
+    """What the search writes, the other commands take as it is."""
+    output = tmp_path / "found"
+    common = (image_folder, *SMALL, "--workers", "0", "-b", "2")
+    status, out, err = run(
+        *("search", *common, "--train-split", "validation", "--held-out", "2", "--target-gflops", "0.25"),
+        *("--steps", "2", "--granularity", "3", "--lr", "0.1", "--min-lr", "0.1", "-o", output, "--json"),
+    )
+    assert status == 0, err
+    settings = json.loads(out)["settings"]
+    assert (settings["metric"], settings["pipeline"]) == ("image_attn", "merge")
+    schedule = output / "schedule.json"
+    found = tokcomp.CompressionSchedule.load(schedule)
+    assert found.num_prune_kept is None
+    assert len(found.num_merge_kept) == 9
+    assert found.num_merge_kept[0] == found.num_merge_kept[-1] == 16
+    assert min(found.num_merge_kept) < 16
+    status, out, err = run("evaluate", image_folder, *SMALL, "--method", "diffrate", "--schedule", schedule, "--json")
+    assert status == 0, err
+    assert json.loads(out)["gflops"] < 0.35
+    status, _, err = run(
+        *("finetune", *common, "--from-scratch", "--method", "diffrate", "--schedule", schedule),
+        *("--train-split", "validation", "--held-out", "2", "--epochs", "1", "-o", tmp_path / "tuned"),
+    )
+    assert status == 0, err

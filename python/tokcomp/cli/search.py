@@ -89,14 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--metric",
         choices=("cls_attn", "image_attn", "cls_attn_v", "random"),
-        default="cls_attn",
-        help="what ranks the tokens (default: %(default)s)",
+        help="what ranks the tokens (default: cls_attn; image_attn for CAFormers)",
     )
     search.add_argument(
         "--pipeline",
         choices=("prune_merge", "merge_prune", "prune", "merge"),
-        default="prune_merge",
-        help="what happens in which order (default: %(default)s)",
+        help="what happens in which order (default: prune_merge; merge for CAFormers)",
     )
     search.add_argument(
         "--match-inference", action="store_true", help="let a merged token's size count in search as it does afterwards"
@@ -394,8 +392,8 @@ def _report(args: argparse.Namespace, results: dict[str, SearchResult]) -> None:
         header = ["target", "cost", "GFLOPs", "top-1", "tokens after each block", "schedule"]
     print(table(header, rows))
     print(f"written: {args.output}")
-    metric = f" --metric {args.metric}" if args.metric != "cls_attn" else ""
-    pipeline = f" --pipeline {args.pipeline}" if args.pipeline != "prune_merge" else ""
+    metric = f" --metric {args.metric}" if args.metric else ""
+    pipeline = f" --pipeline {args.pipeline}" if args.pipeline else ""
     first = folder.schedule(next(iter(results)))
     print(f"Next: tokcomp evaluate DATA -m {args.model} --method diffrate --schedule {first}{metric}{pipeline}")
 

@@ -141,6 +141,8 @@ class _Run:
         }
         return {
             **self.settings.describe(),
+            "metric": self.targets[0].search.metric,
+            "pipeline": self.targets[0].search.pipeline,
             "steps": self.steps,
             "batch_size": self.batches.batch_size,
             "pieces": self.batches.pieces,

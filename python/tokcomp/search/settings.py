@@ -30,8 +30,8 @@ class SearchSettings:
     recipe: Recipe = SEARCH_RECIPE
     steps: int | None = None
     granularity: int = 4
-    metric: str = "cls_attn"
-    pipeline: str = "prune_merge"
+    metric: str | None = None
+    pipeline: str | None = None
     match_inference: bool = False
     seed: int = 0
     budget_warmup_epochs: float = 0.0
