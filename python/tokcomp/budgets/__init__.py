@@ -2,16 +2,22 @@
 
 from tokcomp.budgets.base import Budget, TargetError, TokenCounts, counts_of, least_counts
 from tokcomp.budgets.flops import FlopsBudget, flops_of
+from tokcomp.budgets.gemmini import Gemmini, GemminiCost, Technology
+from tokcomp.budgets.gemmini_search import GemminiSearch
 from tokcomp.budgets.latency import LatencyBudget, LatencyTable
 from tokcomp.budgets.measure import MeasurementStopped, find_latency_table, measure_latency
 
 __all__ = [
     "Budget",
     "FlopsBudget",
+    "Gemmini",
+    "GemminiCost",
+    "GemminiSearch",
     "LatencyBudget",
     "LatencyTable",
     "MeasurementStopped",
     "TargetError",
+    "Technology",
     "TokenCounts",
     "counts_of",
     "find_latency_table",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,26 @@ class Budget(ABC):
     @abstractmethod
     def loss(self, counts: TokenCounts) -> Tensor:
         """How far the cost is from the target: 0-dim, at least 0, ``weight`` not applied."""
+
+    def step(self, counts: TokenCounts, step: int) -> None:
+        """Learn, where the budget has something to learn: called after step ``step`` with the counts of then.
+
+        What it does must follow from its state, ``counts`` and ``step`` alone: a resumed search then goes on exactly.
+        """
+        return
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`step` has learnt, as tensors and JSON data, for a checkpoint; empty where it learns nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: it is no state of such a budget; nothing has changed then.
+        """
+        if state:
+            raise ValueError(f"the state of a {self.name} budget must be empty, got {', '.join(map(str, state))}")
 
     def describe(self) -> dict[str, Any]:
         """What this budget is, as JSON data for a schedule's provenance."""
