@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tokcomp.schedule import CompressionSchedule
     from tokcomp.search.model import DiffRateSearch
     from tokcomp.tocom.plugin import ToCom
+    from tokcomp.tocom.switch import Switchable
     from tokcomp_kernels._version import __version__
 
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "DiffRateSearch": "tokcomp.search.model",
     "EViT": "tokcomp.methods",
     "Method": "tokcomp.methods",
+    "Switchable": "tokcomp.tocom.switch",
     "ToCom": "tokcomp.tocom.plugin",
     "ToMe": "tokcomp.methods",
     "UnsupportedModelError": "tokcomp.adapters",
@@ -43,6 +45,7 @@ __all__ = [
     "DiffRateSearch",
     "EViT",
     "Method",
+    "Switchable",
     "ToCom",
     "ToMe",
     "UnsupportedModelError",

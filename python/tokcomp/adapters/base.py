@@ -93,6 +93,9 @@ class Adapter(ABC):
         """
         raise UnsupportedModelError(f"{self.family}: its blocks have no packed q, k, v layers that ToCom could change")
 
+    def warm_up(self, model: nn.Module) -> None:  # noqa: B027  nothing, as a rule
+        """Make now what the first batch would otherwise have to make: packed weights, say."""
+
     @abstractmethod
     def check_search(self, model: nn.Module) -> None:
         """Raise UnsupportedModelError if a plain model of this family has nothing that a search could go by."""

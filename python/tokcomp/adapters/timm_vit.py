@@ -6,11 +6,13 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from tokcomp import fastpath
+from tokcomp.adapters import timm_vit_fast
 from tokcomp.adapters.base import Adapter, BlockCost, Cost, UnsupportedModelError
 from tokcomp.adapters.swap import original_class, restore_class, swap_class
 from tokcomp.adapters.timm_vit_modules import CompressedAttention, CompressedBlock, CompressedModel
@@ -138,6 +140,12 @@ class TimmVisionTransformer(Adapter):
 
     def qkv_layers(self, model: Any) -> list[nn.Linear]:
         return [block.attn.qkv for block in model.blocks]
+
+    @torch.no_grad()
+    def warm_up(self, model: Any) -> None:
+        if isinstance(model, CompressedModel):
+            weight = next(model.parameters())
+            timm_vit_fast.pack(model, torch.empty(0, dtype=weight.dtype, device=weight.device))
 
     def check_search(self, model: nn.Module) -> None:
         check_search(model)

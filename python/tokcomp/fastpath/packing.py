@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ _linear_binary: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", Non
 _SAMPLES = 64
 
 
-class _Packed(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Packed:
     """A layer's packed weight and what it was made from."""
 
     weight: Tensor
@@ -35,12 +37,21 @@ class _Packed(NamedTuple):
     data_ptr: int
     version: int | None
     packed: Tensor
+    view: Tensor  # a few elements of the weight as it is now
+    values: Tensor  # and as they were when it was packed
 
     @classmethod
     def of(cls, layer: Layer, dtype: torch.dtype) -> _Packed:
+        """The layer's packed weight: the one that another model made of the same parameter, or else a new one."""
         weight = layer.weight
-        version = None if weight.is_inference() else weight._version
-        return cls(weight, layer.bias, weight.data_ptr(), version, _pack(weight, dtype))
+        key = (id(weight), dtype)
+        entry = _shared.get(key)
+        if entry is None or not entry.is_of(layer) or not torch.equal(entry.view, entry.values):
+            version = None if weight.is_inference() else weight._version
+            view = _sample(weight)
+            packed = _pack(weight, dtype)
+            _shared[key] = entry = cls(weight, layer.bias, weight.data_ptr(), version, packed, view, view.clone())
+        return entry
 
     def is_of(self, layer: Layer) -> bool:
         """Whether the layer's parameters are still the same tensors, at the same place and unwritten."""
@@ -64,7 +75,7 @@ class PackedWeights:
         self._layers = {layer: _Packed.of(layer, dtype) for layer in layers}
         self._transposed: dict[Layer, Tensor] = {}
         self.widest = max(layer.weight.shape[0] for layer in layers)  # columns of the widest output
-        self._views = [_sample(entry.weight) for entry in self._layers.values()]
+        self._views = [entry.view for entry in self._layers.values()]
         self._values = torch.cat(self._views)
 
     def is_current(self, layers: Sequence[Layer], weight_dtype: torch.dtype, dtype: torch.dtype | None) -> bool:
@@ -87,7 +98,13 @@ class PackedWeights:
     @property
     def nbytes(self) -> int:
         """Bytes that the packed copies take, oneDNN's padding not counted."""
-        packed = [*(entry.packed for entry in self._layers.values()), *self._transposed.values()]
+        return self.nbytes_of(self._layers)
+
+    def nbytes_of(self, layers: Iterable[nn.Module]) -> int:
+        """Bytes that the packed copies of these layers take, 0 for a layer that is not packed."""
+        found = [layer for layer in layers if layer in self._layers]
+        packed = [self._layers[layer].packed for layer in found]
+        packed += [self._transposed[layer] for layer in found if layer in self._transposed]
         return sum(one.numel() * one.element_size() for one in packed)
 
     def transposed(self, layer: nn.Linear) -> Tensor:
@@ -145,6 +162,9 @@ def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _cache: weakref.WeakKeyDictionary[nn.Module, PackedWeights] = weakref.WeakKeyDictionary()
+#: Models that share parameters share the packed copies. By the parameter's id and the compute type; alive as long as
+#: some model's PackedWeights are, and so is the parameter.
+_shared: weakref.WeakValueDictionary[tuple[int, torch.dtype], _Packed] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
 
@@ -205,6 +225,11 @@ def _learns(layers: Iterable[Layer]) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(one.requires_grad for layer in layers for one in layer.parameters(recurse=False))
+
+
+def packed_now(model: nn.Module) -> PackedWeights | None:
+    """The packed weights that ``model`` has, current or not."""
+    return _cache.get(model)
 
 
 def forget(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokcomp.adapters.swap import Swapped, original_class, swap_class
+from tokcomp.tocom.twins import exchange, modules_on_the_way, twins_of
 
 _TERMS = "_tokcomp_terms"
 
@@ -75,12 +76,7 @@ class _Twins:
     """A model's own modules on the way to its packed layers, and the twins that stand in for them now."""
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Linear]) -> None:
-        names = {id(module): name for name, module in model.named_modules()}
-        self.layers = [names[id(layer)] for layer in layers]
-        parts = [name.split(".") for name in self.layers]
-        paths = {".".join(part[:end]) for part in parts for end in range(1, len(part) + 1)}
-        #: Children before their parents.
-        self.own = {path: model.get_submodule(path) for path in sorted(paths, key=lambda path: -path.count("."))}
+        self.layers, self.own = modules_on_the_way(model, layers)
         self.twins: dict[str, nn.Module] = {}
         self.scopes: list[list[Term]] = []
 
@@ -89,14 +85,11 @@ class _Twins:
         self._take_back(model)
         if not self.scopes:
             return
-        terms = {name: [scope[index] for scope in self.scopes] for index, name in enumerate(self.layers)}
-        for path, module in self.own.items():
-            twin = self.twins[path] = _twin(module)
-            _exchange(twin, {id(self.own[child]): self.twins[child] for child in self._children(path)})
-            if path in terms:
-                swap_class(twin, Compensated)
-                twin.__dict__[_TERMS] = terms[path]
-        _exchange(model, {id(self.own[path]): twin for path, twin in self.twins.items() if "." not in path})
+        self.twins = twins_of(self.own)
+        for index, path in enumerate(self.layers):
+            swap_class(self.twins[path], Compensated)
+            self.twins[path].__dict__[_TERMS] = [scope[index] for scope in self.scopes]
+        exchange(model, {id(self.own[path]): twin for path, twin in self.twins.items()})
 
     def _take_back(self, model: nn.Module) -> None:
         """The model's own modules again, with whatever was done to their twins."""
@@ -109,24 +102,10 @@ class _Twins:
             modules.update(twin._modules)
             vars(module).clear()
             vars(module).update(state, _modules=modules)
-            _exchange(module, own)
+            exchange(module, own)
             module.__class__ = original_class(twin) if path in self.layers else type(twin)
-        _exchange(model, own)
+        exchange(model, own)
         self.twins = {}
-
-    def _children(self, path: str) -> list[str]:
-        return [child for child in self.twins if child.rpartition(".")[0] == path]
 
 
 _TWINS: weakref.WeakKeyDictionary[nn.Module, _Twins] = weakref.WeakKeyDictionary()
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    twin: nn.Module = object.__new__(type(module))
-    vars(twin).update(vars(module), _modules=dict(module._modules))
-    return twin
-
-
-def _exchange(module: nn.Module, others: dict[int, nn.Module]) -> None:
-    for name, child in module._modules.items():
-        module._modules[name] = others.get(id(child), child)

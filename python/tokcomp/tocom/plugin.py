@@ -96,7 +96,7 @@ class ToCom(nn.Module):
                 or one whose values are not finite.
             RuntimeError: another plugin is folded in already, or the weights changed since this one was.
         """
-        steps = self._steps(source, target, scale)
+        self._steps(source, target, scale)
         layers = self._layers_of(model)
         if any(layer.weight.is_meta for layer in layers):
             raise ValueError("model must have weights to fold into, got one on the meta device")
@@ -106,7 +106,7 @@ class ToCom(nn.Module):
             require_unchanged(record, layers)
             if not set(record.plugin) & set(plugin):
                 raise RuntimeError(f"another plugin is folded into the model already ({record}): unfold that first")
-        rows = [self._compensated(index, original, *steps) for index, original in enumerate(original_rows(layers))]
+        rows = self.rows_for(model, original_rows(layers), source, target, scale)
         write_fold(model, layers, rows, Fold(int(source), int(target), float(scale), plugin))
 
     def unfold(self, model: nn.Module) -> None:
@@ -151,6 +151,18 @@ class ToCom(nn.Module):
         parts = zip(self.q_down, self.q_up, self.v_down, self.v_up, strict=True)
         with terms_added(model, layers, [Term(*part, columns, factor) for part in parts]):
             yield model
+
+    def rows_for(
+        self, model: nn.Module, rows: Sequence[Tensor], source: int, target: int, scale: float = 0.1
+    ) -> list[Tensor]:
+        """What :meth:`fold` would write: rows [2A, C] of q and v per block, made of those for degree ``source``.
+
+        Raises:
+            TypeError, ValueError: as :meth:`fold`.
+        """
+        steps = self._steps(source, target, scale)
+        self._layers_of(model)
+        return [self._compensated(index, original, *steps) for index, original in enumerate(rows)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plugin as safetensors with its metadata; the file is there whole or as it was before."""

@@ -1,0 +1,150 @@
+"""Switching a model between compression degrees while it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tokcomp import fastpath
+from tokcomp.api import compress
+from tokcomp.methods import Method, ToMe
+from tokcomp.tocom.degrees import Degrees, check_degrees, method_at
+from tokcomp.tocom.fold import fold_of
+from tokcomp.tocom.graphs import Graphs
+from tokcomp.tocom.layers import qkv_layers, read_rows, write_rows
+from tokcomp.tocom.plugin import ToCom
+from tokcomp.tocom.twins import twin_model
+
+
+class Switchable:
+    """A model at several compression degrees at once, one of which answers the next batch.
+
+    There is one copy of the model. Each degree but ``source`` has q, k, v weights of its own, the plugin folded in, and
+    on CPU packed copies of them; everything else is shared. :meth:`set_degree` only says who is next: it loads nothing
+    and may be called at any time from any thread. A batch runs from end to end at the degree that it started with,
+    while other threads may run theirs at others.
+
+    The model that this is made from is left as it is and may be used meanwhile. It must keep its q, k, v weights:
+    degree ``source`` runs on them, and the other degrees' were made of them.
+
+    Args:
+        model: in evaluation mode, plain or compressed, on the device where it is to run; its weights are those for
+            degree ``source``.
+        tocom: the plugin.
+        source: the degree that the model was trained at.
+        degrees: those to switch between; the first is the one to start with.
+        method: what a degree means: ``ToMe`` (r tokens merged per block), ``EViT`` (r tokens dropped per block), or a
+            mapping or function from degrees to methods, :func:`tokcomp.tocom.degrees.diffrate_degrees`, say.
+        scale: of the plugin.
+
+    Raises:
+        TypeError, ValueError: as :meth:`ToCom.fold` and :func:`tokcomp.compress`; or the model is in training mode, or
+            has a plugin folded in.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tocom: ToCom,
+        source: int = 0,
+        degrees: Sequence[int] = (0, 4, 8, 12, 16),
+        method: Degrees = ToMe,
+        scale: float = 0.1,
+    ) -> None:
+        if not isinstance(tocom, ToCom):
+            raise TypeError(f"tocom must be a ToCom, got {type(tocom).__name__}")
+        adapter, layers = qkv_layers(model)
+        if any(module.training for module in model.modules()):
+            raise ValueError("model must be in evaluation mode, got one in training mode: call model.eval()")
+        if fold_of(model) is not None:
+            raise ValueError(f"model must have no plugin folded in, got one with {fold_of(model)}: unfold it")
+        self.source = source
+        self._models: dict[int, nn.Module] = {}
+        self._own: dict[int, list[nn.Linear]] = {}
+        for degree in check_degrees(degrees, tocom.max_degree):
+            twin, _ = twin_model(model, layers)
+            compress(twin, method_at(method, degree))
+            rows = tocom.rows_for(twin, [read_rows(layer) for layer in layers], source, degree, scale)
+            self._models[degree], self._own[degree] = twin, []
+            if degree != source:
+                _, self._own[degree] = qkv_layers(twin)
+                for layer, new in zip(self._own[degree], rows, strict=True):
+                    _give_own_weight(layer, new)
+            adapter.warm_up(twin)
+        self._graphs = Graphs(self._models)
+        self._degree = next(iter(self._models))
+
+    def __repr__(self) -> str:
+        return f"Switchable(source={self.source}, degrees={list(self._models)}, degree={self._degree})"
+
+    @property
+    def degrees(self) -> list[int]:
+        """The degrees to switch between."""
+        return list(self._models)
+
+    @property
+    def degree(self) -> int:
+        """The degree that the next batch runs at."""
+        return self._degree
+
+    def set_degree(self, degree: int) -> None:
+        """Run the batches that start from now on at ``degree``.
+
+        Raises:
+            ValueError: not one of :attr:`degrees`.
+        """
+        self._degree = self._known(degree)
+
+    def method(self, degree: int) -> Method:
+        """What ``degree`` means."""
+        model = self._models[self._known(degree)]
+        method = qkv_layers(model)[0].method(model)
+        assert method is not None
+        return method
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, degree: int | None = None) -> Tensor:
+        """Logits of images [B, 3, H, W] at the degree of now, or at ``degree`` for this batch alone. No gradients."""
+        degree = self._degree if degree is None else self._known(degree)
+        if images.is_cuda:
+            logits = self._graphs.run(degree, images)
+            if logits is not None:
+                return logits
+        answer: Tensor = self._models[degree](images)
+        return answer
+
+    def prepare(self, images: Tensor) -> None:
+        """Make every degree ready for batches of this shape and type, before serving starts.
+
+        On CUDA this captures one graph per degree, which batches of other shapes run without; elsewhere it runs every
+        degree once.
+        """
+        if images.is_cuda:
+            self._graphs.capture(images)
+        else:
+            for degree in self._models:
+                self(images, degree)
+
+    def memory(self) -> dict[int, int]:
+        """Bytes that each degree holds beyond the shared model: q, k, v weights, their packed copies, CUDA graphs."""
+        return {degree: self._nbytes(degree) for degree in self._models}
+
+    def _nbytes(self, degree: int) -> int:
+        own = self._own[degree]
+        packed = fastpath.packed_now(self._models[degree])
+        weights = sum(layer.weight.nbytes for layer in own)
+        return weights + (0 if packed is None else packed.nbytes_of(own)) + self._graphs.nbytes(degree)
+
+    def _known(self, degree: int) -> int:
+        if isinstance(degree, bool) or degree not in self._models:
+            raise ValueError(f"degree must be one of {', '.join(map(str, self._models))}, got {degree!r}")
+        return degree
+
+
+def _give_own_weight(layer: nn.Linear, rows: Tensor) -> None:
+    """Give a twin a weight of its own with ``rows`` for q and v; its bias stays shared."""
+    weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    vars(layer)["_parameters"] = {**layer._parameters, "weight": weight}
+    write_rows(layer, rows)
