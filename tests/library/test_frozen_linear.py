@@ -113,6 +113,24 @@ def test_gelu_mlp(seed, dtype, groups, monkeypatch):
         assert torch.equal(residual.grad, grad)
 
 
+@pytest.mark.parametrize("used", [(0, 1, 2), (1, 2), (2,)], ids=["q-k-v", "k-v", "v"])
+def test_heads(used):
+    layers = Layers(25, torch.float32)  # HIDDEN = 3 parts of 2 heads of 12
+    x = make((3, 5, IN), 26, torch.float32).requires_grad_()
+    heads = fastpath.linear_heads(layers.pack(x), layers.first, x, 2)
+    wanted = layers.first(x).view(3, 5, 3, 2, 12).permute(2, 0, 3, 1, 4)
+    grads = make((3, 3, 2, 5, 12), 27, torch.float32)
+    for have, want in zip(heads, wanted, strict=True):
+        torch.testing.assert_close(have, want)
+        assert have.untyped_storage().data_ptr() == heads[0].untyped_storage().data_ptr()  # no copies
+    [have] = torch.autograd.grad([heads[part] for part in used], x, [grads[part] for part in used])
+    [want] = torch.autograd.grad([wanted[part] for part in used], x, [grads[part] for part in used])
+    torch.testing.assert_close(have, want)
+    with torch.no_grad():
+        for have, want in zip(fastpath.linear_heads(layers.pack(x), layers.first, x, 2), heads, strict=True):
+            assert torch.equal(have, want) and not have.requires_grad
+
+
 def test_tanh_gelu():
     layers = Layers(4, torch.float32)
     x = make((2, 3, IN), 5, torch.float32).requires_grad_()
@@ -227,6 +245,7 @@ def test_second_derivative_is_refused():
     packed = layers.pack(x)
     for out in (
         fastpath.linear(packed, layers.first, x),
+        fastpath.linear_heads(packed, layers.first, x, 2)[1],
         fastpath.gelu_mlp(packed, layers.first, layers.second, x),
     ):
         [grad] = torch.autograd.grad(out.square().sum(), x, create_graph=True)

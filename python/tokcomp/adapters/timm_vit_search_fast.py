@@ -38,14 +38,12 @@ def run_block(
     """What timm_vit_search.run_block computes, for x [B, N, C] in ``packed.dtype``, or float32 under autocast."""
     parts: dict[str, Any] = block._modules
     attention, attn, mlp = parts["attn"], parts["attn"]._modules, parts["mlp"]._modules
-    batch, num_tokens, _ = x.shape
-    heads, width = attention.num_heads, attention.head_dim
-    qkv = fastpath.linear(packed, attn["qkv"], norm(parts["norm1"], x).to(packed.dtype))
-    q, k, v = qkv.view(batch, num_tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+    hidden = norm(parts["norm1"], x).to(packed.dtype)
+    q, k, v = fastpath.linear_heads(packed, attn["qkv"], hidden, attention.num_heads)
     q, k = norm(attn["q_norm"], q), norm(attn["k_norm"], k)
     out, importance = search.attend(q, k, v, state, scale=attention.scale)
     x = search.read(x)
-    out = out.transpose(1, 2).reshape(batch, x.shape[1], heads * width)
+    out = out.transpose(1, 2).flatten(2)
     factor = _factor(parts["ls1"], parts["drop_path1"], x)
     if factor is None and x.dtype == packed.dtype:
         x = fastpath.linear_add(packed, attn["proj"], out, x)

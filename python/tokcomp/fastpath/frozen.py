@@ -27,6 +27,13 @@ def linear(packed: PackedWeights, layer: nn.Linear, x: Tensor) -> Tensor:
     return _Linear.apply(x, None, packed, layer)
 
 
+def linear_heads(packed: PackedWeights, layer: nn.Linear, x: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, H, N, D]: views of ``layer(x)`` [B, N, 3 * H * D], differentiable in x [B, N, C] alone."""
+    if _wants_gradient(x):
+        return _LinearHeads.apply(x, packed, layer, num_heads)
+    return _split_heads(packed.linear(layer, x), num_heads)
+
+
 def linear_add(packed: PackedWeights, layer: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
     """``residual + layer(x)``, differentiable in x [..., in] and residual [..., out]; both in ``packed.dtype``."""
     if not _wants_gradient(x, residual):
@@ -73,6 +80,28 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad if ctx.needs_input_grad[1] else None, None, None
 
 
+class _LinearHeads(torch.autograd.Function):
+    """The packed product of q, k and v; their gradients are put side by side in one pass. Nothing is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: PackedWeights, layer: nn.Linear, num_heads: int) -> tuple[Tensor, ...]:
+        ctx.transposed = packed.transposed(layer)
+        ctx.set_materialize_grads(False)
+        return _split_heads(packed.linear(layer, x), num_heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        known = next((one for one in grads if one is not None), None)
+        if known is None:
+            return None, None, None, None
+        batch, heads, num_tokens, width = known.shape
+        packed = known.new_empty(batch, num_tokens, 3, heads, width)
+        for part, grad in zip(packed.unbind(2), grads, strict=True):
+            part.zero_() if grad is None else part.copy_(grad.transpose(1, 2))
+        return packing.product(packed.view(batch, num_tokens, 3 * heads * width), ctx.transposed), None, None, None
+
+
 class _GeluMlp(torch.autograd.Function):
     """Two layers with a GELU between them, a group of images at a time; saves what goes into the GELU."""
 
@@ -111,6 +140,12 @@ class _GeluMlp(torch.autograd.Function):
             torch.ops.aten.gelu_backward.grad_input(inner, before, approximate=ctx.approximate, grad_input=inner)
             grads.append(packing.product(inner, first))
         return _join(grads), grad if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
+def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, num_tokens, width = qkv.shape
+    q, k, v = qkv.view(batch, num_tokens, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
 
 
 def _images_at_once(x: Tensor, hidden: int) -> int:
