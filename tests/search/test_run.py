@@ -502,10 +502,10 @@ def test_unfit_arguments_are_refused():
         run_search(headless, batches_of(), budget_of(model), SETTINGS)
 
 
-def test_weights_of_small_models_pull_as_on_deit_s():
-    assert flops_weight(4.6) == flops_weight(17.6) == 5.0
-    # Half the cost too much is the same loss for a small model as for DeiT-S.
-    assert flops_weight(0.02) * (0.5 * 0.02) ** 2 == pytest.approx(5 * (0.5 * 4.6) ** 2)
+def test_weights_of_small_models_pull_as_on_deit_t():
+    assert flops_weight(1.2538) == flops_weight(4.6) == flops_weight(17.6) == 5.0
+    # Half the cost too much is the same loss for a small model as for DeiT-T.
+    assert flops_weight(0.02) * (0.5 * 0.02) ** 2 == pytest.approx(5 * (0.5 * 1.2538) ** 2)
 
 
 def test_a_budget_of_ones_own():
@@ -520,3 +520,36 @@ def test_a_budget_of_ones_own():
 
     result = run_search(model_of(), batches_of(), Tokens(), replace(SETTINGS, steps=40))
     assert abs(result.costs["tokens"] - 32) <= 2 and {"tokens"} <= result.log[0].keys()
+
+
+class Learning(FlopsBudget):
+    """Its target follows the counts of the steps."""
+
+    def __init__(self, model) -> None:
+        super().__init__(model, 0.7 * tokcomp.flops(model) / 1e9, WEIGHT)
+        self.seen: list[int] = []
+
+    def step(self, counts, step):
+        self.seen.append(step)
+        assert not counts.num_out.requires_grad
+        self.target += 1e-3 * (float(self.cost(counts)) - self.target)
+
+    def state_dict(self):
+        return {"target": self.target}
+
+    def load_state_dict(self, state):
+        self.target = state["target"]
+
+    def describe(self):
+        return {"budget": self.name, "weight": self.weight}
+
+
+def test_a_budget_that_learns_is_resumed_too(tmp_path):
+    budgets = [Learning(model_of()) for _ in range(3)]
+    whole = run_search(model_of(), batches_of(), budgets[0], SETTINGS, output=tmp_path / "whole")
+    run_search(model_of(), batches_of(), budgets[1], SETTINGS, output=tmp_path / "parts", stop=StopAfter(3))
+    parts = run_search(model_of(), batches_of(), budgets[2], SETTINGS, output=tmp_path / "parts", resume=True)
+    assert budgets[0].seen == list(range(6)) and budgets[1].seen + budgets[2].seen == list(range(6))
+    assert parts.log == whole.log and budgets[2].target == budgets[0].target
+    assert same_logits(logits_in(tmp_path / "whole"), logits_in(tmp_path / "parts"))
+    assert abs(budgets[0].target - Learning(model_of()).target) > 0

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from tokcomp.train.distributed import World
 
 #: option -> what follows its number in a target's name
-_TARGETS = {"target_gflops": "", "target_ms": "ms", "target_images_per_s": "ips"}
-#: options that are nothing without a latency target
-_OF_LATENCY = ("latency_batch_size", "latency_dtype", "latency_table", "latency_weight")
+_TARGETS = {"target_gflops": "", "target_ms": "ms", "target_images_per_s": "ips", "target_mw": "mw"}
+#: options that are nothing without a measured latency, or without modelled hardware
+_OF_MEASURING = ("latency_batch_size", "latency_dtype", "latency_table")
+_OF_HARDWARE = ("power_weight", "hardware_point", "fix_hardware", "target_mw")
 
 
 def add_budget_options(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,7 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
         type=options.positive_float,
         nargs="+",
         metavar="T",
-        help="milliseconds a batch, by a table measured on --device",
+        help="milliseconds: of a batch, by a table measured on --device; with --hardware, of an image there",
     )
     group.add_argument(
         "--target-images-per-s", type=options.positive_float, nargs="+", metavar="R", help="the same, as a rate"
@@ -66,8 +67,26 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
         "--latency-weight",
         type=options.non_negative_float,
         metavar="X",
-        help="weight of its loss, ((E - T) / uncompressed)^2 (default: 100)",
+        help="weight of its loss: ((E - T) / uncompressed)^2 (default: 100), or with --hardware log cosh(E - T) (default: 1)",
     )
+    group.add_argument(
+        "--hardware",
+        choices=("gemmini",),
+        help="an accelerator's cost model, and a search of its parameters in turn with the schedule's (paper, App. B)",
+    )
+    group.add_argument(
+        "--target-mw", type=options.positive_float, nargs="+", metavar="P", help="its power in milliwatts"
+    )
+    group.add_argument(
+        "--power-weight", type=options.non_negative_float, metavar="X", help="weight of log cosh(E - T) (default: 1)"
+    )
+    group.add_argument(
+        "--hardware-point",
+        type=_point,
+        metavar="NAME=X,...",
+        help="where its parameters start: mesh_rows=32,bus_bits=256 (default: Gemmini's own)",
+    )
+    group.add_argument("--fix-hardware", action="store_true", help="leave its parameters there")
 
 
 def check_budget_options(args: argparse.Namespace) -> None:
@@ -77,11 +96,24 @@ def check_budget_options(args: argparse.Namespace) -> None:
         raise UserError("a search needs a budget, got none; pass --target-gflops G")
     if "target_ms" in given and "target_images_per_s" in given:
         raise UserError("--target-ms and --target-images-per-s are the same budget, got both; keep one")
-    if given == ["target_gflops"]:
-        for option in _OF_LATENCY:
-            if getattr(args, option) is not None:
-                raise UserError(f"{_flag(option)} goes with --target-ms or --target-images-per-s, got neither")
-    elif args.latency_table is not None:
+    latency = {"target_ms", "target_images_per_s"} & set(given)
+    if not latency and args.latency_weight is not None:
+        raise UserError("--latency-weight goes with --target-ms or --target-images-per-s, got neither")
+    for option in _OF_MEASURING:
+        if getattr(args, option) is not None and (not latency or args.hardware is not None):
+            got = "neither" if not latency else "--hardware, which is not measured"
+            raise UserError(f"{_flag(option)} goes with --target-ms or --target-images-per-s, got {got}")
+    if args.hardware is None:
+        for option in _OF_HARDWARE:
+            if getattr(args, option):
+                raise UserError(
+                    f"{_flag(option)} goes with --hardware gemmini, got none; add it or leave the option out"
+                )
+    elif "target_images_per_s" in given:
+        raise UserError("--hardware takes --target-ms, of an image, got --target-images-per-s")
+    elif not {"target_ms", "target_mw"} & set(given):
+        raise UserError("--hardware needs --target-ms or --target-mw, got neither")
+    if args.latency_table is not None:
         check_output_file("--latency-table", args.latency_table)
     lengths = {len(getattr(args, option)) for option in given}
     if len(lengths - {1}) > 1:
@@ -121,6 +153,10 @@ def build_targets(
         for name, target in zip(names, _each(args.target_gflops, len(names)), strict=True):
             with blame("--target-gflops"):
                 targets[name].append(FlopsBudget(model, target, weight, granularity=args.granularity))
+    if args.hardware is not None:
+        for name, more in zip(names, _on_gemmini(args, model, len(names)), strict=True):
+            targets[name] += more
+        return targets
     option = "target_ms" if args.target_ms is not None else "target_images_per_s"
     if getattr(args, option) is not None:
         table, path = _latency_table(args, model, device, world, stop)
@@ -132,6 +168,35 @@ def build_targets(
         if world.is_main and not path.exists():
             table.save(path)
     return targets
+
+
+def _on_gemmini(args: argparse.Namespace, model: Any, count: int) -> list[list[Budget]]:
+    """The budgets of each target, with a Gemmini of its own that learns."""
+    from tokcomp import UnsupportedModelError
+    from tokcomp.budgets import Gemmini, GemminiSearch
+
+    weights = {"latency_weight": args.latency_weight, "power_weight": args.power_weight}
+    with blame("--hardware-point"):
+        start = Gemmini(**(args.hardware_point or {}))
+    found = []
+    for ms, mw in zip(_each(args.target_ms or [None], count), _each(args.target_mw or [None], count), strict=True):
+        try:
+            search = GemminiSearch(
+                model,
+                target_ms=ms,
+                target_mw=mw,
+                hardware=start,
+                search_hardware=not args.fix_hardware,
+                seed=args.seed,
+                granularity=args.granularity,
+                **{name: weight for name, weight in weights.items() if weight is not None},
+            )
+        except UnsupportedModelError as error:
+            raise UserError(f"--hardware gemmini does not fit --model '{args.model}': {error}") from error
+        except ValueError as error:
+            raise UserError(f"--hardware gemmini: {error}") from error
+        found.append(search.budgets)
+    return found
 
 
 def _latency_table(
@@ -160,7 +225,23 @@ def _latency_table(
         raise UserError(f"--latency-table '{path}' cannot be used: {error}") from error
 
 
-def _each(values: list[float], count: int) -> list[float]:
+def _point(text: str) -> dict[str, float]:
+    """``mesh_rows=32,bus_bits=256``; Gemmini itself says which names and values there are."""
+    from tokcomp.budgets.gemmini import SPACE
+
+    point: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        if name not in SPACE:
+            raise argparse.ArgumentTypeError(f"must name parameters of {', '.join(SPACE)}, got '{name}'")
+        try:
+            point[name] = float(value) if name == "scratchpad_mb" else int(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be numbers, got '{part.strip()}'") from None
+    return point
+
+
+def _each(values: list[Any], count: int) -> list[Any]:
     return values * count if len(values) == 1 else values
 
 

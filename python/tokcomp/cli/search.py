@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.data import Dataset
 
+    from tokcomp.search.folder import SearchFolder
     from tokcomp.search.settings import SearchResult, SearchSettings
     from tokcomp.train.distributed import World
 
@@ -391,11 +393,25 @@ def _report(args: argparse.Namespace, results: dict[str, SearchResult]) -> None:
     else:
         header = ["target", "cost", "GFLOPs", "top-1", "tokens after each block", "schedule"]
     print(table(header, rows))
+    for name, found in _hardware(folder).items():
+        settings = ", ".join(f"{parameter} {value:g}" for parameter, value in found.items())
+        print(f"{args.hardware}{f' of {name}' if name else ''}: {settings}")
     print(f"written: {args.output}")
     metric = f" --metric {args.metric}" if args.metric else ""
     pipeline = f" --pipeline {args.pipeline}" if args.pipeline else ""
     first = folder.schedule(next(iter(results)))
     print(f"Next: tokcomp evaluate DATA -m {args.model} --method diffrate --schedule {first}{metric}{pipeline}")
+
+
+def _hardware(folder: SearchFolder) -> dict[str, dict[str, float]]:
+    """The hardware found for each target, where any was searched."""
+    summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+    return {
+        target["name"]: budget["hardware"]
+        for target in summary["targets"]
+        for budget in target["budgets"]
+        if "hardware" in budget
+    }
 
 
 def _percent(value: float | None) -> str:

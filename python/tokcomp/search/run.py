@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -120,6 +121,9 @@ class _Run:
                 seed=settings.seed,
             )
             self.targets.append(Target(name, search, budgets, recipe))
+        # As they begin: one may learn, and then describes itself otherwise.
+        described = {target.name: [budget.describe() for budget in target.budgets] for target in self.targets}
+        self._budgets = json.loads(json.dumps(described))
         self.rates = [
             LearningRate(recipe, target.optimizer, self.steps, self.steps_per_epoch) for target in self.targets
         ]
@@ -132,13 +136,6 @@ class _Run:
 
     def describe(self) -> dict[str, Any]:
         """What a resumed run must share with its beginning."""
-        budgets = {
-            target.name: [
-                {name: budget.describe().get(name) for name in ("budget", "target", "unit", "weight", "uncompressed")}
-                for budget in target.budgets
-            ]
-            for target in self.targets
-        }
         return {
             **self.settings.describe(),
             "metric": self.targets[0].search.metric,
@@ -148,7 +145,7 @@ class _Run:
             "pieces": self.batches.pieces,
             "data_seed": self.batches.seed,
             "num_images": self.batches.num_images,
-            "targets": budgets,
+            "targets": self._budgets,
             "processes": self.world.size,
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -237,6 +234,8 @@ class _Run:
             if self.settings.recipe.clip_grad is not None:
                 nn.utils.clip_grad_norm_(target.parameters, self.settings.recipe.clip_grad)
             target.optimizer.step()
+            if step >= self.warmup_steps:
+                target.budgets_learn(step)
         return flag
 
     def _budget_loss(self, target: Target, step: int) -> Tensor:

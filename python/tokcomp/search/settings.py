@@ -8,6 +8,9 @@ from typing import Any
 from tokcomp.schedule import CompressionSchedule
 from tokcomp.train.recipe import SEARCH_RECIPE, Recipe
 
+#: Of the paper's smallest model, uncompressed.
+DEIT_T_GFLOPS = 1.2538
+
 
 @dataclass(frozen=True)
 class SearchSettings:
@@ -84,9 +87,9 @@ class DivergedError(ArithmeticError):
 
 
 def flops_weight(uncompressed_gflops: float) -> float:
-    """The weight of a multiply-adds budget: the paper's 5 for models such as the paper's, of 1 GFLOPs and more.
+    """The weight of a multiply-adds budget: the paper's 5 for models such as the paper's, of DeiT-T's size and more.
 
-    The loss counts in GFLOPs squared, so that 5 is nothing to a model of few: there the weight is the one that pulls as
-    5 does on DeiT-S (4.6 GFLOPs), cost for cost.
+    The loss counts in GFLOPs squared, so that 5 is nothing to a smaller model: there the weight is the one that pulls
+    as 5 does on DeiT-T, cost for cost.
     """
-    return 5.0 if uncompressed_gflops >= 1 else 5.0 * (4.6 / uncompressed_gflops) ** 2
+    return 5.0 * max(1.0, DEIT_T_GFLOPS / uncompressed_gflops) ** 2

@@ -27,6 +27,16 @@ class Target:
         self.rows: list[dict[str, float]] = []
         self.log: RunLog | None = None
 
+    @torch.no_grad()
+    def budgets_learn(self, step: int) -> None:
+        """The budgets' own steps, with the counts as the step has left them."""
+        learning = [budget for budget in self.budgets if type(budget).step is not Budget.step]
+        if learning:
+            counts = self.search.counts()
+            for budget in learning:
+                with torch.enable_grad():
+                    budget.step(counts, step)
+
     def columns(self) -> list[str]:
         depth = len(self.search.prune)
         per_block = [f"{name}_{block}" for name in ("kept", "prune", "merge") for block in range(depth)]
@@ -65,9 +75,16 @@ class Target:
         return values
 
     def state(self) -> dict[str, Any]:
-        return {"logits": self.search.proxy_state(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
+        return {
+            "logits": self.search.proxy_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "sums": self.sums,
+            "budgets": [budget.state_dict() for budget in self.budgets],
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.search.load_proxy_state(state["logits"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sums.copy_(state["sums"])
+        for budget, saved in zip(self.budgets, state["budgets"], strict=True):
+            budget.load_state_dict(saved)
