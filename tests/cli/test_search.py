@@ -109,6 +109,49 @@ def test_latency_by_a_table(run, tmp_path, latency_table):
     assert status == 2 and "was measured with batch_size 4, got batch_size 1" in err
 
 
+def test_hardware_is_searched_and_resumed(run, tmp_path, monkeypatch):
+    from tokcomp.search.folder import SearchFolder
+
+    options = (*DIGITS, *TARGET, "--hardware", "gemmini", "--target-ms", "0.5", "--target-mw", "60")
+    options += ("--lr", "0.2", "--hardware-point", "mesh_rows=8,mesh_columns=8")
+    whole, killed, checkpoints, save = tmp_path / "whole", tmp_path / "killed", [], SearchFolder.save
+
+    def kept(folder, state):
+        save(folder, state)
+        checkpoints.append(folder.checkpoint.read_bytes())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchFolder, "save", kept)
+        status, out, err = run(*options, "-o", whole)
+    assert status == 0, err
+    summary = json.loads((whole / "summary.json").read_text())
+    budgets = {budget["budget"]: budget for budget in summary["targets"][0]["budgets"]}
+    assert budgets.keys() == {"flops", "gemmini_latency", "gemmini_power"}
+    assert budgets["gemmini_power"]["start"]["mesh_rows"] == 8 and budgets["gemmini_power"]["target"] == 60
+    found = budgets["gemmini_latency"]["hardware"]
+    assert found != budgets["gemmini_latency"]["start"] and f"gemmini: tile_rows {found['tile_rows']:g}" in out
+    killed.mkdir()
+    (killed / "log.csv").write_bytes((whole / "log.csv").read_bytes())
+    (killed / "checkpoint.pt").write_bytes(checkpoints[2])
+    assert load_checkpoint(killed / "checkpoint.pt", "search")["step"] == 4
+    assert run(*options, "-o", killed, "--resume")[0] == 0
+    assert (killed / "log.csv").read_bytes() == (whole / "log.csv").read_bytes()
+    states = [
+        load_checkpoint(folder / "checkpoint.pt", "search")["targets"][0]["budgets"][1] for folder in (whole, killed)
+    ]
+    assert states[0]["hardware"] == states[1]["hardware"]
+    assert all(torch.equal(logits, states[1]["logits"][name]) for name, logits in states[0]["logits"].items())
+    status, _, err = run(*options, "-o", killed, "--resume", "--hardware-point", "mesh_rows=16,mesh_columns=16")
+    assert status == 2 and "a resumed run must keep its settings, got targets = " in err
+
+
+def test_fixed_hardware_stays(run, tmp_path):
+    status, _, err = run(*DIGITS, "--hardware", "gemmini", "--target-ms", "0.4", "--fix-hardware", "-o", tmp_path)
+    assert status == 0, err
+    budget = json.loads((tmp_path / "summary.json").read_text())["targets"][0]["budgets"][0]
+    assert budget["hardware"] == budget["start"] and not budget["searched"]
+
+
 def test_latency_is_measured_once(run, tmp_path, monkeypatch, latency_table):
     from tokcomp.budgets import LatencyTable
 
@@ -193,6 +236,24 @@ def test_the_defaults_are_the_papers():
             ("--target-gflops", "0.012", "0.013", "--target-ms", "1", "2", "3"),
             "as many as the others, got 2 of --target-gflops, 3 of --target-ms",
         ),
+        (("--target-mw", "9"), "--target-mw goes with --hardware gemmini, got none"),
+        ((*TARGET, "--fix-hardware"), "--fix-hardware goes with --hardware gemmini, got none"),
+        ((*TARGET, "--hardware", "gemmini"), "--hardware needs --target-ms or --target-mw, got neither"),
+        (("--hardware", "gemmini", "--target-images-per-s", "9"), "--hardware takes --target-ms, of an image, got"),
+        (
+            ("--hardware", "gemmini", "--target-ms", "1", "--latency-dtype", "float16"),
+            "--latency-dtype goes with --target-ms or --target-images-per-s, got --hardware, which is not measured",
+        ),
+        (("--hardware", "gemmini", "--target-ms", "1000"), "--hardware gemmini: target_ms must lie between"),
+        (
+            ("--hardware", "gemmini", "--target-ms", "1", "--hardware-point", "mesh_rows=5"),
+            "--hardware-point: mesh_rows must be one of 4, 8, 16, 32, got 5",
+        ),
+        (
+            ("--hardware", "gemmini", "--target-ms", "1", "--hardware-point", "meshes=5"),
+            "argument --hardware-point: must name parameters of tile_rows, ",
+        ),
+        ((*TARGET, "--latency-weight", "2"), "--latency-weight goes with --target-ms or --target-images-per-s"),
         (("--target-ms", "1", "--latency-table", "."), "--latency-table must be a file, got the folder '.'"),
         (("--target-gflops", "-1"), "argument --target-gflops: must be a number above 0, got '-1'"),
         ((*TARGET, "-b", "7"), "--batch-size: the batch size must be a multiple of 2 (1 processes x 1 accumulated"),

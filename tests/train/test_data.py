@@ -171,6 +171,14 @@ def test_labels_are_found_where_data_sets_keep_them(tmp_path):
     assert labels_of(Part(folder, [1])).tolist() == [1]
     check_labels(folder, 2)
     assert labels_of(DigitsDataset(train=True)).shape == (1437,)
+    import tarfile
+
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "train.tar", "w") as archive:
+        for name in ("cat", "dog"):
+            archive.add(tmp_path / name, name)
+    archived = open_dataset("", tmp_path / "tars" / "train.tar", split="train")
+    assert labels_of(archived).tolist() == [0, 1]
 
 
 class Stream(IterableDataset):

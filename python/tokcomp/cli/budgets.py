@@ -67,7 +67,7 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
         "--latency-weight",
         type=options.non_negative_float,
         metavar="X",
-        help="weight of its loss: ((E - T) / uncompressed)^2 (default: 100), or with --hardware log cosh(E - T) (default: 1)",
+        help="weight of its loss: ((E - T) / uncompressed)^2 (default: 100); or of log cosh(E - T) (default: 1)",
     )
     group.add_argument(
         "--hardware",

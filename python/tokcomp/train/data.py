@@ -73,11 +73,10 @@ def labels_of(dataset: Dataset) -> Tensor | None:
     if isinstance(dataset, Part):
         labels = labels_of(dataset.dataset)
         return None if labels is None else labels[dataset.indices]
-    samples = getattr(getattr(dataset, "reader", dataset), "samples", None)
-    if isinstance(samples, (list, tuple)) and samples and isinstance(samples[0], (list, tuple)):
-        found: Any = [sample[1] for sample in samples]
-    else:
-        found = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    keeper: Any = getattr(dataset, "reader", dataset)  # timm's readers, or a data set of torchvision's kind
+    found = next((getattr(keeper, name) for name in ("targets", "labels") if hasattr(keeper, name)), None)
+    if found is None and hasattr(keeper, "samples"):
+        found = [label for _, label in keeper.samples]
     if found is None:
         return None
     return torch.as_tensor([-1 if label is None else int(label) for label in found], dtype=torch.int64)
