@@ -46,7 +46,7 @@ def gather_tokens(x: Tensor, order: Tensor) -> Tensor:
 
 def merge_by_similarity(x: Tensor, size: Tensor, num_kept: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
     """Mean of each of the first ``num_kept`` tokens and those behind that are most similar to it. size: [B, N, 1]."""
-    unit = x / x.norm(dim=-1, keepdim=True)
+    unit = (x / x.norm(dim=-1, keepdim=True)).detach()
     similarity = unit[:, num_kept:] @ unit[:, :num_kept].transpose(-1, -2)
     similarity[..., :num_prefix_tokens] = float("-inf")
     best, slot = similarity.max(dim=-1, keepdim=True)  # [B, S, 1]
@@ -57,7 +57,7 @@ def merge_by_similarity(x: Tensor, size: Tensor, num_kept: int, num_prefix_token
 
 def bipartite_merge(x: Tensor, metric: Tensor, r: int, size: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
     """ToMe's matching of even with odd positions, then a size-weighted mean. size: [B, N, 1]."""
-    unit = metric / metric.norm(dim=-1, keepdim=True)
+    unit = (metric / metric.norm(dim=-1, keepdim=True)).detach()
     even, odd = unit[:, ::2], unit[:, 1::2]
     scores = even @ odd.transpose(-1, -2)
     protected_even, protected_odd = (num_prefix_tokens + 1) // 2, num_prefix_tokens // 2
@@ -94,7 +94,7 @@ def keep_attended(x: Tensor, probabilities: Tensor, num_kept: int, fuse: bool, n
 
 
 class PublishedPipeline(nn.Module):
-    """A timm VisionTransformer's parameters run as the method's own code runs them; logits only, for inference.
+    """A timm VisionTransformer's parameters run as the method's own code runs them; logits only, no dropout.
 
     Args:
         model: a plain timm VisionTransformer, whose modules are used as they are.
