@@ -161,7 +161,9 @@ def _gradients(
     model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype | None
 ) -> tuple[Tensor, list[Tensor]]:
     images = images.clone().requires_grad_()
-    autocast: AbstractContextManager[Any] = nullcontext() if dtype is None else torch.autocast(images.device.type, dtype)
+    autocast: AbstractContextManager[Any] = (
+        nullcontext() if dtype is None else torch.autocast(images.device.type, dtype)
+    )
     with autocast:
         logits = model(images)
     loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")

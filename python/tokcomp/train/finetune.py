@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tokcomp.fastpath.training import FastLinear
 from tokcomp.train.distributed import ALONE, World
 from tokcomp.train.recipe import LearningRate, Recipe, Targets, make_optimizer, soft_cross_entropy
 from tokcomp.train.steps import MODEL, seed_all
@@ -34,6 +35,8 @@ class FineTuner:
             and P pieces draws the same as any other with the same W x P.
         amp_dtype: run under autocast with this type; gradients are scaled where it is float16.
         compiled: run the model through torch.compile.
+        fast_linear: on CPU in float32, linear layers through oneDNN rather than PyTorch's choice, unless blocks
+            are recomputed.
 
     Raises:
         ValueError: the recipe names an optimizer or scheduler that timm does not know; float16 on another device than
@@ -54,6 +57,7 @@ class FineTuner:
         pieces: int = 1,
         amp_dtype: torch.dtype | None = None,
         compiled: bool = False,
+        fast_linear: bool = True,
     ) -> None:
         if amp_dtype == torch.float16 and device.type != "cuda":
             raise ValueError(f"mixed precision in float16 must run on cuda, got {device.type}; take bfloat16")
@@ -78,6 +82,8 @@ class FineTuner:
             )
         runner: Any = self._parallel or self.model
         self._runner = torch.compile(runner) if compiled else runner
+        recomputes = any(getattr(module, "grad_checkpointing", False) for module in self.model.modules())
+        self._fast_linear = fast_linear and device.type == "cpu" and not (compiled or recomputes)
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One optimizer step.
@@ -99,8 +105,9 @@ class FineTuner:
             answers = answers.to(self.device, non_blocking=True)
             mixed, targets = self._targets(part, answers, self.step_number)
             seed_all(self._seed, MODEL, self.step_number, self.world.rank * self._pieces + number)
+            linear = FastLinear() if self._fast_linear else nullcontext()
             with self._held_back(number + 1 < len(parts)):
-                with self._autocast():
+                with self._autocast(), linear:
                     logits = self._runner(mixed)
                 loss = soft_cross_entropy(logits, targets)
                 scaled = loss / len(parts)
