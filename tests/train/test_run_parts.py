@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import threading
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -52,6 +55,34 @@ def test_a_new_log_replaces_an_old_one(tmp_path):
     RunLog(tmp_path / "log.csv", ["loss"]).write(1, {"loss": 1.0})
     RunLog(tmp_path / "log.csv", ["other"]).close()
     assert (tmp_path / "log.csv").read_text() == "step,other\n"
+
+
+class _Writer:
+    made: ClassVar[list[_Writer]] = []
+
+    def __init__(self, folder, purge_step=None):
+        self.folder, self.purge_step, self.rows, self.closed = folder, purge_step, [], False
+        self.made.append(self)
+
+    def add_scalar(self, name, value, step):
+        self.rows.append((name, value, step))
+
+    def close(self):
+        self.closed = True
+
+
+def test_tensorboard_gets_the_same_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokcomp.train.log.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=_Writer))
+    for resume_step in (None, 1):
+        log = RunLog(tmp_path / "log.csv", ["loss", "top1"], resume_step=resume_step, tensorboard=tmp_path / "board")
+        log.write(2, {"loss": 0.5, "top1": None})
+        log.close()
+    assert [writer.purge_step for writer in _Writer.made] == [None, 2]  # rows after the checkpoint are hidden
+    assert all(writer.rows == [("loss", 0.5, 2)] and writer.closed for writer in _Writer.made)
+    monkeypatch.setattr("tokcomp.train.log.find_spec", lambda name: None)
+    RunLog(tmp_path / "log.csv", ["loss"], tensorboard=tmp_path / "board").close()
+    assert len(_Writer.made) == 2
 
 
 def test_seeds_differ_in_every_number():

@@ -132,6 +132,8 @@ class LearningRate:
             )
         except (ValueError, AssertionError) as error:
             raise ValueError(f"sched must be a scheduler that timm knows, got {recipe.sched!r} ({error})") from error
+        if self._scheduler is None and recipe.sched != "none":  # older timm says nothing
+            raise ValueError(f"sched must be a scheduler that timm knows, got {recipe.sched!r}")
         self._optimizer = optimizer
 
     def set(self, step: int) -> float:
