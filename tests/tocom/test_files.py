@@ -148,6 +148,15 @@ def test_plugin_for_another_model(make_vit, make_plugin, path):
             tokcomp.ToCom.load(path, make_vit(**options))
 
 
+def test_equal_plugins_are_equal_files(make_vit, make_plugin, path, tmp_path):
+    for name in ("a", "b", "c"):
+        plugin = make_plugin(make_vit())
+        plugin.method, plugin.provenance = "tome", {"é": 1}
+        plugin.save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+    assert tokcomp.ToCom.load(tmp_path / "a", make_vit()).provenance == {"é": 1}
+
+
 def test_metadata_is_plain_text(make_vit, make_plugin, path):
     plugin = make_plugin(make_vit())
     plugin.provenance = {"paper": "Eq. 8-9"}

@@ -59,7 +59,8 @@ def write_plugin(path: Path, contents: Contents) -> None:
             metadata["provenance"] = json.dumps(contents.provenance, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise TypeError(f"provenance must be JSON data, got {contents.provenance!r} ({error})") from error
-    write_whole(path, save({name: tensor.cpu().contiguous() for name, tensor in contents.tensors.items()}, metadata))
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in contents.tensors.items()}
+    write_whole(path, _ordered(save(tensors, metadata)))
 
 
 def read_plugin(path: Path) -> Contents:
@@ -153,6 +154,16 @@ def _require_shapes(path: Path, contents: Contents) -> None:
             raise ValueError(f"{path}: {name} must be {wanted.get(name, 'absent')}, got {shape or 'nothing'}")
         if not contents.tensors[name].is_floating_point():
             raise ValueError(f"{path}: {name} must be of a floating-point type, got {contents.tensors[name].dtype}")
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same safetensors file with its metadata in order, so that equal plugins are equal files."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def _one_if_equal(values: list[int]) -> int | list[int]:

@@ -103,7 +103,7 @@ class FineTuneRun:
                 tensorboard=self.output / "tensorboard",
             )
         progress = Progress(self.total_steps, start, show=world.is_main)
-        watch = _Watch(world, tuner.device)
+        watch = LossWatch(world, tuner.device)
         try:
             if start == 0:
                 self._before = self._accuracy()
@@ -228,7 +228,7 @@ class FineTuneRun:
             draw_curves(read_log(self.output / LOG), self.output / CURVES)
 
 
-class _Watch:
+class LossWatch:
     """The losses of steps under way, averaged over the processes, which also agree here on when to stop.
 
     On a GPU a loss is looked at when the next step is on its way, so that nobody waits for the device.

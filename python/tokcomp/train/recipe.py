@@ -89,6 +89,9 @@ SCRATCH_RECIPE = Recipe(
     model_ema_decay=0.99996,
 )
 
+#: ToCom, Table 13: the plugin's self-distillation. The labels that it smooths are not looked at.
+TOCOM_RECIPE = Recipe(lr=1e-3, min_lr=1e-5, weight_decay=0.05, epochs=10, reprob=0.25, repeated_aug=3)
+
 
 def make_optimizer(recipe: Recipe, parameters: nn.Module | Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """timm's optimizer of that name; of a module, biases and norms are not decayed.

@@ -1,0 +1,104 @@
+"""Options that say what a degree of compression is, and the plugin that moves between degrees."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokcomp.cli import options
+from tokcomp.cli.errors import UserError, blame
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tokcomp.methods import Method
+    from tokcomp.tocom.plugin import ToCom
+
+METHODS = ("tome", "evit", "diffrate")
+_READERS = {"schedules": "diffrate", "metric": "diffrate", "no_prop_attn": "tome", "no_fuse": "evit"}
+
+
+def add_degree_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("degrees of compression")
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        default="tome",
+        help="what a degree counts: tokens merged per block (tome), tokens dropped per block (evit), the place in "
+        "--schedules (diffrate) (default: %(default)s)",
+    )
+    group.add_argument(
+        "--schedules",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="diffrate: schedules saved as JSON; degree 0 keeps every token, 1, 2, ... are these, the dearest first",
+    )
+    group.add_argument(
+        "--metric",
+        choices=("cls_attn", "image_attn", "cls_attn_v", "random"),
+        help="diffrate: what ranks the tokens (default: cls_attn)",
+    )
+    group.add_argument("--no-prop-attn", action="store_true", help="tome: attention that does not count a token's size")
+    group.add_argument("--no-fuse", action="store_true", help="evit: drop the inattentive tokens rather than fuse them")
+
+
+def build_degrees(args: argparse.Namespace, model: nn.Module) -> tuple[Callable[[int], Method], int | None]:
+    """The method of each degree, and the highest degree where the options settle it."""
+    from tokcomp import EViT, ToMe
+
+    for option, method in _READERS.items():
+        if getattr(args, option) and args.method != method:
+            flag = "--" + option.replace("_", "-")
+            raise UserError(f"{flag} belongs to --method {method}, got --method {args.method}; leave one of them out")
+    if args.method == "tome":
+        return partial(ToMe, prop_attn=not args.no_prop_attn), None
+    if args.method == "evit":
+        return lambda degree: EViT(num_pruned=degree, fuse=not args.no_fuse), None
+    return _schedules(args, model)
+
+
+def _schedules(args: argparse.Namespace, model: nn.Module) -> tuple[Callable[[int], Method], int]:
+    from tokcomp import CompressionSchedule
+    from tokcomp.tocom.degrees import diffrate_degrees
+
+    if not args.schedules:
+        raise UserError("--method diffrate needs --schedules FILE ..., got none")
+    schedules = []
+    for path in args.schedules:
+        if not path.is_file():
+            raise UserError(f"--schedules must be JSON files, got '{path}', which is not there")
+        with blame("--schedules"):
+            schedules.append(CompressionSchedule.load(path))
+    with blame("--schedules"):
+        degrees = diffrate_degrees(model, schedules, args.metric or "cls_attn")
+    return degrees.__getitem__, len(schedules)
+
+
+def add_plugin_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("plugin")
+    group.add_argument(
+        "--plugin", type=Path, required=True, metavar="FILE", help="of tokcomp tocom train, or the published code's"
+    )
+    group.add_argument(
+        "--scale",
+        type=options.non_negative_float,
+        default=0.1,
+        metavar="S",
+        help="factor on the plugin, 0.01 to 0.15 in the paper (default: %(default)s)",
+    )
+
+
+def load_plugin(args: argparse.Namespace, model: nn.Module) -> ToCom:
+    from tokcomp import ToCom, UnsupportedModelError
+
+    if not args.plugin.is_file():
+        raise UserError(f"--plugin must be a file, got '{args.plugin}', which is not there")
+    try:
+        with blame("--plugin"):
+            return ToCom.load(args.plugin, model)
+    except UnsupportedModelError as error:
+        raise UserError(f"--model '{args.model}': {error}") from error

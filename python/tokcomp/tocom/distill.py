@@ -1,0 +1,189 @@
+"""Training a plugin by self-distillation: one optimizer step (ToCom, Eq. 8-9, Alg. 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokcomp.api import compress
+from tokcomp.methods import Method
+from tokcomp.tocom.layers import qkv_layers
+from tokcomp.tocom.plugin import ToCom
+from tokcomp.tocom.twins import twin_model
+from tokcomp.train.distributed import ALONE, World
+from tokcomp.train.recipe import LearningRate, Recipe, Targets, make_optimizer
+from tokcomp.train.steps import DEGREES, MODEL, derived_seed, seed_all
+
+
+def draw_degrees(seed: int, step: int, degrees: Sequence[int]) -> tuple[int, int]:
+    """The teacher's and the student's degree of a step: two different ones, every pair as likely as any other."""
+    draw = np.random.default_rng(derived_seed(seed, DEGREES, step))
+    teacher = int(draw.integers(len(degrees)))
+    student = int(draw.integers(len(degrees) - 1))
+    return degrees[teacher], degrees[student + (student >= teacher)]
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, *, headless: bool) -> Tensor:
+    """Mean over the batch of KL(teacher || student) of logits [b, classes]; of features [b, C] without a head, L1."""
+    wide = torch.promote_types(student.dtype, torch.float32)
+    student, teacher = student.to(wide), teacher.to(wide)
+    if headless:
+        return F.l1_loss(student, teacher)
+    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+class Distiller:
+    """A plugin in training on a frozen model, the optimizer, and the number of steps done.
+
+    In each step the teacher is the model at a random degree m, the student the model at another degree n with the
+    plugin applied from m to n. What a step draws follows from (seed, step), so :meth:`state` is all that a run needs to
+    go on as if it had not been stopped.
+
+    Args:
+        model: a timm model; moved to ``device`` and frozen, otherwise left as it is.
+        plugin: what is trained; moved to ``device``.
+        method_at: the method of a degree.
+        recipe: optimizer, learning rate, mixup; drop path is the model's and works on the student.
+        total_steps: steps of the whole run, which the learning rate is scheduled over.
+        steps_per_epoch: for the recipe's warm-up, which is in epochs.
+        device: where to train.
+        scale: of the plugin, s in Eq. 5.
+        seed: of the degrees, of mixing and of drop path.
+        world: the processes that share each batch; gradients are their mean.
+        pieces: parts that a process's share of a batch is computed in, their gradients added up.
+        amp_dtype: run under autocast with this type, float32 or bfloat16.
+
+    Raises:
+        TypeError, ValueError: the plugin, a degree's method or the recipe does not fit; float16.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plugin: ToCom,
+        method_at: Callable[[int], Method],
+        recipe: Recipe,
+        *,
+        total_steps: int,
+        steps_per_epoch: int,
+        device: torch.device,
+        scale: float = 0.1,
+        seed: int = 0,
+        world: World = ALONE,
+        pieces: int = 1,
+        amp_dtype: torch.dtype | None = None,
+    ) -> None:
+        if amp_dtype == torch.float16:
+            raise ValueError("mixed precision must be in bfloat16 here, got float16")
+        self.degrees = list(range(plugin.max_degree + 1))
+        self.plugin = plugin.to(device)
+        model.to(device).eval().requires_grad_(False)
+        _, layers = qkv_layers(model)
+        self._methods = {degree: method_at(degree) for degree in self.degrees}
+        # Twins share the model's parameters and all that is packed of them, so changing degrees costs nothing.
+        self.models = {
+            degree: compress(twin_model(model, layers)[0], method).eval() for degree, method in self._methods.items()
+        }
+        for twin in self.models.values():
+            with plugin.applied(twin, 0, plugin.max_degree, scale):
+                pass
+        self.recipe, self.device, self.world, self.scale, self.seed = recipe, device, world, scale, seed
+        self.step_number = 0
+        self.learning_rate = 0.0  # of the last step
+        self.drawn = (0, 0)  # degrees of the last step: teacher's, student's
+        num_classes = int(getattr(model, "num_classes", 0))
+        self.headless = num_classes < 1
+        self.parameters = list(plugin.parameters())
+        self.optimizer = make_optimizer(recipe, self.parameters)
+        self._rate = LearningRate(recipe, self.optimizer, total_steps, steps_per_epoch)
+        self._targets = Targets(recipe, max(num_classes, 1), seed)
+        self._pieces, self._amp_dtype = pieces, amp_dtype
+
+    def method(self, degree: int) -> Method:
+        """What ``degree`` means."""
+        return self._methods[degree]
+
+    def step(self, images: Tensor) -> Tensor:
+        """One optimizer step.
+
+        Args:
+            images: [b, 3, H, W] normalized, this process's share of the batch, piece after piece; mixed in place.
+
+        Returns:
+            The loss of this process's share, before the step: 0-dim, on the device, not waited for.
+        """
+        self.learning_rate = self._rate.set(self.step_number)
+        self.drawn = source, target = draw_degrees(self.seed, self.step_number, self.degrees)
+        parts = [self._mixed(part) for part in images.chunk(self._pieces)]
+        answers = self._teach(parts, source)
+        self.optimizer.zero_grad(set_to_none=True)
+        student = self.models[target].train()
+        losses = []
+        with self.plugin.applied(student, source, target, self.scale):
+            for number, (part, answer) in enumerate(zip(parts, answers, strict=True)):
+                seed_all(self.seed, MODEL, self.step_number, self.world.rank * self._pieces + number)
+                with self._autocast():
+                    found = student(part)
+                loss = distillation_loss(found, answer, headless=self.headless)
+                (loss / len(parts)).backward()
+                losses.append(loss.detach())
+        student.eval()
+        self._share_gradients()
+        if self.recipe.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_grad)
+        self.optimizer.step()
+        self.step_number += 1
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def _teach(self, parts: Sequence[Tensor], degree: int) -> list[Tensor]:
+        with self._autocast():
+            return [self.models[degree](part) for part in parts]
+
+    def _mixed(self, part: Tensor) -> Tensor:
+        part = part.to(self.device, non_blocking=True)
+        labels = torch.zeros(len(part), dtype=torch.int64, device=self.device)
+        return self._targets(part, labels, self.step_number)[0]
+
+    def _share_gradients(self) -> None:
+        """The mean over the processes, in one exchange."""
+        if self.world.size == 1:
+            return
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        flat = self.world.mean_(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, mean in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def is_finite(self) -> bool:
+        """Whether every number in the plugin is finite; waits for the device."""
+        return bool(torch.stack([parameter.detach().isfinite().all() for parameter in self.parameters]).all())
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next steps depend on, besides the settings."""
+        return {
+            "step": self.step_number,
+            "plugin": self.plugin.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave.
+
+        Raises:
+            ValueError: it is the state of another plugin or optimizer.
+        """
+        try:
+            self.plugin.load_state_dict(state["plugin"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"the state must be of the same plugin and optimizer, got another's: {error}") from error
+        self.step_number = state["step"]
+
+    def _autocast(self) -> AbstractContextManager:
+        return nullcontext() if self._amp_dtype is None else torch.autocast(self.device.type, self._amp_dtype)
