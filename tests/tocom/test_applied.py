@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 
 import pytest
 import tokcomp
@@ -153,6 +154,21 @@ def test_exceptions_leave_the_model_clean(make_vit, make_plugin):
     with contextlib.suppress(RuntimeError), plugin.applied(model, 0, 2):
         model(IMAGES[:, :2])
     assert structure(model) == clean and same_bits(qkv_weights(model), before)
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_made_inside_are_without(make_vit, make_plugin, way):
+    model = tokcomp.compress(make_vit(), tokcomp.ToMe(2))
+    plugin = make_plugin(model)
+    with torch.no_grad():
+        before = model(IMAGES)
+        with plugin.applied(model, 0, 4):
+            twin = way(model)
+            assert not torch.equal(model(IMAGES), before)
+        assert torch.equal(twin(IMAGES), before)
+    assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
 
 
 def test_what_is_done_to_the_model_inside_stays(make_vit, make_plugin):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,11 @@ class Term(NamedTuple):
 
 class Compensated(Swapped):
     """A packed layer that adds its terms to what it computes."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy or a pickle of the model made while the block runs is one of the model as it is without.
+        state = {name: value for name, value in vars(self).items() if name != _TERMS}
+        return object.__new__, (original_class(self),), state
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = super().forward(x)
