@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from dataclasses import replace
@@ -14,14 +13,13 @@ from tokcomp.cli import options
 from tokcomp.cli.budgets import add_budget_options, build_targets, check_budget_options, target_names
 from tokcomp.cli.data import add_data_options, data_root, open_data
 from tokcomp.cli.errors import UserError, blame, check_output_folder
-from tokcomp.cli.table import table
+from tokcomp.cli.search_report import report
 
 if TYPE_CHECKING:
     import torch
     from torch.utils.data import Dataset
 
-    from tokcomp.search.folder import SearchFolder
-    from tokcomp.search.settings import SearchResult, SearchSettings
+    from tokcomp.search.settings import SearchSettings
     from tokcomp.train.distributed import World
 
 DESCRIPTION = """\
@@ -318,7 +316,7 @@ def _run(
                 f"--output must be writable, got '{args.output}' ({error}); choose another folder"
             ) from error
     if world.is_main:
-        _report(args, dict(zip(targets, results, strict=True)))
+        report(args, dict(zip(targets, results, strict=True)))
     return 0 if results[0].complete else stop.exit_status or 1
 
 
@@ -366,58 +364,3 @@ def _parts(
 def _command() -> str:
     """The command line that makes this schedule in one go."""
     return shlex.join(["tokcomp", *(word for word in sys.argv[1:] if word != "--resume")])
-
-
-def _report(args: argparse.Namespace, results: dict[str, SearchResult]) -> None:
-    from tokcomp.search.folder import SearchFolder
-
-    folder = SearchFolder(args.output, list(results))
-    if not next(iter(results.values())).complete:
-        steps = next(iter(results.values())).steps
-        print(f"stopped after step {steps}; the same command with --resume goes on from there", file=sys.stderr)
-        return
-    if args.json:
-        print(folder.summary.read_text(encoding="utf-8"), end="")
-        return
-    plain = next(iter(results.values()))
-    rows = [["uncompressed", "", f"{plain.uncompressed_gflops:.4g}", _percent(plain.uncompressed_top1), "", ""]]
-    for name, result in results.items():
-        costs = ", ".join(f"{cost:.4g}" for kind, cost in result.costs.items() if kind != "flops") or "-"
-        kept = " ".join(str(count) for count in _kept(result))
-        rows.append(
-            [name or "found", costs, f"{result.gflops:.4g}", _percent(result.top1), kept, folder.schedule(name).name]
-        )
-    if all(row[1] in ("", "-") for row in rows):
-        rows = [[row[0], *row[2:]] for row in rows]
-        header = ["target", "GFLOPs", "top-1", "tokens after each block", "schedule"]
-    else:
-        header = ["target", "cost", "GFLOPs", "top-1", "tokens after each block", "schedule"]
-    print(table(header, rows))
-    for name, found in _hardware(folder).items():
-        settings = ", ".join(f"{parameter} {value:g}" for parameter, value in found.items())
-        print(f"{args.hardware}{f' of {name}' if name else ''}: {settings}")
-    print(f"written: {args.output}")
-    metric = f" --metric {args.metric}" if args.metric else ""
-    pipeline = f" --pipeline {args.pipeline}" if args.pipeline else ""
-    first = folder.schedule(next(iter(results)))
-    print(f"Next: tokcomp evaluate DATA -m {args.model} --method diffrate --schedule {first}{metric}{pipeline}")
-
-
-def _hardware(folder: SearchFolder) -> dict[str, dict[str, float]]:
-    """The hardware found for each target, where any was searched."""
-    summary = json.loads(folder.summary.read_text(encoding="utf-8"))
-    return {
-        target["name"]: budget["hardware"]
-        for target in summary["targets"]
-        for budget in target["budgets"]
-        if "hardware" in budget
-    }
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} %"
-
-
-def _kept(result: SearchResult) -> list[int]:
-    last = result.log[-1]
-    return [int(last[f"kept_{block}"]) for block in range(len(result.schedule))]

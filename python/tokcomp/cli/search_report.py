@@ -1,0 +1,100 @@
+"""What ``tokcomp search`` says at its end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokcomp.cli.table import table
+
+if TYPE_CHECKING:
+    from tokcomp.search.folder import SearchFolder
+    from tokcomp.search.settings import SearchResult
+
+#: Share of a target by which a cost may miss it before that is worth a line.
+_WORTH_A_LINE = 0.02
+
+
+def report(args: argparse.Namespace, results: dict[str, SearchResult]) -> None:
+    """Print the table of what was found, or where a stopped search stands."""
+    from tokcomp.search.folder import SearchFolder
+
+    folder = SearchFolder(args.output, list(results))
+    if not next(iter(results.values())).complete:
+        steps = next(iter(results.values())).steps
+        print(f"stopped after step {steps}; the same command with --resume goes on from there", file=sys.stderr)
+        return
+    if args.json:
+        print(folder.summary.read_text(encoding="utf-8"), end="")
+        return
+    plain = next(iter(results.values()))
+    rows = [["uncompressed", "", f"{plain.uncompressed_gflops:.4g}", _percent(plain.uncompressed_top1), "", ""]]
+    for name, result in results.items():
+        costs = ", ".join(f"{cost:.4g}" for kind, cost in result.costs.items() if kind != "flops") or "-"
+        kept = " ".join(str(count) for count in _kept(result))
+        rows.append(
+            [name or "found", costs, f"{result.gflops:.4g}", _percent(result.top1), kept, folder.schedule(name).name]
+        )
+    if all(row[1] in ("", "-") for row in rows):
+        rows = [[row[0], *row[2:]] for row in rows]
+        header = ["target", "GFLOPs", "top-1", "tokens after each block", "schedule"]
+    else:
+        header = ["target", "cost", "GFLOPs", "top-1", "tokens after each block", "schedule"]
+    print(table(header, rows))
+    for line in _misses(folder):
+        print(line)
+    for name, found in _hardware(folder).items():
+        settings = ", ".join(f"{parameter} {value:g}" for parameter, value in found.items())
+        print(f"{args.hardware}{f' of {name}' if name else ''}: {settings}")
+    print(f"written: {args.output}")
+    print(f"Next: {_next_command(args, folder.schedule(next(iter(results))))}")
+
+
+def _next_command(args: argparse.Namespace, schedule: Path) -> str:
+    """The evaluation of what was found, on the model and data that it was found with."""
+    words = ["tokcomp evaluate", str(args.data or args.data_dir or "")]
+    words += [f"--dataset {args.dataset}" if args.dataset else "", f"-m {args.model}"]
+    words += ["--pretrained" if args.pretrained else "", f"--checkpoint {args.checkpoint}" if args.checkpoint else ""]
+    words += [f"--method diffrate --schedule {schedule}"]
+    words += [f"--{name} {getattr(args, name)}" for name in ("metric", "pipeline") if getattr(args, name)]
+    return " ".join(word for word in words if word)
+
+
+def _hardware(folder: SearchFolder) -> dict[str, dict[str, float]]:
+    """The hardware found for each target, where any was searched."""
+    summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+    return {
+        target["name"]: budget["hardware"]
+        for target in summary["targets"]
+        for budget in target["budgets"]
+        if "hardware" in budget
+    }
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"
+
+
+def _kept(result: SearchResult) -> list[int]:
+    last = result.log[-1]
+    return [int(last[f"kept_{block}"]) for block in range(len(result.schedule))]
+
+
+def _misses(folder: SearchFolder) -> list[str]:
+    """A line for each cost that is some per cent off its target."""
+    summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+    lines = []
+    for target in summary["targets"]:
+        for budget in target["budgets"]:
+            cost, wanted = target["costs"][budget["budget"]], budget["target"]
+            off = cost / wanted - 1
+            if abs(off) > _WORTH_A_LINE:
+                side = "above" if off > 0 else "below"
+                lines.append(
+                    f"{cost:.4g} {budget['unit']} is {abs(off):.0%} {side} {wanted:.4g}: search longer (--steps), with "
+                    "a larger --lr, or with a larger weight of the budget"
+                )
+    return lines
