@@ -17,7 +17,7 @@ from tokcomp.train.recipe import FINETUNE_RECIPE, SCRATCH_RECIPE
 MODEL = ("finetune", "-m", "tokcomp_digits_vit", "--device", "cpu", "-j", "0")
 DIGITS = (*MODEL, "--dataset", "digits", "--pretrained")
 #: 1437 images: 5 steps an epoch.
-SHORT = ("-b", "256", "--epochs", "0.6", "--aa", "none", "--method", "tome", "--r", "12")
+SHORT = ("-b", "256", "--epochs", "0.6", "--method", "tome", "--r", "12")
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_is_reported(run, tmp_path, few_images, monkey
         return step(self, images * float("nan") if self.step_number == 1 else images, labels)
 
     monkeypatch.setattr(FineTuner, "step", ruinous)
-    status, _, err = run(*DIGITS, *SHORT, "-o", tmp_path, "--checkpoint-steps", "1")
+    status, _, err = run(*DIGITS, *SHORT, "-o", tmp_path, "--checkpoint-interval", "1")
     assert status == 1
     assert "error: the loss of step 2 is nan; the checkpoint before it is kept" in err and "Traceback" not in err
     assert (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "summary.json").exists()
@@ -127,7 +127,7 @@ def test_a_part_of_the_training_images_can_be_held_out(run, tmp_path, folders):
     command = (*MODEL, folders, "--from-scratch", "--num-classes", "2", "-b", "4", "--epochs", "1")
     command = (*command, "-o", tmp_path / "run")
     status, _, err = run(*command)
-    assert status == 2 and "DATA must have a folder 'validation' besides 'train'" in err
+    assert status == 2 and "DATA must have folders 'train' and 'validation', got " in err
     assert run(*command, "--held-out", "12")[0] == 2
     status, _, err = run(*command, "--held-out", "4")
     assert status == 0, err
@@ -137,7 +137,7 @@ def test_a_part_of_the_training_images_can_be_held_out(run, tmp_path, folders):
 
 def test_processes_of_torchrun_train_together(run, tmp_path):
     """Two processes draw what one process draws in two pieces, and count every validation image once."""
-    options = (*DIGITS, "-b", "64", "--epochs", "0.1", "--aa", "none", "--method", "tome", "--gflops", "0.009")
+    options = (*DIGITS, "-b", "64", "--epochs", "0.1", "--method", "tome", "--gflops", "0.009")
     status, _, err = run(*options, "--grad-accum-steps", "2", "-o", tmp_path / "alone")
     assert status == 0, err
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tokcomp"]
@@ -169,6 +169,7 @@ def test_processes_of_torchrun_train_together(run, tmp_path):
         (("--from-scratch", "--method", "tome", "--r", "8,8"), "--method tome does not fit tokcomp_digits_vit: r"),
         (("--from-scratch", "--method", "diffrate", "--gflops", "2.3"), "--gflops: name must be one of deit_tiny"),
         (("--from-scratch", "--held-out", "1437"), "--held-out must leave images to train on, got 1437 of 1437"),
+        (("--pretrained", "--reprob", "0.1"), "--reprob has no say with --dataset digits, which are drawn anew"),
         (("--from-scratch", "--lr", "0"), "argument --lr: must be a number above 0, got '0'"),
         (("--from-scratch", "--mixup", "-1"), "argument --mixup: must be a number, 0 or more, got '-1'"),
         (("--from-scratch", "--resume"), "--resume: the checkpoint must be a file, got "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,8 @@ RECIPE_OPTIONS: dict[str, tuple[str, Any, str, str, str]] = {
     "--drop-path": ("drop_path", options.non_negative_float, "stochastic depth of the last block", "0.1", "0.1"),
     "--model-ema-decay": ("model_ema_decay", options.positive_float, "of averaged weights", "None", "0.99996"),
 }
+#: Fields of the recipe that have no say with the digits, which are drawn anew each time.
+_NOT_OF_DIGITS = ("aa", "scale", "ratio", "hflip", "color_jitter", "reprob")
 _CROPS = {"--scale": "0.08 1", "--ratio": "0.75 1.33"}
 
 
@@ -120,9 +123,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "-o", "--output", type=Path, default=Path("tokcomp-finetune"), metavar="DIR", help="default: %(default)s"
     )
+    output.add_argument("--json", action="store_true", help="print the summary as JSON rather than as a table")
     output.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     output.add_argument(
-        "--checkpoint-steps",
+        "--checkpoint-interval",
         type=options.positive_int,
         default=500,
         metavar="N",
@@ -193,12 +197,20 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         )
     fields = ["batch_size", *(field for field, *_ in RECIPE_OPTIONS.values())]
     given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
+    given |= {name: tuple(value) for name in ("scale", "ratio") if (value := getattr(args, name)) is not None}
     if args.from_scratch:
         given = {"lr": 5e-4 * args.batch_size / 512, **given}
+    if args.dataset == "digits":
+        for field in _NOT_OF_DIGITS:
+            if field in given:
+                flag = "--" + field.replace("_", "-")
+                raise UserError(
+                    f"{flag} has no say with --dataset digits, which are drawn anew each time; leave it out"
+                )
+        given |= {"aa": None, "hflip": 0.0, "color_jitter": 0.0, "reprob": 0.0}
     base = SCRATCH_RECIPE if args.from_scratch else FINETUNE_RECIPE
     if given.get("lr", base.lr) < base.min_lr:
         given = {"min_lr": given["lr"] / 100, **given}
-    given |= {name: tuple(value) for name in ("scale", "ratio") if (value := getattr(args, name)) is not None}
     if given.get("aa", "") in ("none", "None"):
         given["aa"] = None
     with blame("recipe"):
@@ -228,10 +240,10 @@ def _prepare(
 
     import tokcomp
     from tokcomp.evaluate import evaluate
-    from tokcomp.train.data import LoaderBatches, Part, check_batch_size, check_labels, held_out_batches
+    from tokcomp.train.data import LoaderBatches, Part, check_batch_size, check_labels, held_out_batches, training_part
     from tokcomp.train.finetune import FineTuner
     from tokcomp.train.finetune_run import FineTuneRun
-    from tokcomp.train.recipe import plain_transform, train_transform
+    from tokcomp.train.recipe import plain_transform
     from tokcomp.train.steps import seed_all
 
     pieces = args.grad_accum_steps
@@ -244,22 +256,22 @@ def _prepare(
     options.compress_by(args, model, method)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
-    train_part, val_part = _parts(args, root)
-    for part in (train_part, val_part):
+    train, indices, val = _parts(args, root)
+    for part in (train, val):
         with blame("DATA" if root is not None else "--dataset"):
             check_labels(part, model.num_classes)
     config = resolve_model_data_config(model)
     if args.img_size is not None:
         config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
     with blame("--aa"):
-        train_set = Part(train_part, transform=train_transform(recipe, config))
-    val_set = Part(val_part, transform=plain_transform(config))
+        train_set = training_part(train, indices, recipe, config)
+    val_set = Part(val, transform=plain_transform(config))
     loading: dict[str, Any] = {"workers": args.workers, "pin_memory": device.type == "cuda"}
     batches = LoaderBatches(
         train_set, args.batch_size, args.seed, world=world, pieces=pieces, repeats=recipe.repeated_aug, **loading
     )
     share = max(1, args.batch_size // (world.size * pieces))
-    held_out = held_out_batches(val_set, share, world=world, **loading)
+    held_out = held_out_batches(val_set, min(share, 256), world=world, **loading)
     amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
     total_steps = max(1, round(recipe.epochs * batches.steps_per_epoch))
     with blame("recipe"):
@@ -310,13 +322,13 @@ def _prepare(
         settings=settings,
         facts=facts,
         total_steps=total_steps,
-        checkpoint_steps=args.checkpoint_steps,
+        checkpoint_steps=args.checkpoint_interval,
         log_steps=args.log_interval,
     )
 
 
-def _parts(args: argparse.Namespace, root: Path | None) -> tuple[Dataset, Dataset]:
-    """The images to train on and those to validate on."""
+def _parts(args: argparse.Namespace, root: Path | None) -> tuple[Dataset, list[int] | None, Dataset]:
+    """The data set, which of its images to train on (None: all), and those to validate on."""
     from tokcomp.train.data import Part, split_off
 
     train = open_data(args, root, args.train_split)
@@ -325,21 +337,25 @@ def _parts(args: argparse.Namespace, root: Path | None) -> tuple[Dataset, Datase
         if args.held_out >= total:
             raise UserError(f"--held-out must leave images to train on, got {args.held_out} of {total}")
         kept, held_out = split_off(train, args.held_out, args.seed)
-        return Part(train, kept), Part(train, held_out)
+        return train, kept, Part(train, held_out)
     val = open_data(args, root, args.val_split)
     folders = [
         Path(getattr(getattr(one, "reader", None), "root", None) or str(n)) for n, one in enumerate((train, val))
     ]
-    if folders[0].is_relative_to(folders[1]):  # timm takes the whole folder where a part of that name is not there
+    if folders[0].is_relative_to(folders[1]) or folders[1].is_relative_to(folders[0]):
+        # timm takes the whole folder where a part of that name is not there.
         raise UserError(
-            f"DATA must have a folder '{args.val_split}' besides '{args.train_split}', got '{root}' without it; "
+            f"DATA must have folders '{args.train_split}' and '{args.val_split}', got '{root}' without one of them; "
             "pass --held-out N to validate on N of the training images"
         )
-    return train, val
+    return train, None, val
 
 
 def _report(args: argparse.Namespace, found: FineTuneRun) -> None:
     summary = found.summary()
+    if args.json:
+        print(json.dumps(summary, indent=2))
+        return
     cost = "" if summary["gflops"] is None else f", {summary['gflops']:.4g} GFLOPs"
     print(f"{summary['model']} ({summary['weights']}), {summary['method_settings'] or 'uncompressed'}{cost}")
     rows = [
