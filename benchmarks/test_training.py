@@ -134,15 +134,15 @@ def _step(
     return rotating(lambda images, labels: tuner.step(images.clone(), labels), batches)
 
 
-def check_gradients(plain: nn.Module, method: Method, precision: str, device: torch.device) -> None:
+def check_gradients(plain: Any, method: Method, precision: str, device: torch.device) -> None:
     """The compressed model's gradients on fresh random images are those of the published pipeline.
 
     In float64, where there is a kernel, those of all weights agree to rounding. In ``precision``, each image's gradient
     to its own pixels is no further from float64 than twice the published pipeline's: of the median image, since a
     rounding that swaps two nearly equal tokens changes an image's gradient in either.
     """
-    images = torch.randn(GATE_IMAGES, 3, 224, 224, device=device)
-    labels = torch.randint(1000, (GATE_IMAGES,), device=device)
+    images = torch.randn(GATE_IMAGES, 3, *plain.patch_embed.img_size, device=device)
+    labels = torch.randint(plain.num_classes, (GATE_IMAGES,), device=device)
     ours = tokcomp.compress(copy.deepcopy(plain), method)
     published = PublishedPipeline(copy.deepcopy(plain), method)
     exact_pixels, exact_weights = _gradients(copy.deepcopy(published).double(), images.double(), labels, None)
