@@ -36,7 +36,7 @@ def reproduce(folder: Path, settings: Settings, jobs: int) -> list[Path]:
     started = time.perf_counter()
     run_units(folder, units, jobs, lambda line: print(line, flush=True))
     summary = summarize(folder, settings)
-    seconds = sum(json.loads(result_path(folder, unit.name).read_text())["seconds"] for unit in units)
+    seconds = sum(json.loads(result_path(folder, unit.name).read_text())["core_seconds"] for unit in units)
     record = {
         "provenance": provenance(torch.device("cpu")),
         "core_seconds": round(seconds),

@@ -46,7 +46,7 @@ class Settings:
     epochs: tuple[float, ...] = (1.0, 3.0, 10.0)
     images: tuple[int, ...] = (16, 64, 256)
     held_out: int = 1800  # pictures: each held-out digit five times
-    random_schedules: int = 60
+    random_schedules: int = 40
     selection_pictures: int = 360
     transfer_shapes: tuple[str, ...] = ("narrow", "wide")
     search: SearchSettings = field(default_factory=lambda: SearchSettings(share=0.5))

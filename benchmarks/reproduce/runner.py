@@ -42,26 +42,22 @@ class Progress:
     """Which units are done, and how long the others will take."""
 
     units: Sequence[Unit]
-    jobs: int
     report: Callable[[str], None]
     started: float = field(default_factory=time.perf_counter)
     expected: float = 0.0  # seconds of the units run, as their weights said
-    spent: float = 0.0  # and as it was
     done: int = 0
 
     def skip(self) -> None:
         self.done += 1
 
-    def finish(self, unit: Unit, seconds: float) -> None:
+    def finish(self, unit: Unit, left: float) -> None:
+        """One more is done, and ``left`` seconds of others remain, as their weights say."""
         self.done += 1
         self.expected += unit.weight
-        self.spent += seconds
-
-    def line(self, name: str, left: float) -> None:
-        pace = self.spent / self.expected if self.expected else 1.0
-        seconds = left * pace / self.jobs
         elapsed = time.perf_counter() - self.started
-        self.report(f"[{self.done:3d}/{len(self.units)}] {elapsed:5.0f} s, {seconds:5.0f} s left  {name}")
+        # What is running has had some of its time: that makes the guess a little high, and never low.
+        seconds = elapsed * left / self.expected
+        self.report(f"[{self.done:3d}/{len(self.units)}] {elapsed:5.0f} s, {seconds:5.0f} s left  {unit.name}")
 
 
 def result_path(folder: Path, name: str) -> Path:
@@ -97,16 +93,18 @@ def is_done(folder: Path, name: str, key: str) -> bool:
         return False
 
 
-def run_unit(folder: Path, unit: Unit, key: str) -> float:
-    """Run one unit, store its result, return its seconds. What a worker process does."""
+def run_unit(folder: Path, unit: Unit, key: str) -> None:
+    """Run one unit and store its result: what a worker process does.
+
+    The seconds beside the result are those of its core, which mean the same on a machine with other work.
+    """
     torch.set_num_threads(1)
-    started = time.perf_counter()
+    started = time.process_time()
     module, name = unit.function.split(":")
     result = getattr(importlib.import_module(module), name)(folder, **unit.arguments)
-    seconds = time.perf_counter() - started
-    record = {"key": key, "seconds": round(seconds, 3), "arguments": dict(unit.arguments), "result": result}
+    seconds = time.process_time() - started
+    record = {"key": key, "core_seconds": round(seconds, 3), "arguments": dict(unit.arguments), "result": result}
     write_whole(result_path(folder, unit.name), json.dumps(record, indent=1) + "\n")
-    return seconds
 
 
 def _leave_interrupts_to_the_parent() -> None:
@@ -121,7 +119,7 @@ def run_units(folder: Path, units: Sequence[Unit], jobs: int, report: Callable[[
         KeyboardInterrupt: after the units in hand were stopped; those finished are kept.
     """
     keys = keys_of(units)
-    progress = Progress(units, jobs, report)
+    progress = Progress(units, report)
     waiting = {}
     for unit in units:
         if is_done(folder, unit.name, keys[unit.name]):
@@ -133,7 +131,7 @@ def run_units(folder: Path, units: Sequence[Unit], jobs: int, report: Callable[[
     if not waiting:
         return
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _leave_interrupts_to_the_parent)
-    running: dict[Future[float], Unit] = {}
+    running: dict[Future[None], Unit] = {}
     try:
         while waiting or running:
             names = set(waiting) | {unit.name for unit in running.values()}
@@ -144,9 +142,8 @@ def run_units(folder: Path, units: Sequence[Unit], jobs: int, report: Callable[[
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 unit = running.pop(future)
-                progress.finish(unit, future.result())
-                left = sum(one.weight for one in [*waiting.values(), *running.values()])
-                progress.line(unit.name, left)
+                future.result()
+                progress.finish(unit, sum(one.weight for one in [*waiting.values(), *running.values()]))
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.terminate()

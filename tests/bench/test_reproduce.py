@@ -11,6 +11,7 @@ import timm
 import tokcomp
 import torch
 from tokcomp.assets import DIGITS_MODEL
+from tokcomp.assets.choose_schedule import search_digits
 from tokcomp.equal_cost import evit_for_budget, tome_for_budget
 
 from benchmarks.reproduce import diffrate, runner, schedules
@@ -99,6 +100,35 @@ def test_other_methods_counts_cost_what_they_cost(model: Any, pipeline: str, wan
     method = schedules.from_counts(other, 65, 6, pipeline)
     assert tokens_left(model, method) == tokens_left(model, other)
     assert schedules.cost(model, method) == schedules.cost(model, other)
+
+
+def test_a_search_repeats_and_moves_towards_its_target(model: Any) -> None:
+    runs = []
+    for _ in range(2):
+        search, log = search_digits(model, 0.4, epochs=6 * 8 / 1437, batch_size=8, seed=3, log_every=1)
+        runs.append((search.proxy_state(), log))
+    assert [line.step for line in runs[0][1]] == [1, 2, 3, 4, 5, 6]
+    assert runs[0][1] == runs[1][1]
+    assert all(torch.equal(value, runs[1][0][name]) for name, value in runs[0][0].items())
+    # Before the first step every free block keeps half of its patches, at 62 % of the cost.
+    assert runs[0][1][0].share == pytest.approx(0.616, abs=0.001) and runs[0][1][-1].share < 0.55
+    assert runs[0][1][-1].num_prune_kept[0] == 65
+
+
+def test_few_pictures_are_drawn_once(model: Any) -> None:
+    def losses(num_pictures: int, seed: int) -> list[float]:
+        two = 2 * 8 / 1437  # epochs; at a learning rate of 0 only the pictures can make a difference
+        log = search_digits(
+            model, 0.4, epochs=two, batch_size=8, lr=0.0, num_pictures=num_pictures, seed=seed, log_every=1
+        )[1]
+        return [line.cross_entropy for line in log]
+
+    first, second = losses(8, seed=0)
+    assert first == pytest.approx(second, rel=1e-4)
+    other, _ = losses(8, seed=1)
+    assert first != pytest.approx(other, rel=1e-4)
+    first, second = losses(0, seed=0)
+    assert first != pytest.approx(second, rel=1e-4)
 
 
 def test_no_two_drawings_are_alike() -> None:
