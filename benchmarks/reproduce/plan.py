@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from tokcomp.assets.choose_schedule import FLOPS_WEIGHT, LEARNING_RATE
+
 #: name -> what differs from the bundled digits model.
 SHAPES: Mapping[str, Mapping[str, int]] = {
     "base": {},
@@ -27,7 +29,8 @@ class SearchSettings:
     epochs: float = 3.0
     images: int = 0  # distinct pictures; 0: every training digit, drawn anew each time
     batch_size: int = 32
-    lr: float = 0.25
+    lr: float = LEARNING_RATE
+    flops_weight: float = FLOPS_WEIGHT
 
     @property
     def name(self) -> str:
@@ -46,7 +49,7 @@ class Settings:
     epochs: tuple[float, ...] = (1.0, 3.0, 10.0)
     images: tuple[int, ...] = (16, 64, 256)
     held_out: int = 1800  # pictures: each held-out digit five times
-    random_schedules: int = 40
+    random_schedules: int = 30
     selection_pictures: int = 360
     transfer_shapes: tuple[str, ...] = ("narrow", "wide")
     search: SearchSettings = field(default_factory=lambda: SearchSettings(share=0.5))

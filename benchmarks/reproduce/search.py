@@ -35,6 +35,7 @@ def search_schedule(model: VisionTransformer, settings: SearchSettings, seed: in
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         lr=settings.lr,
+        flops_weight=settings.flops_weight,
         num_pictures=settings.images,
         metric=settings.metric,
         pipeline=settings.pipeline,
