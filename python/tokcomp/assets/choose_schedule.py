@@ -30,8 +30,8 @@ from tokcomp.search.model import DiffRateSearch
 FLOPS_WEIGHT = 5 * 1.2538**2
 #: The paper makes 3750 updates of 0.01. Here 3 epochs are 135, and each has to go further.
 LEARNING_RATE = 0.1
-#: AdamW's memory of squared gradients: 40 updates, as 1000 are to 3750 in the paper. A longer one would remember, to the
-#: end of so short a search, how far from the budget it began.
+#: AdamW's memory of squared gradients is 40 updates, as 1000 are to 3750 in the paper. A longer one would remember, to
+#: the end of so short a search, how far from the budget it began.
 BETAS = (0.9, 0.975)
 
 
