@@ -30,6 +30,13 @@ def test_rows():
         assert row.to_json()["precision"] == "float32"
 
 
+def test_memory_is_that_of_the_step_alone():
+    ballast = torch.ones(3 * 2**26)  # 768 MiB that the measuring process must not count
+    used, total = bench._cpu_memory("tokcomp", "deit_tiny_patch16_224", 2, "float32", OPTIONS)
+    assert 2**20 < used < 2**28 and used < total
+    assert ballast[-1] == 1
+
+
 def test_without_timing_there_are_no_rows():
     model = {"name": "deit_tiny_patch16_224", "batch": 1, "precision": "bfloat16", **OPTIONS}
     assert bench.compare_search(**model, device=CPU, measure=lambda calls: {}) == []

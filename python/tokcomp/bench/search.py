@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -240,13 +239,14 @@ def _print_cpu_memory(arguments: str) -> None:
     competitor, name, batch, precision, options = json.loads(arguments)
     model = create_model(name, **options)
     step, inputs = Step(competitor, model, precision), draw(model, batch)
-    before = _resident_bytes()
+    before = _status_bytes("VmRSS")
     for _ in range(2):
         step(*inputs)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = _status_bytes("VmHWM")
     print(json.dumps([peak - before, peak]))
 
 
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def _status_bytes(name: str) -> int:
+    """A figure of /proc/self/status. (getrusage's peak would be that of the process that started this one.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
