@@ -19,14 +19,14 @@ from tokcomp.budgets import Budget, FlopsBudget
 from tokcomp.evaluate import evaluate
 from tokcomp.search.plot import plot_kept
 from tokcomp.search.run import run_search, run_searches
-from tokcomp.search.settings import DivergedError, SearchSettings, flops_weight
+from tokcomp.search.settings import SearchSettings, flops_weight
 from tokcomp.train import distributed
 from tokcomp.train.checkpoint import load_checkpoint
 from tokcomp.train.data import TensorBatches
 from tokcomp.train.distributed import World
 from tokcomp.train.log import read_log
 from tokcomp.train.recipe import SEARCH_RECIPE
-from tokcomp.train.steps import StopRequest
+from tokcomp.train.steps import DivergedError, StopRequest
 
 RECIPE = replace(SEARCH_RECIPE, batch_size=8, lr=0.3, min_lr=0.03)
 SETTINGS = SearchSettings(recipe=RECIPE, steps=6, granularity=1, log_interval=2, eval_interval=3, checkpoint_interval=2)

@@ -13,9 +13,9 @@ from tokcomp.tocom.degrees import diffrate_degrees
 from tokcomp.tocom.distill import Distiller, distillation_loss, draw_degrees
 from tokcomp.tocom.train import TocomRun
 from tokcomp.train.data import TensorBatches
-from tokcomp.train.finetune_run import DivergedError
 from tokcomp.train.log import read_log
 from tokcomp.train.recipe import TOCOM_RECIPE
+from tokcomp.train.steps import DivergedError
 
 CPU = torch.device("cpu")
 PLAIN = replace(TOCOM_RECIPE, lr=1e-2, mixup=0.0, cutmix=0.0, batch_size=8)

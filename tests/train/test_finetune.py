@@ -21,9 +21,10 @@ from tokcomp.train import distributed
 from tokcomp.train.data import TensorBatches
 from tokcomp.train.distributed import ALONE
 from tokcomp.train.finetune import FineTuner
-from tokcomp.train.finetune_run import DivergedError, FineTuneRun
+from tokcomp.train.finetune_run import FineTuneRun
 from tokcomp.train.log import read_log
 from tokcomp.train.recipe import Recipe
+from tokcomp.train.steps import DivergedError
 
 CPU = torch.device("cpu")
 PLAIN = Recipe(lr=1e-2, min_lr=1e-4, weight_decay=0.05, epochs=2, batch_size=8, mixup=0.0, cutmix=0.0, drop_path=0.0)

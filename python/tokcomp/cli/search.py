@@ -238,9 +238,8 @@ def _run(
     from tokcomp.budgets import MeasurementStopped
     from tokcomp.search.model import DiffRateSearch
     from tokcomp.search.run import run_searches
-    from tokcomp.search.settings import DivergedError
     from tokcomp.train.data import LoaderBatches, check_batch_size, held_out_batches, training_part
-    from tokcomp.train.steps import StopRequest, seed_all
+    from tokcomp.train.steps import DivergedError, StopRequest, seed_all
 
     with blame("--batch-size"):
         check_batch_size(args.batch_size, world.size, args.grad_accum_steps, mixes=settings.recipe.mixes)

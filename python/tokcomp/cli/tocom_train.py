@@ -141,8 +141,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, recipe: Recipe, root: Path | None, device: torch.device, world: World) -> int:
     from tokcomp.tocom.train import PLUGIN
-    from tokcomp.train.finetune_run import DivergedError
-    from tokcomp.train.steps import StopRequest
+    from tokcomp.train.steps import DivergedError, StopRequest
 
     found = _prepare(args, recipe, root, device, world)
     if args.resume:

@@ -16,7 +16,7 @@ from tokcomp.budgets import Budget
 from tokcomp.evaluate import evaluate
 from tokcomp.search.folder import SearchFolder
 from tokcomp.search.model import DiffRateSearch
-from tokcomp.search.settings import DivergedError, SearchResult, SearchSettings
+from tokcomp.search.settings import SearchResult, SearchSettings, diverged
 from tokcomp.search.target import Target
 from tokcomp.train.data import Batches, check_batch_size
 from tokcomp.train.distributed import ALONE, World
@@ -280,7 +280,7 @@ class _Run:
             step = int(target.diverged_at)
             if step >= 0:
                 kept = "nothing was written" if folder is None else f"the last good checkpoint is {folder.checkpoint}"
-                raise DivergedError(step, target.name, kept)
+                raise diverged(step, target.name, kept)
 
     def _save(self, folder: SearchFolder, step: int) -> None:
         if self.world.is_main:

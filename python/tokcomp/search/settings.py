@@ -7,6 +7,7 @@ from typing import Any
 
 from tokcomp.schedule import CompressionSchedule
 from tokcomp.train.recipe import SEARCH_RECIPE, Recipe
+from tokcomp.train.steps import DivergedError
 
 #: Of the paper's smallest model, uncompressed.
 DEIT_T_GFLOPS = 1.2538
@@ -75,15 +76,13 @@ class SearchResult:
     log: list[dict[str, float]] = field(repr=False, default_factory=list)  # its rows, as in the CSV
 
 
-class DivergedError(ArithmeticError):
-    """A loss or gradient is not a number, or infinite. Nothing of it was kept."""
-
-    def __init__(self, step: int, target: str, kept: str) -> None:
-        self.step = step
-        super().__init__(
-            f"the loss or its gradient is not finite at step {step}{target and f' of target {target}'}; {kept}. "
-            "Lower --lr or the budget's weight, leave --amp out, or look for broken images or weights"
-        )
+def diverged(step: int, target: str, kept: str) -> DivergedError:
+    """What to raise when a search's loss is not finite: ``kept`` says what is left of it."""
+    return DivergedError(
+        f"the loss or its gradient is not finite at step {step}{target and f' of target {target}'}; {kept}. "
+        "Lower --lr or the budget's weight, leave --amp out, or look for broken images or weights",
+        step,
+    )
 
 
 def flops_weight(uncompressed_gflops: float) -> float:

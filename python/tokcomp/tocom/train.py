@@ -13,9 +13,9 @@ from tokcomp.files import write_whole
 from tokcomp.tocom.distill import Distiller
 from tokcomp.train.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
 from tokcomp.train.data import Batches
-from tokcomp.train.finetune_run import DivergedError, LossWatch
+from tokcomp.train.finetune_run import LossWatch
 from tokcomp.train.log import RunLog
-from tokcomp.train.steps import Progress, StopRequest
+from tokcomp.train.steps import DivergedError, Progress, StopRequest
 
 KIND = "tocom"
 #: What a run writes into its folder.
@@ -137,7 +137,8 @@ class TocomRun:
         if not self.distiller.is_finite():
             raise DivergedError(
                 f"the plugin holds numbers that are not finite after step {self.distiller.step_number}; the checkpoint "
-                "before it is kept; lower --lr, set --clip-grad, or train without --amp"
+                "before it is kept; lower --lr, set --clip-grad, or train without --amp",
+                self.distiller.step_number,
             )
         if self.distiller.world.is_main:
             state = {

@@ -20,17 +20,13 @@ from tokcomp.train.data import Batches
 from tokcomp.train.distributed import World
 from tokcomp.train.finetune import FineTuner
 from tokcomp.train.log import RunLog, read_log
-from tokcomp.train.steps import Progress, StopRequest
+from tokcomp.train.steps import DivergedError, Progress, StopRequest
 
 KIND = "finetune"
 #: What a run writes into its folder.
 CHECKPOINT, LOG, SUMMARY, CURVES = "checkpoint.pt", "log.csv", "summary.json", "curves.png"
 BEST, LAST, LAST_EMA = "best.safetensors", "last.safetensors", "last_ema.safetensors"
 FIELDS = ("epoch", "loss", "lr", "top1", "top5", "ema_top1", "ema_top5")
-
-
-class DivergedError(RuntimeError):
-    """The loss or the weights are no longer finite numbers."""
 
 
 class FineTuneRun:
@@ -200,7 +196,7 @@ class FineTuneRun:
 
     def _check_weights(self, step: int) -> None:
         if not self.tuner.is_finite():
-            raise DivergedError(_advice(f"the weights are not finite numbers after step {step}"))
+            raise DivergedError(_advice(f"the weights are not finite numbers after step {step}"), step)
 
     def _save(self) -> None:
         self._check_weights(self.tuner.step_number)
@@ -254,7 +250,7 @@ class LossWatch:
             step, report = self._under_way.popleft()
             loss, stop = report.tolist()
             if not math.isfinite(loss):
-                raise DivergedError(_advice(f"the loss of step {step} is {loss}"))
+                raise DivergedError(_advice(f"the loss of step {step} is {loss}"), step)
             losses.append(loss)
             self.stop_wanted |= stop > 0
         return losses

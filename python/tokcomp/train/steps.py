@@ -56,6 +56,14 @@ def kept_generators() -> Iterator[None]:
         random.setstate(states[2])
 
 
+class DivergedError(ArithmeticError):
+    """A loss, a gradient or the weights are no longer finite numbers. Nothing of it was kept."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class StopRequest:
     """Notes SIGINT (Ctrl-C) and SIGTERM while it is open, so that a run can end after the step it is in.
 
