@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokcomp
 import torch
 from timm.layers import LayerNorm2d
 from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, SepConv
@@ -9,6 +10,11 @@ from torch import nn
 
 # Images of 64 x 96 give the third stage 4 x 6 = 24 tokens, the fourth 2 x 3.
 HEIGHT, WIDTH, TOKENS = 64, 96, 24
+PRUNE, MERGE = [24, 17, 15, 9], [20, 16, 12, 10]
+SCHEDULE = tokcomp.CompressionSchedule(PRUNE, MERGE)
+DIFFRATE = tokcomp.DiffRate(
+    tokcomp.CompressionSchedule(None, MERGE), metric="image_attn", pipeline="merge", similarity_weighted_size=False
+)
 VARIANTS = {
     "plain": {},
     "layer scale": dict(layer_scale_init_values=[None, None, 0.3, 0.3]),

@@ -1,4 +1,4 @@
-"""A whole search: its loss and gradients, resuming, several targets, several processes, what it writes and refuses."""
+"""A whole search: its loss and gradients, several targets, several processes, what it writes."""
 
 from __future__ import annotations
 
@@ -13,84 +13,32 @@ import pytest
 import tokcomp
 import torch
 import torch.multiprocessing as multiprocessing
-from timm.models.vision_transformer import VisionTransformer
 from tokcomp import DiffRateSearch
-from tokcomp.budgets import Budget, FlopsBudget
+from tokcomp.budgets import Budget
 from tokcomp.evaluate import evaluate
 from tokcomp.search.plot import plot_kept
 from tokcomp.search.run import run_search, run_searches
-from tokcomp.search.settings import SearchSettings, flops_weight
+from tokcomp.search.settings import flops_weight
 from tokcomp.train import distributed
 from tokcomp.train.checkpoint import load_checkpoint
 from tokcomp.train.data import TensorBatches
 from tokcomp.train.distributed import World
 from tokcomp.train.log import read_log
-from tokcomp.train.recipe import SEARCH_RECIPE
-from tokcomp.train.steps import DivergedError, StopRequest
 
-RECIPE = replace(SEARCH_RECIPE, batch_size=8, lr=0.3, min_lr=0.03)
-SETTINGS = SearchSettings(recipe=RECIPE, steps=6, granularity=1, log_interval=2, eval_interval=3, checkpoint_interval=2)
-WEIGHT = 1e8  # these models cost some 5e-4 GFLOPs
-
-
-def model_of(seed: int = 0, *, drop_path: float = 0.1, dtype: torch.dtype = torch.float32) -> VisionTransformer:
-    torch.manual_seed(seed)
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": 5}
-    model = VisionTransformer(**shape, drop_path_rate=drop_path).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3)
-    return model
-
-
-def images_of(count: int = 20, seed: int = 1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % 5
-
-
-def batches_of(batch_size: int = 8, **options) -> TensorBatches:
-    return TensorBatches(*images_of(), batch_size, 0, **options)
-
-
-def held_out():
-    images, labels = images_of(12, seed=2)
-    return zip(images.split(6), labels.split(6), strict=True)
-
-
-def budget_of(model, share: float = 0.6, weight: float = WEIGHT) -> FlopsBudget:
-    return FlopsBudget(model, share * tokcomp.flops(model) / 1e9, weight)
-
-
-class StopAfter(StopRequest):
-    """As if a signal came during a step."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.left = steps
-
-    @property
-    def wanted(self) -> bool:
-        # Asked twice in a step: when it begins and when it ends.
-        self.left -= 0.5
-        return self.left <= 0
-
-
-def search(output=None, *, steps=6, settings=SETTINGS, model=None, share=0.6, **options):
-    model = model_of() if model is None else model
-    return run_search(
-        model, batches_of(), budget_of(model, share), replace(settings, steps=steps), output=output, **options
-    )
-
-
-def logits_in(folder) -> dict[str, torch.Tensor]:
-    return load_checkpoint(folder / "checkpoint.pt", "search")["targets"][0]["logits"]
-
-
-def same_logits(left, right) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-# What it finds
+from tests.search.runs import (
+    RECIPE,
+    SETTINGS,
+    WEIGHT,
+    StopAfter,
+    batches_of,
+    budget_of,
+    held_out,
+    images_of,
+    logits_in,
+    model_of,
+    same_logits,
+    search,
+)
 
 
 def test_the_budget_is_met_and_nothing_else_changes():
@@ -216,9 +164,6 @@ def _scale(gradients) -> float:
     return max(float(gradient.abs().max()) for gradient in gradients.values())
 
 
-# Several processes
-
-
 class _Share(World):
     """A process's share without the others."""
 
@@ -309,81 +254,6 @@ def test_two_processes_are_one(tmp_path, free_port):
     assert records[0]["top1"] == [row.get("top1") for row in one.log] and records[0]["steps"] == one.steps == 5
 
 
-# Stopping and going on
-
-
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
-def test_a_resumed_search_is_the_uninterrupted_one(tmp_path, stop_at):
-    whole = search(tmp_path / "whole", held_out=held_out)
-    first = search(tmp_path / "parts", held_out=held_out, stop=StopAfter(stop_at))
-    assert not first.complete and first.steps == stop_at
-    assert not (tmp_path / "parts" / "summary.json").exists()
-    second = search(tmp_path / "parts", held_out=held_out, resume=True)
-    assert second.complete and second.schedule == whole.schedule and second.log == whole.log
-    assert second.uncompressed_top1 == whole.uncompressed_top1
-    assert same_logits(logits_in(tmp_path / "whole"), logits_in(tmp_path / "parts"))
-    for name in ("log.csv", "schedule.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
-
-
-def test_rows_after_the_checkpoint_are_redone(tmp_path):
-    whole = search(tmp_path / "whole")
-    folder = tmp_path / "killed"
-    search(folder, stop=StopAfter(3))
-    kept = (folder / "checkpoint.pt").read_bytes()
-    search(folder, resume=True, stop=StopAfter(2))
-    (folder / "checkpoint.pt").write_bytes(kept)  # as if killed before its checkpoint of step 4 was there
-    (folder / ".checkpoint.pt.half.tmp").write_bytes(b"half")
-    assert read_log(folder / "log.csv")[-1]["step"] > 3
-    assert search(folder, resume=True).log == whole.log
-    assert (folder / "log.csv").read_bytes() == (tmp_path / "whole" / "log.csv").read_bytes()
-    assert not list(folder.glob(".*.tmp"))
-
-
-def test_resuming_a_finished_search_changes_nothing(tmp_path):
-    first = search(tmp_path, held_out=held_out)
-    again = search(tmp_path, held_out=held_out, resume=True)
-    assert again == first and first.top1 is not None
-
-
-def test_resuming_nothing_starts(tmp_path):
-    assert search(tmp_path / "new", resume=True).schedule == search().schedule
-
-
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        ({"granularity": 2}, "granularity"),
-        ({"seed": 1}, "seed"),
-        ({"match_inference": True}, "match_inference"),
-        ({"recipe": replace(RECIPE, lr=0.2)}, "lr"),
-        ({"recipe": replace(RECIPE, mixup=0.5)}, "mixup"),
-        ({"log_interval": 3}, "log_interval"),
-    ],
-)
-def test_other_settings_are_refused_by_name(tmp_path, change, name):
-    search(tmp_path, stop=StopAfter(2))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=rf"a resumed run must keep its settings, got {name} = "):
-        search(tmp_path, resume=True, settings=replace(SETTINGS, **change))
-    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-
-def test_another_budget_model_or_length_is_refused_by_name(tmp_path):
-    search(tmp_path, stop=StopAfter(2), facts={"model": "a"})
-    for options, name in (
-        ({"share": 0.5, "facts": {"model": "a"}}, "targets"),
-        ({"steps": 7, "facts": {"model": "a"}}, "steps"),
-        ({"facts": {"model": "b"}}, "model"),
-    ):
-        with pytest.raises(ValueError, match=rf"got {name} = .* was started with"):
-            search(tmp_path, resume=True, **options)
-    search(tmp_path, resume=True, facts={"model": "a"}, settings=replace(SETTINGS, checkpoint_interval=5))
-
-
-# What it writes
-
-
 def test_what_is_written_says_where_it_comes_from(tmp_path):
     result = search(
         tmp_path / "a" / "run", held_out=held_out, facts={"model": "tiny", "data": "noise"}, command="tokcomp x"
@@ -421,87 +291,6 @@ def test_no_plot_without_matplotlib(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "summary.json").read_text())["targets"][0]["plot"] is None
 
 
-# What it refuses
-
-
-class Poisoned(FlopsBudget):
-    """Not a number from its n-th loss on."""
-
-    def __init__(self, model, step: int, share: float = 0.6) -> None:
-        super().__init__(model, share * tokcomp.flops(model) / 1e9, WEIGHT)
-        self.left = step
-
-    def loss(self, counts):
-        self.left -= 1
-        return super().loss(counts) * (float("nan") if self.left <= 0 else 1.0)
-
-
-@pytest.mark.parametrize("step", [1, 4, 6])
-def test_a_loss_that_is_no_number_stops_with_its_step(tmp_path, step):
-    model = model_of()
-    with pytest.raises(
-        DivergedError, match=rf"not finite at step {step}; the last good checkpoint is .*\.pt"
-    ) as caught:
-        run_search(model, batches_of(), Poisoned(model, step), SETTINGS, output=tmp_path)
-    assert caught.value.step == step
-    saved = load_checkpoint(tmp_path / "checkpoint.pt", "search")
-    assert saved["step"] == (step - 1) // 2 * 2
-    assert all(torch.isfinite(value).all() for value in saved["targets"][0]["logits"].values())
-    assert search(tmp_path, resume=True).log == search().log  # from the last good checkpoint
-
-
-def test_weights_that_are_no_numbers_stop_at_once():
-    model = model_of()
-    with torch.no_grad():
-        model.blocks[1].mlp.fc1.weight[0, 0] = float("nan")
-    with pytest.raises(DivergedError, match="not finite at step 1; nothing was written"):
-        search(model=model)
-
-
-def test_an_output_folder_that_holds_a_run_is_refused(tmp_path):
-    search(tmp_path)
-    for name in ("checkpoint.pt", "summary.json", "schedule.json"):
-        with pytest.raises(ValueError, match=r"must not hold another run, got '.*'; go on with it by --resume"):
-            search(tmp_path)
-        (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match="must not hold another run"):
-        search(tmp_path)  # the log alone
-    (tmp_path / "log.csv").unlink()
-    search(tmp_path)
-
-
-def test_an_unwritable_folder_is_found_before_the_first_step(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(DiffRateSearch, "forward", lambda *a: pytest.fail("a step was taken"))
-    with pytest.raises(OSError):
-        search(tmp_path / "file" / "run")
-
-    def full(**options):
-        raise PermissionError("read-only")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    with pytest.raises(PermissionError, match="read-only"):
-        search(tmp_path / "run", held_out=lambda: pytest.fail("images were looked at"))
-
-
-def test_unfit_arguments_are_refused():
-    model = model_of()
-    with pytest.raises(ValueError, match="targets must have at least one budget each"):
-        run_searches(model, batches_of(), {"": []}, SETTINGS)
-    with pytest.raises(ValueError, match=r"batch size must be a multiple of 2 .* pairs for mixup"):
-        run_search(model, batches_of(9), budget_of(model), SETTINGS)
-    with pytest.raises(ValueError, match="budget_warmup_epochs must leave steps for the budget, got 6 of 6"):
-        search(settings=replace(SETTINGS, budget_warmup_epochs=3.0))
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        SearchSettings(steps=0)
-    with pytest.raises(ValueError, match="eval_interval must be 0 or more, got -1"):
-        SearchSettings(eval_interval=-1)
-    headless = model_of()
-    headless.reset_classifier(0)
-    with pytest.raises(ValueError, match="the model must have a classifier"):
-        run_search(headless, batches_of(), budget_of(model), SETTINGS)
-
-
 def test_weights_of_small_models_pull_as_on_deit_t():
     assert flops_weight(1.2538) == flops_weight(4.6) == flops_weight(17.6) == 5.0
     # Half the cost too much is the same loss for a small model as for DeiT-T.
@@ -520,36 +309,3 @@ def test_a_budget_of_ones_own():
 
     result = run_search(model_of(), batches_of(), Tokens(), replace(SETTINGS, steps=40))
     assert abs(result.costs["tokens"] - 32) <= 2 and {"tokens"} <= result.log[0].keys()
-
-
-class Learning(FlopsBudget):
-    """Its target follows the counts of the steps."""
-
-    def __init__(self, model) -> None:
-        super().__init__(model, 0.7 * tokcomp.flops(model) / 1e9, WEIGHT)
-        self.seen: list[int] = []
-
-    def step(self, counts, step):
-        self.seen.append(step)
-        assert not counts.num_out.requires_grad
-        self.target += 1e-3 * (float(self.cost(counts)) - self.target)
-
-    def state_dict(self):
-        return {"target": self.target}
-
-    def load_state_dict(self, state):
-        self.target = state["target"]
-
-    def describe(self):
-        return {"budget": self.name, "weight": self.weight}
-
-
-def test_a_budget_that_learns_is_resumed_too(tmp_path):
-    budgets = [Learning(model_of()) for _ in range(3)]
-    whole = run_search(model_of(), batches_of(), budgets[0], SETTINGS, output=tmp_path / "whole")
-    run_search(model_of(), batches_of(), budgets[1], SETTINGS, output=tmp_path / "parts", stop=StopAfter(3))
-    parts = run_search(model_of(), batches_of(), budgets[2], SETTINGS, output=tmp_path / "parts", resume=True)
-    assert budgets[0].seen == list(range(6)) and budgets[1].seen + budgets[2].seen == list(range(6))
-    assert parts.log == whole.log and budgets[2].target == budgets[0].target
-    assert same_logits(logits_in(tmp_path / "whole"), logits_in(tmp_path / "parts"))
-    assert abs(budgets[0].target - Learning(model_of()).target) > 0
