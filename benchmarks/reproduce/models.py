@@ -15,7 +15,7 @@ from tokcomp.assets import DIGITS_MODEL
 from tokcomp.assets.train_digits import train
 from tokcomp.files import write_whole
 
-from benchmarks.reproduce.plan import SHAPES, Model
+from benchmarks.reproduce.plan import BUNDLED, SHAPES, Model
 
 _FIRST_SEED = 100  # the bundled model is seed 0
 
@@ -26,6 +26,8 @@ def path_of(folder: Path, model: Model) -> Path:
 
 def train_model(folder: Path, model: Model, epochs: int) -> None:
     """Train and store; another seed is another initialization and another order and drawing of the digits."""
+    if model.shape == BUNDLED:
+        return
     with contextlib.redirect_stdout(io.StringIO()):
         trained: Any = train(epochs, 32, _FIRST_SEED + model.seed, **SHAPES[model.shape])
     weights = {name: value.contiguous() for name, value in trained.state_dict().items()}
@@ -33,7 +35,8 @@ def train_model(folder: Path, model: Model, epochs: int) -> None:
 
 
 def load_model(folder: Path, model: Model) -> VisionTransformer:
-    loaded: Any = timm.create_model(DIGITS_MODEL, **SHAPES[model.shape])
-    loaded.load_state_dict(load_file(path_of(folder, model)))
+    loaded: Any = timm.create_model(DIGITS_MODEL, pretrained=model.shape == BUNDLED, **SHAPES[model.shape])
+    if model.shape != BUNDLED:
+        loaded.load_state_dict(load_file(path_of(folder, model)))
     torch.nn.Module.requires_grad_(loaded, False)
     return loaded.eval()

@@ -8,8 +8,11 @@ from typing import Any
 
 from tokcomp.assets.choose_schedule import FLOPS_WEIGHT, LEARNING_RATE
 
-#: name -> what differs from the bundled digits model.
+#: The model that comes with the package: trained longer than those of a run, and not by it.
+BUNDLED = "bundled"
+#: name -> what differs from the bundled model.
 SHAPES: Mapping[str, Mapping[str, int]] = {
+    BUNDLED: {},
     "base": {},
     "narrow": {"embed_dim": 32, "num_heads": 1},
     "wide": {"embed_dim": 96, "num_heads": 3},
@@ -92,6 +95,10 @@ def base_models(settings: Settings) -> list[Model]:
 def other_models(settings: Settings) -> list[Model]:
     """One model of every other width, whose schedules go to the base models (Fig. 6)."""
     return [Model(shape, settings.seeds[0]) for shape in settings.transfer_shapes]
+
+
+def all_models(settings: Settings) -> list[Model]:
+    return [*other_models(settings), *base_models(settings), Model(BUNDLED, 0)]
 
 
 def searches(settings: Settings, model: Model) -> dict[str, SearchSettings]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,17 +42,24 @@ def _bare(axis: Any) -> None:
 
 
 def _equal_cost(summary: Mapping[str, Any]) -> Any:
+    """What each method costs a model, so that the models' own differences are out of the picture."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     shares = sorted(summary["equal_cost"], key=float)
-    units = {"top1": ("top-1 accuracy, %", axes[0]), "cross_entropy": ("cross entropy", axes[1])}
+    units = {
+        "top1": ("change of top-1, points", axes[0]),
+        "cross_entropy": ("change of cross entropy", axes[1]),
+    }
     for field, (title, axis) in units.items():
+        whole = summary["uncompressed"][field]
         for place, method in enumerate(_METHODS):
-            values = [mean_and_deviation(summary["equal_cost"][share]["rows"][method][field]) for share in shares]
+            rows = [summary["equal_cost"][share]["rows"][method][field] for share in shares]
+            differences = [[a - b for a, b in zip(row, whole, strict=True)] for row in rows]
             at = [100 * float(share) + 0.35 * (place - 1.5) for share in shares]
-            means, deviations = zip(*values, strict=True)
+            means, deviations = zip(*map(mean_and_deviation, differences), strict=True)
             axis.errorbar(at, means, deviations, label=method, color=_COLOURS[method], marker="o", ms=4, capsize=3)
-        axis.axhline(mean_and_deviation(summary["uncompressed"][field])[0], color=SERIES_COLOURS[0], ls=":")
-        axis.set_xlabel("multiply-adds, % of the uncompressed model")
+        axis.axhline(0, color=SERIES_COLOURS[0], ls=":")
+        axis.set_xticks([100 * float(share) for share in shares])
+        axis.set_xlabel("multiply-adds, % of the uncompressed model's")
         axis.set_ylabel(title)
         _bare(axis)
     axes[0].legend(frameon=False)
@@ -60,29 +68,24 @@ def _equal_cost(summary: Mapping[str, Any]) -> Any:
 
 def _random(summary: Mapping[str, Any]) -> Any:
     panels = summary["random"]
-    figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 3.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.4 * len(panels), 3.4), squeeze=False, sharey=True)
     for axis, panel in zip(axes[0], panels, strict=True):
         for index, seed in enumerate(panel["seeds"]):
-            at = [index + 0.25 * (2 * place / max(1, len(seed["top1"]) - 1) - 1) for place in range(len(seed["top1"]))]
+            middle = statistics.median(seed["top1"])
+            count = max(1, len(seed["top1"]) - 1)
+            at = [index + 0.25 * (2 * place / count - 1) for place in range(len(seed["top1"]))]
             label = {"label": "random"} if index == 0 else {}
-            axis.scatter(at, seed["top1"], s=6, color=SERIES_COLOURS[0], alpha=0.5, **label)
-        axis.scatter(
-            range(len(panel["seeds"])),
-            panel["DiffRate"]["top1"],
-            marker="D",
-            s=26,
-            color=_COLOURS["DiffRate"],
-            label="DiffRate",
-            zorder=3,
-        )
+            values = [value - middle for value in seed["top1"]]
+            axis.scatter(at, values, s=6, color=SERIES_COLOURS[0], alpha=0.5, **label)
+            ours = panel["DiffRate"]["top1"][index] - middle
+            label = {"label": "DiffRate"} if index == 0 else {}
+            axis.scatter([index], [ours], marker="D", s=26, color=_COLOURS["DiffRate"], zorder=3, **label)
         axis.set_title(f"{panel['pipeline']}, {100 * panel['share']:g} %", fontsize=10)
         axis.set_xlabel("seed")
         axis.set_xticks(range(len(panel["seeds"])))
-        # A few random schedules are hopeless; what matters is the top of the cloud.
-        values = sorted(value for seed in panel["seeds"] for value in seed["top1"])
-        axis.set_ylim(bottom=values[len(values) // 10] - 0.5)
+        axis.set_ylim(-3, 3)  # a few random schedules are hopeless; what matters is the top of the cloud
         _bare(axis)
-    axes[0][0].set_ylabel("top-1 accuracy, %")
+    axes[0][0].set_ylabel("top-1 less the random median, points")
     axes[0][0].legend(frameon=False, fontsize=9, loc="lower left")
     return figure
 

@@ -27,7 +27,7 @@ class Unit:
     """A function of a module, its JSON arguments, and the units whose results must be there first.
 
     The function is called as ``function(folder, **arguments)`` and returns JSON data. ``weight`` is its rough duration
-    in seconds, for the time left.
+    in seconds, above 0, for the time left.
     """
 
     name: str

@@ -124,6 +124,25 @@ def uniform(model: VisionTransformer, budget: float) -> tokcomp.DiffRate:
     return at_cost(model, budget, [0.9**block for block in range(depth)], [0.5] * depth)
 
 
+def tome_from_block_1(model: VisionTransformer, budget: float) -> tokcomp.ToMe:
+    """ToMe that merges nothing in block 0, which DiffRate's search leaves whole too, at the cost nearest to a budget.
+
+    Raises:
+        ValueError: merging at most half of the tokens in each block, it does not come within 2 % of the budget.
+    """
+    rest = len(model.blocks) - 1
+
+    def candidate(index: int) -> tokcomp.ToMe:
+        r, more = divmod(index, rest)
+        return tokcomp.ToMe([0] + [r + 1] * more + [r] * (rest - more))
+
+    candidates = [candidate(index) for index in range(rest * model.patch_embed.num_patches // 2 + 1)]
+    found = min(candidates, key=lambda method: abs(cost(model, method) - budget))
+    if abs(cost(model, found) - budget) > 0.02 * budget:
+        raise ValueError(f"budget must be at least {cost(model, candidates[-1]) / 1e6:.2f} M, got {budget / 1e6:.2f} M")
+    return found
+
+
 def random_method(
     model: VisionTransformer, budget: float, generator: torch.Generator, *, pipeline: str = "prune_merge"
 ) -> tokcomp.DiffRate:

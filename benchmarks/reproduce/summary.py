@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.reproduce.plan import METRICS, PIPELINES, Settings, base_models, other_models
+from benchmarks.reproduce.plan import BUNDLED, METRICS, PIPELINES, Model, Settings, base_models, other_models
 from benchmarks.reproduce.runner import load_result
-from benchmarks.reproduce.units import random_panels
+from benchmarks.reproduce.units import default_search, random_panels
 
 #: What was measured of one thing, one entry per seed: {"top1": [...], "cross_entropy": [...], ...}
 Series: TypeAlias = dict[str, list[float]]
@@ -50,6 +50,7 @@ def summarize(folder: Path, settings: Settings) -> dict[str, Any]:
         return _series([result["measured"]["fitted"] for result in results])
 
     others = [load_result(folder, f"others-{model.name}") for model in models]
+    parts = [load_result(folder, f"parts-{model.name}") for model in models]
     dense = [load_result(folder, f"train-{model.name}")["flops"] for model in models]
     equal: dict[str, Any] = {}
     matching: dict[str, Any] = {}
@@ -59,6 +60,7 @@ def summarize(folder: Path, settings: Settings) -> dict[str, Any]:
         clamped, matched = searched(share=share), searched(share=share, match_inference=True)
         rows: dict[str, Series] = {"DiffRate": fitted(clamped)}
         rows |= {name: _series([other[f"{share:g}"][name] for other in others]) for name in others[0][f"{share:g}"]}
+        rows |= {name: _series([part[f"{share:g}"][name] for part in parts]) for name in parts[0][f"{share:g}"]}
         equal[f"{share:g}"] = {
             "rows": rows,
             "counts": [result["counts"] for result in clamped],
@@ -76,11 +78,29 @@ def summarize(folder: Path, settings: Settings) -> dict[str, Any]:
         "settings": settings.to_json(),
         "uncompressed": {**_series([other["uncompressed"] for other in others]), "flops": dense},
         "equal_cost": equal,
+        "bundled": _bundled(folder, settings),
         "random": _random(folder, settings, fitted, searched),
         "ablations": _ablations(settings, fitted, searched),
         "match_inference": matching,
         "transfer": transfer,
     }
+
+
+def _bundled(folder: Path, settings: Settings) -> dict[str, Any]:
+    """The same methods on the model that comes with the package."""
+    model = Model(BUNDLED, 0)
+    others = load_result(folder, f"others-{model.name}")
+    parts = load_result(folder, f"parts-{model.name}")
+    shares = {}
+    for share in settings.shares:
+        found = load_result(folder, default_search(settings, model, share))
+        rows = {"DiffRate": found["measured"]["fitted"], **others[f"{share:g}"], **parts[f"{share:g}"]}
+        shares[f"{share:g}"] = {
+            "rows": {name: _series([row]) for name, row in rows.items()},
+            "counts": found["counts"],
+        }
+    dense = load_result(folder, f"train-{model.name}")["flops"]
+    return {"uncompressed": {**_series([others["uncompressed"]]), "flops": [dense]}, "equal_cost": shares}
 
 
 def _ablations(

@@ -16,6 +16,8 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean ± standard deviation over the seeds."""
     mean, deviation = mean_and_deviation(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
@@ -24,6 +26,8 @@ def difference(values: Sequence[float], baseline: Sequence[float], digits: int =
     if values is baseline:
         return ""
     mean, half = paired(values, baseline)
+    if len(values) == 1:
+        return f"{mean:+.{digits}f}"
     ahead = sum(a > b for a, b in zip(values, baseline, strict=True))
     even = sum(a == b for a, b in zip(values, baseline, strict=True))
     level = f", {even} level" if even else ""
@@ -76,6 +80,15 @@ def all_tables(summary: Mapping[str, Any]) -> str:
             for seed, (before, kept) in zip(settings["seeds"], table["counts"], strict=True)
         ]
         parts.append(markdown(["seed", "tokens after pruning, per block", "after merging"], counts))
+    bundled = summary["bundled"]
+    parts.append("## The model that comes with the package")
+    parts.append(
+        f"Uncompressed: {bundled['uncompressed']['top1'][0]:.2f} % top-1, cross entropy "
+        f"{bundled['uncompressed']['cross_entropy'][0]:.4f}."
+    )
+    for share, table in bundled["equal_cost"].items():
+        parts.append(f"At {_percent(share)} of the cost:")
+        parts.append(comparison(table["rows"], bundled["uncompressed"]["flops"], "DiffRate"))
     parts.append("## Among random schedules (Fig. 4)")
     parts.append(_random_table(summary["random"]))
     baselines = {"metric": "cls_attn", "pipeline": "prune_merge", "images": "all", "epochs": "3"}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ from tokcomp.equal_cost import evit_for_budget, tome_for_budget
 from tokcomp.methods import Method
 
 from benchmarks.reproduce import measure, models, schedules, search
-from benchmarks.reproduce.plan import PIPELINES, Model, SearchSettings, Settings, base_models, other_models, searches
+from benchmarks.reproduce.plan import (
+    BUNDLED,
+    PIPELINES,
+    Model,
+    SearchSettings,
+    Settings,
+    all_models,
+    base_models,
+    other_models,
+    searches,
+)
 from benchmarks.reproduce.runner import Unit, load_result
 
 _HERE = "benchmarks.reproduce.units"
@@ -22,12 +33,12 @@ _HERE = "benchmarks.reproduce.units"
 
 def all_units(settings: Settings) -> list[Unit]:
     """Every unit of a run, the long ones on which others wait first."""
-    trained = [*other_models(settings), *base_models(settings)]
-    width = {"narrow": 0.7, "base": 1.0, "wide": 1.7}
+    trained = all_models(settings)
+    width = {BUNDLED: 1.0, "narrow": 0.7, "base": 1.0, "wide": 1.7}
     units = []
     for model in sorted(trained, key=lambda model: -width[model.shape]):
         arguments = {"shape": model.shape, "seed": model.seed, "epochs": settings.train_epochs}
-        weight = 4.0 * settings.train_epochs * width[model.shape]
+        weight = 1.0 if model.shape == BUNDLED else 3.0 * settings.train_epochs * width[model.shape]
         units.append(Unit(f"train-{model.name}", f"{_HERE}:train", arguments, weight=weight))
     for model in trained:
         train = [f"train-{model.name}"]
@@ -36,11 +47,17 @@ def all_units(settings: Settings) -> list[Unit]:
             arguments = {**where, "settings": asdict(one)}
             weight = 2 + 4.5 * one.epochs * width[model.shape]
             units.append(Unit(f"search-{model.name}-{name}", f"{_HERE}:find", arguments, train, weight))
-    for model in base_models(settings):
+    for model in [*base_models(settings), Model(BUNDLED, 0)]:
         train = [f"train-{model.name}"]
         where = {"shape": model.shape, "seed": model.seed, "held_out": settings.held_out}
         arguments = {**where, "shares": list(settings.shares)}
         units.append(Unit(f"others-{model.name}", f"{_HERE}:others", arguments, train, weight=10))
+        own = {f"{share:g}": default_search(settings, model, share) for share in settings.shares}
+        arguments = {**where, "searches": own}
+        units.append(Unit(f"parts-{model.name}", f"{_HERE}:parts", arguments, [*train, *own.values()], weight=6))
+    for model in base_models(settings):
+        train = [f"train-{model.name}"]
+        where = {"shape": model.shape, "seed": model.seed, "held_out": settings.held_out}
         for share, pipeline in random_panels(settings):
             arguments = {
                 **where,
@@ -64,18 +81,19 @@ def random_panels(settings: Settings) -> list[tuple[float, str]]:
     return panels + [(settings.ablation_share, name) for name in PIPELINES if name in ("prune", "merge")]
 
 
+def default_search(settings: Settings, model: Model, share: float) -> str:
+    """The unit that searched on a model by the default settings."""
+    return f"search-{model.name}-{replace(settings.search, share=share).name}"
+
+
 def transfer_sources(settings: Settings) -> dict[str, str]:
     """ "model@share" -> the unit that searched there, by the default settings."""
-    sources = {}
-    for model in [*base_models(settings), *other_models(settings)]:
-        for share in settings.shares:
-            name = next(
-                name
-                for name, one in searches(settings, model).items()
-                if one == SearchSettings(**{**asdict(settings.search), "share": share})
-            )
-            sources[f"{model.name}@{share:g}"] = f"search-{model.name}-{name}"
-    return sources
+    models_ = [*base_models(settings), *other_models(settings)]
+    return {
+        f"{model.name}@{share:g}": default_search(settings, model, share)
+        for model in models_
+        for share in settings.shares
+    }
 
 
 def train(folder: Path, shape: str, seed: int, epochs: int) -> dict[str, Any]:
@@ -129,6 +147,23 @@ def others(folder: Path, shape: str, seed: int, held_out: int, shares: Sequence[
             "EViT's counts, prune": schedules.from_counts(plain, tokens, depth, "prune"),
         }
         result[f"{share:g}"] = _measured(model, methods, held_out)
+    return result
+
+
+def parts(folder: Path, shape: str, seed: int, held_out: int, searches: dict[str, str]) -> dict[str, Any]:
+    """What is behind a difference: the searched counts under one step alone, and ToMe that leaves block 0 as it is."""
+    model = models.load_model(folder, Model(shape, seed))
+    dense = schedules.cost(model, None)
+    result = {}
+    for share, unit in searches.items():
+        kept = load_result(folder, unit)["counts"][1]
+        methods: dict[str, Method | None] = {
+            "DiffRate's counts, merge": schedules.diffrate(kept, kept, pipeline="merge"),
+            "DiffRate's counts, prune": schedules.diffrate(kept, kept, pipeline="prune"),
+        }
+        with contextlib.suppress(ValueError):  # out of its reach: no row
+            methods["ToMe from block 1"] = schedules.tome_from_block_1(model, float(share) * dense)
+        result[share] = _measured(model, methods, held_out)
     return result
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ from benchmarks.reproduce.measure import held_out_pictures, training_pictures
 from benchmarks.reproduce.plan import PIPELINES, QUICK, SearchSettings, Settings
 from benchmarks.reproduce.summary import paired
 from benchmarks.reproduce.units import all_units
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +137,16 @@ def test_few_pictures_are_drawn_once(model: Any) -> None:
     assert first != pytest.approx(second, rel=1e-4)
 
 
+def test_tome_from_block_1(model: Any) -> None:
+    budget = 0.5 * tokcomp.flops(model)
+    method = schedules.tome_from_block_1(model, budget)
+    assert schedules.cost(model, method) == pytest.approx(budget, rel=0.01)
+    left = tokens_left(model, method)
+    assert left[0] == 65 and left[1] < 65
+    with pytest.raises(ValueError, match="budget must be at least"):
+        schedules.tome_from_block_1(model, 0.33 * tokcomp.flops(model))
+
+
 def test_no_two_drawings_are_alike() -> None:
     held_out, labels = held_out_pictures(720)
     training, _ = training_pictures(64)
@@ -228,12 +244,29 @@ def test_the_command_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     gaps = results["match_inference"]["0.5"]["gap"]
     assert max(gaps["match_inference=True"]["logits"]) < 1e-4
     tables = (tmp_path / "out" / "tables.md").read_text()
-    assert tables.count("\n## ") == 8 and "nan" not in tables.lower()
+    assert tables.count("\n## ") == 9 and "nan" not in tables.lower()
     capsys.readouterr()
     assert diffrate.main(options) == 0
     units = len(all_units(QUICK))
     assert f"{units} of {units} units are there already" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "results.json").read_text())["equal_cost"] == results["equal_cost"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_whole_files_and_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.reproduce.diffrate", "--quick", "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith("[  1/")
+        process.send_signal(signal.SIGINT)
+        # The pipes end when the last process that holds them has.
+        error = process.stderr.read()
+        assert process.wait(60) == 130 and "the same command goes on from here" in error
+    done = list((tmp_path / "out" / "units").iterdir())
+    assert done and all(path.suffix == ".json" and json.loads(path.read_text())["key"] for path in done)
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
