@@ -1,11 +1,11 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and folders that one process at a time writes into."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -37,3 +37,48 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there complete or, whatever interrupts, as it was before. Makes its folder."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder against other runs while the block runs. Makes it, and takes it away again if it stays empty.
+
+    The system lets go of it however the process ends. Where it has no such locks (Windows) nothing is held.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / ".lock"
+    handle = _locked(lock)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            lock.unlink(missing_ok=True)
+            os.close(handle)
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _locked(path: Path) -> int | None:
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            # Unlike flock's, this lock is not shared with forked loader processes, which may outlive a killed run.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it may have taken the file away between the two calls.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except OSError as error:
+            os.close(handle)
+            if isinstance(error, (BlockingIOError, PermissionError)):
+                raise BlockingIOError(f"another run is writing into '{path.parent}'; wait for it to end") from error
+            raise
+        os.close(handle)

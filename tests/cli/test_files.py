@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import tokcomp
 from tokcomp.cli.errors import UserError, check_output_file, check_output_folder
-from tokcomp.files import write_whole
+from tokcomp.files import sole_writer, write_whole
 
 
 def test_write_makes_folders_and_ordinary_files(tmp_path: Path):
@@ -50,3 +54,62 @@ def test_read_only_folder_is_refused(tmp_path: Path, monkeypatch):
 def test_folder_in_place_of_a_file_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="--results-file must be a file, got the folder"):
         check_output_file("--results-file", tmp_path)
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from tokcomp.files import sole_writer
+with sole_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def hold():
+    """Hold a folder in another process, until the test ends."""
+    with ExitStack() as stack:
+
+        def start(folder: Path) -> subprocess.Popen[str]:
+            command = [sys.executable, "-c", HOLD, str(folder)]
+            path = os.pathsep.join(str(Path(tokcomp.__file__).parents[1] / up) for up in ("", ".."))
+            env = {**os.environ, "PYTHONPATH": path}
+            holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+            stack.callback(holder.communicate)
+            assert holder.stdout.readline() == "held\n"
+            return holder
+
+        yield start
+
+
+def test_a_folder_has_one_writer(tmp_path, hold):
+    folder = tmp_path / "new" / "run"
+    holder = hold(folder)
+    with pytest.raises(BlockingIOError, match="another run is writing into"), sole_writer(folder):
+        pass
+    holder.kill()
+    holder.wait()
+    with sole_writer(folder):  # a killed run holds nothing
+        (folder / "log.csv").write_text("step\n")
+    assert os.listdir(folder) == ["log.csv"]
+
+
+def test_a_folder_that_stays_empty_goes_again(tmp_path):
+    with sole_writer(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
+    with sole_writer(tmp_path):
+        pass
+    assert tmp_path.exists()
+
+
+def test_a_second_search_into_a_folder_is_refused(run, tmp_path, hold):
+    command = ["search", "--dataset", "digits", "-m", "tokcomp_digits_vit", "--pretrained", "-b", "32", "-j", "0"]
+    command += ["--target-gflops", "0.012", "--eval-interval", "0", "--held-out", "0", "-o", tmp_path]
+    assert run(*command, "--steps", "2")[0] == 0
+    before = (tmp_path / "log.csv").read_text()
+    hold(tmp_path)
+    status, _, err = run(*command, "--steps", "2", "--resume")
+    assert status == 2 and "another run is writing into" in err
+    assert (tmp_path / "log.csv").read_text() == before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tokcomp.api import compress, flops, restore
 from tokcomp.budgets import Budget
 from tokcomp.evaluate import evaluate
+from tokcomp.files import sole_writer
 from tokcomp.search.folder import SearchFolder
 from tokcomp.search.model import DiffRateSearch
 from tokcomp.search.settings import SearchResult, SearchSettings, diverged
@@ -74,7 +75,7 @@ def run_searches(
         ValueError: the settings do not fit the batches or model, the folder holds another run, or one of other
             settings that was to be resumed.
         DivergedError: a loss was not finite; the last checkpoint is older than that.
-        OSError: the folder cannot be written, found before the first step.
+        OSError: the folder cannot be written, or another run is writing into it, found before the first step.
     """
     if not targets or not all(targets.values()):
         raise ValueError(f"targets must have at least one budget each, got {dict(targets)!r}")
@@ -82,7 +83,9 @@ def run_searches(
     with kept_generators():
         run = _Run(model, batches, targets, settings, held_out, world, dict(facts or {}))
         folder = None if output is None else SearchFolder(output, list(targets), command)
-        return run.go(folder, resume, stop or StopRequest(), show_progress)
+        with ExitStack() as held:
+            step = 0 if folder is None else run.open(folder, resume, held)
+            return run.go(step, folder, stop or StopRequest(), show_progress)
 
 
 class _Run:
@@ -152,8 +155,7 @@ class _Run:
             **self.facts,
         }
 
-    def go(self, folder: SearchFolder | None, resume: bool, stop: StopRequest, show: bool) -> list[SearchResult]:
-        step = 0 if folder is None else self._open(folder, resume)
+    def go(self, step: int, folder: SearchFolder | None, stop: StopRequest, show: bool) -> list[SearchResult]:
         if step == 0 and self.held_out is not None:
             self.uncompressed_top1 = self._accuracy(None)
         if folder is not None and step == 0:
@@ -188,8 +190,14 @@ class _Run:
         self.world.barrier()
         return results
 
-    def _open(self, folder: SearchFolder, resume: bool) -> int:
-        state = self.world.from_main(lambda: folder.open(self.describe(), resume))
+    def open(self, folder: SearchFolder, resume: bool, held: ExitStack) -> int:
+        """The step to begin with; ``held`` holds the folder against other runs."""
+
+        def read() -> dict[str, Any] | None:
+            held.enter_context(sole_writer(folder.path))
+            return folder.open(self.describe(), resume)
+
+        state = self.world.from_main(read)
         step = 0
         if state is not None:
             step, self.uncompressed_top1 = state["step"], state["uncompressed_top1"]

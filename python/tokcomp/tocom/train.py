@@ -6,10 +6,11 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from tokcomp.files import write_whole
+from tokcomp.files import sole_writer, write_whole
 from tokcomp.tocom.distill import Distiller
 from tokcomp.train.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
 from tokcomp.train.data import Batches
@@ -71,13 +72,17 @@ class TocomRun:
         """Train; returns whether the last step was reached. A stopped run leaves a checkpoint.
 
         Raises:
+            OSError: the folder cannot be written, or another run is writing into it.
             DivergedError: the loss or the plugin stopped being finite; the checkpoint before that is kept.
         """
+        with sole_writer(self.output) if self.distiller.world.is_main else nullcontext():
+            return self._train(stop, resumed)
+
+    def _train(self, stop: StopRequest, resumed: bool) -> bool:
         distiller, world = self.distiller, self.distiller.world
         start = distiller.step_number
         log = None
         if world.is_main:
-            self.output.mkdir(parents=True, exist_ok=True)
             board = self.output / "tensorboard"
             log = RunLog(self.output / LOG, FIELDS, resume_step=start if resumed else None, tensorboard=board)
         progress = Progress(self.total_steps, start, label="tocom", show=world.is_main)

@@ -7,6 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp.evaluate import Evaluation
-from tokcomp.files import replacing, write_whole
+from tokcomp.files import replacing, sole_writer, write_whole
 from tokcomp.train.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
 from tokcomp.train.data import Batches
 from tokcomp.train.distributed import World
@@ -85,13 +86,17 @@ class FineTuneRun:
         """Train; returns whether the last step was reached. A stopped run leaves a checkpoint.
 
         Raises:
+            OSError: the folder cannot be written, or another run is writing into it.
             DivergedError: the loss or the weights stopped being finite; the checkpoint before that is kept.
         """
+        with sole_writer(self.output) if self.tuner.world.is_main else nullcontext():
+            return self._train(stop, resumed)
+
+    def _train(self, stop: StopRequest, resumed: bool) -> bool:
         tuner, world = self.tuner, self.tuner.world
         start = tuner.step_number
         log = None
         if world.is_main:
-            self.output.mkdir(parents=True, exist_ok=True)
             log = RunLog(
                 self.output / LOG,
                 FIELDS,
