@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokcomp.cli import options
+from tokcomp.cli import options, training
 from tokcomp.cli.data import add_data_options, data_root, open_data
-from tokcomp.cli.errors import UserError, blame, check_output_folder
+from tokcomp.cli.errors import UserError, blame
 from tokcomp.cli.table import table
 
 if TYPE_CHECKING:
@@ -101,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=("LEAST", "MOST"),
             help=f"{text} (default: {_CROPS[option]})",
         )
-    recipe.add_argument("--seed", type=options.non_negative_int, default=0, metavar="N", help="default: %(default)s")
+    training.add_seed_option(recipe)
     speed = parser.add_argument_group("precision, speed and memory")
     speed.add_argument("--amp", action="store_true", help="automatic mixed precision")
     speed.add_argument(
@@ -112,17 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     speed.add_argument("--torchcompile", action="store_true", help="compile the model with torch.compile")
     speed.add_argument("--grad-checkpointing", action="store_true", help="recompute each block in the backward pass")
-    speed.add_argument(
-        "--grad-accum-steps",
-        type=options.positive_int,
-        default=1,
-        metavar="N",
-        help="compute a process's part of the batch in N pieces (default: %(default)s)",
-    )
+    training.add_accumulation_option(speed)
     output = parser.add_argument_group("output")
-    output.add_argument(
-        "-o", "--output", type=Path, default=Path("tokcomp-finetune"), metavar="DIR", help="default: %(default)s"
-    )
+    training.add_output_option(output, "tokcomp-finetune")
     output.add_argument("--json", action="store_true", help="print the summary as JSON rather than as a table")
     output.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     output.add_argument(
@@ -142,47 +132,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tokcomp.train.distributed import join, leave, local_device
+    from tokcomp.train.finetune_run import CHECKPOINT
 
     recipe = _recipe(args)
     root = data_root(args)
-    device = local_device(options.chosen_device(args.device))
-    _check_output(args)
-    try:
-        world = join(device)
-    except RuntimeError as error:
-        raise UserError(str(error)) from error
-    try:
-        return _run(args, recipe, root, device, world)
-    finally:
-        leave()
+    training.check_new_run(args, CHECKPOINT)
 
+    def work(device: torch.device, world: World) -> int:
+        found = _prepare(args, recipe, root, device, world)
+        return training.train_to_end(args, found, world, lambda: _report(args, found), command="finetune")
 
-def _run(args: argparse.Namespace, recipe: Recipe, root: Path | None, device: torch.device, world: World) -> int:
-    from tokcomp.train.steps import DivergedError, StopRequest
-
-    found = _prepare(args, recipe, root, device, world)
-    if args.resume:
-        with blame("--resume"):
-            found.resume()
-    with StopRequest() as stop:
-        try:
-            finished = found.train(stop, resumed=args.resume)
-        except DivergedError as error:
-            if world.is_main:
-                print(f"tokcomp finetune: error: {error}", file=sys.stderr)
-            return 1
-        except OSError as error:
-            raise UserError(f"--output '{args.output}' could not be written to: {error}") from error
-    if world.is_main and finished:
-        _report(args, found)
-    elif world.is_main:
-        print(
-            f"stopped after step {found.tuner.step_number} of {found.total_steps}; the same command with --resume goes "
-            "on from there",
-            file=sys.stderr,
-        )
-    return 0 if finished else stop.exit_status or 1
+    return training.among_processes(args, work)
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -199,34 +159,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     given |= {name: tuple(value) for name in ("scale", "ratio") if (value := getattr(args, name)) is not None}
     if args.from_scratch:
         given = {"lr": 5e-4 * args.batch_size / 512, **given}
+    training.refuse_for_digits(args, given, _NOT_OF_DIGITS)
     if args.dataset == "digits":
-        for field in _NOT_OF_DIGITS:
-            if field in given:
-                flag = "--" + field.replace("_", "-")
-                raise UserError(
-                    f"{flag} has no say with --dataset digits, which are drawn anew each time; leave it out"
-                )
         given |= {"aa": None, "hflip": 0.0, "color_jitter": 0.0, "reprob": 0.0}
     base = SCRATCH_RECIPE if args.from_scratch else FINETUNE_RECIPE
-    if given.get("lr", base.lr) < base.min_lr:
-        given = {"min_lr": given["lr"] / 100, **given}
-    if given.get("aa", "") in ("none", "None"):
-        given["aa"] = None
-    with blame("recipe"):
-        recipe = replace(base, **given)
-    if recipe.min_lr > recipe.lr:
-        raise UserError(f"--min-lr must not be above --lr, got {recipe.min_lr:g} and {recipe.lr:g}")
-    return recipe
-
-
-def _check_output(args: argparse.Namespace) -> None:
-    from tokcomp.train.finetune_run import CHECKPOINT
-
-    check_output_folder("--output", args.output)
-    if not args.resume and (args.output / CHECKPOINT).exists():
-        raise UserError(
-            f"--output '{args.output}' holds a run already; go on with it by --resume, or choose another folder"
-        )
+    return training.changed_recipe(base, training.lower_min_lr(base, given))
 
 
 def _prepare(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokcomp.cli import options
+from tokcomp.cli import options, training
 from tokcomp.cli.budgets import add_budget_options, build_targets, check_budget_options, target_names
 from tokcomp.cli.data import add_data_options, data_root, open_data
 from tokcomp.cli.errors import UserError, blame, check_output_folder
@@ -115,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for field, (kind, text, default) in RECIPE_OPTIONS.items():
         flag = "--" + field.replace("_", "-")
         recipe.add_argument(flag, type=kind, dest=field, metavar="X", help=f"{text} (default: {default})")
-    recipe.add_argument("--seed", type=options.non_negative_int, default=0, metavar="N", help="default: %(default)s")
+    training.add_seed_option(recipe)
     _add_run_options(parser)
 
 
@@ -141,17 +140,9 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     speed = parser.add_argument_group("precision and memory")
     speed.add_argument("--amp", action="store_true", help="automatic mixed precision (bfloat16)")
-    speed.add_argument(
-        "--grad-accum-steps",
-        type=options.positive_int,
-        default=1,
-        metavar="N",
-        help="compute a process's part of the batch in N pieces; the same search in less memory (default: %(default)s)",
-    )
+    training.add_accumulation_option(speed, "; the same search in less memory")
     output = parser.add_argument_group("output")
-    output.add_argument(
-        "-o", "--output", type=Path, default=Path("tokcomp-search"), metavar="DIR", help="default: %(default)s"
-    )
+    training.add_output_option(output, "tokcomp-search")
     output.add_argument("--resume", action="store_true", help="go on with the search in the output folder")
     output.add_argument(
         "--log-interval", type=options.positive_int, default=10, metavar="N", help="steps between rows of the log"
@@ -170,7 +161,6 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tokcomp.search.folder import SearchFolder
-    from tokcomp.train.distributed import join, leave, local_device
 
     check_budget_options(args)
     root = data_root(args)
@@ -180,15 +170,7 @@ def run(args: argparse.Namespace) -> int:
     with blame("--output"):
         SearchFolder(args.output, target_names(args)).check_free(args.resume)
     settings = _settings(args)
-    device = local_device(options.chosen_device(args.device))
-    try:
-        world = join(device)
-    except RuntimeError as error:
-        raise UserError(str(error)) from error
-    try:
-        return _run(args, settings, root, device, world)
-    finally:
-        leave()
+    return training.among_processes(args, lambda device, world: _run(args, settings, root, device, world))
 
 
 def _settings(args: argparse.Namespace) -> SearchSettings:
@@ -198,20 +180,10 @@ def _settings(args: argparse.Namespace) -> SearchSettings:
     given = {field: getattr(args, field) for field in RECIPE_OPTIONS if getattr(args, field) is not None}
     if args.steps is not None and "epochs" in given:
         raise UserError("--steps and --epochs are both the length of the search, got both; keep one")
+    training.refuse_for_digits(args, given, _NOT_OF_DIGITS)
     if args.dataset == "digits":
-        for field in _NOT_OF_DIGITS:
-            if field in given:
-                flag = "--" + field.replace("_", "-")
-                raise UserError(
-                    f"{flag} has no say with --dataset digits, which are drawn anew each time; leave it out"
-                )
         given.update(aa=None, hflip=0.0, color_jitter=0.0)
-    if given.get("aa") in ("none", "None", ""):
-        given["aa"] = None
-    with blame("recipe"):
-        recipe = replace(SEARCH_RECIPE, batch_size=args.batch_size, **given)
-    if recipe.min_lr > recipe.lr:
-        raise UserError(f"--min-lr must not be above --lr, got {recipe.min_lr:g} and {recipe.lr:g}")
+    recipe = training.changed_recipe(SEARCH_RECIPE, {"batch_size": args.batch_size, **given})
     return SearchSettings(
         recipe=recipe,
         steps=args.steps,

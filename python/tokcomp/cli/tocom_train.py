@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokcomp.cli import options
+from tokcomp.cli import options, training
 from tokcomp.cli.data import add_data_options, data_root, open_data
 from tokcomp.cli.degrees import add_degree_options, build_degrees
-from tokcomp.cli.errors import UserError, blame, check_output_folder
+from tokcomp.cli.errors import UserError, blame
 
 if TYPE_CHECKING:
     import torch
@@ -92,24 +90,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for field, (kind, text, default) in RECIPE_OPTIONS.items():
         flag = _FLAGS.get(field, "--" + field.replace("_", "-"))
         recipe.add_argument(flag, type=kind, dest=field, metavar="X", help=f"{text} (default: {default})")
-    recipe.add_argument("--seed", type=options.non_negative_int, default=0, metavar="N", help="default: %(default)s")
+    training.add_seed_option(recipe)
     speed = parser.add_argument_group("precision, speed and memory")
     speed.add_argument("--amp", action="store_true", help="automatic mixed precision in bfloat16")
     speed.add_argument("--grad-checkpointing", action="store_true", help="recompute each block in the backward pass")
-    speed.add_argument(
-        "--grad-accum-steps",
-        type=options.positive_int,
-        default=1,
-        metavar="N",
-        help="compute a process's part of the batch in N pieces (default: %(default)s)",
-    )
+    training.add_accumulation_option(speed)
     output = parser.add_argument_group("output")
-    output.add_argument(
-        "-o", "--output", type=Path, default=Path("tokcomp-tocom"), metavar="DIR", help="default: %(default)s"
-    )
+    training.add_output_option(output, "tokcomp-tocom")
     output.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     for name, steps, text in (
-        ("--checkpoint-steps", 500, "steps between checkpoints"),
+        ("--checkpoint-interval", 500, "steps between checkpoints"),
         ("--log-interval", 50, "steps between rows of the log"),
     ):
         output.add_argument(
@@ -119,56 +109,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tokcomp.tocom.train import CHECKPOINT
-    from tokcomp.train.distributed import join, leave, local_device
 
     recipe = _recipe(args)
     root = data_root(args)
-    device = local_device(options.chosen_device(args.device))
-    check_output_folder("--output", args.output)
-    if not args.resume and (args.output / CHECKPOINT).exists():
-        raise UserError(
-            f"--output '{args.output}' holds a run already; go on with it by --resume, or choose another folder"
-        )
-    try:
-        world = join(device)
-    except RuntimeError as error:
-        raise UserError(str(error)) from error
-    try:
-        return _run(args, recipe, root, device, world)
-    finally:
-        leave()
+    training.check_new_run(args, CHECKPOINT)
+
+    def work(device: torch.device, world: World) -> int:
+        found = _prepare(args, recipe, root, device, world)
+        return training.train_to_end(args, found, world, lambda: _report(args, found), command="tocom")
+
+    return training.among_processes(args, work)
 
 
-def _run(args: argparse.Namespace, recipe: Recipe, root: Path | None, device: torch.device, world: World) -> int:
+def _report(args: argparse.Namespace, found: TocomRun) -> None:
     from tokcomp.tocom.train import PLUGIN
-    from tokcomp.train.steps import DivergedError, StopRequest
 
-    found = _prepare(args, recipe, root, device, world)
-    if args.resume:
-        with blame("--resume"):
-            found.resume()
-    with StopRequest() as stop:
-        try:
-            finished = found.train(stop, resumed=args.resume)
-        except DivergedError as error:
-            if world.is_main:
-                print(f"tokcomp tocom: error: {error}", file=sys.stderr)
-            return 1
-        except OSError as error:
-            raise UserError(f"--output '{args.output}' could not be written to: {error}") from error
-    if world.is_main and finished:
-        summary = found.summary()
-        print(f"{summary['model']} ({summary['weights']}), {args.method}, degrees 0 to {found.distiller.degrees[-1]}")
-        print(f"loss {summary['loss']:.4g} after {summary['steps']} steps", end="")
-        print(f", {summary['images_per_second']:.1f} images/s" if summary["images_per_second"] else "")
-        print(f"written: {args.output / PLUGIN}")
-    elif world.is_main:
-        print(
-            f"stopped after step {found.distiller.step_number} of {found.total_steps}; the same command with --resume "
-            "goes on from there",
-            file=sys.stderr,
-        )
-    return 0 if finished else stop.exit_status or 1
+    summary = found.summary()
+    print(f"{summary['model']} ({summary['weights']}), {args.method}, degrees 0 to {found.distiller.degrees[-1]}")
+    print(f"loss {summary['loss']:.4g} after {summary['steps']} steps", end="")
+    print(f", {summary['images_per_second']:.1f} images/s" if summary["images_per_second"] else "")
+    print(f"written: {args.output / PLUGIN}")
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -178,15 +138,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         raise UserError("a plugin is trained on a trained model, got none; pass --pretrained or --checkpoint FILE")
     fields = ["batch_size", *RECIPE_OPTIONS]
     given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
-    if given.get("lr", TOCOM_RECIPE.lr) < TOCOM_RECIPE.min_lr:
-        given = {"min_lr": given["lr"] / 100, **given}
-    if given.get("aa", "") in ("none", "None"):
-        given["aa"] = None
-    with blame("recipe"):
-        recipe = replace(TOCOM_RECIPE, **given)
-    if recipe.min_lr > recipe.lr:
-        raise UserError(f"--min-lr must not be above --lr, got {recipe.min_lr:g} and {recipe.lr:g}")
-    return recipe
+    return training.changed_recipe(TOCOM_RECIPE, training.lower_min_lr(TOCOM_RECIPE, given))
 
 
 def _prepare(
@@ -292,6 +244,6 @@ def _prepare(
         settings=settings,
         facts=facts,
         total_steps=total_steps,
-        checkpoint_steps=args.checkpoint_steps,
+        checkpoint_steps=args.checkpoint_interval,
         log_steps=args.log_interval,
     )

@@ -57,6 +57,11 @@ class TocomRun:
         self._last_loss: float | None = None
         self._seconds, self._images = 0.0, 0
 
+    @property
+    def step_number(self) -> int:
+        """Steps done."""
+        return self.distiller.step_number
+
     def resume(self) -> None:
         """Take up the run whose checkpoint is in the output folder.
 

@@ -69,6 +69,11 @@ class FineTuneRun:
         self._best: dict[str, Any] | None = None
         self._seconds, self._images = 0.0, 0
 
+    @property
+    def step_number(self) -> int:
+        """Steps done."""
+        return self.tuner.step_number
+
     def resume(self) -> None:
         """Take up the run whose checkpoint is in the output folder.
 
