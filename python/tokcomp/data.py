@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ class SpreadSubset(_Subset):
     """``num_samples`` of a data set, evenly spread: the first ones of a sorted folder would all be of one class."""
 
     def __init__(self, dataset: Dataset, num_samples: int) -> None:
-        total = len(dataset)  # type: ignore[arg-type]
+        total = num_images(dataset)
         chosen = [index * total // num_samples for index in range(num_samples)]
         super().__init__(dataset, chosen if num_samples < total else range(total))
 
@@ -143,7 +144,12 @@ class EveryNth(_Subset):
     """The images ``first``, ``first + step``, ...: one process's share of a data set."""
 
     def __init__(self, dataset: Dataset, first: int, step: int) -> None:
-        super().__init__(dataset, range(first, len(dataset), step))  # type: ignore[arg-type]
+        super().__init__(dataset, range(first, num_images(dataset), step))
+
+
+def num_images(dataset: Dataset) -> int:
+    """Images of a data set that knows their number, as every one that gives any image by its number does."""
+    return len(cast(Sized, dataset))
 
 
 def count_classes(dataset: Dataset) -> int | None:

@@ -23,11 +23,12 @@ SHORT = ("-b", "256", "--epochs", "0.6", "--method", "tome", "--r", "12")
 @pytest.fixture
 def few_images(monkeypatch):
     """Validate on 20 digits, so that a test spends its time on training."""
-    import tokcomp.train.data as data
+    from tokcomp.train import batches
+    from tokcomp.train.data import Part
 
-    whole = data.held_out_batches
+    whole = batches.held_out_batches
     monkeypatch.setattr(
-        data, "held_out_batches", lambda dataset, *args, **kw: whole(data.Part(dataset, range(20)), *args, **kw)
+        batches, "held_out_batches", lambda dataset, *args, **kw: whole(Part(dataset, range(20)), *args, **kw)
     )
 
 
@@ -58,7 +59,8 @@ def test_digits(run, tmp_path, few_images):
     weights = str(tmp_path / "last.safetensors")
     model = timm.create_model("tokcomp_digits_vit", checkpoint_path=weights).eval()
     tokcomp.compress(model, tokcomp.ToMe(12))
-    from tokcomp.train.data import Part, held_out_batches, open_dataset
+    from tokcomp.train.batches import held_out_batches
+    from tokcomp.train.data import Part, open_dataset
     from tokcomp.train.recipe import plain_transform
 
     config = timm.data.resolve_model_data_config(model)

@@ -10,8 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from tokcomp.budgets import FlopsBudget
 from tokcomp.search.run import run_search
 from tokcomp.search.settings import SearchSettings
+from tokcomp.train.batches import TensorBatches
 from tokcomp.train.checkpoint import load_checkpoint
-from tokcomp.train.data import TensorBatches
 from tokcomp.train.recipe import SEARCH_RECIPE
 from tokcomp.train.steps import StopRequest
 

@@ -20,8 +20,8 @@ from tokcomp.search.plot import plot_kept
 from tokcomp.search.run import run_search, run_searches
 from tokcomp.search.settings import flops_weight
 from tokcomp.train import distributed
+from tokcomp.train.batches import TensorBatches
 from tokcomp.train.checkpoint import load_checkpoint
-from tokcomp.train.data import TensorBatches
 from tokcomp.train.distributed import World
 from tokcomp.train.log import read_log
 

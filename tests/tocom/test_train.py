@@ -12,7 +12,7 @@ import torch
 from tokcomp.tocom.degrees import diffrate_degrees
 from tokcomp.tocom.distill import Distiller, distillation_loss, draw_degrees
 from tokcomp.tocom.train import TocomRun
-from tokcomp.train.data import TensorBatches
+from tokcomp.train.batches import TensorBatches
 from tokcomp.train.log import read_log
 from tokcomp.train.recipe import TOCOM_RECIPE
 from tokcomp.train.steps import DivergedError

@@ -9,19 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from tokcomp.data import DigitsDataset
-from tokcomp.train.data import (
-    LoaderBatches,
-    Part,
-    TensorBatches,
-    check_batch_size,
-    check_labels,
-    held_out_batches,
-    labels_of,
-    open_dataset,
-    part_of_batch,
-    split_off,
-    spread_sample,
-)
+from tokcomp.train.batches import LoaderBatches, TensorBatches, check_batch_size, held_out_batches, part_of_batch
+from tokcomp.train.data import Part, check_labels, labels_of, open_dataset, split_off, spread_sample
 from tokcomp.train.distributed import World
 from torch.utils.data import Dataset, IterableDataset
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from tokcomp.evaluate import evaluate
 from tokcomp.train import distributed
-from tokcomp.train.data import TensorBatches
+from tokcomp.train.batches import TensorBatches
 from tokcomp.train.distributed import ALONE
 from tokcomp.train.finetune import FineTuner
 from tokcomp.train.finetune_run import FineTuneRun

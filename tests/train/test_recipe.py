@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from PIL import Image
-from tokcomp.train.data import part_of_batch
+from tokcomp.train.batches import part_of_batch
 from tokcomp.train.recipe import (
     FINETUNE_RECIPE,
     SCRATCH_RECIPE,

@@ -157,6 +157,7 @@ def _evaluate(
     from torch.utils.data import IterableDataset
     from tqdm import tqdm
 
+    from tokcomp.data import num_images
     from tokcomp.evaluate import evaluate
 
     loader = create_loader(
@@ -175,7 +176,7 @@ def _evaluate(
         device=device,
     )
     batches = iter(loader)
-    total = None if isinstance(dataset, IterableDataset) else len(dataset)  # type: ignore[arg-type]
+    total = None if isinstance(dataset, IterableDataset) else num_images(dataset)
     if total is None and args.num_samples is not None:
         batches = islice(batches, -(-args.num_samples // args.batch_size))
         total = args.num_samples

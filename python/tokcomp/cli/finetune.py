@@ -176,7 +176,8 @@ def _prepare(
 
     import tokcomp
     from tokcomp.evaluate import evaluate
-    from tokcomp.train.data import LoaderBatches, Part, check_batch_size, check_labels, held_out_batches, training_part
+    from tokcomp.train.batches import LoaderBatches, check_batch_size, held_out_batches
+    from tokcomp.train.data import Part, check_labels, training_part
     from tokcomp.train.finetune import FineTuner
     from tokcomp.train.finetune_run import FineTuneRun
     from tokcomp.train.recipe import plain_transform

@@ -208,9 +208,11 @@ def _run(
 
     from tokcomp import UnsupportedModelError
     from tokcomp.budgets import MeasurementStopped
+    from tokcomp.data import num_images
     from tokcomp.search.model import DiffRateSearch
     from tokcomp.search.run import run_searches
-    from tokcomp.train.data import LoaderBatches, check_batch_size, held_out_batches, training_part
+    from tokcomp.train.batches import LoaderBatches, check_batch_size, held_out_batches
+    from tokcomp.train.data import training_part
     from tokcomp.train.steps import DivergedError, StopRequest, seed_all
 
     with blame("--batch-size"):
@@ -248,7 +250,7 @@ def _run(
         "weights": options.describe_weights(args),
         "data": args.dataset or str(root),
         "img_size": config["input_size"][-1],
-        "held_out_images": 0 if watched is None else len(watched),  # type: ignore[arg-type]
+        "held_out_images": 0 if watched is None else num_images(watched),
     }
     if world.is_main and facts["weights"] == "random weights":
         print(
@@ -295,6 +297,7 @@ def _parts(
     args: argparse.Namespace, root: Path | None, num_classes: int, config: dict[str, Any]
 ) -> tuple[Dataset, list[int], Dataset | None, int]:
     """The data set, which of its images to search on, what to watch the accuracy on, and the images of an epoch."""
+    from tokcomp.data import num_images
     from tokcomp.train.data import Part, check_labels, split_off, spread_sample
     from tokcomp.train.recipe import plain_transform
 
@@ -302,7 +305,7 @@ def _parts(
     where = f"--dataset {args.dataset}" if args.dataset else f"DATA '{root}'"
     with blame(where):
         check_labels(dataset, num_classes)
-    total = len(dataset)  # type: ignore[arg-type]
+    total = num_images(dataset)
     other = args.val_data is not None or args.val_split is not None
     if other and args.held_out:
         raise UserError("--held-out and --val-data or --val-split both say what to watch the accuracy on; keep one")

@@ -145,7 +145,8 @@ def _scorer(
 
     from tokcomp.data import count_classes
     from tokcomp.evaluate import evaluate
-    from tokcomp.train.data import Part, held_out_batches, spread_sample
+    from tokcomp.train.batches import held_out_batches
+    from tokcomp.train.data import Part, spread_sample
     from tokcomp.train.recipe import plain_transform
 
     dataset = open_data(args, root, args.split)

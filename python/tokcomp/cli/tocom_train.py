@@ -151,9 +151,11 @@ def _prepare(
     from torch.utils.data import IterableDataset
 
     import tokcomp
+    from tokcomp.data import num_images
     from tokcomp.tocom.distill import Distiller
     from tokcomp.tocom.train import TocomRun
-    from tokcomp.train.data import LoaderBatches, check_batch_size, training_part
+    from tokcomp.train.batches import LoaderBatches, check_batch_size
+    from tokcomp.train.data import training_part
     from tokcomp.train.steps import seed_all
 
     pieces = args.grad_accum_steps
@@ -172,7 +174,7 @@ def _prepare(
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
     dataset = open_data(args, root, args.train_split)
-    if isinstance(dataset, IterableDataset) or not len(dataset):  # type: ignore[arg-type]
+    if isinstance(dataset, IterableDataset) or not num_images(dataset):
         raise UserError(
             "DATA must hold images and give any by its number, got a stream or nothing; use a folder of images, "
             "torch/... or hfds/..."

@@ -19,7 +19,7 @@ from tokcomp.search.folder import SearchFolder
 from tokcomp.search.model import DiffRateSearch
 from tokcomp.search.settings import SearchResult, SearchSettings, diverged
 from tokcomp.search.target import Target
-from tokcomp.train.data import Batches, check_batch_size
+from tokcomp.train.batches import Batches, check_batch_size
 from tokcomp.train.distributed import ALONE, World
 from tokcomp.train.recipe import LearningRate, Targets, soft_cross_entropy
 from tokcomp.train.steps import MODEL, Progress, StopRequest, kept_generators, seed_all

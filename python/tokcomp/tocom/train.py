@@ -12,8 +12,8 @@ from typing import Any
 
 from tokcomp.files import sole_writer, write_whole
 from tokcomp.tocom.distill import Distiller
+from tokcomp.train.batches import Batches
 from tokcomp.train.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
-from tokcomp.train.data import Batches
 from tokcomp.train.finetune_run import LossWatch
 from tokcomp.train.log import RunLog
 from tokcomp.train.steps import DivergedError, Progress, StopRequest

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tokcomp.evaluate import Evaluation
 from tokcomp.files import replacing, sole_writer, write_whole
+from tokcomp.train.batches import Batches
 from tokcomp.train.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
-from tokcomp.train.data import Batches
 from tokcomp.train.distributed import World
 from tokcomp.train.finetune import FineTuner
 from tokcomp.train.log import RunLog, read_log

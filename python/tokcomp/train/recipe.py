@@ -150,7 +150,7 @@ class Targets:
     """Mixes a batch by mixup or cutmix and makes soft targets, with label smoothing: timm's Mixup, seeded by step.
 
     What is drawn follows from (seed, step) alone. Image i is mixed with image B - 1 - i, so parts of a batch that hold
-    whole pairs (:func:`tokcomp.train.data.part_of_batch`) are mixed as the whole batch would be.
+    whole pairs (:func:`tokcomp.train.batches.part_of_batch`) are mixed as the whole batch would be.
     """
 
     def __init__(self, recipe: Recipe, num_classes: int, seed: int) -> None:
