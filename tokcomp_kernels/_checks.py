@@ -116,8 +116,8 @@ def check_prune_merge(
     size: Tensor | None = None,
     num_prefix_tokens: int = 1,
     similarity_weighted_size: bool = True,
+    op: str = "prune_merge",
 ) -> None:
-    op = "prune_merge"
     _require_dim(op, "x", x, "[B, N, C]")
     _require_floating(op, "x", x)
     batch, num_tokens, _ = x.shape
@@ -135,6 +135,50 @@ def check_prune_merge(
             f"be more than num_prefix_tokens ({num_prefix_tokens}) where tokens merge, which need a destination",
             num_merge_kept,
         )
+
+
+def check_prune_merge_norm(
+    x: Tensor,
+    branch: Tensor,
+    importance: Tensor,
+    num_prune_kept: int,
+    num_merge_kept: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    size: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+    similarity_weighted_size: bool = True,
+    norm_eps: float = 1e-6,
+) -> None:
+    op = "prune_merge_norm"
+    counts = (num_prune_kept, num_merge_kept)
+    check_prune_merge(x, importance, *counts, size=size, num_prefix_tokens=num_prefix_tokens, op=op)
+    _require_branch_and_norm(op, x, "[B, N, C]", branch, weight, bias, norm_eps)
+
+
+def check_add_layer_norm(
+    x: Tensor, branch: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, norm_eps: float = 1e-6
+) -> None:
+    op = "add_layer_norm"
+    if x.dim() < 1:
+        refuse(op, "x", "be [..., C]", f"a tensor of shape {_shape(x.shape)}")
+    _require_floating(op, "x", x)
+    _require_branch_and_norm(op, x, "[..., C]", branch, weight, bias, norm_eps)
+
+
+def _require_branch_and_norm(
+    op: str, x: Tensor, letters: str, branch: Tensor, weight: Tensor | None, bias: Tensor | None, norm_eps: float
+) -> None:
+    """What is added to x, and the LayerNorm over its last dimension."""
+    _require_shape(op, "branch", branch, letters, x.shape)
+    _require_like(op, "branch", branch, "x", x)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            _require_shape(op, name, tensor, "[C]", x.shape[-1:])
+            _require_like(op, name, tensor, "x", x)
+    if not norm_eps >= 0:
+        refuse(op, "norm_eps", "be at least 0", norm_eps)
 
 
 def check_masked_softmax(scores: Tensor, token_mask: Tensor, eps: float = 1e-6) -> None:

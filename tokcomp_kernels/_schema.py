@@ -96,6 +96,21 @@ OPERATORS: tuple[Operator, ...] = (
         backward="_masked_merge_backward",
     ),
     Operator(
+        "prune_merge_norm",
+        "(Tensor x, Tensor branch, Tensor importance, int num_prune_kept, int num_merge_kept, Tensor? weight=None,"
+        " Tensor? bias=None, *, Tensor? size=None, int num_prefix_tokens=1, bool similarity_weighted_size=True,"
+        " float norm_eps=1e-06) -> (Tensor x, Tensor normalized, Tensor size, Tensor source)",
+        "prune_merge of x + branch, and the LayerNorm of what is left: all that lies between two matrix products.",
+        differentiable=("x", "branch", "weight", "bias"),
+    ),
+    Operator(
+        "add_layer_norm",
+        "(Tensor x, Tensor branch, Tensor? weight=None, Tensor? bias=None, float norm_eps=1e-06)"
+        " -> (Tensor x, Tensor normalized)",
+        "x + branch, and its LayerNorm.",
+        differentiable=("x", "branch", "weight", "bias"),
+    ),
+    Operator(
         "_merge_backward",
         "(Tensor grad, Tensor source, Tensor? size=None) -> Tensor",
         "Gradient of a (size-weighted) group mean, for prune_merge and tome_merge.",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tokcomp_kernels import reference
 from tokcomp_kernels.reference._common import cosine, descending_order, effective_size
+from tokcomp_kernels.reference.add_layer_norm import layer_norm
 from tokcomp_kernels.reference.masked_merge import live_order
 from tokcomp_kernels.testing import Sample
 
@@ -152,6 +153,35 @@ def _compare_prune_merge(sample: Sample, x_out: Tensor, size_out: Tensor, source
     assert bool((same | ~alone[:, :, None]).all()), "a kept token that nothing merged into must be an exact copy"
 
 
+def _compare_prune_merge_norm(
+    sample: Sample, x_out: Tensor, normalized: Tensor, size_out: Tensor, source: Tensor
+) -> None:
+    x, branch, importance, num_prune_kept, num_merge_kept, *norm = sample.args
+    kwargs = {name: value for name, value in sample.kwargs.items() if name != "norm_eps"}
+    inner = Sample("prune_merge", sample.id, (x + branch, importance, num_prune_kept, num_merge_kept), kwargs)
+    _compare_prune_merge(inner, x_out, size_out, source)
+    if sample.exact:
+        want = reference.REFERENCES[sample.op](*sample.args, **sample.kwargs)[3]
+        assert torch.equal(source, want), f"{sample.id}: source differs from the reference's"
+    _compare_layer_norm(sample, x_out, normalized, *norm)
+
+
+def _compare_add_layer_norm(sample: Sample, total: Tensor, normalized: Tensor) -> None:
+    x, branch, *norm = sample.args
+    assert torch.equal(total, x + branch), f"{sample.id}: a sum of two numbers has one right rounding"
+    _compare_layer_norm(sample, total, normalized, *norm)
+
+
+def _compare_layer_norm(sample: Sample, x: Tensor, normalized: Tensor, *norm: Tensor) -> None:
+    """``normalized`` against float64 on the very rows that came with it."""
+
+    def exact(call: Sample) -> tuple[Tensor, ...]:
+        rows, weight, bias = (*call.args, None, None)[:3]
+        return (layer_norm(rows, weight, bias, sample.kwargs.get("norm_eps", 1e-6)),)
+
+    assert_within_rounding(Sample(sample.op, sample.id, (x, *norm)), exact, (normalized,))
+
+
 def _prune_merge_given(call: Sample, order: Tensor, source: Tensor, kept: int, alive: int) -> tuple[Tensor, ...]:
     """prune_merge in float64 with the choices taken from ``source``."""
     x = call.args[0]
@@ -266,4 +296,6 @@ _COMPARE: dict[str, Callable[..., None]] = {
     "prune_merge": _compare_prune_merge,
     "tome_merge": _compare_tome_merge,
     "masked_merge": _compare_masked_merge,
+    "prune_merge_norm": _compare_prune_merge_norm,
+    "add_layer_norm": _compare_add_layer_norm,
 }

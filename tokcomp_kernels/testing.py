@@ -155,6 +155,34 @@ def _prune_merge(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
     yield "bad-sizes", (m.signs(3, 39, 6), importance, 30, 11), {"size": poor}, True
 
 
+def _prune_merge_norm(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+    """prune_merge's calls with a branch, whose sum with x is exact where ties have to stay ties, and a LayerNorm."""
+    for index, (name, (x, *rest), kwargs, exact) in enumerate(_prune_merge(make, small)):
+        m = make(f"{name}-branch")
+        branch = x * 0.0 if exact else m.strided(*x.shape) if index % 2 else m.randn(*x.shape)
+        weight, bias = m.randn(x.shape[2]), m.randn(x.shape[2])
+        norm = ((weight, bias), (weight,), ())[index % 3]
+        yield name, (x, branch, *rest, *norm), {**kwargs, **({"norm_eps": 1e-5} if index % 2 else {})}, exact
+
+
+def _add_layer_norm(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+    for num_tokens in _token_counts(small):
+        m = make(f"N{num_tokens}")
+        x, branch = m.randn(2, num_tokens, 5 if small else 48), m.strided(2, num_tokens, 5 if small else 48)
+        weight, bias = m.randn(x.shape[2]), m.randn(x.shape[2])
+        yield f"N{num_tokens}", (x, branch, weight, bias), {}, False
+        yield f"N{num_tokens}-plain", (branch, x), {"norm_eps": 1e-5}, False
+    m = make("layouts")
+    x, branch, weight, bias = m.randn(3, 7, 33), m.randn(3, 7, 33), m.randn(33), m.strided(33)
+    yield "transposed", (x.mT, m.randn(3, 33, 7), m.randn(7)), {}, False
+    yield "last-dim-strided", (x[:, :, ::2], branch[:, :, ::2], weight[::2], bias[::2]), {}, False
+    yield "rows", (x[0], branch[0], weight, bias), {}, False
+    yield "C1", (x[:, :, :1], branch[:, :, :1], weight[:1], bias[:1]), {}, False
+    yield "constant-rows", (torch.ones_like(x), torch.ones_like(x), weight, bias), {}, False
+    yield "far-from-zero", (x + 40, branch + 40, weight, bias), {}, False
+    yield "B0", (x[:0], branch[:0], weight, bias), {}, False
+
+
 def _tome_merge(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
     channels, width = (5, 3) if small else (48, 16)
     for num_tokens in _token_counts(small):
@@ -349,6 +377,8 @@ _CASES: dict[str, Callable[..., Iterator[tuple]]] = {
     "tome_merge": _tome_merge,
     "unmerge": _unmerge,
     "masked_merge": _masked_merge,
+    "prune_merge_norm": _prune_merge_norm,
+    "add_layer_norm": _add_layer_norm,
     "_merge_backward": _merge_backward,
     "_unmerge_backward": _unmerge_backward,
     "_masked_softmax_backward": _with_grad(_masked_softmax, 0),

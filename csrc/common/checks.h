@@ -136,8 +136,8 @@ inline void check_class_attention_sort(const Tensor& q_cls, const Tensor& k, con
 }
 
 inline void check_prune_merge(const Tensor& x, const Tensor& importance, int64_t num_prune_kept, int64_t num_merge_kept,
-                              const OptionalTensor& size, int64_t num_prefix_tokens) {
-  const char* op = "prune_merge";
+                              const OptionalTensor& size, int64_t num_prefix_tokens,
+                              const char* op = "prune_merge") {
   checks::dim(op, "x", x, "[B, N, C]");
   checks::floating(op, "x", x);
   const int64_t batch = x.size(0), num_tokens = x.size(1);
@@ -149,6 +149,42 @@ inline void check_prune_merge(const Tensor& x, const Tensor& importance, int64_t
   TORCH_CHECK_VALUE(num_merge_kept >= std::min(num_prune_kept, num_tokens) || num_merge_kept > num_prefix_tokens, op,
                     ": num_merge_kept must be more than num_prefix_tokens (", num_prefix_tokens,
                     ") where tokens merge, which need a destination, got ", num_merge_kept);
+}
+
+namespace checks {
+
+// What is added to x, and the LayerNorm over its last dimension.
+inline void branch_and_norm(const char* op, const Tensor& x, const char* letters, const Tensor& branch,
+                            const OptionalTensor& weight, const OptionalTensor& bias, double norm_eps) {
+  shape(op, "branch", branch, letters, x.sizes());
+  like(op, "branch", branch, "x", x);
+  const auto per_channel = [&](const char* argument, const OptionalTensor& tensor) {
+    if (!tensor.has_value()) return;
+    shape(op, argument, *tensor, "[C]", x.sizes().slice(x.dim() - 1));
+    like(op, argument, *tensor, "x", x);
+  };
+  per_channel("weight", weight);
+  per_channel("bias", bias);
+  TORCH_CHECK_VALUE(norm_eps >= 0, op, ": norm_eps must be at least 0, got ", norm_eps);
+}
+
+}  // namespace checks
+
+inline void check_prune_merge_norm(const Tensor& x, const Tensor& branch, const Tensor& importance,
+                                   int64_t num_prune_kept, int64_t num_merge_kept, const OptionalTensor& weight,
+                                   const OptionalTensor& bias, const OptionalTensor& size, int64_t num_prefix_tokens,
+                                   double norm_eps) {
+  const char* op = "prune_merge_norm";
+  check_prune_merge(x, importance, num_prune_kept, num_merge_kept, size, num_prefix_tokens, op);
+  checks::branch_and_norm(op, x, "[B, N, C]", branch, weight, bias, norm_eps);
+}
+
+inline void check_add_layer_norm(const Tensor& x, const Tensor& branch, const OptionalTensor& weight,
+                                 const OptionalTensor& bias, double norm_eps) {
+  const char* op = "add_layer_norm";
+  TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x must be [..., C], got a tensor of shape ", checks::shape_name(x.sizes()));
+  checks::floating(op, "x", x);
+  checks::branch_and_norm(op, x, "[..., C]", branch, weight, bias, norm_eps);
 }
 
 inline void check_scores(const char* op, const Tensor& scores, const Tensor& token_mask, double eps) {

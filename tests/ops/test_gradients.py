@@ -31,8 +31,11 @@ def _differentiable_inputs(sample: Sample) -> tuple[Sample, list[torch.Tensor]]:
     return Sample(sample.op, sample.id, args, kwargs, sample.exact), leaves
 
 
-def _first(outputs: object) -> torch.Tensor:
-    return outputs[0] if isinstance(outputs, tuple) else outputs
+def _smooth(outputs: object) -> torch.Tensor:
+    """What carries a gradient: the first output, and prune_merge_norm's and add_layer_norm's second, side by side."""
+    if not isinstance(outputs, tuple):
+        return outputs
+    return torch.cat([out.flatten() for out in outputs if out is outputs[0] or out.requires_grad])
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
@@ -47,9 +50,9 @@ def test_gradcheck(op: str) -> None:
             swap = {id(leaf): value for leaf, value in zip(leaves, values, strict=True)}
             args = [swap.get(id(value), value) for value in sample.args]
             kwargs = {name: swap.get(id(value), value) for name, value in sample.kwargs.items() if name != "eps"}
-            return _first(getattr(torch.ops.tokcomp, sample.op)(*args, **kwargs))
+            return _smooth(getattr(torch.ops.tokcomp, sample.op)(*args, **kwargs))
 
-        if sample.op in ("prune_merge", "tome_merge", "masked_merge") and _first(run(*leaves)).numel() == 0:
+        if "merge" in sample.op and _smooth(run(*leaves)).numel() == 0:
             continue
         assert torch.autograd.gradcheck(run, leaves, atol=1e-5, nondet_tol=0.0), sample.id
         checked += 1
@@ -64,8 +67,8 @@ def test_gradient_equals_that_of_the_reference(op: str) -> None:
             continue
         ours, our_leaves = _differentiable_inputs(sample)
         theirs, their_leaves = _differentiable_inputs(sample)
-        out = _first(getattr(torch.ops.tokcomp, op)(*ours.args, **ours.kwargs))
-        want = _first(REFERENCES[op](*theirs.args, **theirs.kwargs))
+        out = _smooth(getattr(torch.ops.tokcomp, op)(*ours.args, **ours.kwargs))
+        want = _smooth(REFERENCES[op](*theirs.args, **theirs.kwargs))
         cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)
         have_grads = torch.autograd.grad(out, our_leaves, cotangent)
         want_grads = torch.autograd.grad(want, their_leaves, cotangent)
@@ -81,17 +84,34 @@ def test_mask_gradient_reaches_masked_tokens(op: str) -> None:
     token_mask = leaves[1 if op == "masked_softmax" else 3]
     with torch.no_grad():
         token_mask[:, 5:] = 0
-    _first(getattr(torch.ops.tokcomp, op)(*sample.args, **sample.kwargs)).square().sum().backward()
+    _smooth(getattr(torch.ops.tokcomp, op)(*sample.args, **sample.kwargs)).square().sum().backward()
     assert bool((token_mask.grad[:, 5:] != 0).all())
 
 
 @pytest.mark.parametrize("op", [name for name in DIFFERENTIABLE if name != "unmerge"])
-def test_only_the_first_output_carries_a_gradient(op: str) -> None:
+def test_which_outputs_carry_a_gradient(op: str) -> None:
     sample, _ = _differentiable_inputs(next(samples(op, torch.float64, small=True)))
     outputs = getattr(torch.ops.tokcomp, op)(*sample.args, **sample.kwargs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    assert outputs[0].requires_grad
-    assert not any(output.requires_grad for output in outputs[1:])
+    number = 2 if op.endswith("_norm") else 1
+    assert [output.requires_grad for output in outputs] == [i < number for i in range(len(outputs))]
+
+
+@pytest.mark.parametrize("op", ["prune_merge_norm", "add_layer_norm"])
+@pytest.mark.parametrize("output", [0, 1])
+def test_either_output_alone_carries_its_gradient(op: str, output: int) -> None:
+    sample = next(s for s in samples(op, torch.float64) if s.id == "N33")
+    ours, our_leaves = _differentiable_inputs(sample)
+    theirs, their_leaves = _differentiable_inputs(sample)
+    out = getattr(torch.ops.tokcomp, op)(*ours.args, **ours.kwargs)[output]
+    want = REFERENCES[op](*theirs.args, **theirs.kwargs)[output]
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)
+    have_grads = torch.autograd.grad(out, our_leaves, cotangent, allow_unused=True)
+    want_grads = torch.autograd.grad(want, their_leaves, cotangent, allow_unused=True)
+    for have, expected in zip(have_grads, want_grads, strict=True):
+        assert (have is None) == (expected is None)
+        if have is not None:
+            torch.testing.assert_close(have, expected, rtol=0, atol=1e-11 * max(1.0, expected.abs().amax().item()))
 
 
 def test_class_attention_sort_is_a_constant() -> None:

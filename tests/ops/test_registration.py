@@ -20,6 +20,8 @@ COMPILED = [
     "tome_merge",
     "class_attention_sort",
     "masked_merge",
+    "prune_merge_norm",
+    "add_layer_norm",
 ]
 
 

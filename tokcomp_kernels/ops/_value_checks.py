@@ -47,6 +47,18 @@ def _prune_merge(x: Tensor, importance: Tensor, *_: Any, size: Tensor | None = N
     _positive_size("prune_merge", size)
 
 
+def _prune_merge_norm(
+    x: Tensor, branch: Tensor, importance: Tensor, *_: Any, size: Tensor | None = None, **__: Any
+) -> None:
+    _finite("prune_merge_norm", x=x, branch=branch)
+    _refuse_where("prune_merge_norm", "importance", importance.isnan(), "not be NaN", importance)
+    _positive_size("prune_merge_norm", size)
+
+
+def _add_layer_norm(x: Tensor, branch: Tensor, *_: Any, **__: Any) -> None:
+    _finite("add_layer_norm", x=x, branch=branch)
+
+
 def _masked_softmax(scores: Tensor, token_mask: Tensor, *_: Any) -> None:
     _refuse_where("masked_softmax", "scores", scores.isnan(), "not be NaN", scores)
     _mask("masked_softmax", token_mask)
@@ -96,4 +108,6 @@ VALUE_CHECKS: dict[str, Callable[..., None]] = {
     "tome_merge": _tome_merge,
     "unmerge": _unmerge,
     "masked_merge": _masked_merge,
+    "prune_merge_norm": _prune_merge_norm,
+    "add_layer_norm": _add_layer_norm,
 }
