@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokcomp.adapters import UnsupportedModelError
     from tokcomp.api import compress, flops, restore, trace
-    from tokcomp.methods import DiffRate, EViT, Method, ToMe
+    from tokcomp.methods import DiffRate, EViT, Method, ToMe, ToMeMLP
     from tokcomp.schedule import CompressionSchedule
     from tokcomp.search.model import DiffRateSearch
     from tokcomp.tocom.plugin import ToCom
@@ -31,6 +31,7 @@ _HOMES = {
     "Switchable": "tokcomp.tocom.switch",
     "ToCom": "tokcomp.tocom.plugin",
     "ToMe": "tokcomp.methods",
+    "ToMeMLP": "tokcomp.methods",
     "UnsupportedModelError": "tokcomp.adapters",
     "compress": "tokcomp.api",
     "flops": "tokcomp.api",
@@ -48,6 +49,7 @@ __all__ = [
     "Switchable",
     "ToCom",
     "ToMe",
+    "ToMeMLP",
     "UnsupportedModelError",
     "__version__",
     "compress",

@@ -69,10 +69,12 @@ def flops(model: nn.Module) -> int:
     total = cost.embed * num_tokens
     for index, block in enumerate(cost.blocks):
         total += num_tokens * block.projections + 2 * num_tokens**2 * block.width
+        in_mlp = num_tokens
         if method is not None:
             assignment = method.assign(index, num_tokens, geometry.num_prefix_tokens)
-            num_tokens = num_tokens if assignment is None else assignment.num_tokens_out
-        total += num_tokens * block.mlp
+            in_mlp = num_tokens if assignment is None else assignment.num_tokens_out
+        total += in_mlp * block.mlp
+        num_tokens = num_tokens if method is not None and method.unmerges else in_mlp
     return total + num_tokens * cost.head_per_token + cost.head
 
 

@@ -79,7 +79,10 @@ def test_samples_are_spread_over_the_classes(run, image_folder):
         (("nowhere",), "DATA must be a folder or archive of images, got 'nowhere', which is not there"),
         (("a", "--data-dir", "b"), "DATA and --data-dir are the same thing, got both"),
         (("-b", "0"), "argument -b/--batch-size: must be a whole number above 0, got '0'"),
-        (("--r", "8"), "--r belongs to --method tome, got --method none; change the method or leave the option out"),
+        (
+            ("--r", "8"),
+            "--r belongs to --method tome or tome_mlp, got --method none; change the method",
+        ),
         (("--method", "tome", "--keep-rate", "0.7"), "--keep-rate belongs to --method evit, got --method tome"),
         (("--method", "tome"), "--method tome needs --r or --gflops, got none of them"),
         (

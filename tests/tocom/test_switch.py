@@ -220,12 +220,12 @@ WRONG = {
     "scale": (ValueError, "scale must be finite, got inf", dict(scale=float("inf"))),
     "method": (
         TypeError,
-        "method must be ToMe, EViT, or a mapping or function .* got ToMe",
+        "method must be ToMe, ToMeMLP, EViT, or a mapping or function .* got ToMe",
         dict(method=tokcomp.ToMe(3)),
     ),
     "class": (
         TypeError,
-        "method must be ToMe, EViT, or a mapping or function .* got DiffRate",
+        "method must be ToMe, ToMeMLP, EViT, or a mapping or function .* got DiffRate",
         dict(method=tokcomp.DiffRate),
     ),
     "gap": (

@@ -17,6 +17,7 @@ from tokcomp.adapters.base import Adapter, BlockCost, Cost, UnsupportedModelErro
 from tokcomp.adapters.swap import original_class, restore_class, swap_class
 from tokcomp.adapters.timm_vit_modules import CompressedAttention, CompressedBlock, CompressedModel
 from tokcomp.adapters.timm_vit_search import check_search, reads_patches, run_search
+from tokcomp.adapters.timm_vit_unmerging import Place, UnmergingBlock, UnmergingModel
 from tokcomp.methods.base import Geometry, Method
 from tokcomp.search.tokens import BlockSearch
 
@@ -112,10 +113,12 @@ class TimmVisionTransformer(Adapter):
         return rows, columns
 
     def patch(self, model: Any, method: Method) -> None:
-        for block in model.blocks:
-            swap_class(block, CompressedBlock)
+        for index, block in enumerate(model.blocks):
+            swap_class(block, UnmergingBlock if method.unmerges else CompressedBlock)
             swap_class(block.attn, CompressedAttention)
-        swap_class(model, CompressedModel)
+            if method.unmerges:
+                block._tokcomp_place = Place(method, index, model.num_prefix_tokens)
+        swap_class(model, UnmergingModel if method.unmerges else CompressedModel)
         model._tokcomp_method = method
 
     def unpatch(self, model: nn.Module) -> None:
@@ -124,6 +127,7 @@ class TimmVisionTransformer(Adapter):
         for block in model.blocks:
             restore_class(block)
             restore_class(block.attn)
+            vars(block).pop("_tokcomp_place", None)
         restore_class(model)
         del model._tokcomp_method
         fastpath.forget(model)

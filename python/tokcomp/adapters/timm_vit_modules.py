@@ -133,7 +133,7 @@ class CompressedModel(Swapped):
         return x, state.size, state.source
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        _refuse_mask(attn_mask, is_causal)
+        refuse_mask(attn_mask, is_causal)
         x, size = self.tokens(x)
         return self.logits(x, size)
 
@@ -143,7 +143,7 @@ class CompressedModel(Swapped):
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Normalised tokens [B, M, C] after the last block."""
-        _refuse_mask(attn_mask, is_causal)
+        refuse_mask(attn_mask, is_causal)
         x, size = self.tokens(x)
         x = self.norm(x)
         if not torch.compiler.is_compiling():
@@ -185,13 +185,13 @@ class CompressedModel(Swapped):
         return pooled if pre_logits else self.head(pooled)
 
 
-def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise ValueError("attn_mask and is_causal cannot be used with a compressed model: its tokens are re-ordered")
 
 
 def _require_state(state: BlockState | None, attn_mask: Tensor | None, is_causal: bool) -> BlockState:
-    _refuse_mask(attn_mask, is_causal)
+    refuse_mask(attn_mask, is_causal)
     if state is None:
         raise RuntimeError("a block of a compressed model cannot run on its own: call the model, or tokcomp.restore it")
     return state

@@ -116,8 +116,8 @@ def counts_of(model: nn.Module, method: Method | None = None) -> TokenCounts:
     for block in range(geometry.depth):
         num_in.append(num_tokens)
         assignment = None if method is None else method.assign(block, num_tokens, geometry.num_prefix_tokens)
-        num_tokens = num_tokens if assignment is None else assignment.num_tokens_out
-        num_out.append(num_tokens)
+        num_out.append(num_tokens if assignment is None else assignment.num_tokens_out)
+        num_tokens = num_tokens if method is not None and method.unmerges else num_out[-1]
     return TokenCounts(torch.tensor(num_in, dtype=torch.float64), torch.tensor(num_out, dtype=torch.float64))
 
 

@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from tokcomp.methods import Method
     from tokcomp.tocom.plugin import ToCom
 
-METHODS = ("tome", "evit", "diffrate")
-_READERS = {"schedules": "diffrate", "metric": "diffrate", "no_prop_attn": "tome", "no_fuse": "evit"}
+METHODS = ("tome", "evit", "diffrate", "tome_mlp")
+_READERS = {
+    "schedules": "diffrate",
+    "metric": "diffrate",
+    "no_prop_attn": "tome",
+    "no_fuse": "evit",
+    "tokens_per_degree": "tome_mlp",
+    "merge_residual": "tome_mlp",
+}
 
 
 def add_degree_options(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +35,7 @@ def add_degree_options(parser: argparse.ArgumentParser) -> None:
         choices=METHODS,
         default="tome",
         help="what a degree counts: tokens merged per block (tome), tokens dropped per block (evit), the place in "
-        "--schedules (diffrate) (default: %(default)s)",
+        "--schedules (diffrate), --tokens-per-degree merged for each MLP (tome_mlp) (default: %(default)s)",
     )
     group.add_argument(
         "--schedules",
@@ -44,11 +51,22 @@ def add_degree_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no-prop-attn", action="store_true", help="tome: attention that does not count a token's size")
     group.add_argument("--no-fuse", action="store_true", help="evit: drop the inattentive tokens rather than fuse them")
+    group.add_argument(
+        "--tokens-per-degree",
+        type=options.positive_int,
+        metavar="N",
+        help="tome_mlp: tokens that a degree merges; 32 makes 16 degrees of the 1024 patches of 512 x 512 (default: 1)",
+    )
+    group.add_argument(
+        "--merge-residual",
+        action="store_true",
+        help="tome_mlp: merged positions share one token behind the MLP, rather than the MLP's output alone",
+    )
 
 
 def build_degrees(args: argparse.Namespace, model: nn.Module) -> tuple[Callable[[int], Method], int | None]:
     """The method of each degree, and the highest degree where the options settle it."""
-    from tokcomp import EViT, ToMe
+    from tokcomp import EViT, ToMe, ToMeMLP
 
     for option, method in _READERS.items():
         if getattr(args, option) and args.method != method:
@@ -58,6 +76,9 @@ def build_degrees(args: argparse.Namespace, model: nn.Module) -> tuple[Callable[
         return partial(ToMe, prop_attn=not args.no_prop_attn), None
     if args.method == "evit":
         return lambda degree: EViT(num_pruned=degree, fuse=not args.no_fuse), None
+    if args.method == "tome_mlp":
+        step = args.tokens_per_degree or 1
+        return lambda degree: ToMeMLP(step * degree, merge_residual=args.merge_residual), None
     return _schedules(args, model)
 
 

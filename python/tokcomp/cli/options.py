@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 
     from tokcomp.methods import Method
 
-METHODS = ("none", "diffrate", "tome", "evit")
+METHODS = ("none", "diffrate", "tome", "tome_mlp", "evit")
 #: option -> the methods that read it
 _READERS = {
     "schedule": ("diffrate",),
     "metric": ("diffrate",),
     "pipeline": ("diffrate",),
     "gflops": ("diffrate", "tome", "evit"),
-    "r": ("tome",),
+    "r": ("tome", "tome_mlp"),
     "no_prop_attn": ("tome",),
+    "merge_residual": ("tome_mlp",),
     "keep_rate": ("evit",),
     "keep_blocks": ("evit",),
     "num_pruned": ("evit",),
@@ -117,9 +118,14 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
         "--r",
         type=listed(non_negative_int),
         metavar="R",
-        help="tome: tokens to merge in a block, or one per block: 8,8,4,...",
+        help="tome, tome_mlp: tokens to merge in a block, or one per block: 8,8,4,...",
     )
     group.add_argument("--no-prop-attn", action="store_true", help="tome: attention that does not count a token's size")
+    group.add_argument(
+        "--merge-residual",
+        action="store_true",
+        help="tome_mlp: merged positions share one token behind the MLP, rather than the MLP's output alone",
+    )
     group.add_argument(
         "--keep-rate", type=listed(positive_float), metavar="K", help="evit: share of patches to keep, or one per block"
     )
@@ -249,7 +255,7 @@ def build_method(args: argparse.Namespace, model: nn.Module) -> Method | None:
             )
     if args.method == "none":
         return None
-    build = {"diffrate": _diffrate, "tome": _tome, "evit": _evit}[args.method]
+    build = {"diffrate": _diffrate, "tome": _tome, "tome_mlp": _tome_mlp, "evit": _evit}[args.method]
     return build(args, model)
 
 
@@ -302,6 +308,13 @@ def _tome(args: argparse.Namespace, model: nn.Module) -> Method:
     else:
         r = args.r
     return ToMe(r, prop_attn=not args.no_prop_attn)
+
+
+def _tome_mlp(args: argparse.Namespace, model: nn.Module) -> Method:
+    from tokcomp import ToMeMLP
+
+    _one_of(args, "r")
+    return ToMeMLP(args.r, merge_residual=args.merge_residual)
 
 
 def _evit(args: argparse.Namespace, model: nn.Module) -> Method:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 #: What a block's attention can tell a method, by the field names of :class:`Evidence`.
@@ -69,6 +70,14 @@ class Method(ABC):
     needs: frozenset[str] = frozenset()
     #: Whether attention adds log(size) to its scores once tokens have sizes.
     proportional_attention: bool = False
+    #: Whether every position gets a token back behind the MLP: each block then sees all tokens (:meth:`spread`).
+    unmerges: bool = False
+    #: What the command line and a plugin's file call the method; by default the class's name in small letters.
+    name: ClassVar[str] = "method"
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = vars(cls).get("name", cls.__name__.lower())
 
     @abstractmethod
     def validate(self, geometry: Geometry) -> None:
@@ -87,6 +96,17 @@ class Method(ABC):
         self, x: Tensor, score: Tensor, assignment: Assignment, *, size: Tensor | None, num_prefix_tokens: int
     ) -> Reduced:
         """Drop and merge tokens of x [B, N, C]. Prefix tokens keep their places and are neither source nor slot."""
+
+    def spread(self, x: Tensor, merged: Tensor, branch: Tensor, source: Tensor) -> Tensor:
+        """What every position has behind the MLP, [B, N, C]. Asked only of a method that ``unmerges``.
+
+        Args:
+            x: [B, N, C] before the MLP.
+            merged: [B, M, C], what :meth:`reduce` made of it.
+            branch: [B, M, C], the MLP's output, its residual not added.
+            source: [B, N] of :meth:`reduce`.
+        """
+        return x + torch.ops.tokcomp.unmerge(branch, source)
 
 
 def require_depth(name: str, entries: int, geometry: Geometry) -> None:

@@ -10,13 +10,14 @@ from torch import nn
 
 from tokcomp.adapters import find_adapter
 from tokcomp.api import compress, flops
-from tokcomp.methods import DiffRate, EViT, Method, ToMe
+from tokcomp.methods import DiffRate, EViT, Method, ToMe, ToMeMLP
 from tokcomp.schedule import CompressionSchedule
 from tokcomp.tocom.layers import qkv_layers
 from tokcomp.tocom.twins import twin_model
 
-#: ``ToMe`` (degree r merges r tokens in every block), ``EViT`` (degree r drops r), a mapping or a function of degrees.
-Degrees: TypeAlias = type[ToMe] | type[EViT] | Mapping[int, Method] | Callable[[int], Method]
+#: ``ToMe`` or ``ToMeMLP`` (degree r merges r tokens in every block), ``EViT`` (degree r drops r), a mapping or a
+#: function of degrees.
+Degrees: TypeAlias = type[ToMe] | type[ToMeMLP] | type[EViT] | Mapping[int, Method] | Callable[[int], Method]
 
 
 def method_at(degrees: Degrees, degree: int) -> Method:
@@ -28,6 +29,8 @@ def method_at(degrees: Degrees, degree: int) -> Method:
     """
     if degrees is ToMe:
         return ToMe(degree)
+    if degrees is ToMeMLP:
+        return ToMeMLP(degree)
     if degrees is EViT:
         return EViT(num_pruned=degree)
     method: Any
@@ -39,7 +42,9 @@ def method_at(degrees: Degrees, degree: int) -> Method:
         method = degrees(degree)
     else:
         name = degrees.__name__ if isinstance(degrees, type) else repr(degrees)
-        raise TypeError(f"method must be ToMe, EViT, or a mapping or function from degrees to methods, got {name}")
+        raise TypeError(
+            f"method must be ToMe, ToMeMLP, EViT, or a mapping or function from degrees to methods, got {name}"
+        )
     if not isinstance(method, Method):
         raise TypeError(f"method must give a Method for each degree, got {method!r} for {degree}")
     return method

@@ -249,7 +249,7 @@ class ToCom(nn.Module):
 
 def method_name(method: Method) -> str:
     """The name by which the command line knows a method: ``tome`` for ToMe."""
-    return type(method).__name__.lower()
+    return method.name
 
 
 def _require_widths(made_for: Sequence[Width], found: list[Width], what: str) -> None:
