@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": ("tokcomp.cli.evaluate", "accuracy and images per second on a folder of images or a timm data set"),
     "finetune": ("tokcomp.cli.finetune", "train a compressed model: fine-tuning, or from scratch"),
     "tocom": ("tokcomp.cli.tocom", "move a trained model between compression degrees (ToCom)"),
+    "serve-sim": ("tokcomp.cli.serve_sim", "serve a load that rises and falls, at the degree the queue asks for"),
     "visualize": ("tokcomp.cli.visualize", "draw which patches a method merges and prunes, block by block"),
     "bench": ("tokcomp.cli.bench", "time a compressed model against timm and the published pipeline"),
 }

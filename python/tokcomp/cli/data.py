@@ -12,6 +12,8 @@ from tokcomp.cli.errors import UserError
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
+    from tokcomp.train.data import Part
+
 
 def add_data_options(parser: argparse.ArgumentParser, *, batch_size: int, batch_help: str = "") -> Any:
     """The options that every command with a data set has; returns their group, for the command's own."""
@@ -73,3 +75,30 @@ def open_data(args: argparse.Namespace, root: Path | None, split: str) -> Datase
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def scored_images(args: argparse.Namespace, root: Path | None, split: str, model: Any) -> Part:
+    """The labelled images that the options name, ``args.num_samples`` of them, as the model takes them."""
+    from timm.data import resolve_model_data_config
+    from torch.utils.data import IterableDataset
+
+    from tokcomp.data import count_classes
+    from tokcomp.train.data import Part, spread_sample
+    from tokcomp.train.recipe import plain_transform
+
+    dataset = open_data(args, root, split)
+    if isinstance(dataset, IterableDataset):
+        raise UserError(
+            "DATA must give any image by its number, got a stream; use a folder of images, torch/... or hfds/..."
+        )
+    classes = count_classes(dataset)
+    if classes is not None and classes > model.num_classes:
+        raise UserError(
+            f"the model must have a class for each of the data set's {classes}, got a model of {model.num_classes}; "
+            "pass the right --model, --checkpoint and --num-classes"
+        )
+    config = resolve_model_data_config(model)
+    if args.img_size is not None:
+        config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
+    indices = None if args.num_samples is None else spread_sample(dataset, args.num_samples, 0)
+    return Part(dataset, indices, plain_transform(config))

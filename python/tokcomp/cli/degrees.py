@@ -99,10 +99,16 @@ def _schedules(args: argparse.Namespace, model: nn.Module) -> tuple[Callable[[in
     return degrees.__getitem__, len(schedules)
 
 
-def add_plugin_options(parser: argparse.ArgumentParser) -> None:
+def add_plugin_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     group = parser.add_argument_group("plugin")
     group.add_argument(
-        "--plugin", type=Path, required=True, metavar="FILE", help="of tokcomp tocom train, or the published code's"
+        "--plugin",
+        "--tocom",
+        type=Path,
+        required=required,
+        metavar="FILE",
+        help="of tokcomp tocom train, or the published code's"
+        + ("" if required else " (default: none, the weights are the same at every degree)"),
     )
     group.add_argument(
         "--scale",

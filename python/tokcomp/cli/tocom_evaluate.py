@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokcomp.cli import options
-from tokcomp.cli.data import add_data_options, data_root, open_data
+from tokcomp.cli.data import add_data_options, data_root, scored_images
 from tokcomp.cli.degrees import add_degree_options, add_plugin_options, build_degrees, load_plugin
 from tokcomp.cli.errors import UserError, blame, check_output_file
 from tokcomp.cli.table import table
@@ -140,31 +140,11 @@ def _scorer(
 ) -> Callable[[nn.Module], Evaluation]:
     """Scores a model on the images that the options name."""
     import torch
-    from timm.data import resolve_model_data_config
-    from torch.utils.data import IterableDataset
 
-    from tokcomp.data import count_classes
     from tokcomp.evaluate import evaluate
     from tokcomp.train.batches import held_out_batches
-    from tokcomp.train.data import Part, spread_sample
-    from tokcomp.train.recipe import plain_transform
 
-    dataset = open_data(args, root, args.split)
-    if isinstance(dataset, IterableDataset):
-        raise UserError(
-            "DATA must give any image by its number, got a stream; use a folder of images, torch/... or hfds/..."
-        )
-    classes = count_classes(dataset)
-    if classes is not None and classes > model.num_classes:
-        raise UserError(
-            f"the model must have a class for each of the data set's {classes}, got a model of {model.num_classes}; "
-            "pass the right --model, --checkpoint and --num-classes"
-        )
-    config = resolve_model_data_config(model)
-    if args.img_size is not None:
-        config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
-    indices = None if args.num_samples is None else spread_sample(dataset, args.num_samples, 0)
-    part = Part(dataset, indices, plain_transform(config))
+    part = scored_images(args, root, args.split, model)
     batches = held_out_batches(part, args.batch_size, workers=args.workers, pin_memory=device.type == "cuda")
     amp_dtype = None
     if args.amp:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 #: What a seed is for: stands among the numbers that it is derived from, so that uses do not share their numbers.
-ORDER, SAMPLE, MIXING, MODEL, SPLIT, DEGREES = range(1, 7)
+ORDER, SAMPLE, MIXING, MODEL, SPLIT, DEGREES, ARRIVALS = range(1, 8)
 
 
 def derived_seed(*numbers: int) -> int:
