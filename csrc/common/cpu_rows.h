@@ -64,6 +64,23 @@ inline void copy(const T* row, T* out, int64_t width) {
   if (width > 0) std::memcpy(out, row, width * sizeof(T));
 }
 
+// out = a + b, rounded to T.
+template <typename T>
+inline void add(const T* a, const T* b, T* out, int64_t width) {
+  using A = acc_type<T>;
+  int64_t c = 0;
+  for (; c + kStep<A> <= width; c += kStep<A>) {
+    const auto [a_low, a_high] = load_pair(a + c);
+    const auto [b_low, b_high] = load_pair(b + c);
+    store_pair<T>(out + c, a_low + b_low, a_high + b_high);
+  }
+  if (c < width) {
+    const auto [a_low, a_high] = load_pair(a + c, width - c);
+    const auto [b_low, b_high] = load_pair(b + c, width - c);
+    store_pair<T>(out + c, a_low + b_low, a_high + b_high, width - c);
+  }
+}
+
 // Sum of squares of one row in a single pass that also copies it to `out` and, widened, to `wide` where these are
 // given.
 template <typename T>
