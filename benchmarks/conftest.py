@@ -12,9 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokcomp.bench.models import NotMeasured
 from tokcomp.bench.provenance import device_slug, find_device, provenance, save_record
 from tokcomp.bench.report import format_columns
 from tokcomp.bench.timing import MIN_ROUNDS, TURN_SECONDS, Samples, device_rates, interleave, stopwatch
+
+from benchmarks.whole_model import Choice
+
+NOT_MEASURED = "not measured"
 
 
 class Playback:
@@ -45,13 +50,16 @@ class Results:
     def __init__(self, config: pytest.Config) -> None:
         self.device = find_device(config.getoption("--device"))
         self.rounds: int = config.getoption("--rounds")
+        self.choice = Choice.of(config, self.device)
         folder = config.getoption("--results")
         self.folder = Path(folder) if folder else Path(__file__).parent / "results" / device_slug(self.device)
         self.rows: list[dict[str, Any]] = []
+        self.not_measured: list[dict[str, Any]] = []
         self.tables: dict[str, list[list[str]]] = {}
         self.rates: dict[str, dict[str, float]] = {}
         self.path: Path | None = None
         self.provenance: dict[str, Any] | None = None
+        self.command = " ".join(["pytest", *config.invocation_params.args])
 
     def rates_of(self, dtype: torch.dtype) -> dict[str, float]:
         """The device's matrix and copy rates in this run."""
@@ -65,11 +73,18 @@ class Results:
         self.rows.append(dict(row))
         self.tables.setdefault(table, [list(head)]).append(list(cells))
 
+    def add_not_measured(self, suite: str, model: str, missing: NotMeasured) -> None:
+        """Record an entry that has no figure, and show why."""
+        self.not_measured.append({"suite": suite, "model": model, **missing.to_json()})
+        cells = [suite, model, str(missing.batch), missing.precision, missing.name, missing.reason]
+        self.tables.setdefault(NOT_MEASURED, [["suite", "model", "batch", "precision", "entry", "why"]]).append(cells)
+
     def save(self) -> None:
         """Write what there is so far, so that a run cut short leaves its rows behind."""
         if self.provenance is None:
             self.provenance = provenance(self.device)
-        record = {"provenance": self.provenance, "rates": self.rates, "rows": self.rows}
+        record = {"provenance": self.provenance, "command": self.command, "rates": self.rates, "rows": self.rows}
+        record["not_measured"] = self.not_measured
         self.path = save_record(self.folder, record, self.path)
 
 
@@ -77,8 +92,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tokcomp")
     group.addoption("--results", help="folder for this run's JSON (default: benchmarks/results/<device>)")
     group.addoption("--device", help="cpu or cuda (default: cuda where there is one)")
-    group.addoption("--torchcompile", action="store_true", help="time compiled models as well")
     group.addoption("--rounds", type=int, default=MIN_ROUNDS, help="turns of each competitor (default: %(default)s)")
+    group.addoption(
+        "--batches", metavar="N,N", help="images per batch of whole-model benchmarks, in place of each one's own"
+    )
+    group.addoption(
+        "--compile",
+        dest="compiled",
+        action="store_const",
+        const="all",
+        help="time every competitor compiled as well (default: on a GPU those that compile in seconds; on a CPU none)",
+    )
+    group.addoption("--no-compile", dest="compiled", action="store_const", const="none", help="time none compiled")
+    group.addoption(
+        "--published-code",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder of your clone of a published repository (DiffRate, ToMe, ToCom), to run beside ours; repeatable",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -109,9 +141,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 @pytest.fixture
 def results(request: pytest.FixtureRequest) -> Iterator[Results]:
     found = request.config.stash[RESULTS]
-    rows = len(found.rows)
+    known = len(found.rows) + len(found.not_measured)
     yield found
-    if len(found.rows) > rows:
+    if len(found.rows) + len(found.not_measured) > known:
         found.save()
 
 
@@ -125,22 +157,25 @@ def timed(benchmark: Any, results: Results) -> Callable[..., dict[str, Samples]]
     """``timed(calls, gate=..., shown=...)`` -> the rounds of each competitor.
 
     ``gate()`` runs first and raises unless what is to be timed is right; ``shown`` names the competitor whose rounds
-    pytest-benchmark lists. With --benchmark-disable only the gate and one call of each run, and the answer is empty.
+    pytest-benchmark lists, the first where that one is not there. With --benchmark-disable only the gate and one call
+    of each run, and the answer is empty.
     """
 
     def run(
         calls: Mapping[str, Callable[[], Any]],
         *,
-        gate: Callable[[], Any],
+        gate: Callable[[], Any] = lambda: None,
         shown: str,
         turn_seconds: float = TURN_SECONDS,
     ) -> dict[str, Samples]:
         gate()
+        if not calls:
+            pytest.skip("no competitor runs here; the reasons are recorded")
         if benchmark.disabled:
             benchmark.pedantic(lambda: [call() for call in calls.values()])
             return {}
         samples = interleave(calls, stopwatch(results.device), rounds=results.rounds, turn_seconds=turn_seconds)
-        CLOCK.show(benchmark, samples[shown].seconds)
+        CLOCK.show(benchmark, samples[shown if shown in samples else next(iter(samples))].seconds)
         benchmark.extra_info.update({name: list(one.seconds) for name, one in samples.items()})
         return samples
 

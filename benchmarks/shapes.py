@@ -65,6 +65,30 @@ def _rows(evit: tuple[float, int], tome: tuple[float, int], diffrate: tuple[floa
 #: MAE models classify by average pooling; timm's tag has no classifier of its own.
 _MAE = {"global_pool": "avg", "num_classes": 1000}
 
+
+@dataclass(frozen=True)
+class Subject:
+    """A model at a published budget."""
+
+    name: str  # timm's
+    budget: float
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.budget}G"
+
+
+#: What the speed goals are stated for, one budget a model.
+SUBJECTS = {
+    "deit-t": Subject("deit_tiny_patch16_224", 0.6),
+    "deit-s": Subject("deit_small_patch16_224", 2.3),
+    "deit-b": Subject("deit_base_patch16_224", 8.7),
+    "vit-l": Subject("vit_large_patch16_224.mae", 31.0, _MAE),
+    "vit-h": Subject("vit_huge_patch14_224.mae", 93.2, _MAE),
+}
+
+#: All of the table but LV-ViT-S, which timm does not have. MAE models take the place of their own checkpoints.
 TABLE_1 = (
     PaperModel(
         "ViT-S (DeiT)",

@@ -7,7 +7,7 @@ import timm
 import tokcomp
 import torch
 
-from benchmarks.test_training import check_gradients
+from benchmarks.training_steps import check_gradients
 
 CPU = torch.device("cpu")
 METHOD = tokcomp.DiffRate(tokcomp.CompressionSchedule([17, 13, 9], [17, 11, 7]))

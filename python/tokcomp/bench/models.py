@@ -1,48 +1,48 @@
-"""Whole models side by side: the published pipeline, timm, timm compiled, and ours; gated, then timed in turns."""
+"""Whole models side by side: published code, timm, ours, each eager and compiled; gated, then timed in turns."""
 
 from __future__ import annotations
 
 import copy
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tokcomp
-from tokcomp.bench.published import PublishedPipeline
+from tokcomp.bench.entries import COMPETITORS, PRECISIONS, Entry, build_runner, compiling
+from tokcomp.bench.gate import DisagreementError, Gate, check_agreement, image_shape
 from tokcomp.bench.timing import MIN_ROUNDS, Samples, interleave, rotating, stopwatch
 from tokcomp.methods import Method
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: Who may run a model, in the order of tables.
-COMPETITORS = ("published", "timm", "timm-compiled", "tokcomp", "tokcomp-compiled")
-#: Images that the correctness gate looks at.
-GATE_IMAGES = 9
+__all__ = [
+    "COMPETITORS",
+    "PRECISIONS",
+    "Comparison",
+    "DisagreementError",
+    "Entry",
+    "NotMeasured",
+    "Row",
+    "build_runner",
+    "check_agreement",
+    "compare_models",
+    "create_model",
+    "keep_everything",
+]
 
-
-@dataclass(frozen=True)
-class Entry:
-    """Who runs the model (one of :data:`COMPETITORS`), how it compresses (timm takes no method), and in what precision
-    where that is not the comparison's."""
-
-    competitor: str
-    method: Method | None = None
-    precision: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.competitor not in COMPETITORS:
-            raise ValueError(f"competitor must be one of {', '.join(COMPETITORS)}, got {self.competitor!r}")
-        if (self.method is None) != self.competitor.startswith("timm"):
-            raise ValueError(f"a method must be given for all but timm, got {self.method!r} for {self.competitor}")
+#: Characters of a reason that tables and records keep.
+_REASON = 300
 
 
 @dataclass(frozen=True)
 class Row:
-    """One entry at one batch size. ``speedup``: over the baseline entry; median, least and most of the rounds."""
+    """One entry at one batch size. ``speedup``: over the baseline entry; median, least and most of the rounds.
+    ``ready_seconds``: from a plain model to the first checked logits, compiling included."""
 
     name: str
     batch: int
@@ -53,13 +53,48 @@ class Row:
     most_images_per_second: float
     speedup: tuple[float, float, float] | None
     seconds: tuple[float, ...]
+    ready_seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def speed_over(self, other: Row) -> tuple[float, float, float]:
+        """How many times faster than ``other`` of the same run: median, least and most of the rounds' own ratios."""
+        return Samples(self.seconds).speedup_over(Samples(other.seconds))
+
+    def efficiency(self, uncompressed: Row) -> tuple[float, float, float]:
+        """The speed-up over our own uncompressed model as a share of the FLOPs ratio: median, least, most."""
+        median, least, most = (ratio * self.gflops / uncompressed.gflops for ratio in self.speed_over(uncompressed))
+        return median, least, most
+
+    def tax(self, sliced: Row) -> tuple[float, float, float]:
+        """Time above a static slice to the same token counts in the same stack, as a share: median, least, most."""
+        shares = [ours / theirs - 1 for ours, theirs in zip(self.seconds, sliced.seconds, strict=True)]
+        return statistics.median(shares), min(shares), max(shares)
+
+    def share_of(self, ideal_seconds: float) -> float:
+        """The ideal's time as a share of this entry's median."""
+        return ideal_seconds / statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """An entry without a figure, and why: it did not compile, did not fit, does not run here."""
+
+    name: str
+    batch: int
+    precision: str
+    reason: str
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-class DisagreementError(RuntimeError):
-    """The compressed model and the published pipeline differ by more than rounding: no speed is reported."""
+class Comparison(NamedTuple):
+    """What :func:`compare_models` found, in the order of batch sizes and entries."""
+
+    rows: list[Row]
+    not_measured: list[NotMeasured]
 
 
 def create_model(
@@ -88,8 +123,11 @@ def compare_models(
     rounds: int = MIN_ROUNDS,
     measure: Callable[[Mapping[str, Callable[[], Any]]], Mapping[str, Samples]] | None = None,
     report: Callable[[str], None] = lambda line: None,
-) -> list[Row]:
+) -> Comparison:
     """Time a model's entries on random images in turns, batch size by batch size.
+
+    Every entry with a method is checked in the very batch that is timed. One that runs out of memory gets a reason in
+    place of a figure, and so does one that compiles or runs a clone and fails in any way.
 
     Args:
         model: a plain timm VisionTransformer in float32; it is copied and stays as it is.
@@ -104,100 +142,62 @@ def compare_models(
         report: called with a line of progress now and then.
 
     Raises:
-        DisagreementError: the gate failed.
+        DisagreementError: ours computes something else than the published pipeline.
     """
-    dtype = PRECISIONS[precision]
     model = copy.deepcopy(model).to(device).eval()
-    shape = _image_shape(model)
-    with torch.inference_mode():
-        runners = {
-            name: build_runner(entry, model, PRECISIONS[entry.precision or precision], device)
-            for name, entry in entries.items()
+    rows: list[Row] = []
+    not_measured: list[NotMeasured] = []
+    with torch.inference_mode(), compiling():
+        gates = {
+            name: Gate(model, name, device) for name in {entry.precision or precision for entry in entries.values()}
         }
-        for name, entry in entries.items():
-            if entry.method is not None and entry.competitor != "published":
-                report(f"checking {name} against the published pipeline")
-                check_agreement(runners[name], model, entry.method, precision, device)
         cost = {name: _gflops(entry, model) for name, entry in entries.items()}
-        rows = []
         for batch in batch_sizes:
-            report(f"batch {batch}: warming up {len(runners)} entries")
-            images = [torch.randn(batch, *shape, device=device) for _ in range(2)]
-            lowered = [(one.to(dtype),) for one in images]
-            calls = {
-                name: rotating(
-                    runner, [(one,) for one in images] if entries[name].competitor == "published" else lowered
-                )
-                for name, runner in runners.items()
-            }
-            for call in calls.values():
-                call()
-            report(f"batch {batch}: {rounds} rounds")
+            images = [torch.randn(batch, *image_shape(model), device=device) for _ in range(2)]
+            calls: dict[str, Callable[[], Any]] = {}
+            ready: dict[str, float] = {}
+            for name, entry in entries.items():
+                own = entry.precision or precision
+                report(f"batch {batch}: {name}")
+                begin = time.perf_counter()
+                try:
+                    calls[name] = _prepare(entry, model, gates[own], images, batch)
+                except Exception as error:
+                    wrong = isinstance(error, DisagreementError) and entry.is_ours
+                    if wrong or not (entry.may_fail or isinstance(error, torch.OutOfMemoryError)):
+                        raise
+                    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_REASON]
+                    report(f"batch {batch}: {name} is not measured: {reason}")
+                    not_measured.append(NotMeasured(name, batch, own, reason))
+                    _free(device)
+                ready[name] = time.perf_counter() - begin
+            report(f"batch {batch}: {rounds} rounds of {len(calls)} entries")
             samples = measure(calls) if measure else interleave(calls, stopwatch(device), rounds=rounds)
             against = samples.get(baseline)
             rows += [
-                _row(name, batch, entries[name].precision or precision, cost[name], samples[name], against)
-                for name in runners
-                if name in samples
+                _row(name, batch, entries[name].precision or precision, cost[name], one, against, ready[name])
+                for name, one in samples.items()
             ]
-    return rows
+            calls.clear()
+            _free(device)
+    return Comparison(rows, not_measured)
 
 
-def check_agreement(
-    run: Callable[[Tensor], Tensor], model: nn.Module, method: Method, precision: str, device: torch.device
-) -> dict[str, float]:
-    """Compare logits on fresh random images, and two runs bit for bit; raises DisagreementError.
-
-    The oracle is the published pipeline in float64. The median image's relative error must be within twice that of the
-    published pipeline run in ``precision`` plus one rounding: the median, since a rounding that swaps two nearly equal
-    tokens changes an image's logits in either.
-    """
-    dtype = PRECISIONS[precision]
-    images = torch.randn(GATE_IMAGES, *_image_shape(model), device=device).to(dtype)
-    oracle = PublishedPipeline(copy.deepcopy(model).double(), method)(images.double())
-    published = build_runner(Entry("published", method), model, dtype, device)(images.float())
-    have = run(images).clone()
-    if not torch.equal(have, run(images)):
-        raise DisagreementError("two runs of the compressed model on the same images differ")
-    errors = {"tokcomp": _median_error(have, oracle), "published": _median_error(published, oracle)}
-    bound = 2 * errors["published"] + torch.finfo(dtype).eps
-    if not errors["tokcomp"] <= bound:
-        raise DisagreementError(
-            f"the compressed model's logits are {errors['tokcomp']:.3g} off in {precision}, the published pipeline's "
-            f"{errors['published']:.3g}: more than twice as far from float64"
-        )
-    return errors
+def _prepare(entry: Entry, model: nn.Module, gate: Gate, images: list[torch.Tensor], batch: int) -> Callable[[], Any]:
+    """The call to time: made ready, checked and warm."""
+    dtype = PRECISIONS[gate.precision]
+    with torch.inference_mode(False), torch.no_grad():  # its weights are to be what a user's are
+        run = build_runner(entry, model, dtype, gate.device, batch)
+    call = rotating(run, [(one if entry.autocasts else one.to(dtype),) for one in images])
+    call()
+    if entry.method is not None and entry.competitor != "published":
+        gate.check(run, entry.method, batch=batch, entry=entry)
+    return call
 
 
-def _median_error(logits: Tensor, oracle: Tensor) -> float:
-    difference = (logits.double() - oracle).norm(dim=1) / oracle.norm(dim=1)
-    return difference.median().item()
-
-
-def build_runner(
-    entry: Entry, model: nn.Module, dtype: torch.dtype, device: torch.device
-) -> Callable[[Tensor], Tensor]:
-    """What maps images to logits: in ``dtype``, or float32 images for the published pipeline, which uses autocast."""
-    if entry.competitor == "published":
-        assert entry.method is not None
-        pipeline = PublishedPipeline(model, entry.method)
-
-        def run(images: Tensor) -> Tensor:
-            with _autocast(dtype, device):
-                return pipeline(images)
-
-        return run
-    own: Any = copy.deepcopy(model).to(dtype)
-    if entry.method is not None:
-        tokcomp.compress(own, entry.method)
-    if not entry.competitor.endswith("-compiled"):
-        return own
-    # Freezing lays weights out for oneDNN; without it Inductor is no faster than eager on CPU.
-    return torch.compile(own, dynamic=False, options={"freezing": True} if device.type == "cpu" else None)
-
-
-def _autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+def _free(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _gflops(entry: Entry, model: nn.Module) -> float:
@@ -206,12 +206,15 @@ def _gflops(entry: Entry, model: nn.Module) -> float:
     return tokcomp.flops(tokcomp.compress(copy.deepcopy(model), entry.method)) / 1e9
 
 
-def _image_shape(model: Any) -> tuple[int, int, int]:
-    patch_embed = model.patch_embed
-    return (patch_embed.proj.in_channels, *patch_embed.img_size)
-
-
-def _row(name: str, batch: int, precision: str, gflops: float, samples: Samples, baseline: Samples | None) -> Row:
+def _row(
+    name: str,
+    batch: int,
+    precision: str,
+    gflops: float,
+    samples: Samples,
+    baseline: Samples | None,
+    ready_seconds: float,
+) -> Row:
     return Row(
         name=name,
         batch=batch,
@@ -222,4 +225,5 @@ def _row(name: str, batch: int, precision: str, gflops: float, samples: Samples,
         most_images_per_second=batch / samples.least,
         speedup=None if baseline is None else samples.speedup_over(baseline),
         seconds=samples.seconds,
+        ready_seconds=round(ready_seconds, 2),
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp.adapters import find_adapter
+from tokcomp.bench.static_slice import StaticSlice
 from tokcomp.methods import Assignment, DiffRate, EViT, Method, ToMe
 
 
@@ -98,7 +99,8 @@ class PublishedPipeline(nn.Module):
 
     Args:
         model: a plain timm VisionTransformer, whose modules are used as they are.
-        method: a DiffRate (class attention; prune and merge in the published order, or one of them), ToMe or EViT.
+        method: a DiffRate (class attention; prune and merge in the published order, or one of them), ToMe or EViT; or a
+            StaticSlice, which nobody published, to check ours against.
 
     Raises:
         ValueError: a DiffRate metric or pipeline that was not published as an inference model.
@@ -107,7 +109,7 @@ class PublishedPipeline(nn.Module):
 
     def __init__(self, model: nn.Module, method: Method) -> None:
         super().__init__()
-        if not isinstance(method, (DiffRate, ToMe, EViT)):
+        if not isinstance(method, (DiffRate, ToMe, EViT, StaticSlice)):
             raise TypeError(f"method must be a DiffRate, ToMe or EViT, got {type(method).__name__}")
         if isinstance(method, DiffRate):
             if method.metric != "cls_attn":
@@ -145,6 +147,8 @@ class PublishedPipeline(nn.Module):
             x, size = bipartite_merge(x, keys.mean(1), x.shape[1] - assignment.num_tokens_out, size, prefix)
         elif isinstance(method, EViT) and assignment is not None:
             x = keep_attended(x, probabilities, assignment.num_prune_kept, method.fuse, prefix)
+        elif assignment is not None:
+            x = x[:, : assignment.num_tokens_out]
         return x + block.ls2(block.mlp(block.norm2(x))), size
 
     def _diffrate(

@@ -10,10 +10,12 @@ from tokcomp.bench.models import Row
 
 _COLOURS = {
     "published": "#8c8c8c",
+    "published-compiled": "#5a5a5a",
     "timm": "#4c72b0",
     "timm-compiled": "#1f3f77",
     "tokcomp": "#c44e52",
     "tokcomp-compiled": "#7a1f2b",
+    "tokcomp-graph": "#4a0f18",
 }
 
 
@@ -60,8 +62,9 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     axes: Any = figure.subplots()
     width = 0.84 / len(names)
     for number, name in enumerate(names):
-        places = [index + (number - (len(names) - 1) / 2) * width for index in range(len(batches))]
-        chosen = [by_place[name, batch] for batch in batches]
+        measured = [index for index, batch in enumerate(batches) if (name, batch) in by_place]
+        places = [index + (number - (len(names) - 1) / 2) * width for index in measured]
+        chosen = [by_place[name, batches[index]] for index in measured]
         heights = [row.images_per_second for row in chosen]
         spread = [
             [row.images_per_second - row.least_images_per_second for row in chosen],

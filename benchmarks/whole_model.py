@@ -1,0 +1,183 @@
+"""What the whole-model benchmarks share: who takes part, what is derived from the times, what is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokcomp.bench.entries import PRECISIONS, Entry
+from tokcomp.bench.models import Row, compare_models, keep_everything
+from tokcomp.bench.published_code import find_clones
+from tokcomp.bench.roofline import ideal_seconds
+from tokcomp.bench.static_slice import StaticSlice
+from tokcomp.methods import DiffRate, Method, ToMe
+from torch import nn
+
+#: Stacks of ours: the compressed model as it runs, and as one CUDA graph.
+STACKS = ("tokcomp", "tokcomp-graph")
+#: Blocks up to which torch.compile of a compressed model, each of whose blocks has shapes of its own, takes seconds.
+_FEW_BLOCKS = 12
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the command line asks for. ``compiled``: "all", "some" (what compiles in seconds) or "none"."""
+
+    device: torch.device
+    compiled: str
+    clones: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, config: Any, device: torch.device) -> Choice:
+        """From pytest's options.
+
+        Raises:
+            ValueError: --published-code names no clone.
+        """
+        clones = tuple(Path(folder) for folder in config.getoption("--published-code"))
+        find_clones(clones)
+        compiled = config.getoption("compiled") or ("some" if device.type == "cuda" else "none")
+        return cls(device, compiled, clones)
+
+    def compiles(self, num_blocks: int) -> bool:
+        """Whether to compile a model whose blocks all have other shapes."""
+        return self.compiled == "all" or (self.compiled == "some" and num_blocks <= _FEW_BLOCKS)
+
+
+def batches(config: Any, own: Sequence[int]) -> Sequence[int]:
+    """What --batches says, or a benchmark's ``own`` batch sizes.
+
+    Raises:
+        ValueError: --batches is no list of numbers from 1.
+    """
+    text = config.getoption("--batches")
+    if not text:
+        return own
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--batches must be numbers from 1 with commas between them, got {text!r}")
+    return [int(part) for part in parts]
+
+
+def all_entries(model: Any, method: Method, precision: str, choice: Choice) -> dict[str, Entry]:
+    """Everyone who can run ``model`` under ``method``: those who are compared closely take turns next to each other."""
+    entries = {"published": Entry("published", method)}
+    if choice.device.type == "cpu" and precision != "float32":
+        # Half precision is a choice of ours here: the published pipeline's best on CPU may be float32.
+        entries["published-float32"] = Entry("published", method, precision="float32")
+    if choice.clones and isinstance(method, (DiffRate, ToMe)):
+        entries["published-code"] = Entry("published-code", method, code=choice.clones)
+    many = choice.compiles(len(model.blocks))
+    if many:
+        entries["published-compiled"] = Entry("published-compiled", method)
+    entries["timm"] = Entry("timm")
+    if choice.compiled != "none":
+        entries["timm-compiled"] = Entry("timm-compiled")
+    if many:
+        entries["tokcomp-compiled"] = Entry("tokcomp-compiled", method)
+    sliced, whole = StaticSlice.like(method, model), keep_everything(model)
+    for stack in STACKS if choice.device.type == "cuda" else STACKS[:1]:
+        entries[f"{stack}-uncompressed"] = Entry(stack, whole)
+        entries[f"{stack}-slice"] = Entry(stack, sliced)
+        entries[stack] = Entry(stack, method)
+    return entries
+
+
+def baseline_of(entries: Mapping[str, Entry]) -> str:
+    """The entry that speed-ups are quoted over: the published pipeline, in float32 on a CPU."""
+    return "published-float32" if "published-float32" in entries else "published"
+
+
+def measure(
+    model: nn.Module,
+    entries: Mapping[str, Entry],
+    batch: int,
+    precision: str,
+    timed: Any,
+    results: Any,
+    *,
+    suite: str,
+    name: str,
+    shown: str = "tokcomp",
+    baseline: str | None = None,
+) -> dict[str, Row]:
+    """The entries' rows by name, those not measured left out and recorded with their reason; empty without timing."""
+    # No gate here: compare_models has checked every entry by the time it calls measure.
+    rows, not_measured = compare_models(
+        model,
+        entries,
+        batch_sizes=[batch],
+        precision=precision,
+        device=results.device,
+        baseline=baseline_of(entries) if baseline is None else baseline,
+        measure=lambda calls: timed(calls, shown=shown),
+        report=lambda line: print(line, flush=True),
+    )
+    for missing in not_measured:
+        results.add_not_measured(suite, name, missing)
+    return {row.name: row for row in rows}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a row says beside the others of its run; None where the run has nothing to compare with."""
+
+    share_of_matrix_rate: float
+    share_of_ideal: float
+    over_timm: tuple[float, float, float] | None
+    over_timm_compiled: tuple[float, float, float] | None
+    efficiency: tuple[float, float, float] | None
+    tax: tuple[float, float, float] | None
+
+    @classmethod
+    def of(
+        cls, row: Row, rows: Mapping[str, Row], entry: Entry, model: nn.Module, rates: Mapping[str, float]
+    ) -> Figures:
+        """``rates``: the device's in the row's precision, measured in the same run."""
+        dtype = PRECISIONS[row.precision]
+        others = {name: rows.get(name) for name in ("timm", "timm-compiled")}
+        whole, sliced = rows.get(f"{row.name}-uncompressed"), rows.get(f"{row.name}-slice")
+        return cls(
+            share_of_matrix_rate=2e9 * row.gflops * row.images_per_second / rates["matrix_flops_per_s"],
+            share_of_ideal=row.share_of(ideal_seconds(model, entry.method, row.batch, dtype, rates)),
+            over_timm=None if others["timm"] is None else row.speed_over(others["timm"]),
+            over_timm_compiled=None if others["timm-compiled"] is None else row.speed_over(others["timm-compiled"]),
+            efficiency=None if whole is None else row.efficiency(whole),
+            tax=None if sliced is None else row.tax(sliced),
+        )
+
+
+HEAD = ["model", "batch", "precision", "entry", "GFLOPs", "img/s", "over published", "least", "most"]
+HEAD += ["over timm", "over compiled", "of ideal", "efficiency", "tax"]
+
+
+def add_rows(
+    results: Any,
+    table: str,
+    suite: str,
+    model: nn.Module,
+    label: Mapping[str, Any],
+    rows: Mapping[str, Row],
+    entries: Mapping[str, Entry],
+) -> None:
+    """Record every row with its figures, and show it. ``label``: what the record says of the model; "model" is shown,
+    and "budget" with it."""
+    title = str(label["model"]) + (f" {label['budget']}G" if "budget" in label else "")
+    for name, row in rows.items():
+        figures = Figures.of(row, rows, entries[name], model, results.rates_of(PRECISIONS[row.precision]))
+        cells = [title, str(row.batch), row.precision, name, f"{row.gflops:.2f}", f"{row.images_per_second:.1f}"]
+        cells += [f"{ratio:.2f}x" for ratio in row.speedup or ()] or [""] * 3
+        cells += [times(figures.over_timm), times(figures.over_timm_compiled), f"{figures.share_of_ideal:.0%}"]
+        cells += [share(figures.efficiency), share(figures.tax)]
+        results.add({"suite": suite, **label, **row.to_json(), **vars(figures)}, table, HEAD, cells)
+
+
+def times(ratio: tuple[float, float, float] | None) -> str:
+    return "" if ratio is None else f"{ratio[0]:.2f}x"
+
+
+def share(ratio: tuple[float, float, float] | None) -> str:
+    return "" if ratio is None else f"{ratio[0]:.1%}"
