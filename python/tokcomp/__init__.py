@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokcomp.adapters import UnsupportedModelError
     from tokcomp.api import compress, flops, restore, trace
+    from tokcomp.deploy.compiled import CompiledModel, compile
+    from tokcomp.deploy.exported import ExportedModel, export, load_exported
     from tokcomp.methods import DiffRate, EViT, Method, ToMe, ToMeMLP
     from tokcomp.schedule import CompressionSchedule
     from tokcomp.search.model import DiffRateSearch
@@ -23,28 +25,35 @@ if TYPE_CHECKING:
     from tokcomp_kernels._version import __version__
 
 _HOMES = {
+    "CompiledModel": "tokcomp.deploy.compiled",
     "CompressionSchedule": "tokcomp.schedule",
     "DiffRate": "tokcomp.methods",
     "DiffRateSearch": "tokcomp.search.model",
     "EViT": "tokcomp.methods",
+    "ExportedModel": "tokcomp.deploy.exported",
     "Method": "tokcomp.methods",
     "Switchable": "tokcomp.tocom.switch",
     "ToCom": "tokcomp.tocom.plugin",
     "ToMe": "tokcomp.methods",
     "ToMeMLP": "tokcomp.methods",
     "UnsupportedModelError": "tokcomp.adapters",
+    "compile": "tokcomp.deploy.compiled",
     "compress": "tokcomp.api",
+    "export": "tokcomp.deploy.exported",
     "flops": "tokcomp.api",
+    "load_exported": "tokcomp.deploy.exported",
     "restore": "tokcomp.api",
     "__version__": "tokcomp_kernels._version",
     "trace": "tokcomp.api",
 }
 
 __all__ = [
+    "CompiledModel",
     "CompressionSchedule",
     "DiffRate",
     "DiffRateSearch",
     "EViT",
+    "ExportedModel",
     "Method",
     "Switchable",
     "ToCom",
@@ -52,8 +61,11 @@ __all__ = [
     "ToMeMLP",
     "UnsupportedModelError",
     "__version__",
+    "compile",
     "compress",
+    "export",
     "flops",
+    "load_exported",
     "restore",
     "trace",
 ]

@@ -24,6 +24,7 @@ COMMANDS = {
     "finetune": ("tokcomp.cli.finetune", "train a compressed model: fine-tuning, or from scratch"),
     "tocom": ("tokcomp.cli.tocom", "move a trained model between compression degrees (ToCom)"),
     "serve-sim": ("tokcomp.cli.serve_sim", "serve a load that rises and falls, at the degree the queue asks for"),
+    "export": ("tokcomp.cli.export", "compile a model into one file for Python and C++ programs"),
     "visualize": ("tokcomp.cli.visualize", "draw which patches a method merges and prunes, block by block"),
     "bench": ("tokcomp.cli.bench", "time a compressed model against timm and the published pipeline"),
 }

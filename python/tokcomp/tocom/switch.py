@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from tokcomp import fastpath
 from tokcomp.api import compress
+from tokcomp.graphs import Graphs
 from tokcomp.methods import Method, ToMe
 from tokcomp.tocom.degrees import Degrees, check_degrees, method_at
 from tokcomp.tocom.fold import fold_of
-from tokcomp.tocom.graphs import Graphs
 from tokcomp.tocom.layers import qkv_layers, read_rows, write_rows
 from tokcomp.tocom.plugin import ToCom
 from tokcomp.tocom.twins import twin_model
@@ -73,7 +73,7 @@ class Switchable:
                 for layer, new in zip(self._own[degree], rows, strict=True):
                     _give_own_weight(layer, new)
             adapter.warm_up(twin)
-        self._graphs = Graphs(self._models)
+        self._graphs = Graphs()
         self._degree = next(iter(self._models))
 
     def __repr__(self) -> str:
@@ -122,7 +122,8 @@ class Switchable:
         degree once.
         """
         if images.is_cuda:
-            self._graphs.capture(images)
+            for degree, model in self._models.items():
+                self._graphs.capture(degree, model, images)
         else:
             for degree in self._models:
                 self(images, degree)

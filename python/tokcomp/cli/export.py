@@ -1,0 +1,77 @@
+"""tokcomp export."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tokcomp.cli import options
+from tokcomp.cli.errors import UserError, blame, check_output_file
+
+DESCRIPTION = """\
+Compile a model, compressed or not, ahead of time into one file (torch.export and AOTInductor), weights included. Python
+programs run it with tokcomp.load_exported, C++ programs with LibTorch and libtokcomp: docs/deploying.md. It needs a C++
+compiler, and computes on the kind of device, and in the type, that are chosen here.
+"""
+
+EXAMPLES = """\
+examples:
+  tokcomp export -m tokcomp_digits_vit --pretrained --method tome --r 8 -o digits.pt2
+      the bundled model, for any batch up to 1024; no download
+  tokcomp export -m deit_small_patch16_224 --pretrained --method diffrate --gflops 2.3 -o deit.pt2
+      the schedule that the DiffRate paper published for this model and budget
+  tokcomp export -m deit_base_patch16_224 --checkpoint mine.safetensors --method diffrate --schedule mine.json \\
+      --device cuda --model-dtype float16 -b 64 --static-batch -o mine.pt2
+      your own weights and schedule, in half precision, for 64 images at a time and no other number
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    options.add_model_options(parser, default="deit_small_patch16_224")
+    options.add_method_options(parser)
+    group = parser.add_argument_group("package")
+    group.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the package, .pt2 by custom")
+    group.add_argument(
+        "--model-dtype", choices=("float32", "float16", "bfloat16"), help="convert the weights (default: as they are)"
+    )
+    group.add_argument(
+        "-b", "--batch-size", type=options.positive_int, default=8, metavar="N", help="batch to tune for (default: 8)"
+    )
+    group.add_argument(
+        "--max-batch", type=options.positive_int, default=1024, metavar="N", help="largest batch (default: 1024)"
+    )
+    group.add_argument("--static-batch", action="store_true", help="take batches of --batch-size images alone")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_output_file("--output", args.output)
+    if not args.static_batch and args.batch_size > args.max_batch:
+        raise UserError(
+            f"--batch-size must be at most --max-batch, {args.max_batch}, got {args.batch_size}; raise the latter"
+        )
+    device = options.chosen_device(args.device)
+    import torch
+
+    from tokcomp.deploy.exported import export
+
+    model = options.build_model(args)
+    options.compress_by(args, model, options.build_method(args, model))
+    model.to(device, getattr(torch, args.model_dtype) if args.model_dtype else None)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with blame(f"--model '{args.model}'"):
+        export(
+            model,
+            args.output,
+            batch=args.batch_size,
+            dynamic_batch=not args.static_batch,
+            max_batch=args.max_batch,
+            img_size=args.img_size,
+        )
+    count = f"{args.batch_size}" if args.static_batch else f"1 to {args.max_batch}"
+    megabytes = args.output.stat().st_size / 1e6
+    print(
+        f"written: {args.output} ({megabytes:.1f} MB, {options.describe_weights(args)}; {count} images, {device.type})"
+    )
+    print(f"run it:  tokcomp.load_exported('{args.output}')(images)")
+    return 0

@@ -1,0 +1,239 @@
+"""tokcomp.compile: a model for serving, one CUDA graph per size of batch."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokcomp import fastpath, graphs
+from tokcomp.deploy.inputs import check_images, checked_batch, inputs_of
+from tokcomp.deploy.watch import Watch
+
+_KEY = "model"
+
+
+class Memory(NamedTuple):
+    """Bytes that a compiled model holds beyond the model itself."""
+
+    #: By size of batch: what its graph added to the pool that all share, and its input.
+    graphs: dict[int, int]
+    #: Copies of the weights in oneDNN's layout, on CPU.
+    packed: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.graphs.values()) + self.packed
+
+
+def compile(
+    model: nn.Module,
+    batch: int | Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    img_size: int | Sequence[int] | None = None,
+    pad: bool = False,
+) -> CompiledModel:
+    """Make a model ready to serve batches of known sizes.
+
+    On CUDA the whole model becomes one CUDA graph per size of batch: one launch instead of hundreds. Batches of other
+    sizes run without a graph, which is said once, or through the next larger graph with ``pad=True``. On other devices
+    there are no graphs; the model runs once per size, so that weights are packed and memory is there.
+
+    The model itself is not changed, and not copied: its weights serve both. Values written into them
+    (``load_state_dict``, ``ToCom.fold``) count from the next batch on; where they are replaced, the model is compressed
+    differently, or a module is exchanged, the next batch has everything captured again, with a warning.
+
+    Args:
+        model: in evaluation mode, compressed or plain, on the device where it is to run; its logits one tensor. What
+            ``torch.compile`` returned will do as well.
+        batch: number of images, or several.
+        dtype: compute in this type by autocast, whatever autocast says around the calls. None: in the weights' own,
+            which is faster where the model was converted (``model.half()``).
+        img_size: side, or (height, width), of the images; None: the model's own.
+        pad: on CUDA, let every batch run through graphs: in pieces as large as the largest, the last one padded up to
+            the next. An image's logits do not depend on what else is in its batch.
+
+    Raises:
+        TypeError: ``model`` is no module, or its output no tensor; ``batch`` no whole number; ``dtype`` no float16,
+            bfloat16 or the weights' own.
+        ValueError: the model is in training mode, on the meta device, on several devices or has no image size;
+            ``batch`` is below 1 or empty.
+    """
+    return CompiledModel(model, batch, dtype=dtype, img_size=img_size, pad=pad)
+
+
+class CompiledModel(nn.Module):
+    """What :func:`compile` returns: call it with images [B, C, H, W] for their logits.
+
+    The images are of the model's type, on its device. The logits are the caller's, in memory of their own, and carry no
+    gradient. Any thread may call it, on any stream: batches that have graphs take turns. Copies and pickles are of the
+    model and its settings, and are compiled anew. ``model`` is the model itself: take ``state_dict`` of that.
+    """
+
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: int | Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        img_size: int | Sequence[int] | None = None,
+        pad: bool = False,
+    ) -> None:
+        super().__init__()
+        self.training = False
+        self._img_size, self._inputs = img_size, inputs_of(model, img_size)
+        self.model, self.dtype, self.pad = model, _autocast_dtype(dtype, self._inputs.dtype), pad
+        self._graphs, self._lock, self._warned = graphs.Graphs(), threading.RLock(), False
+        self._watch = Watch(model)
+        self._batches: list[int] = []
+        sizes = [batch] if isinstance(batch, int) else list(batch)
+        if not sizes:
+            raise ValueError("batch must name at least one size, got none")
+        # The largest first: the others find their memory in the pool.
+        for size in sorted({checked_batch("batch", size) for size in sizes}, reverse=True):
+            self.capture(size)
+
+    def extra_repr(self) -> str:
+        return f"batch={self.batches}, dtype={self.dtype or self._inputs.dtype}, pad={self.pad}"
+
+    @property
+    def batches(self) -> list[int]:
+        """The sizes of batches that it is ready for."""
+        return sorted(self._batches)
+
+    def capture(self, batch: int) -> None:
+        """Make one more size of batch ready; does nothing where it is."""
+        checked_batch("batch", batch)
+        with self._lock:
+            self._refresh()
+            self._prepare(batch)
+            if batch not in self._batches:
+                self._batches = [*self._batches, batch]
+
+    def memory(self) -> Memory:
+        """Bytes held beyond the model: per graph, and for packed weights."""
+        packed = fastpath.packed_now(self.model)
+        nbytes = {batch: self._graphs.nbytes(_KEY, batch) + self._graphs.input_nbytes(batch) for batch in self.batches}
+        return Memory(nbytes, 0 if packed is None else packed.nbytes)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of images [B, C, H, W].
+
+        Raises:
+            TypeError, ValueError: the images are none, of another type or on another device than the model; or, by the
+                model itself, of a size that it does not take.
+        """
+        if isinstance(images, Tensor) and not self._inputs.accepts(images):
+            self._refresh()  # the model may have been moved or converted
+        check_images(images, self._inputs)
+        if self.model.training:
+            raise ValueError("model must be in evaluation mode, got one in training mode: call model.eval()")
+        with self._precision():
+            if not graphs.serve(images.device):
+                return self.model(images)
+            logits = self._replay(images)
+            if logits is None:
+                self._say_once(images)
+                return self.model(images)
+        # Asked while the GPU is at work. A graph of what the model was has read memory that is still there.
+        return self.forward(images) if self._refresh() else logits
+
+    def train(self, mode: bool = True) -> CompiledModel:
+        """Refuses training mode."""
+        if mode:
+            raise ValueError("a compiled model is for inference: train its model, compiled.model")
+        super().train(False)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _compiled, (self.model, self.batches, self.dtype, self._img_size, self.pad)
+
+    def _precision(self) -> torch.autocast:
+        enabled = self.dtype is not None
+        return torch.autocast(self._inputs.device.type, self.dtype, enabled=enabled, cache_enabled=False)
+
+    def _replay(self, images: Tensor) -> Tensor | None:
+        """Logits through one or more graphs, None where there is none for such a batch."""
+        if tuple(images.shape[1:]) != self._inputs.shape or not len(images):
+            return None
+        batches = self._batches
+        if len(images) in batches:
+            return self._graphs.run(_KEY, images)
+        if not self.pad:
+            return None
+        logits = []
+        for part in images.split(max(batches)):
+            fit = min(batch for batch in batches if batch >= len(part))
+            logits.append(self._graphs.run(_KEY, part, fit))
+        known = [one for one in logits if one is not None]
+        if len(known) < len(logits):  # another thread is capturing anew
+            return None
+        return known[0] if len(known) == 1 else torch.cat(known)
+
+    def _prepare(self, batch: int) -> None:
+        images = self._inputs.batch(batch)
+        with torch.no_grad(), self._precision():
+            if batch not in self._batches:
+                logits: Any = self.model(images)
+                if not isinstance(logits, Tensor):
+                    raise TypeError(f"model must return one tensor, got {type(logits).__name__}")
+                del logits
+            if graphs.serve(images.device):
+                self._graphs.capture(_KEY, self.model, images)
+
+    def _refresh(self) -> bool:
+        """Start anew if the model is not what it was; whether it was so."""
+        with self._lock:
+            change = self._watch.change()
+            if change is None:
+                return False
+            if graphs.serve(self._inputs.device):
+                warnings.warn(
+                    f"{change} changed since the model was compiled: capturing its graphs again", stacklevel=4
+                )
+            self._graphs.clear()
+            self._inputs, self._watch = inputs_of(self.model, self._img_size), Watch(self.model)
+            for batch in sorted(self._batches, reverse=True):
+                self._prepare(batch)
+            return True
+
+    def _say_once(self, images: Tensor) -> None:
+        expected = tuple(images.shape[1:]) == self._inputs.shape and (self.pad or len(images) in self._batches)
+        if self._warned or expected:
+            return
+        self._warned = True
+        ready = ", ".join(map(str, self.batches))
+        warnings.warn(
+            f"images {list(images.shape)} have no CUDA graph and run without one, more slowly: there are graphs for "
+            f"{ready} images of {list(self._inputs.shape)}; capture({len(images)}) makes one more, pad=True pads such "
+            "batches. This is said once",
+            stacklevel=4,
+        )
+
+
+def _compiled(
+    model: nn.Module,
+    batch: Sequence[int],
+    dtype: torch.dtype | None,
+    img_size: int | Sequence[int] | None,
+    pad: bool,
+) -> CompiledModel:
+    return CompiledModel(model, batch, dtype=dtype, img_size=img_size, pad=pad)
+
+
+def _autocast_dtype(dtype: torch.dtype | None, own: torch.dtype) -> torch.dtype | None:
+    """What to autocast to, None for nothing."""
+    if dtype is None or dtype == own:
+        return None
+    if dtype not in (torch.float16, torch.bfloat16) or own != torch.float32:
+        name, rule = str(own).removeprefix("torch."), "float16 or bfloat16" if own == torch.float32 else "the weights'"
+        raise TypeError(f"dtype must be {rule} for a {name} model, got {dtype}; convert it: model.to(...)")
+    return dtype

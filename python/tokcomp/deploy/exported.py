@@ -1,0 +1,182 @@
+"""tokcomp.export: a model compiled ahead of time into a package that Python and C++ programs run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokcomp.adapters.swap import original_class
+from tokcomp.deploy.inputs import Inputs, check_images, checked_batch, inputs_of
+from tokcomp.deploy.watch import method_of
+from tokcomp.files import replacing
+from tokcomp_kernels._version import __version__  # and so registers the operators that packages call
+
+#: Beginning of our keys in a package's metadata.
+_PREFIX = "tokcomp_"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    batch: int = 8,
+    dynamic_batch: bool = True,
+    max_batch: int = 1024,
+    img_size: int | Sequence[int] | None = None,
+    inductor_configs: Mapping[str, Any] | None = None,
+) -> Path:
+    """Compile a model ahead of time (``torch.export`` and AOTInductor) into one file, weights included.
+
+    What runs it needs neither timm nor this library: in Python ``import tokcomp_kernels`` and
+    ``torch._inductor.aoti_load_package``, or :func:`load_exported`, which checks its images; in C++ LibTorch and
+    libtokcomp. Needs a C++ compiler; the package is for the type, device and kind of processor that the model has now.
+    The model is not changed.
+
+    Args:
+        model: in evaluation mode, compressed or plain, on the device where the package is to run, in the type in which
+            it is to compute; its logits one tensor.
+        path: the file to write, ``.pt2`` by custom; replaced if it is there.
+        batch: number of images; with ``dynamic_batch`` the number to tune for.
+        dynamic_batch: take any number of images from 1 to ``max_batch``.
+        max_batch: the largest batch.
+        img_size: side, or (height, width), of the images; None: the model's own.
+        inductor_configs: further settings of ``torch._inductor.config``, ``{"max_autotune": True}`` say. On CPU
+            ``freezing`` is set, which packs the weights for oneDNN.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: ``model`` is no module, or of another type than float32, float16 and bfloat16.
+        ValueError: it is in training mode, on the meta device, on several devices or has no image size; ``batch`` is
+            below 1 or above ``max_batch``; ``path`` is in no folder.
+    """
+    inputs = inputs_of(model, img_size)
+    if inputs.dtype not in _DTYPES.values():
+        raise TypeError(f"model must be of {', '.join(_DTYPES)}, got {inputs.dtype}: convert it, model.float() say")
+    if checked_batch("batch", batch) > checked_batch("max_batch", max_batch) and dynamic_batch:
+        raise ValueError(f"batch must be at most max_batch, {max_batch}, got {batch}")
+    path = Path(path)
+    if not path.parent.is_dir() or path.is_dir():
+        raise ValueError(f"path must be a file in a folder that is there, got '{path}'")
+    model = getattr(model, "_orig_mod", model)
+    lowest, highest = (1, max_batch) if dynamic_batch else (batch, batch)
+    facts = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "model": original_class(model).__name__,
+        "method": repr(method_of(model) or "none"),
+        "channels": inputs.shape[0],
+        "height": inputs.shape[1],
+        "width": inputs.shape[2],
+        "dtype": str(inputs.dtype).removeprefix("torch."),
+        "device": inputs.device.type,
+        "min_batch": lowest,
+        "max_batch": highest,
+    }
+    configs: dict[str, Any] = {"freezing": inputs.device.type == "cpu"}
+    configs |= {"aot_inductor.metadata": {_PREFIX + name: str(value) for name, value in facts.items()}}
+    configs |= inductor_configs or {}
+    program = _program(model, inputs, batch, lowest, highest)
+    with replacing(path) as file:
+        torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=configs)
+    return path
+
+
+def _program(model: nn.Module, inputs: Inputs, batch: int, lowest: int, highest: int) -> torch.export.ExportedProgram:
+    shapes = None
+    if lowest < highest:
+        shapes = ({0: torch.export.Dim("batch", min=lowest, max=highest)},)
+        batch = max(batch, 2)  # a dimension of 1 would be taken for a constant
+    precision = torch.autocast(inputs.device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), precision:
+        program = torch.export.export(model, (inputs.batch(batch),), dynamic_shapes=shapes)
+    if not program.call_spec.out_spec.is_leaf():
+        raise TypeError(f"model must return one tensor, got {program.call_spec.out_spec.type.__name__}")
+    return program
+
+
+class ExportedModel:
+    """A package as :func:`load_exported` opened it: call it with images [B, C, H, W] for their logits.
+
+    Any thread may call it, and batches take turns. The logits carry no gradient.
+    """
+
+    def __init__(self, path: Path, facts: Mapping[str, str], device_index: int) -> None:
+        device = torch.device(facts["device"])
+        if device.type == "cuda":
+            device = torch.device("cuda", device_index if device_index >= 0 else torch.cuda.current_device())
+        #: What the package was made of: model, method, versions, ...
+        self.facts = dict(facts)
+        shape = int(facts["channels"]), int(facts["height"]), int(facts["width"])
+        self._inputs = Inputs(shape, _DTYPES[facts["dtype"]], device)
+        self._batches = range(int(facts["min_batch"]), int(facts["max_batch"]) + 1)
+        self._run = torch._inductor.aoti_load_package(str(path), device_index=device_index)
+
+    def __repr__(self) -> str:
+        return f"ExportedModel({', '.join(f'{name}={value}' for name, value in self.facts.items())})"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits [B, classes].
+
+        Raises:
+            TypeError, ValueError: the images are none, of another type, size or device than the package was made for,
+                or more or fewer than it takes.
+        """
+        check_images(images, self._inputs)
+        if tuple(images.shape[1:]) != self._inputs.shape or len(images) not in self._batches:
+            low, high = self._batches[0], self._batches[-1]
+            count = f"{low}" if low == high else f"{low} to {high}"
+            raise ValueError(f"images must be {count} of {list(self._inputs.shape)}, got {list(images.shape)}")
+        # Our operators would obey autocast, the code around them does not.
+        with torch.autocast(images.device.type, enabled=False):
+            logits: Tensor = self._run(images.contiguous())
+        return logits
+
+
+def load_exported(path: str | os.PathLike[str], *, device_index: int = -1) -> ExportedModel:
+    """Open what :func:`export` wrote. A package is a program: open none from people you do not trust.
+
+    Unlike ``torch._inductor.aoti_load_package``, which reads out of bounds where images have another size than they had
+    at the export, it checks every batch.
+
+    Args:
+        path: the package.
+        device_index: the GPU to run on; -1: the current one.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it is no package of :func:`export`.
+        RuntimeError: the package is for CUDA, which is not to be had here; or PyTorch cannot open it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path must be a package written by tokcomp.export, got '{path}', which is not there")
+    facts = _facts_of(path)
+    if facts["device"] == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"'{path}' was exported for CUDA, and there is none here: export the model on the CPU")
+    try:
+        return ExportedModel(path, facts, device_index)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"'{path}' could not be opened by torch {torch.__version__}; it was exported by torch {facts['torch']}"
+        ) from error
+
+
+def _facts_of(path: Path) -> dict[str, str]:
+    """What :func:`export` wrote about a package."""
+    try:
+        loader: Any = torch._C._aoti.AOTIModelPackageLoader
+        metadata = loader.load_metadata_from_package(str(path), "model")
+    except RuntimeError as error:
+        raise ValueError(f"path must be a package written by tokcomp.export, got '{path}'") from error
+    facts = {name.removeprefix(_PREFIX): value for name, value in metadata.items() if name.startswith(_PREFIX)}
+    if "max_batch" not in facts:
+        raise ValueError(f"path must be a package written by tokcomp.export, got '{path}' without its metadata")
+    return facts

@@ -1,0 +1,65 @@
+"""Noticing that a model is no longer what was captured of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from tokcomp.adapters import ADAPTERS
+from tokcomp.methods import Method
+
+
+class _Held(NamedTuple):
+    """A parameter or buffer, where it was found, and its memory."""
+
+    owner: dict[str, Tensor | None]
+    name: str
+    tensor: Tensor
+    data_ptr: int
+    memory: Tensor
+    path: str
+
+    def is_there(self) -> bool:
+        return self.owner.get(self.name) is self.tensor and self.tensor.data_ptr() == self.data_ptr
+
+
+class Watch:
+    """What a model's results follow from besides the values of its weights: which tensors, modules and method.
+
+    Holds on to the memory of every parameter and buffer, so that what reads it by address reads the old weights, never
+    something else.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._class = type(model)
+        self._method = method_of(model)
+        self._children: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = []
+        self._tensors: list[_Held] = []
+        for path, module in model.named_modules():
+            if module._modules:
+                self._children.append((path, module._modules, tuple(module._modules.values())))
+            for owner in (module._parameters, module._buffers):
+                for name, tensor in owner.items():
+                    if tensor is not None:
+                        full = f"{path}.{name}" if path else name
+                        self._tensors.append(_Held(owner, name, tensor, tensor.data_ptr(), tensor.detach(), full))
+
+    def change(self) -> str | None:
+        """What is other than it was, for a message; None where a graph still computes what the model does.
+
+        Values written in place are no change: a graph reads them where they are.
+        """
+        if type(self._model) is not self._class or method_of(self._model) is not self._method:
+            return "its compression method"
+        for path, children, known in self._children:
+            if len(children) != len(known) or any(a is not b for a, b in zip(children.values(), known, strict=True)):
+                return f"the modules in {path or 'the model'}"
+        return next((f"the memory of {held.path}" for held in self._tensors if not held.is_there()), None)
+
+
+def method_of(model: nn.Module) -> Method | None:
+    """The method that a model, or what torch.compile made of it, is compressed by; None for any other module."""
+    model = getattr(model, "_orig_mod", model)
+    return next((adapter.method(model) for adapter in ADAPTERS if adapter.claims(model)), None)

@@ -1,0 +1,132 @@
+"""CUDA graphs of models, for batches of shapes that are known in advance."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, cuda, nn
+
+_WARM_UP = 3  # runs before a capture: cuBLAS workspaces, Triton's compilation, lazy buffers
+
+
+class _Shape(NamedTuple):
+    """What a graph is captured for."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+
+    @classmethod
+    def of(cls, images: Tensor, batch: int | None = None) -> _Shape:
+        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        return cls((len(images) if batch is None else batch, *images.shape[1:]), images.dtype, autocast)
+
+
+class _Captured(NamedTuple):
+    graph: cuda.CUDAGraph
+    logits: Tensor
+    nbytes: int
+
+
+def serve(device: torch.device) -> bool:
+    """Whether there are graphs on this device."""
+    return device.type == "cuda"
+
+
+class Graphs:
+    """One graph per model, by a key of the caller's, and shape of batch.
+
+    They share one memory pool, so only one may run at a time: all replays are queued, under a lock, to one stream. It
+    waits for the caller's stream, and that for it.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[Hashable, _Shape], _Captured] = {}
+        self._images: dict[_Shape, Tensor] = {}
+        self._lock = threading.Lock()
+        self._stream: cuda.Stream | None = None
+        self._pool: Any = None
+
+    def nbytes(self, key: Hashable, batch: int | None = None) -> int:
+        """Bytes that capturing this model's graphs took, or those of batches of one size; their input not counted."""
+        return sum(
+            captured.nbytes
+            for (of, shape), captured in self._graphs.items()
+            if of == key and batch in (None, shape.size[0])
+        )
+
+    def input_nbytes(self, batch: int) -> int:
+        """Bytes of the buffers into which batches of this size are copied."""
+        return sum(images.nbytes for shape, images in self._images.items() if shape.size[0] == batch)
+
+    def clear(self) -> None:
+        """Drop every graph and its memory."""
+        with self._lock:
+            if self._stream is not None:
+                self._stream.synchronize()
+            self._graphs, self._images, self._stream, self._pool = {}, {}, None, None
+
+    def capture(self, key: Hashable, model: nn.Module, images: Tensor) -> None:
+        """Capture ``model`` for batches like ``images``, on their device and under the autocast of now.
+
+        Does nothing where there is such a graph of that key. Batches are best captured from the largest down: the
+        later ones then find their memory in the pool.
+        """
+        shape = _Shape.of(images)
+        # Ordinary tensors even under inference_mode: batches from outside it are copied into them.
+        with self._lock, torch.inference_mode(False), torch.no_grad(), cuda.device(images.device):
+            if self._stream is None:
+                self._stream, self._pool = cuda.Stream(), cuda.graph_pool_handle()
+            if (key, shape) not in self._graphs:
+                buffer = self._images.get(shape)
+                buffer = images.clone() if buffer is None else buffer
+                self._graphs[key, shape] = self._capture(model, shape, buffer)
+                self._images[shape] = buffer
+
+    def _capture(self, model: nn.Module, shape: _Shape, images: Tensor) -> _Captured:
+        stream = self._stream
+        assert stream is not None
+        # Weights that autocast has cast must not be kept between graphs: they would lie in a graph's memory.
+        autocast = torch.autocast(
+            "cuda", shape.autocast or torch.float16, enabled=shape.autocast is not None, cache_enabled=False
+        )
+        with autocast:
+            stream.wait_stream(cuda.current_stream())
+            with cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    model(images)
+            cuda.synchronize()
+            before = self._pool_bytes()
+            graph = cuda.CUDAGraph()
+            # Other threads may go on using the device.
+            with cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                logits = model(images)
+        return _Captured(graph, logits, self._pool_bytes() - before)
+
+    def _pool_bytes(self) -> int:
+        segments = cuda.memory_snapshot()
+        return sum(one["total_size"] for one in segments if tuple(one["segment_pool_id"]) == self._pool)
+
+    def run(self, key: Hashable, images: Tensor, batch: int | None = None) -> Tensor | None:
+        """Logits by the model's graph, in memory of their own; None where none was captured for such a batch.
+
+        With ``batch``, by the graph for so many images: what stands in the places of the others does not matter.
+        """
+        shape = _Shape.of(images, batch)
+        with self._lock, cuda.device(images.device):
+            captured = self._graphs.get((key, shape))
+            if captured is None or self._stream is None or images.device != captured.logits.device:
+                return None
+            caller = cuda.current_stream()
+            self._stream.wait_stream(caller)
+            with cuda.stream(self._stream):
+                self._images[shape][: len(images)].copy_(images, non_blocking=True)
+                captured.graph.replay()
+                logits = captured.logits[: len(images)].clone()
+            caller.wait_stream(self._stream)
+        images.record_stream(self._stream)
+        logits.record_stream(caller)
+        return logits
