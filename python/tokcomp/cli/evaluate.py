@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-samples", type=options.positive_int, metavar="N", help="evaluate N images spread evenly over the set"
     )
     options.add_model_options(parser, default="deit_small_patch16_224")
+    options.add_adapter_option(parser)
     options.add_method_options(parser)
     options.add_precision_options(parser)
     output = parser.add_argument_group("output")

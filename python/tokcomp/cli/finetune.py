@@ -14,6 +14,7 @@ from tokcomp.cli.table import table
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from torch.utils.data import Dataset
 
     from tokcomp.train.distributed import World
@@ -38,6 +39,9 @@ examples:
       the bundled model on the bundled digits, no download
   tokcomp finetune /data/imagenet -m deit_small_patch16_224 --pretrained --method diffrate --gflops 2.3 --amp -o run
       the paper's fine-tuning, in mixed precision (bfloat16)
+  tokcomp finetune /data/flowers -m deit_base_patch16_224 --pretrained --num-classes 102 --adaptformer -b 64 \\
+      --method tome --r 16 -o run
+      the backbone frozen, a narrow branch beside each MLP trained (AdaptFormer), at ToMe's r = 16
   torchrun --nproc-per-node 8 -m tokcomp finetune /data/imagenet -m deit_small_patch16_224 --from-scratch \\
       --method diffrate --schedule mine.json --amp --torchcompile -o run
       from scratch on 8 GPUs, with a schedule of yours
@@ -100,6 +104,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{text} (default: {_CROPS[option]})",
         )
     training.add_seed_option(recipe)
+    adapter = parser.add_argument_group("AdaptFormer")
+    adapter.add_argument(
+        "--adaptformer",
+        action="store_true",
+        help="freeze the model and train a branch beside each MLP, and the classifier, by the ToCom paper's recipe for "
+        "VTAB-1k: lr 1e-3 to 1e-5, weight decay 1e-4, 100 epochs, no augmentation, mixing or smoothing (its batch: 64)",
+    )
+    adapter.add_argument(
+        "--bottleneck", type=options.positive_int, metavar="N", help="width of the branches (default: 32)"
+    )
+    adapter.add_argument(
+        "--adapter-scale", type=options.positive_float, metavar="S", help="factor on what they add (default: 0.1)"
+    )
     speed = parser.add_argument_group("precision, speed and memory")
     speed.add_argument("--amp", action="store_true", help="automatic mixed precision")
     speed.add_argument(
@@ -146,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    from tokcomp.train.recipe import FINETUNE_RECIPE, SCRATCH_RECIPE
+    from tokcomp.train.recipe import ADAPTFORMER_RECIPE, FINETUNE_RECIPE, SCRATCH_RECIPE
 
     if args.from_scratch and (args.pretrained or args.checkpoint is not None):
         raise UserError("--from-scratch starts from random weights, got trained ones too; leave one of the two out")
@@ -154,6 +171,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         raise UserError(
             "fine-tuning starts from trained weights, got none; pass --pretrained, --checkpoint FILE or --from-scratch"
         )
+    for option in ("bottleneck", "adapter_scale"):
+        if getattr(args, option) is not None and not args.adaptformer:
+            raise UserError(f"--{option.replace('_', '-')} belongs to --adaptformer, which is not given; add it")
+    if args.adaptformer and args.from_scratch:
+        raise UserError("--adaptformer leaves the model's weights as they are, got --from-scratch too; leave one out")
     fields = ["batch_size", *(field for field, *_ in RECIPE_OPTIONS.values())]
     given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
     given |= {name: tuple(value) for name in ("scale", "ratio") if (value := getattr(args, name)) is not None}
@@ -162,7 +184,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     training.refuse_for_digits(args, given, _NOT_OF_DIGITS)
     if args.dataset == "digits":
         given |= {"aa": None, "hflip": 0.0, "color_jitter": 0.0, "reprob": 0.0}
-    base = SCRATCH_RECIPE if args.from_scratch else FINETUNE_RECIPE
+    base = SCRATCH_RECIPE if args.from_scratch else ADAPTFORMER_RECIPE if args.adaptformer else FINETUNE_RECIPE
     return training.changed_recipe(base, training.lower_min_lr(base, given))
 
 
@@ -190,6 +212,7 @@ def _prepare(
     model = options.build_model(args, drop_path_rate=recipe.drop_path)
     method = options.build_method(args, model)
     plain_cost = options.gflops(model)
+    branches = _attach_branches(args, model)
     options.compress_by(args, model, method)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
@@ -233,6 +256,7 @@ def _prepare(
         "method_settings": repr(method) if method is not None else None,
         "gflops": options.gflops(model),
         "uncompressed_gflops": plain_cost,
+        "adaptformer": branches,
         "tokcomp": tokcomp.__version__,
         "torch": torch.__version__,
         "timm": timm.__version__,
@@ -240,6 +264,7 @@ def _prepare(
     settings = {
         "model": args.model,
         "method": facts["method_settings"],
+        "adaptformer": branches,
         "img_size": config["input_size"][-1],
         "recipe": recipe.describe(),
         "seed": args.seed,
@@ -262,6 +287,22 @@ def _prepare(
         checkpoint_steps=args.checkpoint_interval,
         log_steps=args.log_interval,
     )
+
+
+def _attach_branches(args: argparse.Namespace, model: nn.Module) -> dict[str, Any] | None:
+    """What --adaptformer asks for; None without it."""
+    from tokcomp import UnsupportedModelError, adaptformer
+
+    if not args.adaptformer:
+        return None
+    bottleneck, scale = args.bottleneck or 32, args.adapter_scale or 0.1
+    try:
+        adaptformer.attach(model, bottleneck, scale)
+    except UnsupportedModelError as error:
+        raise UserError(f"--model '{args.model}': {error}") from error
+    names = set(adaptformer.freeze(model))
+    trained = sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
+    return {"bottleneck": bottleneck, "scale": scale, "trained_parameters": trained}
 
 
 def _parts(args: argparse.Namespace, root: Path | None) -> tuple[Dataset, list[int] | None, Dataset]:
@@ -295,6 +336,8 @@ def _report(args: argparse.Namespace, found: FineTuneRun) -> None:
         return
     cost = "" if summary["gflops"] is None else f", {summary['gflops']:.4g} GFLOPs"
     print(f"{summary['model']} ({summary['weights']}), {summary['method_settings'] or 'uncompressed'}{cost}")
+    if summary["adaptformer"]:
+        print(f"AdaptFormer: {summary['adaptformer']['trained_parameters']} parameters trained, the others frozen")
     rows = [
         [name, f"{epoch:g}", f"{value:.2f} %"]
         for name, epoch, value in (

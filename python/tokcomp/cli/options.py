@@ -93,6 +93,16 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str) -> None:
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
 
 
+def add_adapter_option(parser: argparse.ArgumentParser) -> None:
+    """For commands that run trained models; :func:`build_model` heeds it."""
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="FILE",
+        help="AdaptFormer branches and classifier for these weights, as tokcomp finetune --adaptformer writes them",
+    )
+
+
 def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none") -> None:
     group = parser.add_argument_group("compression")
     group.add_argument("--method", choices=METHODS, default=default, help="how to compress (default: %(default)s)")
@@ -206,12 +216,33 @@ def build_model(args: argparse.Namespace, **more: Any) -> Any:
     if args.checkpoint is not None:
         from timm.models import load_checkpoint
 
+        from tokcomp.adaptformer import is_saved
+
+        if is_saved(args.checkpoint):
+            raise UserError(
+                f"--checkpoint must have a model's weights, got AdaptFormer branches in '{args.checkpoint}'; pass that "
+                "file as --adapter, and the weights that they were trained on"
+            )
         try:
             load_checkpoint(model, str(args.checkpoint))
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"--checkpoint '{args.checkpoint}' does not fit {args.model}: {reason}") from error
+    if getattr(args, "adapter", None) is not None:
+        _load_adapter(args, model)
     return model.eval()
+
+
+def _load_adapter(args: argparse.Namespace, model: nn.Module) -> None:
+    from tokcomp import UnsupportedModelError, adaptformer
+
+    if not args.adapter.is_file():
+        raise UserError(f"--adapter must be a file, got '{args.adapter}', which is not there")
+    try:
+        with blame("--adapter"):
+            adaptformer.load(args.adapter, model)
+    except UnsupportedModelError as error:
+        raise UserError(f"--model '{args.model}': {error}") from error
 
 
 def _create_model(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
@@ -233,9 +264,11 @@ def _create_model(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
 
 
 def describe_weights(args: argparse.Namespace) -> str:
+    weights = "pretrained weights" if args.pretrained else "random weights"
     if args.checkpoint is not None:
-        return f"weights from {args.checkpoint}"
-    return "pretrained weights" if args.pretrained else "random weights"
+        weights = f"weights from {args.checkpoint}"
+    adapter = getattr(args, "adapter", None)
+    return weights if adapter is None else f"{weights}, branches from {adapter}"
 
 
 def _flag(option: str) -> str:

@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images to keep in memory and to serve, spread over the classes (default: %(default)s)",
     )
     options.add_model_options(parser, default=DIGITS_MODEL)
+    options.add_adapter_option(parser)
     add_plugin_options(parser, required=False)
     add_degree_options(parser)
     serving = parser.add_argument_group("serving")

@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-samples", type=options.positive_int, metavar="N", help="evaluate N images spread over the classes"
     )
     options.add_model_options(parser, default="deit_base_patch16_224")
+    options.add_adapter_option(parser)
     add_plugin_options(parser)
     add_degree_options(parser)
     grid = parser.add_argument_group("grid")

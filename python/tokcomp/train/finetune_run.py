@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokcomp import adaptformer
 from tokcomp.evaluate import Evaluation
 from tokcomp.files import replacing, sole_writer, write_whole
 from tokcomp.train.batches import Batches
@@ -32,6 +33,8 @@ FIELDS = ("epoch", "loss", "lr", "top1", "top5", "ema_top1", "ema_top5")
 
 class FineTuneRun:
     """Trains until the last step or until it is asked to stop; either way it can be gone on with exactly.
+
+    The weights that come out are the whole model's or, where it has AdaptFormer branches, those and its classifier.
 
     Args:
         tuner: what is trained.
@@ -225,6 +228,9 @@ class FineTuneRun:
         from safetensors.torch import save
 
         facts = {**self.facts, "step": self.tuner.step_number, "top1": top1}
+        if adaptformer.is_attached(model):
+            adaptformer.save(model, self.output / name, facts=facts)
+            return
         tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
         with replacing(self.output / name) as file:
             file.write(save(tensors, metadata={"tokcomp": json.dumps(facts)}))

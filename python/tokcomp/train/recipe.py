@@ -89,6 +89,22 @@ SCRATCH_RECIPE = Recipe(
     model_ema_decay=0.99996,
 )
 
+#: ToCom, Table 13, VTAB-1k: AdaptFormer's branches and the classifier. Images are not augmented.
+ADAPTFORMER_RECIPE = Recipe(
+    lr=1e-3,
+    min_lr=1e-5,
+    weight_decay=1e-4,
+    epochs=100,
+    aa=None,
+    scale=(1.0, 1.0),
+    ratio=(1.0, 1.0),
+    hflip=0.0,
+    color_jitter=0.0,
+    smoothing=0.0,
+    mixup=0.0,
+    cutmix=0.0,
+)
+
 #: ToCom, Table 13: the plugin's self-distillation. The labels that it smooths are not looked at.
 TOCOM_RECIPE = Recipe(lr=1e-3, min_lr=1e-5, weight_decay=0.05, epochs=10, reprob=0.25, repeated_aug=3)
 
