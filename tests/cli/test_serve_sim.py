@@ -77,7 +77,14 @@ def test_a_plugin_other_images_and_json(run, tmp_path, image_folder):
 
 def test_ctrl_c_leaves_no_files(tmp_path):
     arguments = (*SHORT[:2], *SHORT[4:], "--seconds", "600", "--degrees", "0,8", "-o", tmp_path / "out")
-    process = subprocess.Popen(command(*arguments), env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*arguments),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background has its children ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         for line in process.stderr:
             if line.startswith("load:"):

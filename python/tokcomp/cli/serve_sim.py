@@ -286,7 +286,8 @@ def _profile(args: argparse.Namespace, measured: float) -> Profile:
     count = profile.expected()
     if count < 10:
         raise UserError(f"--seconds must be long enough for 10 requests or more, got {count:.1f} on average; raise it")
-    _say(f"load: {args.base * unit:.0f} to {args.peak * unit:.0f} requests/s, {args.seconds:g} s, {count:.0f} requests")
+    rates = f"{args.base * unit:.0f} to {args.peak * unit:.0f} requests/s"
+    _say(f"load: {rates}, {args.seconds:g} s, about {count:.0f} requests")
     return profile
 
 

@@ -47,7 +47,7 @@ def draw(runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]], profile: P
 
 
 def _draw_load(axes: Any, run: Run, profile: Profile, end: float) -> None:
-    width = max(profile.seconds / 40, 1e-9)
+    width = profile.seconds / min(max(len(run.arrival) // 8, 8), 40)
     counts, edges = np.histogram(run.arrival, bins=np.arange(0, profile.seconds + width, width))
     axes.bar(edges[:-1], counts / width, width, align="edge", color="#d1d5db", label="arrived")
     axes.plot(*zip(*profile.points, strict=True), color="#6b7280", label="wanted rate")
