@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tokcomp.bench.published import bipartite_merge, gather_tokens, merge_by_similarity
 from tokcomp.bench.published_search import merge_in_place
 from torch import Tensor
@@ -55,6 +56,29 @@ def prune_merge(
         x[:, :num_prune_kept], column[:, :num_prune_kept], num_merge_kept, num_prefix_tokens
     )
     return x, column.squeeze(-1)
+
+
+def prune_merge_norm(
+    x: Tensor,
+    branch: Tensor,
+    importance: Tensor,
+    num_prune_kept: int,
+    num_merge_kept: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    size: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, kept_size = prune_merge(
+        x + branch, importance, num_prune_kept, num_merge_kept, size=size, num_prefix_tokens=num_prefix_tokens
+    )
+    return x, F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6), kept_size
+
+
+def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    x = x + branch
+    return x, F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6)
 
 
 def masked_softmax(scores: Tensor, token_mask: Tensor, eps: float = 1e-6) -> Tensor:
@@ -117,15 +141,18 @@ def masked_merge(
     return x, column.squeeze(-1)
 
 
+#: By operator; those that every block runs come first.
 EAGER: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        class_attention_sort,
+        prune_merge_norm,
+        attention,
+        add_layer_norm,
         prune_merge,
+        class_attention_sort,
+        tome_merge,
         masked_softmax,
         masked_attention,
-        attention,
-        tome_merge,
         unmerge,
         masked_merge,
     )

@@ -19,8 +19,10 @@ from tokcomp_kernels.compare import assert_right
 from tokcomp_kernels.ops import IMPLEMENTATIONS
 from tokcomp_kernels.testing import Sample
 
-TABLE = "operators: microseconds per call (median), speed over the eager chain (median, least, most), of copy rate"
-HEAD = ["operator", "block", "batch", "dtype", "backend", "us", "speed", "least", "most", "of copy"]
+TABLE = (
+    "operators: microseconds per call (median), speed over the eager chain (median, least, most), share of the floor"
+)
+HEAD = ["operator", "block", "batch", "dtype", "backend", "us", "speed", "least", "most", "of floor"]
 #: Shorter turns on a GPU, where a launch takes microseconds.
 TURN_SECONDS = {"cpu": 0.1, "cuda": 0.03}
 GATED_IMAGES = 2
@@ -56,11 +58,16 @@ def _name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of one call, and the bytes it has to move at least."""
+    """Arguments of one call, the bytes it has to move at least, and the FLOPs of its products."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     bytes: int
+    flops: int = 0
+
+    def floor_seconds(self, rates: dict[str, float]) -> float:
+        """What the bytes or the products take at the device's rates, whichever is more."""
+        return max(self.bytes / rates["copy_bytes_per_s"], self.flops / rates["matrix_flops_per_s"])
 
 
 def make_case(op: str, shape: BlockShape, batch: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -69,6 +76,7 @@ def make_case(op: str, shape: BlockShape, batch: int, dtype: torch.dtype, device
     item = torch.finfo(dtype).bits // 8
     plane, small = batch * tokens * channels * item, batch * kept * channels * item
     maps = batch * shape.heads * tokens * tokens * item
+    product = 2 * batch * shape.heads * tokens * tokens * shape.width  # FLOPs of q k^T, or of the map times v
 
     def normal(*sizes: int) -> Tensor:
         return torch.randn(batch, *sizes, device=device).to(dtype)
@@ -79,6 +87,10 @@ def make_case(op: str, shape: BlockShape, batch: int, dtype: torch.dtype, device
     def packed() -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = normal(tokens, 3, shape.heads, shape.width).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
+
+    def affine() -> tuple[Tensor, Tensor]:
+        weight, bias = torch.randn(2, channels, device=device).to(dtype).unbind(0)
+        return weight, bias
 
     def mask() -> Tensor:
         return (torch.arange(tokens, device=device) < kept).float().expand(batch, tokens).contiguous()
@@ -99,6 +111,12 @@ def make_case(op: str, shape: BlockShape, batch: int, dtype: torch.dtype, device
         read = batch * shape.num_prune_kept * channels * item
         counts = (shape.num_prune_kept, shape.num_merge_kept)
         return Case((normal(tokens, channels), uniform(0, 1), *counts), {"size": uniform(1, 3)}, read + small)
+    if op == "prune_merge_norm":
+        read, counts = 2 * batch * shape.num_prune_kept * channels * item, (shape.num_prune_kept, kept)
+        args = normal(tokens, channels), normal(tokens, channels), uniform(0, 1), *counts, *affine()
+        return Case(args, {"size": uniform(1, 3)}, read + 2 * small)
+    if op == "add_layer_norm":
+        return Case((normal(tokens, channels), normal(tokens, channels), *affine()), {}, 4 * plane)
     if op == "tome_merge":
         r = tokens - kept
         args = (normal(tokens, channels), normal(tokens, shape.width), r)
@@ -108,9 +126,9 @@ def make_case(op: str, shape: BlockShape, batch: int, dtype: torch.dtype, device
     if op == "masked_softmax":
         return Case((normal(shape.heads, tokens, tokens), mask()), {}, 2 * maps)
     if op == "attention":
-        return Case(packed(), {"size": uniform(1, 3)}, 4 * plane)
+        return Case(packed(), {"size": uniform(1, 3)}, 4 * plane, 2 * product)
     if op == "masked_attention":
-        return Case((*packed(), mask()), {"size": uniform(1, 3)}, 4 * plane)
+        return Case((*packed(), mask()), {"size": uniform(1, 3)}, 4 * plane, 2 * product)
     if op == "masked_merge":
         # What is pruned is dead already, and of no importance, as masked attention leaves it.
         alive = (torch.arange(tokens, device=device) < shape.num_prune_kept).float().expand(batch, tokens)
@@ -131,7 +149,8 @@ def make_case(op: str, shape: BlockShape, batch: int, dtype: torch.dtype, device
             3 * maps,
         )
     forward = make_case(op.removeprefix("_").removesuffix("_backward"), shape, batch, dtype, device)
-    return Case((normal(shape.heads, tokens, shape.width), *forward.args), forward.kwargs, 7 * plane)
+    grad = normal(shape.heads, tokens, shape.width)
+    return Case((grad, *forward.args), forward.kwargs, 7 * plane, 5 * product)
 
 
 def _destination(case: Case) -> Tensor:
@@ -246,11 +265,12 @@ def test_operator(
     )
     if not samples:
         return
-    copy_rate = results.rates_of(dtype)["copy_bytes_per_s"]
+    rates = results.rates_of(dtype)
     for name, one in samples.items():
         speed = one.speedup_over(samples["eager"])
-        share = first.bytes / one.median / copy_rate
+        share = first.floor_seconds(rates) / one.median
         row = {
+            "suite": "operators",
             "operator": op,
             "block": shape.id,
             "batch": batch,
@@ -259,7 +279,9 @@ def test_operator(
             "seconds": one.seconds,
             "speedup_over_eager": speed,
             "bytes": first.bytes,
-            "share_of_copy_rate": share,
+            "flops": first.flops,
+            "share_of_copy_rate": first.bytes / one.median / rates["copy_bytes_per_s"],
+            "share_of_floor": share,
         }
         cells = [op, shape.id, str(batch), _name(dtype), name, f"{one.median * 1e6:.0f}"]
         results.add(row, TABLE, HEAD, [*cells, *(f"{ratio:.2f}x" for ratio in speed), f"{share:.0%}"])

@@ -42,4 +42,4 @@ def test_step(model: str, batch: int, precision: str, device: torch.device, time
         cells = [model, str(batch), precision, row.name, f"{row.images_per_second:.1f}"]
         cells += [f"{ratio:.2f}x" for ratio in row.speedup]
         cells += [f"{row.memory / 2**20:.0f}", f"{row.memory / rows[0].memory:.2f}", f"{row.total_memory / 2**20:.0f}"]
-        results.add({"model": MODELS[model], "search": True, **row.to_json()}, TABLE, HEAD, cells)
+        results.add({"suite": "search", "model": MODELS[model], "search": True, **row.to_json()}, TABLE, HEAD, cells)
