@@ -101,7 +101,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         dest="compiled",
         action="store_const",
         const="all",
-        help="time every competitor compiled as well (default: on a GPU those that compile in seconds; on a CPU none)",
+        help="time every competitor under torch.compile as well (default: on a GPU timm, on a CPU none)",
     )
     group.addoption("--no-compile", dest="compiled", action="store_const", const="none", help="time none compiled")
     group.addoption(

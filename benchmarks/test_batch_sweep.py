@@ -52,7 +52,7 @@ def test_batch(subject: Subject, batch: int, precision: str, timed: Any, results
     if results.device.type == "cpu" and precision != "float32":
         entries["published-float32"] = Entry("published", method, precision="float32")
     entries["timm"] = Entry("timm")
-    if choice.compiled == "all" or (choice.compiled == "some" and batch in COMPILED):
+    if choice.compiled == "all" or (choice.compiled == "timm" and batch in COMPILED):
         entries["timm-compiled"] = Entry("timm-compiled")
         if results.device.type == "cuda" and batch <= FEW_IMAGES:
             entries["timm-reduce-overhead"] = Entry("timm-reduce-overhead")

@@ -101,8 +101,8 @@ def compare_training(
     ]
     calls: dict[str, Callable[[], Any]] = {}
     for trainee, settings in trainees.items():
-        call = step(settings, plain, pairs, precision, device)
         try:
+            call = step(settings, plain, pairs, precision, device)
             assert call().isfinite(), f"{trainee}: the loss is not finite"
         except Exception as error:
             if not (settings.compiled or isinstance(error, torch.OutOfMemoryError)):

@@ -18,13 +18,12 @@ from torch import nn
 
 #: Stacks of ours: the compressed model as it runs, and as one CUDA graph.
 STACKS = ("tokcomp", "tokcomp-graph")
-#: Blocks up to which torch.compile of a compressed model, each of whose blocks has shapes of its own, takes seconds.
-_FEW_BLOCKS = 12
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the command line asks for. ``compiled``: "all", "some" (what compiles in seconds) or "none"."""
+    """What the command line asks for. ``compiled``: "all", "timm" (whose blocks are all alike and compile in seconds; a
+    compressed model's have shapes of their own) or "none"."""
 
     device: torch.device
     compiled: str
@@ -39,12 +38,8 @@ class Choice:
         """
         clones = tuple(Path(folder) for folder in config.getoption("--published-code"))
         find_clones(clones)
-        compiled = config.getoption("compiled") or ("some" if device.type == "cuda" else "none")
+        compiled = config.getoption("compiled") or ("timm" if device.type == "cuda" else "none")
         return cls(device, compiled, clones)
-
-    def compiles(self, num_blocks: int) -> bool:
-        """Whether to compile a model whose blocks all have other shapes."""
-        return self.compiled == "all" or (self.compiled == "some" and num_blocks <= _FEW_BLOCKS)
 
 
 def batches(config: Any, own: Sequence[int]) -> Sequence[int]:
@@ -70,13 +65,12 @@ def all_entries(model: Any, method: Method, precision: str, choice: Choice) -> d
         entries["published-float32"] = Entry("published", method, precision="float32")
     if choice.clones and isinstance(method, (DiffRate, ToMe)):
         entries["published-code"] = Entry("published-code", method, code=choice.clones)
-    many = choice.compiles(len(model.blocks))
-    if many:
+    if choice.compiled == "all":
         entries["published-compiled"] = Entry("published-compiled", method)
     entries["timm"] = Entry("timm")
     if choice.compiled != "none":
         entries["timm-compiled"] = Entry("timm-compiled")
-    if many:
+    if choice.compiled == "all":
         entries["tokcomp-compiled"] = Entry("tokcomp-compiled", method)
     sliced, whole = StaticSlice.like(method, model), keep_everything(model)
     for stack in STACKS if choice.device.type == "cuda" else STACKS[:1]:

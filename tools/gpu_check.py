@@ -1,8 +1,11 @@
 """Build, test and benchmark on the GPU of this machine, as it stands: no virtual environment, no network.
 
-``python tools/gpu_check.py --out DIR`` writes DIR/summary.md, DIR/results.json and each step's log. Each step has a
-time limit; one that reaches it is interrupted and what it had is kept. Benchmarks run even where tests failed; the
-summary then says so first. Exit status 0 only where everything passed.
+``python tools/gpu_check.py --out DIR`` writes DIR/summary.md, DIR/results.json with every figure, and each step's log
+and records. The most telling steps come first: whole models against the published pipeline and compiled timm, then the
+operators, then the tests and the rest. Each step has a time limit; one that reaches it is interrupted and what it had
+is kept, and what there is no time for is named, to be run by another call with --only. A benchmark checks what it
+times, so it runs even where tests failed; the summary then says so first. Exit status 0 only where everything asked for
+passed.
 """
 
 from __future__ import annotations
@@ -19,17 +22,44 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD_SECONDS = 240
-BENCH_SECONDS = 220
-SEARCH_SECONDS = 90
 GRACE_SECONDS = 15
+#: A step is not begun with less time than this.
+LEAST_SECONDS = 25
 MAX_LISTED = 50
+NO_TIME = "not begun: no time left"
+#: Operators that every block runs, by pytest's -k.
+IN_EVERY_BLOCK = "(prune_merge_norm or add_layer_norm or attention) and not (backward or masked or class_attention)"
 PACKAGES = ("torch", "triton", "timm", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "safetensors")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step to come: its name, the seconds it may take, pytest's arguments if it is a benchmark."""
+
+    name: str
+    seconds: float
+    arguments: tuple[str, ...] = ()
+
+
+PLANS = (
+    Plan("build", 240),
+    Plan("models", 240, ("benchmarks/test_models.py::test_model",)),
+    Plan("operators", 90, ("benchmarks/test_ops.py", "-k", IN_EVERY_BLOCK)),
+    Plan("tests", 600),
+    Plan("search", 120, ("benchmarks/test_search.py",)),
+    Plan("batch-sweep", 240, ("benchmarks/test_batch_sweep.py",)),
+    Plan("training", 120, ("benchmarks/test_training.py",)),
+    Plan("tocom", 120, ("benchmarks/test_tocom.py",)),
+    Plan("compiled", 420, ("benchmarks/test_models.py::test_model", "--compile", "-k", "deit-s-1024 or deit-b-512")),
+    Plan("table-1", 420, ("benchmarks/test_models.py::test_table_1",)),
+    Plan("other-operators", 240, ("benchmarks/test_ops.py", "-k", f"not ({IN_EVERY_BLOCK})")),
+)
 
 
 @dataclass
@@ -124,16 +154,59 @@ def test_command(report: Path) -> list[str]:
     return pytest_command(*folders, *workers, "--tb=short", f"--junitxml={report}")
 
 
-def benchmarks() -> list[tuple[str, list[str], float]]:
-    """Step, files, seconds to leave for what follows: the search's steps are long and would be cut off at the end."""
-    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("benchmarks/test_*.py"))
-    search = [name for name in files if name.endswith("test_search.py")]
-    others = [name for name in files if name not in search]
-    steps = [("benchmarks", others, SEARCH_SECONDS if search else 0.0), ("search-benchmarks", search, 0.0)]
-    return [step for step in steps if step[1]]
+def chosen(only: str | None) -> list[Plan]:
+    """The plans named, in their own order; all without names.
+
+    Raises:
+        ValueError: a name is no step's.
+    """
+    names = [plan.name for plan in PLANS] if only is None else [name.strip() for name in only.split(",")]
+    unknown = [name for name in names if name not in {plan.name for plan in PLANS}]
+    if unknown:
+        known = ", ".join(plan.name for plan in PLANS)
+        raise ValueError(f"--only must name steps out of {known}, got {', '.join(unknown)}")
+    return [plan for plan in PLANS if plan.name in names]
 
 
-def summary(facts: dict[str, Any], steps: list[Step]) -> str:
+def command_of(plan: Plan, report: Path, records: Path, clones: list[str]) -> list[str]:
+    if plan.name == "build":
+        return [sys.executable, "build_backend/native.py"]
+    if plan.name == "tests":
+        return test_command(report)
+    options = ["--benchmark-only", "-s", f"--results={records}", f"--junitxml={report}", "--device=cuda"]
+    return pytest_command(*plan.arguments, *options, *(f"--published-code={folder}" for folder in clones))
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The benchmarks' records, oldest first."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def figures(records: Sequence[dict[str, Any]]) -> list[str]:
+    """The whole models' rows as a table, and what was not measured."""
+    rows = [row for record in records for row in record["rows"] if row.get("suite") == "models"]
+    missing = [row for record in records for row in record.get("not_measured", [])]
+    lines: list[str] = []
+    if rows:
+        lines += ["", "## Whole models", ""]
+        lines += [
+            "| model | batch | entry | img/s | over published | over compiled timm | of ideal | efficiency | tax |"
+        ]
+        lines += ["| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        cells = [f"{row['model']} {row['budget']}G", str(row["batch"]), row["name"], f"{row['images_per_second']:.0f}"]
+        ratios = [f"{row[key][0]:.2f}x" if row[key] else "" for key in ("speedup", "over_timm_compiled")]
+        shares = [f"{row[key][0]:.1%}" if row[key] else "" for key in ("efficiency", "tax")]
+        lines.append(f"| {' | '.join([*cells, *ratios, format(row['share_of_ideal'], '.0%'), *shares])} |")
+    if missing:
+        lines += ["", "## Not measured", ""]
+        lines += [
+            f"- {row['suite']}, {row['model']}, batch {row['batch']}, {row['name']}: {row['reason']}" for row in missing
+        ]
+    return lines
+
+
+def summary(facts: dict[str, Any], steps: list[Step], records: Sequence[dict[str, Any]] = ()) -> str:
     wrong = "; ".join(f"{step.name} {step.status}" for step in steps if not step.passed)
     lines = [
         f"NOT everything passed: {wrong}" if wrong else "all passed",
@@ -144,9 +217,12 @@ def summary(facts: dict[str, Any], steps: list[Step]) -> str:
         "| step | status | seconds | tests |",
         "| --- | --- | --- | --- |",
     ]
+    rest = [step.name for step in steps if step.status == NO_TIME]
     for step in steps:
         counts = ", ".join(f"{count} {name}" for name, count in step.counts.items())
         lines.append(f"| {step.name} | {step.status} | {step.seconds} | {counts} |")
+    if rest:
+        lines += ["", f"To run the rest: `python tools/gpu_check.py --out DIR --only {','.join(rest)}`"]
     for step in steps:
         if step.failures:
             lines += [
@@ -157,49 +233,58 @@ def summary(facts: dict[str, Any], steps: list[Step]) -> str:
             ]
             if len(step.failures) > MAX_LISTED:
                 lines.append(f"- and {len(step.failures) - MAX_LISTED} more, in results.json")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *figures(records)]) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything (default: 9)")
+    parser.add_argument("--only", metavar="STEP,STEP", help=f"steps to run: {', '.join(plan.name for plan in PLANS)}")
+    parser.add_argument(
+        "--published-code",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="for the benchmarks: your clones; repeatable",
+    )
     arguments = parser.parse_args()
+    # Started in the background, a process ignores interrupts, and so would the steps that are to be interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        plans = chosen(arguments.only)
+    except ValueError as error:
+        parser.error(str(error))
     out = arguments.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    logs, records = out / "logs", out / "records"
+    for folder in (logs, records):
+        folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * arguments.minutes - 2 * GRACE_SECONDS
     facts = machine()
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     # A build that quietly leaves the CUDA kernels out would make this check pass for nothing.
     cuda = {"TOKCOMP_BUILD_CUDA": "1"} if facts["compute_capability"] else {}
-
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    clones = [str(Path(folder).resolve()) for folder in arguments.published_code]
     steps: list[Step] = []
-
-    def left() -> float:
-        return deadline - time.monotonic()
-
-    def finish(step: Step, report: Path | None = None) -> None:
-        if report is not None:
-            read_junit(step, report)
+    for plan in plans:
+        report = logs / f"{plan.name}.xml"
+        report.unlink(missing_ok=True)
+        step = Step(plan.name, command_of(plan, report, records, clones))
+        left = deadline - time.monotonic()
+        if left < LEAST_SECONDS:
+            step.status = NO_TIME
+        else:
+            own = {**environment, **cuda} if plan.name == "build" else environment
+            run(step, logs / f"{plan.name}.log", min(plan.seconds, left), own)
+            if plan.name != "build":
+                read_junit(step, report)
         steps.append(step)
-        results = {"machine": facts, "steps": [asdict(step) for step in steps]}
+        found = read_records(records)
+        results = {"machine": facts, "steps": [asdict(step) for step in steps], "records": found}
         (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        (out / "summary.md").write_text(summary(facts, steps))
+        (out / "summary.md").write_text(summary(facts, steps, found))
         print(f"{step.name}: {step.status}, {step.seconds} s", flush=True)
-
-    build = Step("build", [sys.executable, "build_backend/native.py"])
-    finish(run(build, out / "build.log", min(BUILD_SECONDS, left()), {**environment, **cuda}))
-
-    report = out / "tests.xml"
-    report.unlink(missing_ok=True)
-    finish(run(Step("tests", test_command(report)), out / "tests.log", left() - BENCH_SECONDS, environment), report)
-
-    for name, files, reserve in benchmarks():
-        saved = f"--benchmark-json={out / name}.json"
-        records = f"--results={out / 'benchmarks'}"
-        bench = Step(name, pytest_command(*files, "--benchmark-only", "-s", saved, records))
-        finish(run(bench, out / f"{name}.log", left() - reserve, environment))
 
     print((out / "summary.md").read_text())
     return 0 if all(step.passed for step in steps) else 1

@@ -108,8 +108,7 @@ def build_runner(
     if entry.method is not None:
         tokcomp.compress(own, entry.method)
     if kind == "tokcomp-graph":
-        capture: Any = tokcomp.compile
-        return capture(own, batch=batch)
+        return tokcomp.compile(own, batch=batch)
     if kind == "timm-reduce-overhead":
         return _compiled(own, device, mode="reduce-overhead")
     return _compiled(own, device) if kind.endswith("-compiled") else own
