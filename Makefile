@@ -37,7 +37,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'examples/*.cpp')
 
 gpu-check:  ## On a GPU machine that has torch and nvcc: no .venv, no network
 	$(PYTHON) tools/gpu_check.py --out $(OUT)

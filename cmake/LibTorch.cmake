@@ -17,7 +17,18 @@ target_link_options(tokcomp INTERFACE $<$<PLATFORM_ID:Linux>:LINKER:--no-as-need
 set_target_properties(tokcomp PROPERTIES VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR}
   INSTALL_RPATH_USE_LINK_PATH ON)
 
-install(TARGETS tokcomp EXPORT tokcompTargets)
+# tokcomp::torch, for programs: the torch that libtokcomp was built with and fits. Torch's own CMake package demands a
+# whole CUDA toolkit. libtorch.so brings torch's CUDA half along, and AOTInductor's packages ask for it by name.
+add_library(tokcomp_program INTERFACE)
+set_target_properties(tokcomp_program PROPERTIES EXPORT_NAME torch)
+target_include_directories(tokcomp_program SYSTEM INTERFACE "${include_main}" "${include_api}")
+target_compile_definitions(tokcomp_program INTERFACE _GLIBCXX_USE_CXX11_ABI=${tokcomp_torch_cxx11_abi})
+target_compile_features(tokcomp_program INTERFACE cxx_std_20)
+foreach(library torch torch_cpu c10)
+  target_link_libraries(tokcomp_program INTERFACE "${tokcomp_torch_lib}/lib${library}${CMAKE_SHARED_LIBRARY_SUFFIX}")
+endforeach()
+
+install(TARGETS tokcomp tokcomp_program EXPORT tokcompTargets)
 install(EXPORT tokcompTargets NAMESPACE tokcomp:: DESTINATION "${CMAKE_INSTALL_LIBDIR}/cmake/tokcomp")
 file(WRITE "${CMAKE_BINARY_DIR}/tokcompConfig.cmake"
      "include(\"\${CMAKE_CURRENT_LIST_DIR}/tokcompTargets.cmake\")\n")

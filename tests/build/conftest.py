@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "build_backend"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cmake() -> str:
     import native
 

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import tokcomp
 import torch
+from tokcomp.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,9 +33,11 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
-def test_libtorch(cmake: str, tmp_path: Path):
-    build, prefix, consumer = tmp_path / "build", tmp_path / "prefix", tmp_path / "consumer"
+@pytest.fixture(scope="module")
+def installed(cmake: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where libtokcomp was installed once it was built and had passed its own tests."""
+    folder = tmp_path_factory.mktemp("libtokcomp")
+    build, prefix = folder / "build", folder / "prefix"
     # Without a GPU the CUDA half would only be compiled a second time.
     cuda = "auto" if torch.cuda.is_available() else "0"
     settings = {
@@ -49,8 +54,12 @@ def test_libtorch(cmake: str, tmp_path: Path):
     tested = run(Path(cmake).with_name("ctest"), "--test-dir", build, "--output-on-failure", "--no-tests=error")
     assert "100% tests passed" in tested
     run(cmake, "--install", build)
+    return prefix
 
-    folder = Path(torch.__file__).parent
+
+@pytest.mark.slow
+def test_libtorch(cmake: str, installed: Path, tmp_path: Path):
+    folder, consumer = Path(torch.__file__).parent, tmp_path / "consumer"
     names = ["torch_cpu", "c10", *(["torch_cuda"] if torch.cuda.is_available() else [])]
     consumer.mkdir()
     (consumer / "CMakeLists.txt").write_text(
@@ -61,6 +70,36 @@ def test_libtorch(cmake: str, tmp_path: Path):
             libraries=" ".join(str(folder / "lib" / f"lib{name}.so") for name in names),
         )
     )
-    run(cmake, "-S", consumer, "-B", consumer / "build", f"-DCMAKE_PREFIX_PATH={prefix}")
+    run(cmake, "-S", consumer, "-B", consumer / "build", f"-DCMAKE_PREFIX_PATH={installed}")
     run(cmake, "--build", consumer / "build")
     assert "all passed" in run(consumer / "build" / "consumer")
+
+
+@pytest.mark.slow
+def test_exported_model(cmake: str, installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A trained model through `tokcomp export` into examples/aot: the logits are the model's own."""
+    build, package = tmp_path / "build", tmp_path / "digits.pt2"
+    settings = {"CMAKE_PREFIX_PATH": installed, "CMAKE_BUILD_TYPE": "Debug"}
+    run(cmake, "-S", ROOT / "examples" / "aot", "-B", build, *(f"-D{name}={value}" for name, value in settings.items()))
+    run(cmake, "--build", build)
+    options = ["-m", "tokcomp_digits_vit", "--pretrained", "--device", "cpu", "--method", "tome", "--r", "8"]
+    assert main(["export", *options, "--max-batch", "16", "-o", str(package)]) == 0
+    assert "pretrained weights; 1 to 16 images, cpu" in capsys.readouterr().out
+
+    model = tokcomp.compress(timm.create_model("tokcomp_digits_vit", pretrained=True).eval(), tokcomp.ToMe(8))
+    for batch in (5, 1):
+        images = torch.randn(batch, *tokcomp.load_exported(package).shape)
+        images.numpy().tofile(tmp_path / "images.bin")
+        printed = run(build / "classify", package, tmp_path / "images.bin", tmp_path / "logits.bin")
+        logits = torch.from_file(str(tmp_path / "logits.bin"), size=batch * 10).view(batch, 10)
+        with torch.no_grad():
+            # Sums in another order, through four blocks.
+            torch.testing.assert_close(logits, model(images), atol=1e-4, rtol=1e-4)
+        best = [int(line.split("class ")[1].split()[0]) for line in printed.splitlines()]
+        assert best == logits.argmax(1).tolist()
+
+    (tmp_path / "images.bin").write_bytes(b"short")
+    refused = subprocess.run(
+        [build / "classify", package, tmp_path / "images.bin"], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1 and "must hold 1 to 16 images of" in refused.stderr

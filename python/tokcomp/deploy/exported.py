@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from tokcomp.adapters.swap import original_class
@@ -82,6 +83,9 @@ def export(
     }
     configs: dict[str, Any] = {"freezing": inputs.device.type == "cpu"}
     configs |= {"aot_inductor.metadata": {_PREFIX + name: str(value) for name, value in facts.items()}}
+    if hasattr(torch._inductor.config.aot_inductor, "check_lowerbound"):
+        # torch.export reckons with two images or more, but what it makes serves one as well.
+        configs["aot_inductor.check_lowerbound"] = False
     configs |= inductor_configs or {}
     program = _program(model, inputs, batch, lowest, highest)
     with replacing(path) as file:
@@ -118,6 +122,11 @@ class ExportedModel:
         self._inputs = Inputs(shape, _DTYPES[facts["dtype"]], device)
         self._batches = range(int(facts["min_batch"]), int(facts["max_batch"]) + 1)
         self._run = torch._inductor.aoti_load_package(str(path), device_index=device_index)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self._inputs.shape
 
     def __repr__(self) -> str:
         return f"ExportedModel({', '.join(f'{name}={value}' for name, value in self.facts.items())})"
