@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": ("tokcomp.cli.evaluate", "accuracy and images per second on a folder of images or a timm data set"),
     "finetune": ("tokcomp.cli.finetune", "train a compressed model: fine-tuning, or from scratch"),
     "tocom": ("tokcomp.cli.tocom", "move a trained model between compression degrees (ToCom)"),
+    "dense": ("tokcomp.cli.dense", "segmentation with tokens merged for each MLP: train, compensate, score, draw"),
     "serve-sim": ("tokcomp.cli.serve_sim", "serve a load that rises and falls, at the degree the queue asks for"),
     "export": ("tokcomp.cli.export", "compile a model into one file for Python and C++ programs"),
     "visualize": ("tokcomp.cli.visualize", "draw which patches a method merges and prunes, block by block"),

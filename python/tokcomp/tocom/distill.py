@@ -58,6 +58,8 @@ class Distiller:
         world: the processes that share each batch; gradients are their mean.
         pieces: parts that a process's share of a batch is computed in, their gradients added up.
         amp_dtype: run under autocast with this type, float32 or bfloat16.
+        read: what turns the model's output into the logits [..., classes] to compare, a dense model's head, say; by
+            default the output itself. With it the loss is KL whether or not the model has a classifier.
 
     Raises:
         TypeError, ValueError: the plugin, a degree's method or the recipe does not fit; float16.
@@ -78,6 +80,7 @@ class Distiller:
         world: World = ALONE,
         pieces: int = 1,
         amp_dtype: torch.dtype | None = None,
+        read: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if amp_dtype == torch.float16:
             raise ValueError("mixed precision must be in bfloat16 here, got float16")
@@ -98,7 +101,8 @@ class Distiller:
         self.learning_rate = 0.0  # of the last step
         self.drawn = (0, 0)  # degrees of the last step: teacher's, student's
         num_classes = int(getattr(model, "num_classes", 0))
-        self.headless = num_classes < 1
+        self.headless = num_classes < 1 and read is None
+        self._read = read or (lambda output: output)
         self.parameters = list(plugin.parameters())
         self.optimizer = make_optimizer(recipe, self.parameters)
         self._rate = LearningRate(recipe, self.optimizer, total_steps, steps_per_epoch)
@@ -129,7 +133,7 @@ class Distiller:
             for number, (part, answer) in enumerate(zip(parts, answers, strict=True)):
                 seed_all(self.seed, MODEL, self.step_number, self.world.rank * self._pieces + number)
                 with self._autocast():
-                    found = student(part)
+                    found = self._read(student(part))
                 loss = distillation_loss(found, answer, headless=self.headless)
                 (loss / len(parts)).backward()
                 losses.append(loss.detach())
@@ -144,7 +148,7 @@ class Distiller:
     @torch.no_grad()
     def _teach(self, parts: Sequence[Tensor], degree: int) -> list[Tensor]:
         with self._autocast():
-            return [self.models[degree](part) for part in parts]
+            return [self._read(self.models[degree](part)) for part in parts]
 
     def _mixed(self, part: Tensor) -> Tensor:
         part = part.to(self.device, non_blocking=True)

@@ -103,13 +103,13 @@ class FineTuner:
         for number, (part, answers) in enumerate(parts):
             part = part.to(self.device, non_blocking=True)
             answers = answers.to(self.device, non_blocking=True)
-            mixed, targets = self._targets(part, answers, self.step_number)
+            mixed, targets = self.mix(part, answers)
             seed_all(self._seed, MODEL, self.step_number, self.world.rank * self._pieces + number)
             linear = FastLinear() if self._fast_linear else nullcontext()
             with self._held_back(number + 1 < len(parts)):
                 with self._autocast(), linear:
                     logits = self._runner(mixed)
-                loss = soft_cross_entropy(logits, targets)
+                loss = self.loss(logits, targets)
                 scaled = loss / len(parts)
                 (scaled if self._scaler is None else self._scaler.scale(scaled)).backward()
             losses.append(loss.detach())
@@ -126,6 +126,14 @@ class FineTuner:
             self.ema.update(self.model)
         self.step_number += 1
         return torch.stack(losses).mean()
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (overwritten) and labels [b] -> what the model gets, and its targets."""
+        return self._targets(images, labels, self.step_number)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """What is made small: 0-dim."""
+        return soft_cross_entropy(logits, targets)
 
     def is_finite(self) -> bool:
         """Whether every weight is a finite number; waits for the device."""

@@ -1,0 +1,9 @@
+"""Dense prediction: segmentation with a vision transformer whose tokens are merged and given back."""
+
+from __future__ import annotations
+
+from tokcomp.dense.heads import LinearHead, MaskTransformerHead
+from tokcomp.dense.metrics import ConfusionMatrix, Scores
+from tokcomp.dense.segmenter import Segmenter, position_tokens
+
+__all__ = ["ConfusionMatrix", "LinearHead", "MaskTransformerHead", "Scores", "Segmenter", "position_tokens"]
