@@ -14,8 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from tokcomp.equal_cost import evit_for_budget, tome_for_budget
 from tokcomp.methods import Method
 
-from benchmarks.reproduce import measure, models, schedules, search
-from benchmarks.reproduce.plan import (
+from benchmarks.reproduce.diffrate import measure, models, schedules, search
+from benchmarks.reproduce.diffrate.plan import (
     BUNDLED,
     PIPELINES,
     Model,
@@ -28,7 +28,7 @@ from benchmarks.reproduce.plan import (
 )
 from benchmarks.reproduce.runner import Unit, load_result
 
-_HERE = "benchmarks.reproduce.units"
+_HERE = "benchmarks.reproduce.diffrate.units"
 
 
 def all_units(settings: Settings) -> list[Unit]:

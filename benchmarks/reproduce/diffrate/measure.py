@@ -14,7 +14,7 @@ from tokcomp.data import digits_split, render_digits
 from tokcomp.methods import Method
 from torch import Tensor, nn
 
-from benchmarks.reproduce.schedules import cost
+from benchmarks.reproduce.diffrate.schedules import cost
 
 _HELD_OUT_SEED = 1000
 _TRAINING_SEED = 2000

@@ -2,36 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.reproduce.summary import Series, mean_and_deviation, paired
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(header)} |", "| --- |" + " ---: |" * (len(header) - 1)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± standard deviation over the seeds."""
-    mean, deviation = mean_and_deviation(values)
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
-
-
-def difference(values: Sequence[float], baseline: Sequence[float], digits: int = 2) -> str:
-    """Mean paired difference, its 95 % interval, and on how many seeds it is positive."""
-    if values is baseline:
-        return ""
-    mean, half = paired(values, baseline)
-    if len(values) == 1:
-        return f"{mean:+.{digits}f}"
-    ahead = sum(a > b for a, b in zip(values, baseline, strict=True))
-    even = sum(a == b for a, b in zip(values, baseline, strict=True))
-    level = f", {even} level" if even else ""
-    return f"{mean:+.{digits}f} ± {half:.{digits}f} ({ahead} of {len(values)}{level})"
+from benchmarks.reproduce.spread import Series, difference, markdown, mean_and_deviation, spread
 
 
 def comparison(rows: Mapping[str, Series], uncompressed: Sequence[float], baseline: str) -> str:

@@ -12,8 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from tokcomp.assets.choose_schedule import search_digits
 from tokcomp.search.model import DiffRateSearch
 
-from benchmarks.reproduce.measure import logits_of, training_pictures
-from benchmarks.reproduce.plan import SearchSettings
+from benchmarks.reproduce.diffrate.measure import logits_of, training_pictures
+from benchmarks.reproduce.diffrate.plan import SearchSettings
 
 _GAP_PICTURES = 180
 

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tokcomp.report import SERIES_COLOURS
 
-from benchmarks.reproduce.summary import mean_and_deviation
+from benchmarks.reproduce.spread import mean_and_deviation
 
 _METHODS = ("DiffRate", "uniform", "EViT", "ToMe")
 _COLOURS = {name: SERIES_COLOURS[place] for name, place in zip(_METHODS, (1, 3, 2, 4), strict=True)}

@@ -15,7 +15,7 @@ from tokcomp.assets import DIGITS_MODEL
 from tokcomp.assets.train_digits import train
 from tokcomp.files import write_whole
 
-from benchmarks.reproduce.plan import BUNDLED, SHAPES, Model
+from benchmarks.reproduce.diffrate.plan import BUNDLED, SHAPES, Model
 
 _FIRST_SEED = 100  # the bundled model is seed 0
 

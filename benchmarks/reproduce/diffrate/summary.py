@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from benchmarks.reproduce.plan import BUNDLED, METRICS, PIPELINES, Model, Settings, base_models, other_models
+from benchmarks.reproduce.diffrate.plan import BUNDLED, METRICS, PIPELINES, Model, Settings, base_models, other_models
+from benchmarks.reproduce.diffrate.units import default_search, random_panels
 from benchmarks.reproduce.runner import load_result
-from benchmarks.reproduce.units import default_search, random_panels
-
-#: What was measured of one thing, one entry per seed: {"top1": [...], "cross_entropy": [...], ...}
-Series: TypeAlias = dict[str, list[float]]
-
-#: Two-sided 95 % quantile of Student's t, by degrees of freedom.
-_T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and standard deviation over seeds (0 for one seed)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def paired(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float]:
-    """Mean difference of two series over the same seeds, and the half width of its 95 % interval (Student's t)."""
-    differences = [a - b for a, b in zip(values, baseline, strict=True)]
-    mean, deviation = mean_and_deviation(differences)
-    degrees = len(differences) - 1
-    quantile = _T95[degrees] if degrees < len(_T95) else 1.96
-    return mean, quantile * deviation / math.sqrt(len(differences)) if degrees else math.nan
+from benchmarks.reproduce.spread import Series
 
 
 def _series(rows: Sequence[dict[str, float]]) -> Series:

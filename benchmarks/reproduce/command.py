@@ -1,42 +1,48 @@
-"""DiffRate's claims at a small scale: accuracy at equal cost, random schedules, ablations, transfer.
-
-Trains five small ViTs on scikit-learn's digits, searches their schedules, and compares. Everything follows from seeds.
-Stop it with Ctrl-C and start it again: it goes on where it was.
-
-    python -m benchmarks.reproduce.diffrate
-"""
+"""The command that runs a study: its options, its files, what interrupts it."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokcomp.bench.provenance import provenance
 from tokcomp.cli.errors import UserError, check_output_folder
 from tokcomp.files import write_whole
 
-from benchmarks.reproduce.plan import QUICK, Settings
-from benchmarks.reproduce.runner import result_path, run_units
-from benchmarks.reproduce.summary import summarize
-from benchmarks.reproduce.tables import all_tables
-from benchmarks.reproduce.units import all_units
-
-DEFAULT_OUTPUT = Path("reproduce-output/diffrate")
+from benchmarks.reproduce.runner import Unit, result_path, run_units
 
 
-def reproduce(folder: Path, settings: Settings, jobs: int) -> list[Path]:
+@dataclass(frozen=True)
+class Study:
+    """A study's parts. ``quick`` are settings that run all of it in miniature.
+
+    ``summarize`` (folder of a finished run, settings) gives JSON data, which ``tables`` prints as Markdown and ``draw``
+    (summary, folder) as pictures, whose paths it returns.
+    """
+
+    name: str
+    description: str
+    settings: Any
+    quick: Any
+    units: Callable[[Any], Sequence[Unit]]
+    summarize: Callable[[Path, Any], Mapping[str, Any]]
+    tables: Callable[[Mapping[str, Any]], str]
+    draw: Callable[[Mapping[str, Any], Path], list[Path]]
+
+
+def reproduce(study: Study, folder: Path, settings: Any, jobs: int) -> list[Path]:
     """Run what is not yet done, and write results.json, tables.md and the plots; returns their paths."""
-    from benchmarks.reproduce.plots import draw_all
-
-    units = all_units(settings)
+    units = study.units(settings)
     started = time.perf_counter()
     run_units(folder, units, jobs, lambda line: print(line, flush=True))
-    summary = summarize(folder, settings)
+    summary = study.summarize(folder, settings)
     seconds = sum(json.loads(result_path(folder, unit.name).read_text())["core_seconds"] for unit in units)
     record = {
         "provenance": provenance(torch.device("cpu")),
@@ -45,8 +51,8 @@ def reproduce(folder: Path, settings: Settings, jobs: int) -> list[Path]:
         **summary,
     }
     write_whole(folder / "results.json", _compact(record))
-    write_whole(folder / "tables.md", all_tables(summary))
-    plots = draw_all(summary, folder)
+    write_whole(folder / "tables.md", study.tables(summary))
+    plots = study.draw(summary, folder)
     print(f"{time.perf_counter() - started:.0f} s, of all units together {seconds:.0f} core seconds")
     return [folder / "results.json", folder / "tables.md", *plots]
 
@@ -75,14 +81,16 @@ def _compact(record: object) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(argv: list[str] | None = None) -> int:
+def run_command(study: Study, argv: Sequence[str] | None = None) -> int:
+    """``python -m benchmarks.reproduce.<name>``; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reproduce.diffrate",
-        description=__doc__,
+        prog=f"python -m benchmarks.reproduce.{study.name}",
+        description=study.description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    default = Path("reproduce-output") / study.name
     parser.add_argument(
-        "-o", "--output", type=Path, default=DEFAULT_OUTPUT, help="folder of all results (default: %(default)s)"
+        "-o", "--output", type=Path, default=default, help="folder of all results (default: %(default)s)"
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a minute of everything, too small to show anything")
@@ -91,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         check_output_folder("--output", args.output)
         if args.jobs < 1:
             raise UserError(f"--jobs must be at least 1, got {args.jobs}")
-        written = reproduce(args.output, QUICK if args.quick else Settings(), args.jobs)
+        written = reproduce(study, args.output, study.quick if args.quick else study.settings, args.jobs)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -100,8 +108,3 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print("written: " + ", ".join(map(str, written)))
     return 0
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the worker processes too
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""ToCom's claims at a small scale: one half of the digits to pre-train on, the other half as the task."""
