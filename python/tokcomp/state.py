@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tokcomp.fastpath import PackedWeights
-from tokcomp.methods.base import Assignment, Evidence, Method
+from tokcomp.methods.base import Assignment, Evidence, Method, Norm, reduces_in_one
 
 
 def compose_sources(first: Tensor, then: Tensor) -> Tensor:
@@ -35,7 +36,10 @@ class BlockState:
         self.source: Tensor | None = None  # [B, N] int64 once the block has compressed
         self.assignment: Assignment | None = method.assign(block, num_tokens, num_prefix_tokens)
         self.evidence = Evidence()
-        self.packed = packed  # weights for the CPU fast path, None where the ordinary path runs
+        self.packed = packed  # weights for the fast path, None where the ordinary path runs
+        #: The next block's first norm, where the fast path may apply it, and what came of it; see timm_vit_fast.
+        self.following: Norm | None = None
+        self.normalized: Tensor | None = None  # on the way in: this block's first norm of x, where that is done
 
     @property
     def needs(self) -> frozenset[str]:
@@ -57,3 +61,25 @@ class BlockState:
             x, score, self.assignment, size=self.size, num_prefix_tokens=self.num_prefix_tokens
         )
         return x
+
+    def reduce_norm(self, x: Tensor, branch: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """:meth:`reduce` of x + branch, both [B, N, C], and ``norm`` of what is left, in as few passes as can be."""
+        if self.assignment is None:
+            x, normalized = torch.ops.tokcomp.add_layer_norm(x, branch, *norm)
+            return x, normalized
+        if not reduces_in_one(type(self.method)):
+            x = self.reduce(x + branch)
+            return x, norm(x)
+        score = self.method.score(self.evidence, self.block, x)
+        self.evidence = Evidence()
+        reduced, normalized = self.method.reduce_norm(
+            x,
+            branch,
+            score,
+            self.assignment,
+            size=self.size,
+            num_prefix_tokens=self.num_prefix_tokens,
+            norm=norm,
+        )
+        x, self.size, self.source = reduced
+        return x, normalized

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokcomp.attention import attend
 from tokcomp.fastpath import Layer, PackedWeights, has_hooks, packed_weights
+from tokcomp.methods.base import Norm
 from tokcomp.state import BlockState
 
 #: Bytes of the widest activation of a group of images.
@@ -54,37 +55,68 @@ def split(x: Tensor, packed: PackedWeights) -> tuple[Tensor, ...]:
 
 
 def run_block(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeights) -> Tensor:
-    """What CompressedBlock.forward computes, for x [B, N, C] in ``packed.dtype``; the block has to be packed."""
+    """What CompressedBlock.forward computes, for x [B, N, C] in ``packed.dtype``; the block has to be packed.
+
+    Six kernels: two products with attention between them; the residual, the reduction and the second norm; two more
+    products; and the residual with the next block's first norm, which is left in ``state.normalized``.
+    """
     with torch._C._AutoDispatchBelowAutograd():  # no gradient is wanted here: spare each call the way through autograd
-        x = attention_half(block, x, state, packed)
-        x = state.reduce(x)
-        return mlp_half(block, x, packed)
+        parts: dict[str, Any] = block._modules
+        layer, out = attend_heads(block, x, state, packed)
+        branch = _scaled(parts["ls1"], packed.linear(layer, out))
+        layer_norm = as_norm(parts["norm2"], x)
+        if layer_norm is not None:
+            x, hidden = state.reduce_norm(x, branch, layer_norm)
+        else:
+            x = hidden = state.reduce(x + branch)
+        layer, hidden = _mlp_hidden(block, hidden, packed)
+        if state.following is None:
+            return _residual(parts["ls2"], packed, layer, hidden, x)
+        branch = _scaled(parts["ls2"], packed.linear(layer, hidden))
+        x, state.normalized = torch.ops.tokcomp.add_layer_norm(x, branch, *state.following)
+        return x
 
 
 def attention_half(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeights) -> Tensor:
-    """x + attention: :func:`run_block` up to where the tokens are reduced. Leaves the evidence in ``state``."""
+    """x + attention: the block up to where the tokens are reduced. Leaves the evidence in ``state``."""
+    layer, out = attend_heads(block, x, state, packed)
+    return _residual(block._modules["ls1"], packed, layer, out, x)
+
+
+def attend_heads(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeights) -> tuple[nn.Linear, Tensor]:
+    """The heads' outputs side by side, [B, N, C], and the layer that they go into. Leaves the evidence in ``state``."""
     parts: dict[str, Any] = block._modules
     attention, attn = parts["attn"], parts["attn"]._modules
     batch, num_tokens, _ = x.shape
     heads, width = attention.num_heads, attention.head_dim
-    qkv = packed.linear(attn["qkv"], norm(parts["norm1"], x))
+    normalized, state.normalized = state.normalized, None
+    qkv = packed.linear(attn["qkv"], norm(parts["norm1"], x) if normalized is None else normalized)
     q, k, v = qkv.view(batch, num_tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = norm(attn["q_norm"], q), norm(attn["k_norm"], k)
     out, state.evidence = attend(q, k, v, scale=attention.scale, size=state.attention_size, needs=state.needs)
-    out = out.transpose(1, 2).reshape(batch, num_tokens, heads * width)
-    return _residual(parts["ls1"], packed, attn["proj"], out, x)
+    return attn["proj"], out.transpose(1, 2).reshape(batch, num_tokens, heads * width)
 
 
 def mlp_half(block: nn.Module, x: Tensor, packed: PackedWeights) -> Tensor:
-    """x + MLP: what :func:`run_block` does once the tokens are reduced."""
+    """x + MLP: the block once the tokens are reduced."""
     parts: dict[str, Any] = block._modules
-    mlp = parts["mlp"]._modules
-    hidden = norm(parts["norm2"], x)
+    layer, hidden = _mlp_hidden(block, norm(parts["norm2"], x), packed)
+    return _residual(parts["ls2"], packed, layer, hidden, x)
+
+
+def mlp_branch(block: nn.Module, x: Tensor, packed: PackedWeights) -> Tensor:
+    """The MLP's output for x [B, M, C], scaled, its residual not added."""
+    parts: dict[str, Any] = block._modules
+    layer, hidden = _mlp_hidden(block, norm(parts["norm2"], x), packed)
+    return _scaled(parts["ls2"], packed.linear(layer, hidden))
+
+
+def _mlp_hidden(block: nn.Module, hidden: Tensor, packed: PackedWeights) -> tuple[nn.Linear, Tensor]:
+    """The MLP of normalised tokens up to its last layer, and that layer."""
+    mlp: dict[str, Any] = block._modules["mlp"]._modules  # type: ignore[union-attr]
     if type(mlp["act"]) is nn.GELU:
-        hidden = packed.linear_gelu(mlp["fc1"], hidden, mlp["act"].approximate)
-    else:
-        hidden = mlp["act"](packed.linear(mlp["fc1"], hidden))
-    return _residual(parts["ls2"], packed, mlp["fc2"], hidden, x)
+        return mlp["fc2"], packed.linear_gelu(mlp["fc1"], hidden, mlp["act"].approximate)
+    return mlp["fc2"], mlp["act"](packed.linear(mlp["fc1"], hidden))
 
 
 def is_packed(block: nn.Module, packed: PackedWeights) -> bool:
@@ -151,12 +183,22 @@ def _is_absent(module: nn.Module | None) -> bool:
 
 def norm(module: Any, x: Tensor) -> Tensor:
     """What a LayerNorm, or an nn.Identity in place of one, makes of x."""
+    layer_norm = as_norm(module, x)
+    return x if layer_norm is None else layer_norm(x)
+
+
+def as_norm(module: Any, x: Tensor) -> Norm | None:
+    """A LayerNorm for x in its own type; None for an nn.Identity in place of one."""
     if type(module) is nn.Identity:
-        return x
+        return None
     weight, bias = module.weight, module.bias
     if weight is not None and weight.dtype != x.dtype:  # a float16 model computed in float32
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    return torch.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+    return Norm(weight, bias, module.eps)
+
+
+def _scaled(scale: Any, branch: Tensor) -> Tensor:
+    return branch if type(scale) is nn.Identity else branch * scale.gamma.to(branch.dtype)
 
 
 def _residual(scale: Any, packed: PackedWeights, layer: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:

@@ -111,26 +111,42 @@ class CompressedModel(Swapped):
     def _run_blocks(
         self, x: Tensor, packed: PackedWeights | None, sources: list[Tensor | None] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        size: Tensor | None = None
         dtype = x.dtype
+        state: BlockState | None = None
+        watched = has_hooks(self.blocks)
         for index, block in enumerate(self.blocks):
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x, size, source = checkpoint(self._run_block, block, index, x, size, dtype, packed, use_reentrant=False)
+                x, state = checkpoint(self._run_block, block, index, x, state, dtype, packed, use_reentrant=False)
             else:
-                x, size, source = self._run_block(block, index, x, size, dtype, packed)
+                # A hook may change what leaves a block, so nothing is computed of that beforehand.
+                x, state = self._run_block(block, index, x, state, dtype, packed, ahead=not watched)
             if sources is not None:
-                sources.append(source)
-        return x.to(dtype), size
+                sources.append(state.source)
+        return x.to(dtype), None if state is None else state.size
 
     def _run_block(
-        self, block: Any, index: int, x: Tensor, size: Tensor | None, dtype: torch.dtype, packed: PackedWeights | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self,
+        block: Any,
+        index: int,
+        x: Tensor,
+        before: BlockState | None,
+        dtype: torch.dtype,
+        packed: PackedWeights | None,
+        *,
+        ahead: bool = False,
+    ) -> tuple[Tensor, BlockState]:
+        """One block after the one whose state is ``before``; ``ahead``: it may apply the next block's first norm."""
         if packed is not None:
             packed = packed if timm_vit_fast.is_packed(block, packed) else None
             x = x.to(packed.dtype if packed is not None else dtype)
+        size = None if before is None else before.size
         state = BlockState(self._tokcomp_method, index, x.shape[1], self.num_prefix_tokens, size, packed)
-        x = block(x, state=state)
-        return x, state.size, state.source
+        if packed is not None and ahead:
+            if before is not None:
+                state.normalized = before.normalized
+            if index + 1 < len(self.blocks) and timm_vit_fast.is_packed(self.blocks[index + 1], packed):
+                state.following = timm_vit_fast.as_norm(self.blocks[index + 1]._modules["norm1"], x)
+        return block(x, state=state), state
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         refuse_mask(attn_mask, is_causal)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokcomp.adapters import timm_vit_fast
 from tokcomp.adapters.timm_vit_modules import CompressedBlock, CompressedModel, refuse_mask
-from tokcomp.fastpath import PackedWeights
 from tokcomp.methods.base import Evidence, Method, Reduced
 from tokcomp.state import BlockState
 
@@ -40,7 +39,7 @@ class UnmergingBlock(CompressedBlock):
             with torch._C._AutoDispatchBelowAutograd():  # as in timm_vit_fast.run_block
                 x = timm_vit_fast.attention_half(self, x, state, state.packed)
                 merged = _merge(x, state)
-                branch = _packed_mlp(self, merged.x, state.packed)
+                branch = timm_vit_fast.mlp_branch(self, merged.x, state.packed)
                 return state.method.spread(x, merged.x, branch, merged.source)
         x = self.attention_half(x, state)
         merged = _merge(x, state)
@@ -66,16 +65,3 @@ def _merge(x: Tensor, state: BlockState) -> Reduced:
     score = state.method.score(state.evidence, state.block, x)
     state.evidence = Evidence()
     return state.method.reduce(x, score, state.assignment, size=None, num_prefix_tokens=state.num_prefix_tokens)
-
-
-def _packed_mlp(block: nn.Module, x: Tensor, packed: PackedWeights) -> Tensor:
-    """The MLP's output for x [B, M, C], scaled, its residual not added."""
-    parts: dict[str, Any] = block._modules
-    mlp, scale = parts["mlp"]._modules, parts["ls2"]
-    hidden = timm_vit_fast.norm(parts["norm2"], x)
-    if type(mlp["act"]) is nn.GELU:
-        hidden = packed.linear_gelu(mlp["fc1"], hidden, mlp["act"].approximate)
-    else:
-        hidden = mlp["act"](packed.linear(mlp["fc1"], hidden))
-    out = packed.linear(mlp["fc2"], hidden)
-    return out if type(scale) is nn.Identity else out * scale.gamma.to(out.dtype)

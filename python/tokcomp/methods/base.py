@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -52,6 +53,17 @@ class Assignment(NamedTuple):
     num_tokens_out: int
 
 
+class Norm(NamedTuple):
+    """A LayerNorm over channels."""
+
+    weight: Tensor | None  # [C]
+    bias: Tensor | None  # [C]
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
 class Reduced(NamedTuple):
     """A block's tokens after compression."""
 
@@ -97,6 +109,25 @@ class Method(ABC):
     ) -> Reduced:
         """Drop and merge tokens of x [B, N, C]. Prefix tokens keep their places and are neither source nor slot."""
 
+    def reduce_norm(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        score: Tensor,
+        assignment: Assignment,
+        *,
+        size: Tensor | None,
+        num_prefix_tokens: int,
+        norm: Norm,
+    ) -> tuple[Reduced, Tensor]:
+        """:meth:`reduce` of x + branch, both [B, N, C], and ``norm`` of the tokens that are left, [B, M, C].
+
+        For methods that an operator serves in one go: a class that defines this, ``score`` and ``reduce`` is run so
+        where nobody needs the steps apart, and its ``score`` is asked before branch is added.
+        """
+        reduced = self.reduce(x + branch, score, assignment, size=size, num_prefix_tokens=num_prefix_tokens)
+        return reduced, norm(reduced.x)
+
     def spread(self, x: Tensor, merged: Tensor, branch: Tensor, source: Tensor) -> Tensor:
         """What every position has behind the MLP, [B, N, C]. Asked only of a method that ``unmerges``.
 
@@ -107,6 +138,14 @@ class Method(ABC):
             source: [B, N] of :meth:`reduce`.
         """
         return x + torch.ops.tokcomp.unmerge(branch, source)
+
+
+@functools.cache
+def reduces_in_one(method: type[Method]) -> bool:
+    """Whether a method's own class answers for :meth:`Method.reduce_norm` and for the steps that it stands for."""
+    steps = ("reduce_norm", "reduce", "score")
+    owners = {next(one for one in method.__mro__ if step in vars(one)) for step in steps}
+    return len(owners) == 1
 
 
 def require_depth(name: str, entries: int, geometry: Geometry) -> None:

@@ -8,7 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokcomp.methods.base import Assignment, Evidence, Geometry, Method, Reduced, require_class_token, require_depth
+from tokcomp.methods.base import (
+    Assignment,
+    Evidence,
+    Geometry,
+    Method,
+    Norm,
+    Reduced,
+    require_class_token,
+    require_depth,
+)
 from tokcomp.schedule import CompressionSchedule, published_schedule
 
 #: metric -> what it needs from attention.
@@ -135,26 +144,66 @@ class DiffRate(Method):
     def reduce(
         self, x: Tensor, score: Tensor, assignment: Assignment, *, size: Tensor | None, num_prefix_tokens: int
     ) -> Reduced:
-        num_tokens = x.shape[1]
-        num_prune_kept, num_merge_kept = assignment.num_prune_kept, assignment.num_merge_kept
-        merge_first = self.pipeline == "merge_prune"
-        before_merge = num_tokens if merge_first else num_prune_kept
+        counts = self._operator_counts(assignment, x.shape[1])
         x, new_size, source = torch.ops.tokcomp.prune_merge(
             x,
             score,
-            before_merge,
-            num_merge_kept,
+            *counts,
             size=size,
             num_prefix_tokens=num_prefix_tokens,
             similarity_weighted_size=self.similarity_weighted_size,
         )
-        if size is None and num_merge_kept >= before_merge:
-            new_size = None  # pruning alone leaves every token at one patch
-        if merge_first and num_prune_kept < x.shape[1]:
-            x = x[:, :num_prune_kept]
-            new_size = None if new_size is None else new_size[:, :num_prune_kept]
-            source = source.masked_fill(source >= num_prune_kept, -1)
-        return Reduced(x, new_size, source)
+        return self._pruned_last(Reduced(x, _known(new_size, size, counts), source), assignment)
+
+    def reduce_norm(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        score: Tensor,
+        assignment: Assignment,
+        *,
+        size: Tensor | None,
+        num_prefix_tokens: int,
+        norm: Norm,
+    ) -> tuple[Reduced, Tensor]:
+        counts = self._operator_counts(assignment, x.shape[1])
+        x, normalized, new_size, source = torch.ops.tokcomp.prune_merge_norm(
+            x,
+            branch,
+            score,
+            *counts,
+            norm.weight,
+            norm.bias,
+            size=size,
+            num_prefix_tokens=num_prefix_tokens,
+            similarity_weighted_size=self.similarity_weighted_size,
+            norm_eps=norm.eps,
+        )
+        reduced = self._pruned_last(Reduced(x, _known(new_size, size, counts), source), assignment)
+        return reduced, normalized[:, : reduced.x.shape[1]]
+
+    def _operator_counts(self, assignment: Assignment, num_tokens: int) -> tuple[int, int]:
+        """num_prune_kept and num_merge_kept of the operator, which prunes first."""
+        before_merge = num_tokens if self.pipeline == "merge_prune" else assignment.num_prune_kept
+        return before_merge, assignment.num_merge_kept
+
+    def _pruned_last(self, reduced: Reduced, assignment: Assignment) -> Reduced:
+        """What pruning leaves of merged tokens, where it comes second."""
+        x, size, source = reduced
+        num_kept = assignment.num_prune_kept
+        if self.pipeline != "merge_prune" or num_kept >= x.shape[1]:
+            return reduced
+        return Reduced(
+            x[:, :num_kept],
+            None if size is None else size[:, :num_kept],
+            source.masked_fill(source >= num_kept, -1),
+        )
+
+
+def _known(new_size: Tensor, size: Tensor | None, counts: tuple[int, int]) -> Tensor | None:
+    """The sizes, None while every token is one patch: pruning alone does not change that."""
+    before_merge, num_merge_kept = counts
+    return None if size is None and num_merge_kept >= before_merge else new_size
 
 
 def score_tokens(metric: str, evidence: Evidence, block: int, x: Tensor, seed: int = 0) -> Tensor:
