@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp.adapters import find_adapter
-from tokcomp.methods.base import Assignment, Evidence, Geometry, Method, Reduced, require_depth
+from tokcomp.methods.base import Assignment, Evidence, Geometry, Method, Norm, Reduced, require_depth
 
 
 class StaticSlice(Method):
@@ -60,6 +60,22 @@ class StaticSlice(Method):
     ) -> Reduced:
         left = assignment.num_tokens_out
         return Reduced(x[:, :left], size, _source(x.shape[1], left, x.device).expand(x.shape[0], -1))
+
+    def reduce_norm(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        score: Tensor,
+        assignment: Assignment,
+        *,
+        size: Tensor | None,
+        num_prefix_tokens: int,
+        norm: Norm,
+    ) -> tuple[Reduced, Tensor]:
+        left = assignment.num_tokens_out
+        source = _source(x.shape[1], left, x.device).expand(x.shape[0], -1)
+        x, normalized = torch.ops.tokcomp.add_layer_norm(x[:, :left], branch[:, :left], *norm)
+        return Reduced(x, size, source), normalized
 
 
 @functools.cache
