@@ -120,6 +120,33 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert record_path.with_suffix(".png").stat().st_size > 1000
 
 
+def test_command_goes_on_without_what_does_not_compile(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At batch 2 alone: table and picture do without those rows, and the reason is said and recorded."""
+
+    def at_one(model: Any, **options: Any) -> Any:
+        def run(images: Tensor) -> Tensor:
+            if images.shape[0] > 1:
+                raise RuntimeError("no compiler")
+            return model(images)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", at_one)
+    command = ["-m", "test_vit", "--method", "tome", "--r", "4", "-b", "1", "2", "--rounds", "2", "--device", "cpu"]
+    assert cli.main([*command, "--torchcompile", "--results", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    compiled = ("published-compiled", "timm-compiled", "tokcomp-compiled")
+    for name in compiled:
+        assert f"not measured: {name}, batch 2: RuntimeError: no compiler" in text
+    [record_path] = tmp_path.glob("*.json")
+    record = json.loads(record_path.read_text())
+    assert {row["batch"] for row in record["rows"] if row["name"] in compiled} == {1}
+    assert [one["name"] for one in record["not_measured"]] == list(compiled)
+    assert record_path.with_suffix(".png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
