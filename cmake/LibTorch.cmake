@@ -8,7 +8,8 @@ add_custom_command(OUTPUT "${schemas}"
   COMMAND "${Python_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/tokcomp_kernels/_schema.py" > "${schemas}"
   DEPENDS tokcomp_kernels/_schema.py VERBATIM)
 
-add_library(tokcomp SHARED "${schemas}")
+file(GLOB libtorch_sources CONFIGURE_DEPENDS csrc/libtorch/*.cpp)
+add_library(tokcomp SHARED "${schemas}" ${libtorch_sources})
 add_library(tokcomp::tokcomp ALIAS tokcomp)
 tokcomp_add_kernels(tokcomp)
 target_compile_definitions(tokcomp PRIVATE TOKCOMP_OWN_CUDA_KEY)

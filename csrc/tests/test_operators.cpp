@@ -80,6 +80,36 @@ void test_masked_merge(at::Device device, const std::string& where) {
          "masked_merge: destinations, " + where);
 }
 
+void test_attention(at::Device device, const std::string& where) {
+  at::manual_seed(4);
+  const at::Tensor packed = at::randn({2, 9, 3, 4, 8}).permute({2, 0, 3, 1, 4}), size = at::rand({2, 9}) * 4;
+  const at::Tensor scores = at::matmul(packed[0], packed[1].mT()) / std::sqrt(8.) + size.log().view({2, 1, 1, 9});
+  const at::Tensor shares = at::softmax(scores, -1), there = packed.to(device);
+  const Tensors got = call("attention", {there[0], there[1], there[2], size.to(device)});
+  expect(at::allclose(got[0].cpu(), at::matmul(shares, packed[2]), 0., 1e-5), "attention: output, " + where);
+  expect(at::allclose(got[1].cpu(), shares.select(2, 0).mean(1), 0., 1e-5), "attention: class row, " + where);
+}
+
+// Where there is no kernel, attention is composed of PyTorch's operators: here asked on behalf of a device without any.
+void test_composed_attention(at::ScalarType type, double atol) {
+  at::manual_seed(3);
+  const at::Tensor packed = at::randn({2, 9, 3, 4, 8}).to(type).permute({2, 0, 3, 1, 4});
+  const at::Tensor size = at::rand({2, 9}) * 4;
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("tokcomp::attention", "");
+  for (const c10::IValue& sizes : {c10::IValue(), c10::IValue(size)}) {
+    for (const c10::IValue& scale : {c10::IValue(), c10::IValue(0.7)}) {
+      const Tensors expected = call("attention", {packed[0], packed[1], packed[2], sizes, scale});
+      torch::jit::Stack stack{packed[0], packed[1], packed[2], sizes, scale};
+      op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), &stack);
+      const at::Tensor out = stack.at(0).toTensor(), cls_attn = stack.at(1).toTensor();
+      const std::string what = std::string(at::toString(type)) + (sizes.isNone() ? "" : ", sizes");
+      expect(at::allclose(out.to(at::kFloat), expected[0].to(at::kFloat), 0., atol), "composed attention, " + what);
+      expect(out.strides() == expected[0].strides(), "composed attention: strides, " + what);
+      expect(at::allclose(cls_attn, expected[1], 0., 1e-5), "composed attention: class row, " + what);
+    }
+  }
+}
+
 void test_refusal() {
   std::string message;
   try {
@@ -108,10 +138,13 @@ int main() {
   test_every_operator_has_a_cpu_kernel();
   test_refusal();
   test_masked_merge(at::kCPU, "cpu");
+  test_composed_attention(at::kFloat, 1e-5);
+  test_composed_attention(at::kBFloat16, 4e-2);  // values of up to 4 and 8 bits, rounded in other places
   std::vector<at::Device> devices{at::kCPU};
   if (at::hasCUDA()) devices.emplace_back(at::kCUDA);
   for (const at::Device& device : devices) {
     test_prune_merge(device, device.str());
+    test_attention(device, device.str());
     test_masked_softmax(device, device.str());
     test_class_attention_sort(device, device.str());
   }
