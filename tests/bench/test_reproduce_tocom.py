@@ -12,9 +12,10 @@ import pytest
 import tokcomp
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from benchmarks.reproduce.tocom import __main__ as command
-from benchmarks.reproduce.tocom import data, training
+from benchmarks.reproduce.tocom import data, training, units
 from benchmarks.reproduce.tocom.measure import compensated_logits, logits_of, measured
 from benchmarks.reproduce.tocom.plan import HALVES, QUICK, PluginSettings, Run, Settings, ablations, method_of, runs
 from benchmarks.reproduce.tocom.summary import summarize
@@ -140,6 +141,19 @@ def test_the_task_is_split_evenly_and_by_seed() -> None:
     assert torch.equal(ink, data.task_split("high", 50, seed=1)[0][0])
 
 
+def test_fine_tuning_is_of_every_weight_and_the_same_at_first(tmp_path: Path) -> None:
+    recipe = replace(QUICK.pretrain, epochs=8 / 720, batch_size=8, warmup_epochs=0).describe()
+    units.pretrain(tmp_path, "low", 1, recipe)
+    before = load_file(tmp_path / "models" / "pretrained-low-1.safetensors")
+    # Two steps: the new classifier starts at zero, and so do the gradients of everything before it.
+    recipe = replace(QUICK.finetune, epochs=2, batch_size=8, warmup_epochs=0).describe()
+    for degree in (0, 2):
+        units.finetune(tmp_path, "low", 1, degree, 8, 10, recipe)
+    zero, two = (load_file(tmp_path / "models" / f"finetuned-low-1-{degree}.safetensors") for degree in (0, 2))
+    assert all(not torch.equal(value, before[name]) for name, value in zero.items())
+    assert zero.keys() == two.keys() and any(not torch.equal(value, two[name]) for name, value in zero.items())
+
+
 def test_a_measurement() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     found = measured(logits, torch.tensor([0, 0]), logits.flip(0))
@@ -162,10 +176,10 @@ def test_a_measurement_leaves_the_model_as_it_was(model: Any) -> None:
 
 def test_units_are_named_once_and_need_what_there_is() -> None:
     for settings in (Settings(), QUICK):
-        units = all_units(settings)
-        names = {unit.name for unit in units}
-        assert len(names) == len(units)
-        assert all(need in names for unit in units for need in unit.needs)
+        every = all_units(settings)
+        names = {unit.name for unit in every}
+        assert len(names) == len(every)
+        assert all(need in names for unit in every for need in unit.needs)
     assert len(Settings().seeds) >= 5
     assert set(ablations(Settings())) > {"shared LoRA", "classification loss", "no inversion"}
 
@@ -221,5 +235,5 @@ def test_the_command_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "nan" not in (tmp_path / "out" / "tables.md").read_text().lower()
     capsys.readouterr()
     assert command.main(options) == 0
-    units = len(all_units(QUICK))
-    assert f"{units} of {units} units are there already" in capsys.readouterr().out
+    count = len(all_units(QUICK))
+    assert f"{count} of {count} units are there already" in capsys.readouterr().out

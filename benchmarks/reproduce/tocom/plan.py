@@ -57,7 +57,7 @@ class Settings:
     sources: tuple[int, ...] = (0, 16)
     targets: tuple[int, ...] = (0, 4, 8, 12, 16)
     pretrain: Recipe = field(default_factory=lambda: replace(_PLAIN, epochs=40))
-    finetune: Recipe = field(default_factory=lambda: replace(_PLAIN, epochs=30, lr=5e-4))
+    finetune: Recipe = field(default_factory=lambda: replace(_PLAIN, epochs=30))
     task_digits: int = 300  # of the task's 720 training digits; the others choose the scale
     plugin: PluginSettings = field(default_factory=PluginSettings)
     plugin_recipe: Recipe = field(default_factory=lambda: replace(_PLAIN, warmup_epochs=0, smoothing=0.0))

@@ -228,4 +228,4 @@ def _store(folder: Path, name: str, module: nn.Module) -> str:
 def _load(folder: Path, name: str) -> VisionTransformer:
     model = training.new_model(0, CLASSES, 0.0)
     model.load_state_dict(load_file(_path(folder, name)))
-    return model.requires_grad_(False).eval()
+    return model.eval()
