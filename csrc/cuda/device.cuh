@@ -21,6 +21,12 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int64_t kSharedLimit = 48 * 1024;  // what a block gets without asking
 
+// What a launch may ask for.
+struct DeviceLimits {
+  int64_t shared_bytes;  // of a block
+  bool clusters;
+};
+
 constexpr float kMinSize = 1e-6f;
 
 #ifdef __CUDACC__
@@ -53,6 +59,23 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
   return __float2bfloat16_rn(value);
 }
 
+// What one instruction adds.
+template <typename T>
+struct PairType {
+  using type = float;
+};
+template <>
+struct PairType<__half> {
+  using type = __half2;
+};
+template <>
+struct PairType<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+};
+__device__ __forceinline__ float add_pair(float a, float b) { return a + b; }
+__device__ __forceinline__ __half2 add_pair(__half2 a, __half2 b) { return __hadd2(a, b); }
+__device__ __forceinline__ __nv_bfloat162 add_pair(__nv_bfloat162 a, __nv_bfloat162 b) { return __hadd2(a, b); }
+
 // Also what a NaN becomes.
 __device__ __forceinline__ float effective_size(float size) { return size > kMinSize ? size : kMinSize; }
 
@@ -60,37 +83,75 @@ __device__ __forceinline__ float effective_size(float size) { return size > kMin
 template <typename T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
+// 16 bytes of elements as they are, and as numbers.
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& raw, float (&values)[kVector<T>]) {
+  T elements[kVector<T>];
+  memcpy(elements, &raw, sizeof(raw));
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) values[i] = to_float(elements[i]);
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 pack(const float (&values)[kVector<T>]) {
+  T elements[kVector<T>];
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) elements[i] = from_float<T>(values[i]);
+  uint4 raw;
+  memcpy(&raw, elements, sizeof(raw));
+  return raw;
+}
+
 // Up to kVector elements from `from`, zeros after `count`. Element by element where the rows are not 16-byte aligned:
 // the same values in the same places, so alignment never changes a result's bits.
 template <typename T>
-__device__ __forceinline__ void load_vector(const T* from, int64_t count, bool aligned, float (&values)[kVector<T>]) {
+__device__ __forceinline__ uint4 load_raw(const T* from, int64_t count, bool aligned) {
+  if (aligned && count >= kVector<T>) return *reinterpret_cast<const uint4*>(from);
+  T elements[kVector<T>];
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) elements[i] = i < count ? from[i] : from_float<T>(0.f);
+  uint4 raw;
+  memcpy(&raw, elements, sizeof(raw));
+  return raw;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_raw(T* to, int64_t count, bool aligned, const uint4& raw) {
   if (aligned && count >= kVector<T>) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(from);
+    *reinterpret_cast<uint4*>(to) = raw;
+  } else {
     T elements[kVector<T>];
     memcpy(elements, &raw, sizeof(raw));
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) values[i] = to_float(elements[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) values[i] = i < count ? to_float(from[i]) : 0.f;
+    for (int i = 0; i < kVector<T>; ++i) {
+      if (i < count) to[i] = elements[i];
+    }
   }
 }
 
 template <typename T>
+__device__ __forceinline__ void load_vector(const T* from, int64_t count, bool aligned, float (&values)[kVector<T>]) {
+  unpack<T>(load_raw(from, count, aligned), values);
+}
+
+template <typename T>
 __device__ __forceinline__ void store_vector(T* to, int64_t count, bool aligned, const float (&values)[kVector<T>]) {
-  if (aligned && count >= kVector<T>) {
-    T elements[kVector<T>];
+  store_raw(to, count, aligned, pack<T>(values));
+}
+
+// Element by element a + b, rounded once.
+template <typename T>
+__device__ __forceinline__ uint4 add_rounded(const uint4& a, const uint4& b) {
+  using Pair = typename PairType<T>::type;
+  constexpr int kPairs = sizeof(uint4) / sizeof(Pair);
+  Pair left[kPairs], right[kPairs];
+  memcpy(left, &a, sizeof(a));
+  memcpy(right, &b, sizeof(b));
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) elements[i] = from_float<T>(values[i]);
-    uint4 raw;
-    memcpy(&raw, elements, sizeof(raw));
-    *reinterpret_cast<uint4*>(to) = raw;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) {
-      if (i < count) to[i] = from_float<T>(values[i]);
-    }
-  }
+  for (int i = 0; i < kPairs; ++i) left[i] = add_pair(left[i], right[i]);
+  uint4 sum;
+  memcpy(&sum, left, sizeof(sum));
+  return sum;
 }
 
 // Sums over groups of `lanes` neighbouring lanes (a power of two); every lane gets its group's.

@@ -41,14 +41,40 @@ class Launcher {
   explicit Launcher(const Tensor& tensor)
       : guard_(tensor.device()), stream_(c10::cuda::getCurrentCUDAStream(tensor.device().index())) {}
 
+  DeviceLimits limits() const {
+    return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), attribute(cudaDevAttrClusterLaunch) != 0};
+  }
+
+  // `cluster` neighbouring blocks run together.
   template <typename Params>
-  void operator()(void (*kernel)(Params), int64_t blocks, int64_t shared_bytes, const Params& params) const {
+  void operator()(void (*kernel)(Params), int64_t blocks, int64_t shared_bytes, const Params& params,
+                  int cluster = 1) const {
     if (blocks == 0) return;
-    kernel<<<static_cast<unsigned>(blocks), kThreads, shared_bytes, stream_>>>(params);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    if (shared_bytes > kSharedLimit) {
+      // Always the same value: another thread may launch with more at the same time.
+      C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)));
+    }
+    cudaLaunchAttribute shape{};
+    shape.id = cudaLaunchAttributeClusterDimension;
+    shape.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_;
+    config.attrs = &shape;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+    C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
   }
 
  private:
+  int attribute(cudaDeviceAttr name) const {
+    int value = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, stream_.device_index()));
+    return value;
+  }
+
   c10::cuda::CUDAGuard guard_;
   c10::cuda::CUDAStream stream_;
 };

@@ -1,272 +1,282 @@
-// Prune by importance, merge by similarity: one block per image ranks its tokens, matches each token to be merged with
-// a kept one, and writes the kept tokens. Rows that are pruned are never read.
+// Prune by importance, merge by similarity, of x or of x + branch, and the LayerNorm of what is left. Rows that are
+// pruned are never read. Two kernels share the arithmetic below, and so give the same bits:
+//   prune_merge_resident.cuh: a cluster holds an image in shared memory; every row is read once, every output written
+//   once;
+//   prune_merge_streaming.cuh: one block per image, of any size, on any device.
 #pragma once
 
-#include "rank.cuh"
+#include "prune_merge_plan.cuh"
 
 namespace tokcomp::cuda {
 
 template <typename T>
 struct PruneMergeParams {
   const T* x;               // [B, N, C]
+  const T* branch;          // [B, N, C] or null
   const float* importance;  // [B, N], or null where `order` is given
   const int* order;         // [B, N]: the token at each rank, or null to rank here
   const float* size;        // [B, N] or null
+  const T* weight;          // [C] or null
+  const T* bias;            // [C] or null
   T* x_out;                 // [B, M, C]
+  T* normalized;            // [B, M, C] or null
   float* size_out;          // [B, M]
   int64_t* source;          // [B, N]
-  int* best_slot;           // [B, P - M]: where each token to be merged goes
-  float* best_cosine;       // [B, P - M]
-  int64_t x_stride_b, x_stride_n;
-  int64_t batch, width;
-  int num_tokens, num_prefix_tokens;
-  int num_alive, num_kept;  // P, M
+  int* lists;               // [B, 3 (P - M) + M], for MergeLists; streaming with anything to merge
+  int64_t x_stride_b, x_stride_n, branch_stride_b, branch_stride_n;
+  MergeShape shape;
+  MergePlan plan;
+  float norm_eps;
   bool similarity_weighted_size, aligned;
 };
 
-// The similarity of 16 sources and 256 destinations is a matrix product, 4 x 4 values per thread. Columns of x stream
-// through shared memory 32 at a time; rows are padded by 4 so that eight threads' 16-byte reads meet no bank twice.
-constexpr int kSrcTile = 16, kDstTile = 256, kDepth = 32, kPitch = kDepth + 4;
-constexpr int kTileRows = kSrcTile + kDstTile;
-constexpr int kPerThread = 4;                       // sources and destinations of a thread
-constexpr int kDstThreads = kDstTile / kPerThread;  // threads side by side over destinations
-constexpr int kDstWarps = kDstThreads / kWarp;      // warps that share a source
-static_assert(kDstThreads * (kSrcTile / kPerThread) == kThreads);
-
-struct MatchShared {
-  float tile[kTileRows * kPitch];  // sources, then destinations
-  float inverse_norm[kTileRows];
-  float cosine[kDstWarps][kSrcTile];
-  int slot[kDstWarps][kSrcTile];
+// What merges into what: source s, the token of rank M + s, into slot best_slot[s]. The sources of a slot are a list in
+// the order of ranks, first[slot] and then next[s] of each; -1 ends it.
+struct MergeLists {
+  int* best_slot;
+  float* best_cosine;
+  int* next;
+  int* first;
 };
 
-// The larger cosine, on ties the lower slot.
-__device__ __forceinline__ void keep_better(float& cosine, int& slot, float other_cosine, int other_slot) {
-  if (other_cosine > cosine || (other_cosine == cosine && other_slot < slot)) {
-    cosine = other_cosine;
-    slot = other_slot;
+// A thread's 16-byte piece of a row's slice.
+template <typename T>
+struct Piece {
+  int local;       // its first channel within the slice
+  int64_t column;  // and within the row
+  int inside;      // how many of its channels exist
+  bool stored;     // whether the slice is that wide
+  bool aligned;
+
+  __device__ __forceinline__ Piece(const PruneMergeParams<T>& p, int slice) {
+    local = threadIdx.x % p.plan.lanes * kVector<T>;
+    column = static_cast<int64_t>(slice) * p.plan.width + local;
+    stored = local < p.plan.width;
+    const int64_t left = p.shape.width - column;
+    inside = !stored || left <= 0 ? 0 : left < kVector<T> ? static_cast<int>(left) : kVector<T>;
+    aligned = p.aligned;
+  }
+};
+
+// The channels of a slice that exist.
+template <typename T>
+__device__ __forceinline__ float slice_channels(const PruneMergeParams<T>& p, int slice) {
+  const int64_t left = p.shape.width - static_cast<int64_t>(slice) * p.plan.width;
+  return static_cast<float>(left <= 0 ? 0 : left < p.plan.width ? left : p.plan.width);
+}
+
+// order [P]: the token at each rank below P, in every block of the cluster; source becomes -1 for the others. Each
+// block ranks its share of the tokens, four lanes a token.
+template <typename T>
+__device__ void make_order(const PruneMergeParams<T>& p, int64_t image, int share, int shares, uint32_t* keys,
+                           int* order) {
+  constexpr int kParts = 4;
+  const int count = p.shape.num_tokens, prefix = p.shape.num_prefix_tokens, alive = p.shape.num_alive;
+  const float* importance = p.importance + image * count;
+  for (int n = threadIdx.x; n < count; n += kThreads) keys[n] = order_key(importance[n]);
+  __syncthreads();
+  const int each = static_cast<int>(ceil_div(count, shares)), part = threadIdx.x % kParts;
+  const int last = min(count, each * (share + 1));
+  for (int base = each * share; base < last; base += kThreads / kParts) {
+    const int token = base + static_cast<int>(threadIdx.x) / kParts;
+    const uint32_t key = keys[min(token, count - 1)];
+    int rank = 0;
+#pragma unroll 8
+    for (int j = prefix + part; j < count; j += kParts) rank += keys[j] + (j < token ? 1 : 0) > key ? 1 : 0;
+    rank += __shfl_xor_sync(kAllLanes, rank, 1);
+    rank += __shfl_xor_sync(kAllLanes, rank, 2);
+    rank = token < prefix ? token : prefix + rank;
+    if (token >= last) continue;
+    if (rank >= alive) {
+      if (part == 0) p.source[image * count + token] = -1;
+    } else {
+      for (int block = part; block < shares; block += kParts) in_block(order, block)[rank] = token;
+    }
   }
 }
 
-template <typename T>
-__device__ void match_tokens(const PruneMergeParams<T>& p, int64_t image, const int* order, MatchShared& shared) {
-  constexpr int kVec = kVector<T>;
-  constexpr int kParts = kDepth / kVec;  // threads that load a row's 32 columns
-  constexpr int kLoads = static_cast<int>(ceil_div(kTileRows * kParts, kThreads));
-  const int num_src = p.num_alive - p.num_kept;
-  const T* x = p.x + image * p.x_stride_b;
-  const int lane = threadIdx.x % kWarp;
-  const int dst_thread = threadIdx.x % kDstThreads, src_thread = threadIdx.x / kDstThreads;
-  const int part = threadIdx.x % kParts * kVec;
-
-  for (int src_first = 0; src_first < num_src; src_first += kSrcTile) {
-    float best_cosine = -INFINITY;  // of source src_first + threadIdx.x, in the first 16 threads
-    int best_slot = p.num_kept;
-    for (int dst_first = p.num_prefix_tokens; dst_first < p.num_kept; dst_first += kDstTile) {
-      const T* rows[kLoads];
-      unsigned exists = 0;  // a bit for each of rows
+// rows [count, pitch]: the slice of y = x + branch of each row's token, zeros for -1; what y is of every row also goes
+// to `each`. squares [count] += the sums of squares, from 0 in the first slice. A thread has kUnroll rows under way.
+template <int kUnroll, typename T, typename Token, typename Each>
+__device__ __forceinline__ void load_rows(const PruneMergeParams<T>& p, int64_t image, const Piece<T>& piece, int count,
+                                          const Token& token_of, T* rows, float* squares, bool first,
+                                          const Each& each) {
+  const int groups = kThreads / p.plan.lanes, group = threadIdx.x / p.plan.lanes;
+  const int pitch = row_pitch<T>(p.plan.width);
+  const T* x = p.x + image * p.x_stride_b + piece.column;
+  const T* branch = p.branch ? p.branch + image * p.branch_stride_b + piece.column : nullptr;
+  for (int base = 0; base < count; base += groups * kUnroll) {
+    uint4 own[kUnroll], more[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kLoads; ++u) {
-        const int row = (threadIdx.x + u * kThreads) / kParts;
-        const int src = src_first + row, dst = dst_first + row - kSrcTile;
-        const int rank = row < kSrcTile ? p.num_kept + src : dst;
-        const bool here = row < kSrcTile ? src < num_src : row < kTileRows && dst < p.num_kept;
-        rows[u] = here ? x + order[rank] * p.x_stride_n : x;
-        exists |= here ? 1u << u : 0u;
+    for (int u = 0; u < kUnroll; ++u) {
+      const int row = base + u * groups + group;
+      const int token = row < count ? token_of(row) : -1;
+      const int inside = token >= 0 ? piece.inside : 0;
+      own[u] = more[u] = uint4{0, 0, 0, 0};
+      if (inside > 0) {
+        own[u] = load_raw(x + token * p.x_stride_n, inside, p.aligned);
+        if (branch) more[u] = load_raw(branch + token * p.branch_stride_n, inside, p.aligned);
       }
-      float squares[kLoads] = {}, dots[kPerThread][kPerThread] = {};
-      const bool busy = src_first + src_thread * kPerThread < num_src;
-      const int dst_count = min(kPerThread, static_cast<int>(ceil_div(p.num_kept - dst_first, kDstThreads)));
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int row = base + u * groups + group;
+      if (branch) own[u] = add_rounded<T>(own[u], more[u]);
+      if (row < count && piece.stored) {
+        *reinterpret_cast<uint4*>(rows + row * pitch + piece.local) = own[u];
+        each(row, own[u]);
+      }
+      float values[kVector<T>], sum = 0.f;
+      unpack<T>(own[u], values);
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) sum = fmaf(values[i], values[i], sum);
+      sum = group_sum(sum, p.plan.lanes);
+      if (row < count && piece.local == 0) squares[row] = (first ? 0.f : squares[row]) + sum;
+    }
+  }
+}
 
-      for (int64_t column = part; column - part < p.width; column += kDepth) {
-        __syncthreads();  // the last columns have been used
-#pragma unroll
-        for (int u = 0; u < kLoads; ++u) {
-          const int row = (threadIdx.x + u * kThreads) / kParts;
-          if (row < kTileRows) {
-            float values[kVec];
-            load_vector(rows[u] + column, exists >> u & 1 ? p.width - column : 0, p.aligned, values);
-            float4* to = reinterpret_cast<float4*>(shared.tile + row * kPitch + part);
-#pragma unroll
-            for (int i = 0; i < kVec; i += 4) {
-              to[i / 4] = make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
-            }
-#pragma unroll
-            for (int i = 0; i < kVec; ++i) squares[u] += values[i] * values[i];
-          }
-        }
-        __syncthreads();
-        if (busy) {
-          const float* src = shared.tile + src_thread * kPerThread * kPitch;
-          const float* dst = shared.tile + (kSrcTile + dst_thread) * kPitch;
+__device__ __forceinline__ float inverse_of_norm(float squares) {
+  const float norm = sqrtf(squares);
+  return norm > 0.f ? 1.f / norm : 0.f;
+}
+
+struct Match {
+  int slot;
+  float cosine;
+
+  // The larger cosine, on ties the lower slot.
+  __device__ __forceinline__ void keep_better(const Match& other) {
+    if (other.cosine > cosine || (other.cosine == cosine && other.slot < slot)) *this = other;
+  }
+};
+
+// One warp: the best of slots first_slot.., `count` of them; dot(j) is the source's product with the j-th.
+template <typename Dot>
+__device__ __forceinline__ Match best_match(const Dot& dot, float inverse_source, const float* inverse_target,
+                                            int first_slot, int count) {
+  Match best{first_slot + count, -INFINITY};
 #pragma unroll 2
-          for (int k = 0; k < kDepth; k += 4) {
-            float4 a[kPerThread];
-#pragma unroll
-            for (int i = 0; i < kPerThread; ++i) a[i] = *reinterpret_cast<const float4*>(src + i * kPitch + k);
-#pragma unroll
-            for (int j = 0; j < kPerThread; ++j) {
-              if (j < dst_count) {
-                const float4 b = *reinterpret_cast<const float4*>(dst + j * kDstThreads * kPitch + k);
-#pragma unroll
-                for (int i = 0; i < kPerThread; ++i) {
-                  dots[i][j] += a[i].x * b.x;
-                  dots[i][j] += a[i].y * b.y;
-                  dots[i][j] += a[i].z * b.z;
-                  dots[i][j] += a[i].w * b.w;
-                }
-              }
-            }
-          }
-        }
-      }
-
-#pragma unroll
-      for (int u = 0; u < kLoads; ++u) {
-        const int row = (threadIdx.x + u * kThreads) / kParts;
-        const float norm = sqrtf(group_sum(squares[u], kParts));
-        if (part == 0 && row < kTileRows) shared.inverse_norm[row] = norm > 0.f ? 1.f / norm : 0.f;
-      }
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i) {
-        const int src = src_thread * kPerThread + i;
-        float cosine = -INFINITY;
-        int slot = p.num_kept;
-#pragma unroll
-        for (int j = 0; j < kPerThread; ++j) {
-          const int dst = dst_thread + j * kDstThreads;
-          float candidate = dots[i][j] * shared.inverse_norm[src] * shared.inverse_norm[kSrcTile + dst];
-          if (candidate != candidate) candidate = 0.f;
-          if (dst_first + dst < p.num_kept) keep_better(cosine, slot, candidate, dst_first + dst);
-        }
-#pragma unroll
-        for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-          const float other_cosine = __shfl_xor_sync(kAllLanes, cosine, offset);
-          const int other_slot = __shfl_xor_sync(kAllLanes, slot, offset);
-          keep_better(cosine, slot, other_cosine, other_slot);
-        }
-        if (lane == 0) {
-          shared.cosine[dst_thread / kWarp][src] = cosine;
-          shared.slot[dst_thread / kWarp][src] = slot;
-        }
-      }
-      __syncthreads();
-      if (threadIdx.x < kSrcTile) {
-        for (int w = 0; w < kDstWarps; ++w) {
-          keep_better(best_cosine, best_slot, shared.cosine[w][threadIdx.x], shared.slot[w][threadIdx.x]);
-        }
-      }
-    }
-    const int src = src_first + threadIdx.x;
-    if (threadIdx.x < kSrcTile && src < num_src) {
-      p.best_slot[image * num_src + src] = best_slot;
-      p.best_cosine[image * num_src + src] = best_cosine;
-      p.source[image * p.num_tokens + order[p.num_kept + src]] = best_slot;
-    }
+  for (int j = threadIdx.x % kWarp; j < count; j += kWarp) {
+    float cosine = dot(j) * inverse_source * inverse_target[j];
+    if (cosine != cosine) cosine = 0.f;
+    best.keep_better({first_slot + j, cosine});
   }
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const int slot = __shfl_xor_sync(kAllLanes, best.slot, offset);
+    const float cosine = __shfl_xor_sync(kAllLanes, best.cosine, offset);
+    best.keep_better({slot, cosine});
+  }
+  return best;
 }
 
-// One warp: the group of slot `slot`, its token first, then what merges into it by rank. The row's loads go out before
-// the search for what merges into it.
+// best_slot to lists, by the whole block.
+__device__ __forceinline__ void link_lists(const MergeShape& shape, const MergeLists& lists) {
+  const int sources = shape.num_sources();
+  for (int slot = threadIdx.x; slot < shape.num_kept; slot += kThreads) lists.first[slot] = -1;
+  __syncthreads();
+  for (int s = threadIdx.x; s < sources; s += kThreads) {
+    const int slot = lists.best_slot[s];
+    int before = s - 1, after = s + 1;
+    while (before >= 0 && lists.best_slot[before] != slot) --before;
+    while (after < sources && lists.best_slot[after] != slot) ++after;
+    lists.next[s] = after < sources ? after : -1;
+    if (before < 0) lists.first[slot] = s;
+  }
+  __syncthreads();
+}
+
+// Sizes, and source of the tokens that are left, by this block's share of the image's threads.
 template <typename T>
-__device__ void write_slot(const PruneMergeParams<T>& p, int64_t image, const int* order, int slot) {
-  constexpr int kVec = kVector<T>, kUnroll = 2;
-  const int lane = threadIdx.x % kWarp;
-  const int num_src = p.num_alive - p.num_kept;
-  const int* best_slot = p.best_slot + image * num_src;
-  const float* best_cosine = p.best_cosine + image * num_src;
-  const float* size = p.size ? p.size + image * p.num_tokens : nullptr;
-  const T* x = p.x + image * p.x_stride_b;
-  T* out = p.x_out + (image * p.num_kept + slot) * p.width;
-  const auto load = [&](int token, int64_t column, float (&values)[kUnroll][kVec]) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t at = column + u * kWarp * kVec;
-      load_vector(x + token * p.x_stride_n + at, p.width - at, p.aligned, values[u]);
+__device__ void write_sizes(const PruneMergeParams<T>& p, int64_t image, int share, int shares, const int* order,
+                            const MergeLists& lists) {
+  const float* size = p.size ? p.size + image * p.shape.num_tokens : nullptr;
+  const int kept = p.shape.num_kept;
+  const auto size_of = [&](int rank) { return size ? effective_size(size[order[rank]]) : 1.f; };
+  for (int rank = share * kThreads + threadIdx.x; rank < p.shape.num_alive; rank += shares * kThreads) {
+    p.source[image * p.shape.num_tokens + order[rank]] = rank < kept ? rank : lists.best_slot[rank - kept];
+    if (rank >= kept) continue;
+    float total = size_of(rank);
+    for (int s = lists.first ? lists.first[rank] : -1; s >= 0; s = lists.next[s]) {
+      total = fmaf(size_of(kept + s), p.similarity_weighted_size ? lists.best_cosine[s] : 1.f, total);
     }
-  };
-
-  int64_t column = lane * kVec;
-  do {  // once even without channels, for the size
-    float sum[kUnroll][kVec];
-    load(order[slot], column, sum);
-    float total = size ? effective_size(size[order[slot]]) : 1.f;
-    int count = 1;
-    for (int first = 0; first < num_src; first += kWarp) {
-      const int src = first + lane;
-      unsigned members = __ballot_sync(kAllLanes, src < num_src && best_slot[src] == slot);
-      for (; members; members &= members - 1, ++count) {
-        const int member = first + __ffs(members) - 1;
-        const int token = order[p.num_kept + member];
-        float values[kUnroll][kVec];
-        load(token, column, values);
-        total += (size ? effective_size(size[token]) : 1.f) * (p.similarity_weighted_size ? best_cosine[member] : 1.f);
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) sum[u][i] += values[u][i];
-        }
-      }
-    }
-    if (column == 0) p.size_out[image * p.num_kept + slot] = effective_size(total);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (count > 1) {
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) sum[u][i] /= static_cast<float>(count);
-      }
-      const int64_t at = column + u * kWarp * kVec;
-      store_vector(out + at, p.width - at, p.aligned, sum[u]);
-    }
-    column += kUnroll * kWarp * kVec;
-  } while (column - lane * kVec < p.width);
+    p.size_out[image * kept + rank] = effective_size(total);
+  }
 }
 
-// That a multiprocessor holds: as many as need no spilling.
+// The mean of a slot's row and of those that merge into it, in place; read(rank) gives the piece of the row of a rank.
+template <typename T, typename Read>
+__device__ __forceinline__ void merge_rows(const Read& read, const MergeLists& lists, int first_source, int kept,
+                                           uint4& row) {
+  float sum[kVector<T>], count = 1.f;
+  unpack<T>(row, sum);
+  for (int s = first_source; s >= 0; s = lists.next[s]) {
+    float values[kVector<T>];
+    unpack<T>(read(kept + s), values);
+    count += 1.f;
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) sum[i] += values[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) sum[i] /= count;
+  row = pack<T>(sum);
+}
+
+// Of some channels of a row: their mean, and the sum of the squared distances from it.
+struct Moments {
+  float mean, squares;
+
+  // As if `more`, of `count` channels, had been among the `before` that these are of.
+  __device__ __forceinline__ void add(float before, const Moments& more, float count) {
+    if (count == 0.f) return;
+    const float both = before + count, delta = more.mean - mean;
+    mean = fmaf(delta, count / both, mean);
+    squares += fmaf(delta, delta * (before * (count / both)), more.squares);
+  }
+
+  // In place of the sum of squares: the inverse standard deviation of a row.
+  __device__ __forceinline__ void finish(float channels, float eps) { squares = 1.f / sqrtf(squares / channels + eps); }
+};
+
+// Of a row's slice with `channels` channels, from its lanes' pieces.
 template <typename T>
-constexpr int kBlocks = sizeof(T) == 4 ? 2 : 3;
+__device__ __forceinline__ Moments slice_moments(const uint4& row, const Piece<T>& piece, int lanes, float channels) {
+  float values[kVector<T>], sum = 0.f, squares = 0.f;
+  unpack<T>(row, values);
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) sum += values[i];
+  const float mean = group_sum(sum, lanes) / channels;
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) {
+    const float distance = i < piece.inside ? values[i] - mean : 0.f;
+    squares = fmaf(distance, distance, squares);
+  }
+  return {mean, group_sum(squares, lanes)};
+}
 
+// A piece of LayerNorm's weight and bias.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) prune_merge_kernel(PruneMergeParams<T> p) {
-  const int64_t image = blockIdx.x;
-  // Shared: order [N] where it is made here, then keys [N] and, once those are used, the match.
-  int* own_order = shared_memory<int>();
-  const int* order = p.order ? p.order + image * p.num_tokens : own_order;
-  unsigned char* rest = shared_memory<unsigned char>();
-  if (!p.order) {
-    const int padded = static_cast<int>(ceil_div(p.num_tokens, 4)) * 4;
-    rest += padded * sizeof(int);
-    uint32_t* keys = reinterpret_cast<uint32_t*>(rest);
-    const float* importance = p.importance + image * p.num_tokens;
-    const int prefix = p.num_prefix_tokens;
-    for (int n = threadIdx.x; n < p.num_tokens; n += kThreads) keys[n] = order_key(importance[n]);
-    __syncthreads();
-    for (int n = threadIdx.x; n < p.num_tokens; n += kThreads) {
-      const int rank = n < prefix ? n : prefix + count_before(keys + prefix, prefix, p.num_tokens - prefix, n, keys[n]);
-      own_order[rank] = n;
+struct Affine {
+  float weight[kVector<T>], bias[kVector<T>];
+
+  __device__ __forceinline__ Affine(const PruneMergeParams<T>& p, const Piece<T>& piece) {
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) weight[i] = 1.f, bias[i] = 0.f;
+    if (p.weight && piece.inside) load_vector(p.weight + piece.column, piece.inside, p.aligned, weight);
+    if (p.bias && piece.inside) load_vector(p.bias + piece.column, piece.inside, p.aligned, bias);
+  }
+
+  // of a row whose moments are finished
+  __device__ __forceinline__ uint4 apply(const uint4& row, const Moments& moments) const {
+    float values[kVector<T>];
+    unpack<T>(row, values);
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) {
+      values[i] = fmaf((values[i] - moments.mean) * moments.squares, weight[i], bias[i]);
     }
-    __syncthreads();
+    return pack<T>(values);
   }
-  for (int rank = threadIdx.x; rank < p.num_tokens; rank += kThreads) {
-    const bool merges = rank >= p.num_kept && rank < p.num_alive;
-    if (!merges) p.source[image * p.num_tokens + order[rank]] = rank < p.num_kept ? rank : -1;
-  }
-  if (p.num_kept < p.num_alive) {
-    match_tokens(p, image, order, *reinterpret_cast<MatchShared*>(rest));
-    __syncthreads();
-  }
-  for (int slot = threadIdx.x / kWarp; slot < p.num_kept; slot += kWarps) write_slot(p, image, order, slot);
-}
-
-// Whether the order must be made by launch_rank: the kernel ranks few enough float keys itself.
-inline bool prune_merge_needs_order(int64_t num_tokens) { return num_tokens > kRankTile; }
-
-template <typename T, typename Launch>
-void launch_prune_merge(const PruneMergeParams<T>& p, const Launch& launch) {
-  const int64_t keys = p.order ? 0 : ceil_div(p.num_tokens, 4) * 16;
-  const int64_t match = p.num_kept < p.num_alive ? sizeof(MatchShared) : 0;
-  launch(prune_merge_kernel<T>, p.batch, keys + (match > keys ? match : keys), p);
-}
+};
 
 }  // namespace tokcomp::cuda

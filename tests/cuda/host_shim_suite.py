@@ -1,15 +1,17 @@
 """The CUDA operators, from their own source, on CPU tensors. ``test_host_shim.py`` builds them and runs this file.
 
-Every call runs twice, with the threads of a block in ascending and in descending order: the bits must agree.
-AddressSanitizer watches all of it, so a test also fails where a kernel reads or writes out of bounds.
+Every call runs twice, with the threads of a block in ascending and in descending order: the bits must agree; they must
+also agree between devices, one with clusters and one without. AddressSanitizer watches all of it, so a test also fails
+where a kernel reads or writes out of bounds.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,7 +21,14 @@ from tokcomp_kernels._schema import BY_NAME
 from tokcomp_kernels.compare import assert_right
 from tokcomp_kernels.testing import Sample, samples
 
-OPS = ("class_attention_sort", "prune_merge", "_merge_backward", "masked_softmax", "_masked_softmax_backward")
+OPS = (
+    *("class_attention_sort", "prune_merge", "prune_merge_norm", "add_layer_norm", "_merge_backward"),
+    *("masked_softmax", "_masked_softmax_backward"),
+)
+#: Shared memory of a block, and whether there are clusters.
+DEVICES = {"sm_90": (227 * 1024, True), "sm_80": (163 * 1024, False)}
+#: The operators whose kernel depends on the device.
+MERGES = ("prune_merge", "prune_merge_norm")
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 LIBRARY = torch.library.Library("tokcomp_shim", "DEF")
@@ -27,6 +36,8 @@ for name in OPS:
     LIBRARY.define(BY_NAME[name].schema)
 torch.ops.load_library(os.environ["TOKCOMP_CUDA_SHIM"])
 SHIM = ctypes.CDLL(os.environ["TOKCOMP_CUDA_SHIM"])
+SHIM.shim_set_device.argtypes = (ctypes.c_int64, ctypes.c_int)
+SHIM.shim_merge_plan.argtypes = (ctypes.c_int64, *[ctypes.c_int] * 5, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -34,15 +45,21 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def run(op: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    results = []
-    for descending in (0, 1):
-        SHIM.shim_set_descending(descending)
-        outputs = getattr(torch.ops.tokcomp_shim, op)(*args, **kwargs)
-        results.append(outputs if isinstance(outputs, tuple) else (outputs,))
-    for ascending, descending in zip(*results, strict=True):
-        assert torch.equal(bits(ascending), bits(descending)), "the order of threads shows: a barrier is missing"
-        assert ascending.is_contiguous()
-    return results[0]
+    expected = None
+    for name, device in DEVICES.items():
+        SHIM.shim_set_device(*device)
+        for descending in (0, 1):
+            SHIM.shim_set_descending(descending)
+            outputs = getattr(torch.ops.tokcomp_shim, op)(*args, **kwargs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            expected = expected or outputs
+            for have, want in zip(outputs, expected, strict=True):
+                assert have.is_contiguous()
+                assert torch.equal(bits(have), bits(want)), f"other bits on {name} with threads {descending=}"
+        if op not in MERGES:
+            break
+    assert expected is not None
+    return expected
 
 
 def check(op: str, *args: Any, exact: bool = False, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -119,9 +136,65 @@ def test_class_attention_sort_not_a_number() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("width", [1, 7, 33, 64, 200, 1000])
+@pytest.mark.parametrize("width", [1, 7, 33, 64, 200, 320, 1000, 1280, 2100])
 def test_prune_merge_widths(width: int, dtype: torch.dtype) -> None:
-    check("prune_merge", randn(2, 40, width, dtype=dtype), randn(2, 40, seed=1), 35, 20)
+    """From one slice of channels to more than a cluster has blocks, the last one full or not; the sum x + branch and
+    what prune_merge makes of it agree to the bit."""
+    x, branch, importance = randn(2, 40, width, dtype=dtype), randn(2, 40, width, dtype=dtype, seed=2), rand(2, 40)
+    weight, bias, size = randn(width, dtype=dtype), randn(width, dtype=dtype, seed=1), rand(2, 40) * 3
+    outputs = check("prune_merge_norm", x, branch, importance, 35, 17, weight, bias, size=size, norm_eps=1e-5)
+    plain = check("prune_merge", x + branch, importance, 35, 17, size=size)
+    for have, want in zip((outputs[0], *outputs[2:]), plain, strict=True):
+        assert torch.equal(bits(have), bits(want))
+
+
+class Plan(NamedTuple):
+    slices: int
+    width: int
+    lanes: int
+    resident: int
+    targets: int
+    shared_bytes: int
+
+
+def plan(width: int, num_tokens: int, prefix: int, alive: int, kept: int, bytes_each: int, device: str) -> Plan:
+    fields = (ctypes.c_int64 * 6)()
+    SHIM.shim_merge_plan(width, num_tokens, prefix, alive, kept, bytes_each, *DEVICES[device], fields)
+    return Plan(*fields)
+
+
+@pytest.mark.parametrize("bytes_each", [2, 4])
+def test_merge_plans_fit_every_shape(bytes_each: int) -> None:
+    """Slices cover the channels and none is empty; shared memory is within the device's; sums do not depend on it."""
+    for width, num_tokens, (alive, kept) in itertools.product(
+        (0, 1, 31, 33, 192, 200, 384, 768, 1000, 1280, 3000, 5000),
+        (1, 2, 50, 197, 257, 577, 1025, 4097),
+        ((1.0, 1.0), (1.0, 0.5), (0.9, 0.85), (0.5, 0.01)),
+    ):
+        counts = max(2, round(alive * num_tokens)), max(2, round(kept * num_tokens))
+        shape = (width, num_tokens, 1, *(min(count, num_tokens) for count in counts), bytes_each)
+        plans = {device: plan(*shape, device) for device in DEVICES}
+        for device, have in plans.items():
+            assert have.shared_bytes <= DEVICES[device][0], (shape, device, have)
+            assert have.width * (have.slices - 1) < max(width, 1) <= have.width * have.slices, (shape, have)
+            assert have.width % 32 == 0 and have.width <= have.lanes * 16 // bytes_each, (shape, have)
+            assert have.lanes in (1, 2, 4, 8, 16, 32), (shape, have)
+            assert not have.resident or have.slices == 1 or (device == "sm_90" and have.slices <= 8), (shape, have)
+        assert plans["sm_80"][:3] == plans["sm_90"][:3], (shape, plans)
+
+
+@pytest.mark.parametrize(
+    ("width", "num_tokens", "alive", "kept", "slices"),
+    [(192, 197, 196, 187, 2), (384, 197, 192, 180, 4), (768, 197, 192, 178, 8), (1024, 197, 195, 191, 8)],
+)
+def test_published_models_stay_in_shared_memory(
+    width: int, num_tokens: int, alive: int, kept: int, slices: int
+) -> None:
+    """DeiT-T, S, B and ViT-L in half precision: a cluster holds an image, and a multiprocessor three of its blocks."""
+    have = plan(width, num_tokens, 1, alive, kept, 2, "sm_90")
+    assert have.resident and have.slices == slices and have.shared_bytes <= 75 * 1024, have
+    assert plan(1280, 257, 1, 257, 252, 2, "sm_90").resident
+    assert not plan(width, num_tokens, 1, alive, kept, 2, "sm_80").resident
 
 
 @pytest.mark.parametrize("prefix", range(6))
@@ -165,10 +238,27 @@ def test_prune_merge_rows_that_are_not_numbers() -> None:
 
 def test_pruned_rows_are_not_read() -> None:
     x, importance = randn(1, 30, 16), -torch.arange(30.0)[None]
-    expected = run("prune_merge", x, importance, 20, 12)
-    x[:, 20:] = float("nan")
-    for have, want in zip(run("prune_merge", x, importance, 20, 12), expected, strict=True):
+    branch = randn(1, 30, 16, seed=1)
+    expected = run("prune_merge_norm", x, branch, importance, 20, 12)
+    x[:, 20:], branch[:, 20:] = float("nan"), float("inf")
+    for have, want in zip(run("prune_merge_norm", x, branch, importance, 20, 12), expected, strict=True):
         assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("width", [1, 7, 200, 384, 768, 1300, 3000])
+def test_add_layer_norm_widths(width: int, dtype: torch.dtype) -> None:
+    """In registers, and longer than those hold."""
+    x, branch, weight = (randn(3, 5, width, dtype=dtype, seed=seed) for seed in range(3))
+    check("add_layer_norm", x, branch, weight[0, 0], weight[0, 1])
+    check("add_layer_norm", x[:, 1:], branch[:, :4], None, weight[0, 1])
+
+
+def test_layer_norm_far_from_zero() -> None:
+    """The mean is taken away before anything is squared, also across the slices of a cluster."""
+    x = 3000 + randn(1, 12, 1024)
+    check("add_layer_norm", x, torch.zeros_like(x))
+    check("prune_merge_norm", x, torch.zeros_like(x), rand(1, 12), 11, 9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -180,7 +270,8 @@ def test_layout_does_not_show(dtype: torch.dtype) -> None:
     for have in zip(*map(layouts, (k, x, scores)), strict=True):
         outputs = (
             *run("class_attention_sort", q, have[0]),
-            *run("prune_merge", have[1], x[..., 0], 45, 30),
+            *run("prune_merge_norm", have[1], have[1], x[..., 0], 45, 30, have[1][0, 0], have[1][1, 1]),
+            *run("add_layer_norm", have[1], have[1], have[1][0, 0], have[1][1, 1]),
             *run("_merge_backward", have[1], source),
             *run("masked_softmax", have[2], mask),
             *run("_masked_softmax_backward", have[2], have[2], mask),
@@ -234,6 +325,8 @@ def calls() -> dict[str, tuple[Any, ...]]:
     return {
         "class_attention_sort": (randn(4, 2, 8, dtype=half), randn(4, 2, 12, 8, dtype=half)),
         "prune_merge": (randn(4, 12, 16, dtype=half), rand(4, 12), 10, 7),
+        "prune_merge_norm": (*[randn(4, 12, 600, dtype=half)] * 2, rand(4, 12), 10, 7),
+        "add_layer_norm": (randn(4, 12, 16, dtype=half), randn(4, 12, 16, dtype=half, seed=1)),
         "_merge_backward": (randn(4, 12, 16, dtype=half), torch.arange(9).remainder(4).expand(4, 9)),
         "masked_softmax": (scores, mask),
         "_masked_softmax_backward": (randn(4, 2, 12, 12, dtype=half, seed=1), scores, mask),
@@ -267,6 +360,8 @@ def test_nothing_there() -> None:
     assert run("prune_merge", randn(2, 0, 4), randn(2, 0), 0, 0, num_prefix_tokens=0)[0].shape == (2, 0, 4)
     source = run("prune_merge", torch.empty(2, 9, 0), randn(2, 9), 8, 4)[2]
     assert torch.equal(source.sort(1).values[0], torch.tensor([-1, 0, 1, 1, 1, 1, 1, 2, 3]))
+    assert run("prune_merge_norm", *[torch.empty(2, 9, 0)] * 2, randn(2, 9), 8, 4)[1].shape == (2, 4, 0)
+    assert run("add_layer_norm", *[torch.empty(2, 9, 0)] * 2)[1].shape == (2, 9, 0)
     assert run("_merge_backward", randn(2, 0, 4), torch.zeros(2, 3, dtype=torch.int64))[0].eq(0).all()
     assert run("masked_softmax", randn(2, 3, 0, 0), randn(2, 0))[0].shape == (2, 3, 0, 0)
     grads = run("_masked_softmax_backward", *[torch.empty(2, 0, 5, 5)] * 2, torch.ones(2, 5))

@@ -19,7 +19,8 @@ from tokcomp_kernels import native_kernels
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("80", "90")
-SHARED_LIMITS = {"80": 163 * 1024, "90": 227 * 1024}
+#: Kernels with more than one variant for each type: rows of up to two pieces a lane, and longer ones.
+VARIANTS = {"add_layer_norm_kernel": 2}
 OPERATORS = sorted(
     re.findall(r"^TOKCOMP_REGISTER_CUDA\((\w+),", "\n".join(p.read_text() for p in CUDA.glob("*.cu")), re.MULTILINE)
 )
@@ -101,10 +102,11 @@ def test_every_kernel_is_compiled(kernels: list[Kernel], architecture: str) -> N
     )
     assert len(defined) >= len(OPERATORS)
     for kernel in defined:
-        assert any(kernel in name for name in names), f"{kernel} is not built for sm_{architecture}"
-    for op in ("class_attention_sort", "prune_merge", "merge_backward", "masked_softmax", "masked_softmax_backward"):
-        found = [name for name in names if re.search(rf"\d{op}_kernelI", name)]
-        assert len(found) == 3, f"{op} is built for {len(found)} types, not for float16, bfloat16 and float32"
+        found = [name for name in names if re.search(rf"\d{kernel}I", name)]
+        assert found, f"{kernel} is not built for sm_{architecture}"
+        if kernel != "rank_kernel":  # which ranks float and double, whatever is merged
+            want = 3 * VARIANTS.get(kernel, 1)
+            assert len(found) == want, f"{kernel} is built {len(found)} times, not {want}: float16, bfloat16, float32"
 
 
 def test_no_kernel_spills(kernels: list[Kernel]) -> None:
@@ -112,13 +114,9 @@ def test_no_kernel_spills(kernels: list[Kernel]) -> None:
 
 
 def test_shared_memory_is_within_the_limits(kernels: list[Kernel]) -> None:
-    """Launches ask for at most kSharedLimit (the host shim refuses more); the rest is what a kernel declares."""
-    limit = re.search(r"kSharedLimit = (\d+) \* 1024", (CUDA / "device.cuh").read_text())
-    assert limit
-    for kernel in kernels:
-        total = kernel.static_shared + int(limit[1]) * 1024
-        assert total <= SHARED_LIMITS[kernel.architecture], kernel
-        assert total <= 48 * 1024, f"{kernel} would have to ask for more than a launch gives"
+    """All of a kernel's shared memory is its launch's, which asks for no more than the device has: the host shim
+    refuses more, and tests what prune_merge asks for over all shapes. A kernel declares none beside it."""
+    assert not [kernel for kernel in kernels if kernel.static_shared]
 
 
 @pytest.mark.parametrize("op", OPERATORS)

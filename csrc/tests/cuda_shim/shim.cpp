@@ -9,15 +9,15 @@
 
 namespace shim {
 
-bool descending = false;  // the order in which a block's fibers, and a grid's blocks, run
+bool descending = false;  // the order in which a cluster's fibers, and a grid's clusters, run
+int64_t shared_limit = 227 * 1024;
 
 namespace {
 
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 64 * 1024;
-constexpr int64_t kSharedLimit = 48 * 1024;
 
-enum class State { kReady, kBarrier, kWarpOp, kDone };
+enum class State { kReady, kBarrier, kClusterBarrier, kWarpOp, kDone };
 
 struct Fiber {
   ucontext_t context;
@@ -31,54 +31,62 @@ struct Warp {
   uint64_t values[2][kWarp];
 };
 
-struct Block {
+// Threads, warps and shared memory of all blocks of the cluster that runs, block after block.
+struct Cluster {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::unique_ptr<unsigned char[]> shared;
+  std::vector<std::unique_ptr<unsigned char[]>> shared;
+  int64_t shared_bytes;
+  size_t block_threads;
   ucontext_t scheduler;
-  unsigned current;
+  size_t current;
   Body body;
   const void* kernel;
   const void* params;
-} block;
+
+  size_t current_block() const { return current / block_threads; }
+} cluster;
 
 void yield(State state, WarpOp op) {
-  Fiber& fiber = block.fibers[block.current];
+  Fiber& fiber = cluster.fibers[cluster.current];
   fiber.state = state;
   fiber.op = op;
-  swapcontext(&fiber.context, &block.scheduler);
+  swapcontext(&fiber.context, &cluster.scheduler);
 }
 
 void fiber_main() {
-  block.body(block.kernel, block.params);
+  cluster.body(cluster.kernel, cluster.params);
   yield(State::kDone, WarpOp::kNone);
 }
 
 bool all_in(size_t first, size_t last, State state, WarpOp op) {
-  return std::all_of(block.fibers.begin() + first, block.fibers.begin() + last,
+  return std::all_of(cluster.fibers.begin() + first, cluster.fibers.begin() + last,
                      [&](const Fiber& fiber) { return fiber.state == state && fiber.op == op; });
 }
 
 // Fibers that have all arrived go on; returns whether any did.
 bool release() {
-  const size_t threads = block.fibers.size();
+  const size_t threads = cluster.fibers.size(), block = cluster.block_threads;
   bool released = false;
   const auto go_on = [&](size_t first, size_t last) {
-    for (size_t t = first; t < last; ++t) block.fibers[t].state = State::kReady;
+    for (size_t t = first; t < last; ++t) cluster.fibers[t].state = State::kReady;
     released = true;
   };
-  if (all_in(0, threads, State::kBarrier, WarpOp::kNone)) go_on(0, threads);
+  if (all_in(0, threads, State::kClusterBarrier, WarpOp::kNone)) go_on(0, threads);
+  for (size_t first = 0; first < threads; first += block) {
+    if (all_in(first, first + block, State::kBarrier, WarpOp::kNone)) go_on(first, first + block);
+    if (all_in(first, first + block, State::kDone, WarpOp::kNone)) cluster.shared[first / block].reset();
+  }
   for (size_t first = 0; first < threads; first += kWarp) {
-    const WarpOp op = block.fibers[first].op;
+    const WarpOp op = cluster.fibers[first].op;
     if (op != WarpOp::kNone && all_in(first, first + kWarp, State::kWarpOp, op)) go_on(first, first + kWarp);
   }
   return released;
 }
 
-void run_block() {
-  const unsigned threads = static_cast<unsigned>(block.fibers.size());
-  for (unsigned t = 0; t < threads; ++t) {
-    Fiber& fiber = block.fibers[t];
+void run_cluster(unsigned first_block) {
+  const size_t threads = cluster.fibers.size();
+  for (Fiber& fiber : cluster.fibers) {
     fiber.state = State::kReady;
     fiber.op = WarpOp::kNone;
     fiber.turn = 0;
@@ -89,51 +97,69 @@ void run_block() {
     makecontext(&fiber.context, fiber_main, 0);
   }
   do {
-    for (unsigned i = 0; i < threads; ++i) {
-      const unsigned t = descending ? threads - 1 - i : i;
-      if (block.fibers[t].state != State::kReady) continue;
-      block.current = t;
-      threadIdx.x = t;
-      swapcontext(&block.scheduler, &block.fibers[t].context);
+    for (size_t i = 0; i < threads; ++i) {
+      const size_t t = descending ? threads - 1 - i : i;
+      if (cluster.fibers[t].state != State::kReady) continue;
+      cluster.current = t;
+      threadIdx.x = static_cast<unsigned>(t % cluster.block_threads);
+      blockIdx.x = first_block + static_cast<unsigned>(cluster.current_block());
+      swapcontext(&cluster.scheduler, &cluster.fibers[t].context);
     }
   } while (release());
   if (all_in(0, threads, State::kDone, WarpOp::kNone)) return;
-  std::string where = "shim: the threads of block " + std::to_string(blockIdx.x) + " diverge; by warp:";
-  for (const Fiber& fiber : block.fibers) {
-    if (&fiber != &block.fibers[0] && (&fiber - &block.fibers[0]) % kWarp == 0) where += ' ';
-    where += fiber.state == State::kBarrier ? 'b' : fiber.state == State::kDone ? 'd' : 'w';
+  std::string where = "shim: threads diverge from block " + std::to_string(first_block) + "; by warp:";
+  for (size_t t = 0; t < threads; ++t) {
+    const char* const kLetters = "rbcwd";
+    if (t > 0 && t % kWarp == 0) where += ' ';
+    where += kLetters[static_cast<int>(cluster.fibers[t].state)];
   }
   throw std::runtime_error(where);
 }
 
 }  // namespace
 
-void* shared_memory() { return block.shared.get(); }
+void* shared_memory() { return cluster.shared[cluster.current_block()].get(); }
+
+void* in_block(void* local, int rank) {
+  const auto* base = static_cast<unsigned char*>(shared_memory());
+  const int64_t offset = static_cast<unsigned char*>(local) - base;
+  if (offset < 0 || offset > cluster.shared_bytes) throw std::runtime_error("shim: not this block's shared memory");
+  if (!cluster.shared.at(rank)) throw std::runtime_error("shim: the shared memory of a block that is done");
+  return cluster.shared[rank].get() + offset;
+}
 
 void sync_threads() { yield(State::kBarrier, WarpOp::kNone); }
 
+void sync_cluster() { yield(State::kClusterBarrier, WarpOp::kNone); }
+
 const uint64_t* exchange(WarpOp op, unsigned lanes, uint64_t value) {
   if (lanes != 0xffffffffu) throw std::runtime_error("shim: warp operations take all lanes");
-  Warp& warp = block.warps[block.current / kWarp];
-  uint64_t* values = warp.values[block.fibers[block.current].turn ^= 1];
-  values[block.current % kWarp] = value;
+  Warp& warp = cluster.warps[cluster.current / kWarp];
+  uint64_t* values = warp.values[cluster.fibers[cluster.current].turn ^= 1];
+  values[cluster.current % kWarp] = value;
   yield(State::kWarpOp, op);
   return values;
 }
 
-void run(int64_t blocks, int threads, int64_t shared_bytes, Body body, const void* kernel, const void* params) {
-  if (shared_bytes > kSharedLimit) throw std::runtime_error("shim: a launch asks for more than 48 KB of shared memory");
+void run(int64_t blocks, int threads, int64_t shared_bytes, int cluster_blocks, Body body, const void* kernel,
+         const void* params) {
+  if (shared_bytes > shared_limit) throw std::runtime_error("shim: a launch asks for more shared memory than there is");
   if (threads % kWarp) throw std::runtime_error("shim: a block must be whole warps");
-  block.fibers.resize(threads);
-  block.warps.resize(threads / kWarp);
-  block.body = body;
-  block.kernel = kernel;
-  block.params = params;
-  for (int64_t i = 0; i < blocks; ++i) {
-    blockIdx.x = static_cast<unsigned>(descending ? blocks - 1 - i : i);
-    block.shared.reset(new unsigned char[shared_bytes]);
-    memset(block.shared.get(), 0xff, shared_bytes);  // NaN
-    run_block();
+  if (blocks % cluster_blocks) throw std::runtime_error("shim: a grid must be whole clusters");
+  cluster.fibers.resize(static_cast<size_t>(cluster_blocks) * threads);
+  cluster.warps.resize(cluster.fibers.size() / kWarp);
+  cluster.shared.resize(cluster_blocks);
+  cluster.shared_bytes = shared_bytes;
+  cluster.block_threads = threads;
+  cluster.body = body;
+  cluster.kernel = kernel;
+  cluster.params = params;
+  for (int64_t i = 0; i < blocks; i += cluster_blocks) {
+    for (auto& shared : cluster.shared) {
+      shared.reset(new unsigned char[shared_bytes]);
+      memset(shared.get(), 0xff, shared_bytes);  // NaN
+    }
+    run_cluster(static_cast<unsigned>(descending ? blocks - cluster_blocks - i : i));
   }
 }
 

@@ -1,9 +1,10 @@
-// Runs CUDA kernels on the host, from their own source, one block at a time and a thread of the block as a fiber.
+// Runs CUDA kernels on the host, from their own source, one cluster of blocks at a time and a thread as a fiber.
 //
 // A fiber runs until it meets a barrier or a warp operation, so execution is deterministic; running the fibers in
 // ascending, then in descending order, and comparing, exposes a missing barrier. What is checked beyond that: every
-// thread of a block (of a warp) arrives at the same barrier (the same warp operation), shared memory starts as NaN and
-// is exactly as large as was asked for, and AddressSanitizer watches every access.
+// thread of a cluster (of a block, of a warp) arrives at the same barrier (the same warp operation), shared memory
+// starts as NaN, is exactly as large as was asked for and is gone when its block is done, and AddressSanitizer watches
+// every access.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define __global__
 #define __device__
@@ -19,7 +21,7 @@
 
 using std::min;
 
-struct uint4 {
+struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 struct alignas(16) float4 {
@@ -41,6 +43,20 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   if (f != f) return {0x7fff};
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
 }
+struct __half2 {
+  __half x, y;
+};
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+// The sum of two such numbers in float32, rounded again, is their sum rounded once.
+inline __half __hadd(__half a, __half b) { return __float2half_rn(__half2float(a) + __half2float(b)); }
+inline __nv_bfloat16 __hadd(__nv_bfloat16 a, __nv_bfloat16 b) {
+  return __float2bfloat16_rn(__bfloat162float(a) + __bfloat162float(b));
+}
+inline __half2 __hadd2(__half2 a, __half2 b) { return {__hadd(a.x, b.x), __hadd(a.y, b.y)}; }
+inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) { return {__hadd(a.x, b.x), __hadd(a.y, b.y)}; }
+
 inline uint32_t __float_as_uint(float f) { return std::bit_cast<uint32_t>(f); }
 inline int64_t __double_as_longlong(double d) { return std::bit_cast<int64_t>(d); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
@@ -53,21 +69,26 @@ inline Index threadIdx, blockIdx;
 namespace shim {
 
 void* shared_memory();
+// Where an address of this block's shared memory is in that of the cluster's block `rank`.
+void* in_block(void* local, int rank);
 void sync_threads();
+void sync_cluster();
 
-enum class WarpOp : int { kNone, kShuffleXor, kBallot, kSync };
+enum class WarpOp : int { kNone, kShuffleXor, kBallot, kSync, kLoadMatrices, kMultiplyAdd };
 // Every lane gives a value and gets all 32; lanes that are not there count as 0.
 const uint64_t* exchange(WarpOp op, unsigned lanes, uint64_t value);
 
 using Body = void (*)(const void* kernel, const void* params);
-void run(int64_t blocks, int threads, int64_t shared_bytes, Body body, const void* kernel, const void* params);
+void run(int64_t blocks, int threads, int64_t shared_bytes, int cluster, Body body, const void* kernel,
+         const void* params);
 
 template <typename Params>
-void launch(void (*kernel)(Params), int64_t blocks, int threads, int64_t shared_bytes, const Params& params) {
+void launch(void (*kernel)(Params), int64_t blocks, int threads, int64_t shared_bytes, int cluster,
+            const Params& params) {
   const Body body = [](const void* kernel, const void* params) {
     (*static_cast<void (*const*)(Params)>(kernel))(*static_cast<const Params*>(params));
   };
-  run(blocks, threads, shared_bytes, body, &kernel, &params);
+  run(blocks, threads, shared_bytes, cluster, body, &kernel, &params);
 }
 
 }  // namespace shim
@@ -96,6 +117,52 @@ namespace tokcomp::cuda {
 template <typename T>
 T* shared_memory() {
   return static_cast<T*>(shim::shared_memory());
+}
+
+template <typename T>
+T* in_block(T* local, int rank) {
+  return static_cast<T*>(shim::in_block(const_cast<std::remove_const_t<T>*>(local), rank));
+}
+
+// Nothing that a kernel does between the halves of a barrier waits for another block, so all of it can wait.
+inline void cluster_arrive() {}
+inline void cluster_wait() { shim::sync_cluster(); }
+
+// The tensor cores' instructions, lane by lane as the PTX manual lays the fragments out.
+template <typename T>
+void load_matrices(const T* row, uint32_t (&matrices)[4]) {
+  const uint64_t* rows = shim::exchange(shim::WarpOp::kLoadMatrices, 0xffffffffu, reinterpret_cast<uint64_t>(row));
+  const unsigned lane = threadIdx.x % 32;
+  for (unsigned m = 0; m < 4; ++m) {
+    memcpy(&matrices[m], reinterpret_cast<const T*>(rows[m * 8 + lane / 4]) + lane % 4 * 2, sizeof(uint32_t));
+  }
+}
+
+inline float element(__half, uint64_t pair, unsigned which) {
+  return __half2float(std::bit_cast<__half>(static_cast<uint16_t>(pair >> 16 * which)));
+}
+inline float element(__nv_bfloat16, uint64_t pair, unsigned which) {
+  return __bfloat162float({static_cast<uint16_t>(pair >> 16 * which)});
+}
+
+template <typename T>
+void multiply_add(T type, float* sums, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  uint64_t low[32], high[32], b[32];  // rows 0..7 of a, rows 8..15, and b: k 0..7 below, k 8..15 above
+  const auto all = [](uint64_t first, uint64_t second, uint64_t (&lanes)[32]) {
+    memcpy(lanes, shim::exchange(shim::WarpOp::kMultiplyAdd, 0xffffffffu, first | second << 32), sizeof(lanes));
+  };
+  all(a[0], a[2], low);
+  all(a[1], a[3], high);
+  all(b0, b1, b);
+  const unsigned lane = threadIdx.x % 32, row = lane / 4;
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned column = lane % 4 * 2 + i % 2;
+    const uint64_t* rows = i < 2 ? low : high;
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned from = k % 8 / 2, which = k / 8 * 2 + k % 2;
+      sums[i] += element(type, rows[row * 4 + from], which) * element(type, b[column * 4 + from], which);
+    }
+  }
 }
 
 }  // namespace tokcomp::cuda
