@@ -5,8 +5,11 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #ifdef __CUDACC__
 #include <c10/cuda/CUDAException.h>
@@ -50,11 +53,7 @@ class Launcher {
   void operator()(void (*kernel)(Params), int64_t blocks, int64_t shared_bytes, const Params& params,
                   int cluster = 1) const {
     if (blocks == 0) return;
-    if (shared_bytes > kSharedLimit) {
-      // Always the same value: another thread may launch with more at the same time.
-      C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)));
-    }
+    if (shared_bytes > kSharedLimit) allow_shared(reinterpret_cast<const void*>(kernel));
     cudaLaunchAttribute shape{};
     shape.id = cudaLaunchAttributeClusterDimension;
     shape.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
@@ -69,6 +68,19 @@ class Launcher {
   }
 
  private:
+  // Lets a kernel ask for all the shared memory that there is, once per thread and device. Never for less: another
+  // thread may launch it with more at the same time.
+  void allow_shared(const void* kernel) const {
+    static thread_local std::vector<std::pair<const void*, int>> allowed;
+    const std::pair<const void*, int> key{kernel, stream_.device_index()};
+    if (std::find(allowed.begin(), allowed.end(), key) != allowed.end()) return;
+    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)));
+    C10_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+    allowed.push_back(key);
+  }
+
   int attribute(cudaDeviceAttr name) const {
     int value = 0;
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, stream_.device_index()));

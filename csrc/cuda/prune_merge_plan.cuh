@@ -95,9 +95,10 @@ constexpr MergePlan make_merge_plan(const MergeShape& shape, const DeviceLimits&
   const bool runs = plan.slices == 1 || (plan.slices <= kMaxCluster && device.clusters);
   if (shape.num_sources() > 0 && runs && resident.shared_bytes <= device.shared_bytes) return resident;
   plan.resident = false;
-  plan.targets = shape.num_targets() < kDotTargets ? shape.num_targets() : kDotTargets;
-  while (plan.targets > kTargetTile && with_layout<T>(shape, plan).shared_bytes > kStreamingBytes) {
-    plan.targets = static_cast<int>(round_up(plan.targets, kTargetTile)) - kTargetTile;
+  // Tiles of targets as large as fit, and alike.
+  for (int tiles = static_cast<int>(ceil_div(shape.num_targets(), kDotTargets));; ++tiles) {
+    plan.targets = static_cast<int>(round_up(ceil_div(shape.num_targets(), tiles > 0 ? tiles : 1), kTargetTile));
+    if (plan.targets <= kTargetTile || with_layout<T>(shape, plan).shared_bytes <= kStreamingBytes) break;
   }
   return with_layout<T>(shape, plan);
 }

@@ -1,11 +1,40 @@
 #include "shim.h"
 
+#ifndef __x86_64__
 #include <ucontext.h>
+#endif
 
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#ifdef __x86_64__
+// What swapcontext does, but for the two system calls that it makes for the sake of signals.
+extern "C" void shim_switch(void** from, void* to);
+asm(R"(
+  .text
+  .local shim_switch
+  .type shim_switch, @function
+shim_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+  .size shim_switch, .-shim_switch
+)");
+#endif
 
 namespace shim {
 
@@ -19,8 +48,36 @@ constexpr size_t kStackBytes = 64 * 1024;
 
 enum class State { kReady, kBarrier, kClusterBarrier, kWarpOp, kDone };
 
+#ifdef __x86_64__
+struct Context {
+  void* top;  // of the stack, where the registers lie
+
+  void prepare(char* stack, size_t bytes, void (*entry)()) {
+    const uintptr_t end = reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15};
+    void** frame = reinterpret_cast<void**>(end) - 8;  // six registers, the entry, and where that would return to
+    std::fill(frame, frame + 8, nullptr);
+    frame[6] = reinterpret_cast<void*>(entry);
+    top = frame;
+  }
+  void go_to(Context& other) { shim_switch(&top, other.top); }
+};
+#else
+struct Context {
+  ucontext_t state;
+
+  void prepare(char* stack, size_t bytes, void (*entry)()) {
+    getcontext(&state);
+    state.uc_stack.ss_sp = stack;
+    state.uc_stack.ss_size = bytes;
+    state.uc_link = nullptr;
+    makecontext(&state, entry, 0);
+  }
+  void go_to(Context& other) { swapcontext(&state, &other.state); }
+};
+#endif
+
 struct Fiber {
-  ucontext_t context;
+  Context context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state;
   WarpOp op;
@@ -38,7 +95,7 @@ struct Cluster {
   std::vector<std::unique_ptr<unsigned char[]>> shared;
   int64_t shared_bytes;
   size_t block_threads;
-  ucontext_t scheduler;
+  Context scheduler;
   size_t current;
   Body body;
   const void* kernel;
@@ -51,7 +108,7 @@ void yield(State state, WarpOp op) {
   Fiber& fiber = cluster.fibers[cluster.current];
   fiber.state = state;
   fiber.op = op;
-  swapcontext(&fiber.context, &cluster.scheduler);
+  fiber.context.go_to(cluster.scheduler);
 }
 
 void fiber_main() {
@@ -90,11 +147,7 @@ void run_cluster(unsigned first_block) {
     fiber.state = State::kReady;
     fiber.op = WarpOp::kNone;
     fiber.turn = 0;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
+    fiber.context.prepare(fiber.stack.get(), kStackBytes, fiber_main);
   }
   do {
     for (size_t i = 0; i < threads; ++i) {
@@ -103,7 +156,7 @@ void run_cluster(unsigned first_block) {
       cluster.current = t;
       threadIdx.x = static_cast<unsigned>(t % cluster.block_threads);
       blockIdx.x = first_block + static_cast<unsigned>(cluster.current_block());
-      swapcontext(&cluster.scheduler, &cluster.fibers[t].context);
+      cluster.scheduler.go_to(cluster.fibers[t].context);
     }
   } while (release());
   if (all_in(0, threads, State::kDone, WarpOp::kNone)) return;
