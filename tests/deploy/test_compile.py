@@ -159,6 +159,7 @@ def test_what_was_replaced_is_captured_again(served, model, images_for, change, 
     with pytest.warns(UserWarning, match=f"{what} changed since the model was compiled"):
         logits = compiled(images)
     torch.testing.assert_close(logits, eager(model, images), atol=2e-5, rtol=0)
+    assert compiled.batches == [2, 4]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for batch in (2, 4):
@@ -174,6 +175,26 @@ def test_a_model_that_was_converted(served, model, images_for):
     torch.testing.assert_close(logits, eager(model, images.double()))
     with pytest.raises(TypeError, match="images must be float64, as the model is, got float32"):
         compiled(images)
+
+
+def test_a_capture_that_fails(served, model, images_for, stand_in):
+    compiled, images = served(pad=True), images_for(model, 2)
+    replace_weight(model)
+    capture = stand_in.graph
+
+    def full(graph, pool, stream, capture_error_mode):
+        raise torch.OutOfMemoryError("no memory")
+
+    stand_in.graph = full
+    with pytest.warns(UserWarning, match="capturing"), pytest.raises(torch.OutOfMemoryError):
+        compiled(images)
+    assert compiled.batches == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(compiled(images), eager(model, images))
+    stand_in.graph = capture
+    compiled.capture(2)
+    torch.testing.assert_close(compiled(images), eager(model, images), atol=2e-5, rtol=0)
 
 
 def test_change_of_method(make_vit, methods):

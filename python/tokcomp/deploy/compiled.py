@@ -15,6 +15,7 @@ from tokcomp.deploy.inputs import check_images, checked_batch, inputs_of
 from tokcomp.deploy.watch import Watch
 
 _KEY = "model"
+_CALLER = 6  # frames from a warning up to who called the model: forward, no_grad's wrapper, two of nn.Module's
 
 
 class Memory(NamedTuple):
@@ -89,7 +90,7 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.training = False
         self._img_size, self._inputs = img_size, inputs_of(model, img_size)
-        self.model, self.dtype, self.pad = model, _autocast_dtype(dtype, self._inputs.dtype), pad
+        self.model, self._autocast, self.pad = model, _autocast_dtype(dtype, self._inputs.dtype), pad
         self._graphs, self._lock, self._warned = graphs.Graphs(), threading.RLock(), False
         self._watch = Watch(model)
         self._batches: list[int] = []
@@ -101,7 +102,7 @@ class CompiledModel(nn.Module):
             self.capture(size)
 
     def extra_repr(self) -> str:
-        return f"batch={self.batches}, dtype={self.dtype or self._inputs.dtype}, pad={self.pad}"
+        return f"batch={self.batches}, dtype={self._autocast or self._inputs.dtype}, pad={self.pad}"
 
     @property
     def batches(self) -> list[int]:
@@ -154,11 +155,11 @@ class CompiledModel(nn.Module):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _compiled, (self.model, self.batches, self.dtype, self._img_size, self.pad)
+        return _compiled, (self.model, self.batches, self._autocast, self._img_size, self.pad)
 
     def _precision(self) -> torch.autocast:
-        enabled = self.dtype is not None
-        return torch.autocast(self._inputs.device.type, self.dtype, enabled=enabled, cache_enabled=False)
+        enabled = self._autocast is not None
+        return torch.autocast(self._inputs.device.type, self._autocast, enabled=enabled, cache_enabled=False)
 
     def _replay(self, images: Tensor) -> Tensor | None:
         """Logits through one or more graphs, None where there is none for such a batch."""
@@ -167,7 +168,7 @@ class CompiledModel(nn.Module):
         batches = self._batches
         if len(images) in batches:
             return self._graphs.run(_KEY, images)
-        if not self.pad:
+        if not self.pad or not batches:
             return None
         logits = []
         for part in images.split(max(batches)):
@@ -197,12 +198,17 @@ class CompiledModel(nn.Module):
                 return False
             if graphs.serve(self._inputs.device):
                 warnings.warn(
-                    f"{change} changed since the model was compiled: capturing its graphs again", stacklevel=4
+                    f"{change} changed since the model was compiled: capturing its graphs again", stacklevel=_CALLER
                 )
             self._graphs.clear()
             self._inputs, self._watch = inputs_of(self.model, self._img_size), Watch(self.model)
-            for batch in sorted(self._batches, reverse=True):
-                self._prepare(batch)
+            done: list[int] = []
+            try:
+                for batch in sorted(self._batches, reverse=True):
+                    self._prepare(batch)
+                    done.append(batch)
+            finally:
+                self._batches = done
             return True
 
     def _say_once(self, images: Tensor) -> None:
@@ -215,7 +221,7 @@ class CompiledModel(nn.Module):
             f"images {list(images.shape)} have no CUDA graph and run without one, more slowly: there are graphs for "
             f"{ready} images of {list(self._inputs.shape)}; capture({len(images)}) makes one more, pad=True pads such "
             "batches. This is said once",
-            stacklevel=4,
+            stacklevel=_CALLER,
         )
 
 
