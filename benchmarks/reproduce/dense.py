@@ -27,7 +27,8 @@ from benchmarks.reproduce.dense_units import DEGREES, QUICK, DenseSettings, all_
 from benchmarks.reproduce.runner import load_result, result_path, run_units
 
 DEFAULT_OUTPUT = Path("reproduce-output/dense")
-ROWS = ("tome_mlp", "plugin, kl", "plugin, features", "merged residual", "ToMe")
+MERGED = "merged residual, plugin, kl"
+ROWS = ("tome_mlp", "plugin, kl", "plugin, features", "merged residual", MERGED, "ToMe")
 
 
 def reproduce(folder: Path, settings: DenseSettings, jobs: int) -> list[Path]:
@@ -35,18 +36,27 @@ def reproduce(folder: Path, settings: DenseSettings, jobs: int) -> list[Path]:
     units = all_units(settings)
     run_units(folder, units, jobs, lambda line: print(line, flush=True))
     seconds = sum(json.loads(result_path(folder, unit.name).read_text())["core_seconds"] for unit in units)
-    results = {
-        head: [load_result(folder, f"score-{head}-{seed}") for seed in range(settings.seeds)] for head in settings.heads
-    }
+    results = {head: [_result(folder, head, seed) for seed in range(settings.seeds)] for head in settings.heads}
+    speed = load_result(folder, "speed")
     record = {
         "provenance": provenance(torch.device("cpu")),
         "settings": asdict(settings),
         "core_seconds": round(seconds),
         "heads": results,
+        "speed": speed,
     }
     write_whole(folder / "results.json", json.dumps(record, indent=1) + "\n")
-    write_whole(folder / "tables.md", "\n".join(_tables(head, found, settings) for head, found in results.items()))
+    tables = [_tables(head, found, settings) for head, found in results.items()]
+    write_whole(folder / "tables.md", "\n".join([*tables, _speed_table(speed, settings)]))
     return [folder / "results.json", folder / "tables.md"]
+
+
+def _result(folder: Path, head: str, seed: int) -> dict[str, Any]:
+    """What a model scored, with or without its residual merged."""
+    result: dict[str, Any] = load_result(folder, f"score-{head}-{seed}")
+    for degree, scores in load_result(folder, f"merged-{head}-{seed}")["own size"].items():
+        result["own size"][degree]["rows"][MERGED] = scores
+    return result
 
 
 def _tables(head: str, found: list[dict[str, Any]], settings: DenseSettings) -> str:
@@ -83,6 +93,17 @@ def _tables(head: str, found: list[dict[str, Any]], settings: DenseSettings) -> 
     return "\n".join(lines) + "\n"
 
 
+def _speed_table(speed: dict[str, Any], settings: DenseSettings) -> str:
+    side, base = settings.speed_side, speed["images_per_core_second"]["0"]
+    lines = [f"{settings.speed_model} at {side} x {side}, linear head, one image at a time on one core", ""]
+    lines += ["| r | encoder, GFLOPs | images per core second | against r = 0 |", "|---|---|---|---|"]
+    for degree in DEGREES:
+        found = speed["images_per_core_second"][str(degree)]
+        cost = speed["flops"][str(degree)] / 1e9
+        lines.append(f"| {tokens(side, degree)} | {cost:.2f} | {found:.2f} | {found / base:.2f}x |")
+    return "\n".join(lines) + "\n"
+
+
 def _with_spread(text: str, values: list[float], differences: bool = False) -> str:
     """With the standard deviation over the seeds; of differences, with their mean."""
     if len(values) < 2:
@@ -101,7 +122,8 @@ def main(argv: list[str] | None = None) -> int:
         "-o", "--output", type=Path, default=DEFAULT_OUTPUT, help="folder of all results (default: %(default)s)"
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, help="models of each kind (default: 5)")
+    parser.add_argument("--seeds", type=int, help="models of each kind (default: 3)")
+    parser.add_argument("--heads", nargs="+", choices=("linear", "mask_transformer"), help="default: both")
     parser.add_argument("--quick", action="store_true", help="seconds of everything, too small to show anything")
     args = parser.parse_args(argv)
     settings = QUICK if args.quick else DenseSettings()
@@ -112,6 +134,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(f"--{option} must be at least 1, got {value}")
         if args.seeds is not None:
             settings = replace(settings, seeds=args.seeds)
+        if args.heads is not None:
+            settings = replace(settings, heads=tuple(args.heads))
         written = reproduce(args.output, settings, args.jobs)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

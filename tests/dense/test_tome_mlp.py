@@ -103,9 +103,10 @@ def test_merging_nothing_is_the_model_itself(vit):
 
 
 @pytest.mark.parametrize("merge_residual", [False, True])
+@pytest.mark.parametrize("r", [24, [0, 24, 0, 32]], ids=str)
 @pytest.mark.parametrize("options", [{}, {"init_values": 0.3, "qk_norm": True}], ids=str)
-def test_both_paths_agree(make_vit, options, merge_residual):
-    model = tokcomp.compress(make_vit(img_size=SIDE, **options), tokcomp.ToMeMLP(24, merge_residual=merge_residual))
+def test_both_paths_agree(make_vit, options, r, merge_residual):
+    model = tokcomp.compress(make_vit(img_size=SIDE, **options), tokcomp.ToMeMLP(r, merge_residual=merge_residual))
     with torch.no_grad():
         packed = model(images())
     handle = model.blocks[1].mlp.register_forward_hook(lambda *_: None)  # a block that is watched runs as modules
