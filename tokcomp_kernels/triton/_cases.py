@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tokcomp_kernels.triton._compile import CompileCase
+from tokcomp_kernels.triton._compile import LAUNCH_OPTIONS, CompileCase
 from tokcomp_kernels.triton._configs import load
 
 
@@ -41,7 +41,7 @@ def table_cases(
                         for n in kernel.arg_names
                         if n.endswith("_ptr") or n.startswith("stride_") or n == "num_channels"
                     ],
-                    **{name: entry[name] for name in ("num_warps", "num_stages") if name in entry},  # type: ignore[arg-type]
+                    **{name: entry[name] for name in LAUNCH_OPTIONS if name in entry},  # type: ignore[arg-type]
                 )
             )
             if not bounds.keys() - {"itemsize"}:

@@ -33,6 +33,9 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 #: Triton's name of a pointer to each dtype.
 POINTER_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int64": "*i64", "int32": "*i32"}
 
+#: What an entry of a table may say beside tile sizes.
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
 
 @dataclass(frozen=True)
 class CompileCase:
@@ -49,15 +52,16 @@ class CompileCase:
     constexprs: Mapping[str, object]
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
     divisible: Sequence[str] | None = None
 
     @classmethod
     def launched(
         cls, name: str, kernel: Any, types: Mapping[str, str], options: Mapping[str, object], **constexprs: object
     ) -> CompileCase:
-        """From the keyword arguments of a launch: constants, and among them ``num_warps`` and ``num_stages``."""
+        """From the keyword arguments of a launch: constants, and among them LAUNCH_OPTIONS."""
         constants = {key: value for key, value in options.items() if key in kernel.arg_names} | constexprs
-        launch = {key: value for key, value in options.items() if key in ("num_warps", "num_stages")}
+        launch = {key: value for key, value in options.items() if key in LAUNCH_OPTIONS}
         return cls(name, kernel, types, constants, **launch)  # type: ignore[arg-type]
 
     def source(self) -> ASTSource:
@@ -127,7 +131,7 @@ def _find_cuobjdump() -> str:
 
 def compile_case(op: str, case: CompileCase, capability: int) -> Resources:
     """Compile one case for one compute capability (80, 90)."""
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": ENABLE_FP_FUSION}
+    options = {name: getattr(case, name) for name in LAUNCH_OPTIONS} | {"enable_fp_fusion": ENABLE_FP_FUSION}
     compiled = triton.compile(case.source(), target=GPUTarget("cuda", capability, 32), options=options)
     registers, spilled = resource_usage(compiled.asm["cubin"])
     return Resources(op, case.name, capability, registers, spilled, compiled.metadata.shared, case.num_warps)

@@ -1,10 +1,10 @@
 """Tile sizes and launch options: data in ``configs/<op>.json``, looked up by GPU name and problem shape.
 
 A file maps a GPU name (as ``torch.cuda.get_device_name`` says it, or ``"default"``) to kernels, and a kernel to a list
-of entries. An entry is a set of launch arguments (``BLOCK_*``, ``num_warps``, ``num_stages``) and, under ``"when"``,
-inclusive upper bounds on the shape it is for. The first entry whose bounds all hold is taken, so a list goes from small
-to large and ends in an entry without bounds. Bounds never name the batch size: an image's bits must not depend on its
-batch.
+of entries. An entry is a set of launch arguments (``BLOCK_*``, ``num_warps``, ``num_stages``, ``maxnreg``) and, under
+``"when"``, inclusive upper bounds on the shape it is for. The first entry whose bounds all hold is taken, so a list
+goes from small to large and ends in an entry without bounds. Bounds never name the batch size: an image's bits must not
+depend on its batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""prune_merge in three kernels: rank the tokens, match each source with its slot, write the means.
+"""prune_merge in three kernels: rank the tokens, write the kept rows and match the sources with them, write the means.
 
 The similarity of a block of sources with a block of slots lives in registers only, and rows of pruned tokens are never
-read. What one thread writes another reads in a later kernel, never in the same one.
+read. ``_merge_kernels`` holds those for rows that fit the registers; wider ones are matched and merged in passes
+over their channels here. What one thread writes another reads in a later kernel, never in the same one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tokcomp_kernels.triton._cases import table_cases
 from tokcomp_kernels.triton._common import device_guard, inner_contiguous, require_supported
 from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
 from tokcomp_kernels.triton._configs import launch_config
+from tokcomp_kernels.triton._merge_norm import MAX_RESIDENT, TABLE, Norm, merge_ranked, merge_ranked_cases
 from tokcomp_kernels.triton._order import MAX_COUNTED, count_before
 from tokcomp_kernels.triton._rows import merge_rows, merge_rows_cases
 from tokcomp_kernels.triton._similarity import best_matches
@@ -115,35 +117,88 @@ def prune_merge_triton(
         similarity_weighted_size=similarity_weighted_size,
     )
     require_supported("prune_merge", "x", x)
-    x = inner_contiguous(x)
-    batch, num_tokens, channels = x.shape
+    x_out, _, size_out, source = compress(
+        x,
+        None,
+        importance,
+        num_prune_kept,
+        num_merge_kept,
+        size=size,
+        num_prefix_tokens=num_prefix_tokens,
+        similarity_weighted_size=similarity_weighted_size,
+        norm=None,
+    )
+    return x_out, size_out, source
+
+
+def compress(
+    x: Tensor,
+    branch: Tensor | None,
+    importance: Tensor,
+    num_prune_kept: int,
+    num_merge_kept: int,
+    *,
+    size: Tensor | None,
+    num_prefix_tokens: int,
+    similarity_weighted_size: bool,
+    norm: Norm | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """prune_merge of x, or of x + branch, and the LayerNorm of its rows where one is asked for; arguments are checked.
+
+    Returns x_out [B, M, C], normalized [B, M, C] or None, size_out [B, M] float32, source [B, N] int64.
+    """
+    num_tokens, channels = x.shape[1:]
     num_pruned_kept = min(num_tokens, num_prune_kept)
     num_slots = min(num_pruned_kept, num_merge_kept)
     num_sources = num_pruned_kept - num_slots
+    x = inner_contiguous(x)
+    branch = None if branch is None else inner_contiguous(branch)
     with device_guard(x):
         order, source = _select(importance, num_slots, num_sources, num_prefix_tokens)
-        dst = torch.empty((batch, num_sources), dtype=torch.int32, device=x.device)
-        similarity = torch.empty((batch, num_sources), dtype=torch.float32, device=x.device)
-        if dst.numel() > 0:
-            config = launch_config("prune_merge", "match", x.device, S=num_sources, C=channels, itemsize=x.itemsize)
-            _prune_merge_match_kernel[(batch, triton.cdiv(num_sources, config["BLOCK_S"]))](
+        if channels * x.itemsize <= MAX_RESIDENT:
+            x_out, normalized, size_out = merge_ranked(
                 x,
+                branch,
                 order,
-                dst,
-                similarity,
                 source,
-                num_tokens,
                 num_slots,
-                num_sources,
-                num_prefix_tokens,
-                channels,
-                stride_xb=x.stride(0),
-                stride_xn=x.stride(1),
-                **config,
+                size=size,
+                num_prefix_tokens=num_prefix_tokens,
+                similarity_weighted_size=similarity_weighted_size,
+                norm=norm,
             )
+            return x_out, normalized, size_out, source
+        x = x if branch is None else x + branch
+        dst, similarity = _match(x, order, source, num_slots, num_prefix_tokens)
         weights = similarity if similarity_weighted_size else None
-        x_out, size_out = merge_rows("prune_merge", x, size, order, dst, weights, weighted_mean=False)
-    return x_out, size_out, source
+        x_out, size_out = merge_rows(TABLE, x, size, order, dst, weights, weighted_mean=False)
+        return x_out, None if norm is None else norm.of(x_out), size_out, source
+
+
+def _match(x: Tensor, order: Tensor, source: Tensor, num_slots: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    """Each source's slot, [B, S] int32, and its cosine, [B, S] float32; fills in source at the sources."""
+    batch, num_tokens, channels = x.shape
+    num_sources = order.shape[1] - num_slots
+    dst = torch.empty((batch, num_sources), dtype=torch.int32, device=x.device)
+    similarity = torch.empty((batch, num_sources), dtype=torch.float32, device=x.device)
+    if dst.numel() > 0:
+        config = launch_config(TABLE, "match", x.device, S=num_sources, C=channels, itemsize=x.itemsize)
+        _prune_merge_match_kernel[(batch, triton.cdiv(num_sources, config["BLOCK_S"]))](
+            x,
+            order,
+            dst,
+            similarity,
+            source,
+            num_tokens,
+            num_slots,
+            num_sources,
+            num_prefix_tokens,
+            channels,
+            stride_xb=x.stride(0),
+            stride_xn=x.stride(1),
+            **config,
+        )
+    return dst, similarity
 
 
 def _select(importance: Tensor, num_slots: int, num_sources: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
@@ -158,7 +213,7 @@ def _select(importance: Tensor, num_slots: int, num_sources: int, num_prefix_tok
     order = torch.empty((batch, num_pruned_kept), dtype=torch.int32, device=importance.device)
     source = torch.empty((batch, num_tokens), dtype=torch.int64, device=importance.device)
     if source.numel() > 0:
-        config = launch_config("prune_merge", "select", importance.device, N=num_tokens)
+        config = launch_config(TABLE, "select", importance.device, N=num_tokens)
         _prune_merge_select_kernel[(batch, triton.cdiv(num_tokens, config["BLOCK_N"]))](
             importance,
             order,
@@ -179,7 +234,7 @@ def compile_cases() -> list[CompileCase]:
         case
         for importance in ("*fp64", "*fp32", "*bf16")
         for case in table_cases(
-            "prune_merge",
+            TABLE,
             "select",
             _prune_merge_select_kernel,
             {"importance_ptr": importance, "order_ptr": "*i32", "source_ptr": "*i64"},
@@ -189,7 +244,7 @@ def compile_cases() -> list[CompileCase]:
         case
         for dtype, itemsize in (("float16", 2), ("bfloat16", 2), ("float32", 4))
         for case in table_cases(
-            "prune_merge",
+            TABLE,
             "match",
             _prune_merge_match_kernel,
             {
@@ -202,4 +257,5 @@ def compile_cases() -> list[CompileCase]:
             itemsize=itemsize,
         )
     ]
-    return [*select, *match, *merge_rows_cases("prune_merge", weighted_mean=False)]
+    resident = merge_ranked_cases(fused=False)
+    return [*select, *resident, *match, *merge_rows_cases(TABLE, weighted_mean=False)]

@@ -1,0 +1,144 @@
+"""add_layer_norm: the residual sum and its LayerNorm in one pass, each row in registers from its load to its stores.
+
+Bytes: x and branch are read once, both outputs written once; nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokcomp_kernels._checks import check_add_layer_norm
+from tokcomp_kernels.triton._common import device_guard, inner_contiguous, require_supported
+from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
+from tokcomp_kernels.triton._configs import launch_config, load
+from tokcomp_kernels.triton._norm import chunks, compact, load_tiles, store_normalized, store_tiles
+
+#: Rows for which the kernel is compiled without a GPU.
+_CASE_ROWS = (
+    ("float16", 64),
+    ("float16", 192),
+    ("float16", 384),
+    ("float16", 768),
+    ("bfloat16", 1280),
+    ("float16", 2048),
+    ("float32", 192),
+    ("float32", 384),
+    ("float32", 1024),
+    ("float32", 8192),
+)
+
+
+@triton.jit(do_not_specialize=["num_rows", "rows_per_group"])
+def _add_layer_norm_kernel(
+    x_ptr,
+    branch_ptr,
+    weight_ptr,
+    bias_ptr,
+    x_out_ptr,
+    normalized_ptr,
+    num_rows,
+    rows_per_group,
+    norm_eps,
+    stride_xg,
+    stride_xr,
+    stride_bg,
+    stride_br,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask = rows < num_rows
+    group, row = rows // rows_per_group, rows % rows_per_group
+    x_rows = x_ptr + group * stride_xg + row * stride_xr
+    branch_rows = branch_ptr + group * stride_bg + row * stride_br
+    tiles = load_tiles(x_rows, branch_rows, mask, True, CHANNELS, BLOCK_C, CHUNKS)  # CHUNKS x [BLOCK_R, BLOCK_C]
+    store_tiles(tiles, x_out_ptr + rows * CHANNELS, mask, CHANNELS, BLOCK_C, CHUNKS)
+    store_normalized(
+        tiles,
+        normalized_ptr + rows * CHANNELS,
+        mask,
+        weight_ptr,
+        bias_ptr,
+        norm_eps,
+        HAS_WEIGHT,
+        HAS_BIAS,
+        CHANNELS,
+        BLOCK_C,
+        CHUNKS,
+    )
+
+
+def add_layer_norm_triton(
+    x: Tensor, branch: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, norm_eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """``tokcomp::add_layer_norm`` by Triton: x, branch [..., C] -> x + branch and its LayerNorm, [..., C] both."""
+    check_add_layer_norm(x, branch, weight, bias, norm_eps)
+    require_supported("add_layer_norm", "x", x)
+    x_out, normalized = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    if x_out.numel() == 0:
+        return x_out, normalized
+    channels = x.shape[-1]
+    num_rows = x.numel() // channels
+    groups, rows_per_group = _groups(x, branch)
+    x, branch = (inner_contiguous(t.reshape(groups, rows_per_group, channels)) for t in (x, branch))
+    config = launch_config("add_layer_norm", "rows", x.device, C=channels, itemsize=x.itemsize)
+    with device_guard(x):
+        _add_layer_norm_kernel[(triton.cdiv(num_rows, config["BLOCK_R"]),)](
+            x,
+            branch,
+            compact(weight),
+            compact(bias),
+            x_out,
+            normalized,
+            num_rows,
+            rows_per_group,
+            float(norm_eps),
+            stride_xg=x.stride(0),
+            stride_xr=x.stride(1),
+            stride_bg=branch.stride(0),
+            stride_br=branch.stride(1),
+            HAS_WEIGHT=weight is not None,
+            HAS_BIAS=bias is not None,
+            CHANNELS=channels,
+            CHUNKS=chunks(channels, config),
+            **config,
+        )
+    return x_out, normalized
+
+
+def _groups(x: Tensor, branch: Tensor) -> tuple[int, int]:
+    """How the leading dimensions become groups of rows: [B, N, C] is read with its own strides, whatever they are."""
+    if x.dim() < 2:
+        return 1, 1
+    return math.prod(x.shape[:-2]), x.shape[-2]
+
+
+def compile_cases() -> list[CompileCase]:
+    cases = []
+    for gpu, (dtype, channels) in product(load("add_layer_norm"), _CASE_ROWS):
+        config = launch_config("add_layer_norm", "rows", gpu, C=channels, itemsize=4 if dtype == "float32" else 2)
+        pointers = [name for name in _add_layer_norm_kernel.arg_names if name.endswith("_ptr")]
+        case = CompileCase.launched(
+            f"rows-{dtype}-C{channels}-{gpu}",
+            _add_layer_norm_kernel,
+            dict.fromkeys(pointers, POINTER_TYPES[dtype]) | {"norm_eps": "fp32"},
+            config,
+            HAS_WEIGHT=True,
+            HAS_BIAS=True,
+            CHANNELS=channels,
+            CHUNKS=chunks(channels, config),
+        )
+        strides = ["stride_xg", "stride_xr", "stride_bg", "stride_br"]
+        cases.append(replace(case, divisible=[*pointers, *strides]))
+    return cases
