@@ -17,13 +17,17 @@ NATIVE_NAMESPACES = {"CPU": "tokcomp_cpu", "CUDA": "tokcomp_cuda"}
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator. ``signature`` follows the name in the schema; a leading underscore marks a backward pass."""
+    """One operator. ``signature`` follows the name in the schema; a leading underscore marks a backward pass.
+
+    ``native`` says whether it has compiled kernels; without, PyTorch's own operators make it up on CPU.
+    """
 
     name: str
     signature: str
     doc: str
     differentiable: tuple[str, ...] = ()
     backward: str | None = None
+    native: bool = True
 
     @property
     def schema(self) -> str:
@@ -109,6 +113,13 @@ OPERATORS: tuple[Operator, ...] = (
         " -> (Tensor x, Tensor normalized)",
         "x + branch, and its LayerNorm.",
         differentiable=("x", "branch", "weight", "bias"),
+    ),
+    Operator(
+        "linear_gelu",
+        "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+        "A linear layer and the exact (erf) GELU after it.",
+        differentiable=("x", "weight", "bias"),
+        native=False,
     ),
     Operator(
         "_merge_backward",

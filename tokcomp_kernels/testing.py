@@ -358,6 +358,22 @@ def _unmerge_backward(make: Callable[[str], _Maker], small: bool) -> Iterator[tu
     yield "B0", (m.randn(0, 5, 12), m.source(0, 5, 2), 2), {}, False
 
 
+def _linear_gelu(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+    sizes = ((1, 3, 2), (5, 4, 3), (9, 7, 5)) if small else ((1, 24, 40), (33, 48, 96), (70, 130, 65), (197, 64, 33))
+    for num_tokens, width, features in sizes:
+        m = make(f"N{num_tokens}")
+        x, weight, bias = m.randn(2, num_tokens, width), m.randn(features, width) * width**-0.5, m.randn(features)
+        yield f"N{num_tokens}", (x, weight, bias), {}, False
+        yield f"N{num_tokens}-strided", (m.strided(2, num_tokens, width), weight), {}, False
+    m = make("layouts")
+    x, weight, bias = m.randn(3, 17, 33), m.randn(9, 17), m.randn(18)
+    yield "transposed", (x.mT, weight, bias[::2]), {}, False
+    yield "last-dim-strided", (x[:, :, ::2], m.randn(9, 34)[:, ::2], bias[:9]), {}, False
+    yield "rows", (x[0].T, weight, bias[:9]), {}, False
+    yield "far-from-zero", (x.mT * 20, weight, bias[:9] * 20), {}, False
+    yield "B0", (x[:0].mT, weight, bias[:9]), {}, False
+
+
 def _with_grad(forward: Callable[..., Iterator[tuple]], like: int) -> Callable[..., Iterator[tuple]]:
     """Samples of a backward pass: the forward's, with a random gradient in front shaped as argument ``like``."""
 
@@ -379,6 +395,7 @@ _CASES: dict[str, Callable[..., Iterator[tuple]]] = {
     "masked_merge": _masked_merge,
     "prune_merge_norm": _prune_merge_norm,
     "add_layer_norm": _add_layer_norm,
+    "linear_gelu": _linear_gelu,
     "_merge_backward": _merge_backward,
     "_unmerge_backward": _unmerge_backward,
     "_masked_softmax_backward": _with_grad(_masked_softmax, 0),

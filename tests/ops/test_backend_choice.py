@@ -27,8 +27,17 @@ def _python(code: str, **environment: str) -> str:
 
 
 BACKENDS_ON_CPU = """
+from tokcomp_kernels._schema import BY_NAME
 from tokcomp_kernels.ops import IMPLEMENTATIONS
-print(",".join(sorted({i.backend("cpu") for i in IMPLEMENTATIONS.values()})))
+print(",".join(sorted({i.backend("cpu") for i in IMPLEMENTATIONS.values() if BY_NAME[i.name].native})))
+"""
+CONTENDERS = """
+from tokcomp_kernels.ops import IMPLEMENTATIONS
+from tokcomp_kernels.ops._backends import TRITON_CONTENDERS
+on_cuda = {name: i.backend("cuda") for name, i in IMPLEMENTATIONS.items()}
+assert TRITON_CONTENDERS < on_cuda.keys()
+others = {backend for name, backend in on_cuda.items() if name not in TRITON_CONTENDERS}
+print(",".join(sorted({on_cuda[name] for name in TRITON_CONTENDERS})), "triton" in others)
 """
 AGREE = """
 import torch, tokcomp_kernels as tk
@@ -59,6 +68,15 @@ def test_triton_interpreter_can_own_the_cpu() -> None:
         pytest.skip("this Triton's interpreter makes ints of one-element arrays, which this NumPy refuses")
     assert _python(BACKENDS_ON_CPU, TOKCOMP_BACKEND="triton", TRITON_INTERPRET="1") == "triton"
     assert _python(AGREE, TOKCOMP_BACKEND="triton", TRITON_INTERPRET="1") == "agree"
+
+
+@pytest.mark.parametrize(
+    ("setting", "contenders"),
+    [({}, "reference"), ({"TOKCOMP_BACKEND": "cuda"}, "reference"), ({"TOKCOMP_BACKEND": "triton"}, "triton")],
+)
+def test_a_contender_runs_on_cuda_only_on_request(setting: dict[str, str], contenders: str) -> None:
+    pytest.importorskip("triton")
+    assert _python(CONTENDERS, **setting).split()[0] == contenders
 
 
 def test_an_unknown_backend_is_refused() -> None:

@@ -4,6 +4,7 @@ from tokcomp_kernels.ops._register import IMPLEMENTATIONS
 from tokcomp_kernels.ops.add_layer_norm import add_layer_norm
 from tokcomp_kernels.ops.attention import attention
 from tokcomp_kernels.ops.class_attention_sort import class_attention_sort
+from tokcomp_kernels.ops.linear_gelu import linear_gelu
 from tokcomp_kernels.ops.masked_attention import masked_attention
 from tokcomp_kernels.ops.masked_merge import masked_merge
 from tokcomp_kernels.ops.masked_softmax import masked_softmax
@@ -17,6 +18,7 @@ __all__ = [
     "add_layer_norm",
     "attention",
     "class_attention_sort",
+    "linear_gelu",
     "masked_attention",
     "masked_merge",
     "masked_softmax",

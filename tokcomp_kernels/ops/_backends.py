@@ -3,8 +3,8 @@
 TOKCOMP_BACKEND, read once at import:
 
 - ``auto`` (default): on CPU the compiled kernel, on CUDA the compiled kernel where it is the measured winner, else
-  Triton;
-- ``cuda``: on CUDA the compiled kernel wherever there is one, else Triton;
+  Triton, unless that is a contender for what PyTorch does well itself;
+- ``cuda``: on CUDA the compiled kernel wherever there is one, else as ``auto``;
 - ``triton``: on CUDA Triton; on CPU Triton's interpreter where TRITON_INTERPRET=1 is set;
 - ``reference``: plain PyTorch everywhere.
 
@@ -27,6 +27,9 @@ from tokcomp_kernels._library import native_kernels
 BACKENDS = ("auto", "cuda", "triton", "reference")
 #: Operators whose compiled CUDA kernel has run on a GPU and beaten Triton's there. Until then Triton owns the key.
 CUDA_WINNERS: frozenset[str] = frozenset()
+
+#: Operators that PyTorch's own kernels make up well: Triton's has to beat those on a GPU before it takes their place.
+TRITON_CONTENDERS = frozenset({"linear_gelu"})
 
 
 def requested_backend() -> str:
@@ -65,7 +68,8 @@ class Implementation:
             built = self.name in native_kernels()["cuda"]
             if built and (requested == "cuda" or (requested == "auto" and self.name in CUDA_WINNERS)):
                 return "cuda"
-            return "triton" if _has_triton() else "reference"
+            contends = requested != "triton" and self.name in TRITON_CONTENDERS
+            return "triton" if _has_triton() and not contends else "reference"
         return "reference"
 
     def callable(self, backend: str) -> Callable[..., Any]:

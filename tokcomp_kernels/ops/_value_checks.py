@@ -99,6 +99,12 @@ def _masked_merge(
     _positive_size("masked_merge", size)
 
 
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    _finite("linear_gelu", x=x, weight=weight)
+    if bias is not None:
+        _finite("linear_gelu", bias=bias)
+
+
 VALUE_CHECKS: dict[str, Callable[..., None]] = {
     "class_attention_sort": _class_attention_sort,
     "prune_merge": _prune_merge,
@@ -110,4 +116,5 @@ VALUE_CHECKS: dict[str, Callable[..., None]] = {
     "masked_merge": _masked_merge,
     "prune_merge_norm": _prune_merge_norm,
     "add_layer_norm": _add_layer_norm,
+    "linear_gelu": _linear_gelu,
 }

@@ -9,6 +9,7 @@ from tokcomp_kernels.reference.add_layer_norm import add_layer_norm_reference
 from tokcomp_kernels.reference.attention import attention_reference
 from tokcomp_kernels.reference.attention_backward import attention_backward_reference
 from tokcomp_kernels.reference.class_attention_sort import class_attention_sort_reference
+from tokcomp_kernels.reference.linear_gelu import linear_gelu_reference
 from tokcomp_kernels.reference.masked_attention import masked_attention_reference
 from tokcomp_kernels.reference.masked_attention_backward import masked_attention_backward_reference
 from tokcomp_kernels.reference.masked_merge import masked_merge_reference
@@ -31,6 +32,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "masked_merge": masked_merge_reference,
     "prune_merge_norm": prune_merge_norm_reference,
     "add_layer_norm": add_layer_norm_reference,
+    "linear_gelu": linear_gelu_reference,
     "_merge_backward": merge_backward_reference,
     "_unmerge_backward": unmerge_backward_reference,
     "_masked_softmax_backward": masked_softmax_backward_reference,

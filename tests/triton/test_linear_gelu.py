@@ -1,0 +1,67 @@
+"""The Triton product with a GELU: partial blocks on every side, groups of blocks, and how the dispatcher treats it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+import tokcomp_kernels.triton.linear_gelu as linear_gelu_module
+from tokcomp_kernels import linear_gelu
+from tokcomp_kernels.compare import assert_right
+from tokcomp_kernels.testing import Sample
+from tokcomp_kernels.triton.linear_gelu import linear_gelu_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def normal(seed, *shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "features", "width"), [(1, 1, 1), (97, 70, 33), (64, 32, 48)], ids=str)
+def test_every_block_is_written_once(rows, features, width, dtype, monkeypatch):
+    """Small blocks in groups of two, so that the last group is smaller and every edge is a partial block."""
+    tiles = {"BLOCK_M": 16, "BLOCK_F": 16, "BLOCK_K": 16, "GROUP_M": 2, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(linear_gelu_module, "launch_config", lambda *_, **__: tiles)
+    x, weight, bias = (
+        normal(0, rows, width, dtype=dtype),
+        normal(1, features, width, dtype=dtype),
+        normal(2, features, dtype=dtype),
+    )
+    sample = Sample("linear_gelu", "blocks", (x, weight, bias))
+    out = linear_gelu_triton(*sample.args)
+    assert_right(sample, out)
+    assert torch.equal(out, linear_gelu_triton(*sample.args))
+    assert torch.equal(out[-1:], linear_gelu_triton(x[-1:], weight, bias)), "a row depends on the others"
+
+
+def test_shapes_and_layouts():
+    weight, bias = normal(0, 6, 20), normal(1, 6)
+    assert linear_gelu_triton(normal(2, 20), weight, bias).shape == (6,)
+    x = normal(3, 2, 3, 4, 40)[..., ::2].transpose(0, 2)
+    out = linear_gelu_triton(x, weight, bias)
+    assert out.shape == (4, 3, 2, 6) and out.is_contiguous()
+    torch.testing.assert_close(out, F.gelu(F.linear(x, weight, bias)), rtol=0, atol=2e-6)
+    assert linear_gelu_triton(x[:0], weight).shape == (0, 3, 2, 6)
+    assert linear_gelu_triton(x, weight[:0], bias[:0]).shape == (4, 3, 2, 0)
+    empty = linear_gelu_triton(x[..., :0], weight[:, :0], bias)
+    torch.testing.assert_close(empty, F.gelu(bias).expand(4, 3, 2, 6))
+
+
+def test_frozen_weights_cost_no_gradient():
+    x, weight, bias = normal(0, 3, 5).requires_grad_(), normal(1, 4, 5), normal(2, 4)
+    out = linear_gelu(x, weight, bias)
+    saved = out.grad_fn.saved_tensors
+    assert [tuple(t.shape) for t in saved] == [(3, 5), (4, 5), (4,)], "what lies before the GELU is not kept"
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    (want,) = torch.autograd.grad(F.gelu(F.linear(x, weight, bias)).sum(), x)
+    torch.testing.assert_close(grad, want)
+
+
+def test_float64_is_refused_by_name():
+    x = normal(0, 4, 4).double()
+    with pytest.raises(TypeError, match=r"linear_gelu: x must be float16, bfloat16 or float32 .*, got float64"):
+        linear_gelu_triton(x, x)

@@ -1,0 +1,13 @@
+"""A linear layer and the exact (erf) GELU after it."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokcomp_kernels._checks import check_linear_gelu
+
+
+def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    check_linear_gelu(x, weight, bias)
+    return F.gelu(F.linear(x, weight, bias)).contiguous()

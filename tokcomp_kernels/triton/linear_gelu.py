@@ -1,0 +1,125 @@
+"""linear_gelu: a matrix product whose tiles get their bias and their GELU while they are still in registers.
+
+The tiles of GROUP_M rows of blocks are computed side by side, so that the weight's and the input's blocks they share
+come from the L2. Bytes: x and weight are read once and out is written once, as by the product alone; a GELU of its own
+would read and write all of out again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokcomp_kernels._checks import check_linear_gelu
+from tokcomp_kernels.triton._common import device_guard, dot, inner_contiguous, narrow, require_supported
+from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
+from tokcomp_kernels.triton._configs import launch_config, load
+
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _linear_gelu_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    num_rows,
+    num_features,
+    width,
+    stride_xr,
+    stride_wf,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    blocks_m, blocks_f = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_features, BLOCK_F)
+    pid = tl.program_id(0)
+    group = pid // (GROUP_M * blocks_f)
+    rows_in_group = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
+    within = pid % (GROUP_M * blocks_f)
+    pid_m, pid_f = group * GROUP_M + within % rows_in_group, within // rows_in_group
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_f = pid_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    offs_k = tl.arange(0, BLOCK_K)
+    # Rows beyond the last one are read from the start again instead of being masked, and not written.
+    x_ptrs = x_ptr + (offs_m % num_rows)[:, None] * stride_xr + offs_k[None, :]
+    weight_ptrs = weight_ptr + (offs_f % num_features).to(tl.int64)[None, :] * stride_wf + offs_k[:, None]
+    total = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
+    for start in range(0, width, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)  # [BLOCK_M, BLOCK_K]
+            weight = tl.load(weight_ptrs)  # [BLOCK_K, BLOCK_F]
+        else:
+            x = tl.load(x_ptrs, mask=(start + offs_k < width)[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=(start + offs_k < width)[:, None], other=0.0)
+        total = dot(x, weight, total)
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + offs_f, mask=offs_f < num_features, other=0.0).to(tl.float32)[None, :]
+    out = 0.5 * total * (1.0 + tl.erf(total * _SQRT_HALF))
+    mask = (offs_m < num_rows)[:, None] & (offs_f < num_features)[None, :]
+    tl.store(
+        out_ptr + offs_m[:, None] * num_features + offs_f[None, :], narrow(out, out_ptr.dtype.element_ty), mask=mask
+    )
+
+
+def linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``tokcomp::linear_gelu`` by Triton: x [..., K], weight [F, K], bias [F] -> [..., F]."""
+    check_linear_gelu(x, weight, bias)
+    require_supported("linear_gelu", "x", x)
+    features, width = weight.shape
+    out = torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    rows = inner_contiguous(x.reshape(out.numel() // features, width))
+    weight = inner_contiguous(weight)
+    config = launch_config("linear_gelu", "forward", x.device, F=features, K=width, itemsize=x.itemsize)
+    blocks = triton.cdiv(rows.shape[0], config["BLOCK_M"]) * triton.cdiv(features, config["BLOCK_F"])
+    with device_guard(x):
+        _linear_gelu_kernel[(blocks,)](
+            rows,
+            weight,
+            None if bias is None else bias.contiguous(),
+            out,
+            rows.shape[0],
+            features,
+            width,
+            stride_xr=rows.stride(0),
+            stride_wf=weight.stride(0),
+            HAS_BIAS=bias is not None,
+            EVEN_K=width % config["BLOCK_K"] == 0,
+            **config,
+        )
+    return out
+
+
+def compile_cases() -> list[CompileCase]:
+    """Each entry of the table, with K a multiple of its block and not."""
+    cases = []
+    shapes = [(dtype, width) for dtype in ("float16", "bfloat16", "float32") for width in (16, 384, 392)]
+    for gpu, (dtype, width) in product(load("linear_gelu"), shapes):
+        config = launch_config(
+            "linear_gelu", "forward", gpu, F=4 * width, K=width, itemsize=4 if dtype == "float32" else 2
+        )
+        pointers = [name for name in _linear_gelu_kernel.arg_names if name.endswith("_ptr")]
+        case = CompileCase.launched(
+            f"forward-{dtype}-K{width}-{gpu}",
+            _linear_gelu_kernel,
+            dict.fromkeys(pointers, POINTER_TYPES[dtype]),
+            config,
+            HAS_BIAS=True,
+            EVEN_K=width % config["BLOCK_K"] == 0,
+        )
+        even = ["num_features", "stride_xr", "stride_wf", *(["width"] if width % 16 == 0 else [])]
+        cases.append(replace(case, divisible=[*pointers, *even]))
+    return cases
