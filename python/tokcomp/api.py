@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tokcomp.adapters import find_adapter
 from tokcomp.methods import Method
 from tokcomp.state import compose_sources
+from tokcomp.tocom.fold import fold_of, require_same_method
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -29,7 +30,8 @@ def compress(model: ModelT, method: Method) -> ModelT:
 
     Raises:
         TypeError: ``method`` is no Method; or (UnsupportedModelError) the model, or a module in it, is not understood.
-        ValueError: the method does not fit the model: number of blocks, prefix tokens, class token.
+        ValueError: the method does not fit the model: number of blocks, prefix tokens, class token; or a ToCom plugin
+            that was trained with another method is folded in.
     """
     if not isinstance(method, Method):
         got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
@@ -37,6 +39,7 @@ def compress(model: ModelT, method: Method) -> ModelT:
     adapter = find_adapter(model)
     adapter.validate(model, method)
     method.validate(adapter.geometry(model))
+    require_same_method(fold_of(model), method.name)
     adapter.unpatch(model)
     adapter.patch(model, method)
     return model

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import subprocess
@@ -136,6 +137,31 @@ def test_apply(run, tmp_path, digits_vit, plugin):
         assert torch.equal(folded.state_dict()[name], tensor), name
 
 
+def test_apply_goes_on_from_the_degree_it_wrote(run, tmp_path, digits_vit, plugin):
+    command = ("tocom", "apply", "-m", "tokcomp_digits_vit", "--plugin", tmp_path / "plugin.safetensors")
+    at = {degree: tmp_path / f"{degree}.safetensors" for degree in (4, 6)}
+    assert run(*command, "--pretrained", "--source", "0", "--target", "4", "-o", at[4])[0] == 0
+    status, _, err = run(*command, "--checkpoint", at[4], "--source", "0", "--target", "6", "-o", at[6])
+    assert status == 2 and not at[6].exists()
+    assert "--source must be 4, the degree that a plugin in" in err and "got 0; start from the weights without" in err
+    status, _, err = run(*command, "--checkpoint", at[4], "--source", "4", "--target", "6", "-o", at[6])
+    assert status == 0, err
+    plugin.fold(digits_vit, 0, 6)
+    found = load_file(at[6])["blocks.1.attn.qkv.weight"]
+    torch.testing.assert_close(found, digits_vit.blocks[1].attn.qkv.weight.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "expected"),
+    [((), "cuda", True), ((), "cpu", False), (("--no-amp",), "cuda", False), (("--amp",), "cpu", True)],
+)
+def test_mixed_precision_is_the_default_on_a_gpu(given, device, expected):
+    parser = argparse.ArgumentParser()
+    tocom_train.add_arguments(parser)
+    args = parser.parse_args(["DATA", *given])
+    assert tocom_train._mixed_precision(args, torch.device(device)) is expected
+
+
 def test_evaluate(run, tmp_path, digits_vit, plugin):
     pytest.importorskip("matplotlib")
     weights = tmp_path / "at6.safetensors"
@@ -210,15 +236,30 @@ def test_evaluate(run, tmp_path, digits_vit, plugin):
             ("evaluate", "-m", "tokcomp_digits_vit", "--dataset", "digits", "--plugin", "PLUGIN"),
             "--source 0 takes the model's own weights, got none",
         ),
+        (
+            ("evaluate", *DIGITS, "--plugin", "PLUGIN", "--source", "7", "--targets", "0"),
+            "--source must be from 0 to 6, as the plugin's",
+        ),
+        (("evaluate", *DIGITS, "--plugin", "TOME", "--method", "evit"), "--method must be tome, which the plugin was"),
+        (
+            (*("evaluate", "-m", "tokcomp_digits_vit", "--dataset", "digits", "--plugin", "PLUGIN"), "--source", "2=x"),
+            "--source 2 must name a file, got 'x', which is not there",
+        ),
         (("evaluate", *DIGITS, "--plugin", "WEIGHTS"), "must be a ToCom plugin, got a file of"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
-def test_mistakes_are_named_before_anything_is_written(run, tmp_path, plugin, digits_vit, arguments, message):
+def test_mistakes_are_named_before_anything_is_written(
+    run, tmp_path, monkeypatch, plugin, digits_vit, arguments, message
+):
     from safetensors.torch import save_file
 
     save_file(digits_vit.state_dict(), tmp_path / "weights.safetensors")
-    places = {"PLUGIN": tmp_path / "plugin.safetensors", "WEIGHTS": tmp_path / "weights.safetensors"}
+    places = {name: tmp_path / f"{name.lower()}.safetensors" for name in ("PLUGIN", "TOME", "WEIGHTS")}
+    plugin.method = "tome"
+    plugin.save(places["TOME"])
+    # Nothing is scored before all that can be refused is.
+    monkeypatch.setattr("tokcomp.evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
     arguments = [places.get(argument, argument) for argument in arguments]
     output = () if arguments[0] == "evaluate" else ("-o", tmp_path / "out")
     status, out, err = run("tocom", *arguments, *output)

@@ -271,7 +271,7 @@ def test_models_that_cannot_be_switched(make_vit, make_plugin):
 def test_unknown_degrees(make_vit, make_plugin):
     model = make_vit()
     switchable = tokcomp.Switchable(model, make_plugin(model), degrees=[0, 2])
-    for wrong in (1, True, "2", None):
+    for wrong in (1, True, "2", None, 2.0, [2]):
         with pytest.raises(ValueError, match="degree must be one of 0, 2, got"):
             switchable.set_degree(wrong)
     with pytest.raises(ValueError, match="degree must be one of 0, 2, got 4"):

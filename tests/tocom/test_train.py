@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,8 @@ from tokcomp.train.batches import TensorBatches
 from tokcomp.train.log import read_log
 from tokcomp.train.recipe import TOCOM_RECIPE
 from tokcomp.train.steps import DivergedError
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 CPU = torch.device("cpu")
 PLAIN = replace(TOCOM_RECIPE, lr=1e-2, mixup=0.0, cutmix=0.0, batch_size=8)
@@ -91,6 +94,38 @@ def test_a_step_is_that_of_the_paper(make_distiller, make_vit):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-15, msg=name)
 
 
+class Sizes(TorchDispatchMode):
+    """Notes how many elements every new tensor has."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage().data_ptr() for one in tree_leaves(args) if isinstance(one, torch.Tensor)}
+        for one in tree_leaves(out):
+            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in given:
+                self.found[one.numel()] += 1
+        return out
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+def test_a_step_copies_no_weights(make_distiller, amp):
+    """In none of its operations, backward included, save for autocast's one cast a pass of a weight to bfloat16."""
+    options = dict(amp_dtype=torch.bfloat16) if amp else {}
+    # Widths at which only a weight, or its gradient, is of a weight's size.
+    distiller = make_distiller(vit=dict(embed_dim=78), **options)
+    weights = Counter(one.numel() for one in distiller.models[0].parameters() if one.ndim == 2)
+    assert len(weights) == 4 and weights[3 * 78 * 78] == 4
+    distiller.step(IMAGES[:2].clone())
+    with Sizes() as sizes:
+        distiller.step(IMAGES[:2].clone())
+    copies = {size: sizes.found[size] for size in weights if sizes.found[size]}
+    assert copies == ({size: 2 * count for size, count in weights.items()} if amp else {})
+    assert sum(sizes.found.values()) > 100
+
+
 METHODS = {
     "tome": tokcomp.ToMe,
     "evit": lambda degree: tokcomp.EViT(num_pruned=degree),
@@ -121,6 +156,13 @@ def test_schedules_as_degrees(make_distiller, make_vit):
     degrees = diffrate_degrees(make_vit(), [tokcomp.CompressionSchedule(one, one) for one in counts])
     distiller = make_distiller(method=degrees.__getitem__, max_degree=2)
     assert all(distiller.step(IMAGES[:8].clone()) > 0 for _ in range(3))
+
+
+def test_the_plugin_says_what_it_was_trained_with(make_distiller):
+    assert make_distiller().plugin.method == "tome"
+    assert make_distiller(method=METHODS["evit"]).plugin.method == "evit"
+    mixed = make_distiller(method=lambda degree: METHODS["evit" if degree > 2 else "tome"](degree))
+    assert mixed.plugin.method is None
 
 
 def test_headless_models_match_features(make_distiller):

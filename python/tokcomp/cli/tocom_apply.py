@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if not (args.pretrained or args.checkpoint):
         raise UserError("a plugin goes into trained weights, got none; pass --checkpoint FILE or --pretrained")
     check_output_file("--output", args.output)
+    _check_source(args)
     from safetensors.torch import save
 
     model = options.build_model(args)
@@ -59,3 +60,22 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output '{args.output}' could not be written ({error})") from error
     print(f"written: {args.output} (degree {args.source} to {args.target} at scale {args.scale:g})")
     return 0
+
+
+def _check_source(args: argparse.Namespace) -> None:
+    """Refuse a checkpoint that this command made for another degree than --source."""
+    from safetensors import SafetensorError, safe_open
+
+    if args.checkpoint is None or not args.checkpoint.is_file():
+        return
+    try:
+        with safe_open(args.checkpoint, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("tokcomp", "{}"))
+        degree = facts["tocom"]["target"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return  # not such a checkpoint
+    if degree != args.source:
+        raise UserError(
+            f"--source must be {degree}, the degree that a plugin in '{args.checkpoint}' made its weights for, got "
+            f"{args.source}; start from the weights without a plugin, or say --source {degree}"
+        )

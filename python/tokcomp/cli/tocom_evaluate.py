@@ -16,7 +16,7 @@ from tokcomp.cli.table import table
 from tokcomp.files import write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
             args.checkpoint = checkpoint
         model = options.build_model(args)
         plugin = load_plugin(args, model)
+        _check_plugin(args, plugin, [degree for degree, _ in sources])
         method_at, highest = build_degrees(args, model)
         if highest is not None and highest != plugin.max_degree:
             raise UserError(
@@ -133,7 +134,20 @@ def _sources(args: argparse.Namespace) -> list[tuple[int, Path | None]]:
         raise UserError(f"--source must name a FILE for all degrees but one, got none for {own[0]} and {own[1]}")
     if args.pretrained and len(own) < len(sources):
         raise UserError("--pretrained and checkpoints by --source exclude each other; leave one of the two out")
+    for degree, path in sources:
+        if path is not None and not path.is_file():
+            raise UserError(f"--source {degree} must name a file, got '{path}', which is not there")
     return sources
+
+
+def _check_plugin(args: argparse.Namespace, plugin: ToCom, sources: Sequence[int]) -> None:
+    """Refuse, before anything is scored, degrees and a method that the plugin is not for."""
+    if plugin.method not in (None, args.method):
+        raise UserError(f"--method must be {plugin.method}, which the plugin was trained with, got {args.method}")
+    for name, degrees in (("--source", sources), ("--targets", args.targets or ())):
+        degree = max(degrees, default=0)
+        if degree > plugin.max_degree:
+            raise UserError(f"{name} must be from 0 to {plugin.max_degree}, as the plugin's degrees are, got {degree}")
 
 
 def _scorer(
@@ -167,9 +181,6 @@ def _cell(
     target: int,
     score: Callable[[nn.Module], Evaluation],
 ) -> dict[str, Any]:
-    for name, degree in (("--source", source), ("--targets", target)):
-        if degree > plugin.max_degree:
-            raise UserError(f"{name} must be from 0 to {plugin.max_degree}, as the plugin's degrees are, got {degree}")
     options.compress_by(args, model, method_at(target))
     without = found = score(model)
     if source != target:

@@ -33,9 +33,9 @@ examples:
   tokcomp tocom train --dataset digits -m tokcomp_digits_vit --pretrained --max-degree 12 -b 64 --epochs 5 \\
       --mixup 0 --cutmix 0 -o digits-plugin
       the bundled model on the bundled digits, no download
-  tokcomp tocom train /data/imagenet -m deit_base_patch16_224 --pretrained --amp -o plugin
-      the paper's plugin for DeiT-B and ToMe, in mixed precision (bfloat16)
-  torchrun --nproc-per-node 8 -m tokcomp tocom train /data/imagenet -m vit_base_patch16_224.mae --pretrained --amp
+  tokcomp tocom train /data/imagenet -m deit_base_patch16_224 --pretrained -o plugin
+      the paper's plugin for DeiT-B and ToMe; on a GPU in mixed precision (bfloat16), unless --no-amp
+  torchrun --nproc-per-node 8 -m tokcomp tocom train /data/imagenet -m vit_base_patch16_224.mae --pretrained
       on 8 GPUs, by the features of a backbone without a classifier
   tokcomp tocom train ... --method diffrate --schedules dear.json middle.json cheap.json -o plugin
       between DiffRate schedules
@@ -92,7 +92,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         recipe.add_argument(flag, type=kind, dest=field, metavar="X", help=f"{text} (default: {default})")
     training.add_seed_option(recipe)
     speed = parser.add_argument_group("precision, speed and memory")
-    speed.add_argument("--amp", action="store_true", help="automatic mixed precision in bfloat16")
+    speed.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        help="automatic mixed precision in bfloat16 (default: on a GPU)",
+    )
     speed.add_argument("--grad-checkpointing", action="store_true", help="recompute each block in the backward pass")
     training.add_accumulation_option(speed)
     output = parser.add_argument_group("output")
@@ -141,6 +145,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return training.changed_recipe(TOCOM_RECIPE, training.lower_min_lr(TOCOM_RECIPE, given))
 
 
+def _mixed_precision(args: argparse.Namespace, device: torch.device) -> bool:
+    amp: bool | None = args.amp
+    return device.type == "cuda" if amp is None else amp
+
+
 def _prepare(
     args: argparse.Namespace, recipe: Recipe, root: Path | None, device: torch.device, world: World
 ) -> TocomRun:
@@ -158,7 +167,7 @@ def _prepare(
     from tokcomp.train.data import training_part
     from tokcomp.train.steps import seed_all
 
-    pieces = args.grad_accum_steps
+    pieces, amp = args.grad_accum_steps, _mixed_precision(args, device)
     with blame("--batch-size"):
         check_batch_size(args.batch_size, world.size, pieces, mixes=recipe.mixes)
     seed_all(args.seed)
@@ -208,7 +217,7 @@ def _prepare(
             seed=args.seed,
             world=world,
             pieces=pieces,
-            amp_dtype=torch.bfloat16 if args.amp else None,
+            amp_dtype=torch.bfloat16 if amp else None,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"--model '{args.model}', --method {args.method}: {error}") from error
@@ -237,7 +246,7 @@ def _prepare(
         "processes": world.size,
         "grad_accum_steps": pieces,
         "device": device.type,
-        "amp": "bfloat16" if args.amp else None,
+        "amp": "bfloat16" if amp else None,
     }
     return TocomRun(
         distiller,

@@ -47,7 +47,7 @@ class Distiller:
 
     Args:
         model: a timm model; moved to ``device`` and frozen, otherwise left as it is.
-        plugin: what is trained; moved to ``device``.
+        plugin: what is trained; moved to ``device``. Its ``method``, if it has none, becomes that of the degrees.
         method_at: the method of a degree.
         recipe: optimizer, learning rate, mixup; drop path is the model's and works on the student.
         total_steps: steps of the whole run, which the learning rate is scheduled over.
@@ -89,6 +89,9 @@ class Distiller:
         model.to(device).eval().requires_grad_(False)
         _, layers = qkv_layers(model)
         self._methods = {degree: method_at(degree) for degree in self.degrees}
+        names = {method.name for method in self._methods.values()}
+        if plugin.method is None and len(names) == 1:
+            plugin.method = names.pop()
         # Twins share the model's parameters and all that is packed of them, so changing degrees costs nothing.
         self.models = {
             degree: compress(twin_model(model, layers)[0], method).eval() for degree, method in self._methods.items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,8 @@ class Fold:
     scale: float
     #: Names of the plugin: of the object, and of what its parameters were.
     plugin: tuple[str, str]
+    #: Name of the method that the plugin was trained with, where it says.
+    method: str | None = None
     #: Hashes of the rows as written and of a sample of them, per layer.
     written: tuple[tuple[int, int], ...] = ()
 
@@ -69,13 +71,22 @@ def require_unchanged(record: Fold, layers: Sequence[nn.Linear]) -> None:
     )
 
 
+def require_same_method(record: Fold | None, name: str) -> None:
+    """Raise ValueError if what is folded in is for models compressed by another method than ``name``."""
+    if record is not None and record.method not in (None, name):
+        raise ValueError(
+            f"method must be {record.method}, which the plugin folded into the model ({record}) was trained with, got "
+            f"{name}; unfold the plugin first, or fold it with its method set to None"
+        )
+
+
 def write_fold(model: nn.Module, layers: Sequence[nn.Linear], rows: Sequence[Tensor], record: Fold) -> None:
     """Write rows [2A, C] into every layer and remember what was there before any fold; all of it or nothing."""
     with torch.inference_mode(_inference(layers)), torch.no_grad():
         originals = original_rows(layers)
         marks = [_Marks(original, _sample(new)) for original, new in zip(originals, rows, strict=True)]
         written = tuple((_hash(new), _hash(mark.sample)) for new, mark in zip(rows, marks, strict=True))
-    record = Fold(record.source, record.target, record.scale, record.plugin, written)
+    record = replace(record, written=written)
     with _whole(model, layers):
         for layer, new in zip(layers, rows, strict=True):
             write_rows(layer, new)
@@ -105,23 +116,26 @@ def _forget(model: nn.Module, layers: Sequence[nn.Module]) -> None:
 
 @contextmanager
 def _whole(model: nn.Module, layers: Sequence[nn.Linear]) -> Iterator[None]:
-    """Writing to the layers, all undone if the block raises."""
+    """Writing to the layers, all undone if the block, or anything after it here, raises."""
     record, marks = fold_of(model), [_marks(layer) for layer in layers]
-    with torch.inference_mode(_inference(layers)), torch.no_grad():
+    inference = _inference(layers)
+    with torch.inference_mode(inference), torch.no_grad():
         before = [read_rows(layer) for layer in layers]
-        try:
+    try:
+        with torch.inference_mode(inference), torch.no_grad():
             yield
-        except BaseException:
+        fastpath.forget(model)
+    except BaseException:
+        with torch.inference_mode(inference), torch.no_grad():
             for layer, rows, mark in zip(layers, before, marks, strict=True):
                 write_rows(layer, rows)
                 _set_marks(layer, mark)
-            if record is None:
-                vars(model).pop(_RECORD, None)
-            else:
-                setattr(model, _RECORD, record)
-            raise
-        finally:
-            fastpath.forget(model)
+        if record is None:
+            vars(model).pop(_RECORD, None)
+        else:
+            setattr(model, _RECORD, record)
+        fastpath.forget(model)
+        raise
 
 
 def _inference(layers: Sequence[nn.Linear]) -> bool:

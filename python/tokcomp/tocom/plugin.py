@@ -45,7 +45,8 @@ class ToCom(nn.Module):
         q_up, v_up: per block, Parameters [A, max_degree * rank], A the width of all heads together (C, as a rule).
             Rows ``rank * (d - 1)`` to ``rank * d - 1`` of a down matrix, and those columns of its up matrix, are the
             step from degree d - 1 to d.
-        method: name of the method it was trained with ("tome"), or None; a model compressed by another is refused.
+        method: name of the method it was trained with ("tome"), or None; a model compressed by another is refused, and
+            so is another method for a model that it is folded into.
         provenance: JSON data on where it comes from, or None.
 
     Raises:
@@ -107,7 +108,7 @@ class ToCom(nn.Module):
             if not set(record.plugin) & set(plugin):
                 raise RuntimeError(f"another plugin is folded into the model already ({record}): unfold that first")
         rows = self.rows_for(model, original_rows(layers), source, target, scale)
-        write_fold(model, layers, rows, Fold(int(source), int(target), float(scale), plugin))
+        write_fold(model, layers, rows, Fold(int(source), int(target), float(scale), plugin, self.method))
 
     def unfold(self, model: nn.Module) -> None:
         """Give a model the weights back, bit for bit, that it had before :meth:`fold`, whichever plugin's fold it is.

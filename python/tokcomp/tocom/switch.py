@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -139,9 +140,10 @@ class Switchable:
         return weights + (0 if packed is None else packed.nbytes_of(own)) + self._graphs.nbytes(degree)
 
     def _known(self, degree: int) -> int:
-        if isinstance(degree, bool) or degree not in self._models:
+        whole = hasattr(degree, "__index__") and not isinstance(degree, bool)
+        if not whole or degree not in self._models:
             raise ValueError(f"degree must be one of {', '.join(map(str, self._models))}, got {degree!r}")
-        return degree
+        return operator.index(degree)
 
 
 def _give_own_weight(layer: nn.Linear, rows: Tensor) -> None:
