@@ -121,24 +121,42 @@ bool all_in(size_t first, size_t last, State state, WarpOp op) {
                      [&](const Fiber& fiber) { return fiber.state == state && fiber.op == op; });
 }
 
-// Fibers that have all arrived go on; returns whether any did.
-bool release() {
-  const size_t threads = cluster.fibers.size(), block = cluster.block_threads;
+void go_on(size_t first, size_t last) {
+  for (size_t t = first; t < last; ++t) cluster.fibers[t].state = State::kReady;
+}
+
+// Fibers of the block of threads first.. that have all arrived go on; returns whether any did.
+bool release(size_t first) {
+  const size_t last = first + cluster.block_threads;
   bool released = false;
-  const auto go_on = [&](size_t first, size_t last) {
-    for (size_t t = first; t < last; ++t) cluster.fibers[t].state = State::kReady;
+  if (all_in(first, last, State::kBarrier, WarpOp::kNone)) {
+    go_on(first, last);
     released = true;
-  };
-  if (all_in(0, threads, State::kClusterBarrier, WarpOp::kNone)) go_on(0, threads);
-  for (size_t first = 0; first < threads; first += block) {
-    if (all_in(first, first + block, State::kBarrier, WarpOp::kNone)) go_on(first, first + block);
-    if (all_in(first, first + block, State::kDone, WarpOp::kNone)) cluster.shared[first / block].reset();
   }
-  for (size_t first = 0; first < threads; first += kWarp) {
-    const WarpOp op = cluster.fibers[first].op;
-    if (op != WarpOp::kNone && all_in(first, first + kWarp, State::kWarpOp, op)) go_on(first, first + kWarp);
+  for (size_t warp = first; warp < last; warp += kWarp) {
+    const WarpOp op = cluster.fibers[warp].op;
+    if (op != WarpOp::kNone && all_in(warp, warp + kWarp, State::kWarpOp, op)) {
+      go_on(warp, warp + kWarp);
+      released = true;
+    }
   }
   return released;
+}
+
+// Runs a block until all of it waits for the cluster, or is done: as far ahead of the others as it can ever get.
+void run_block(unsigned block, unsigned first_block) {
+  const size_t threads = cluster.block_threads, first = block * threads;
+  blockIdx.x = first_block + block;
+  do {
+    for (size_t i = 0; i < threads; ++i) {
+      const size_t t = descending ? threads - 1 - i : i;
+      if (cluster.fibers[first + t].state != State::kReady) continue;
+      cluster.current = first + t;
+      threadIdx.x = static_cast<unsigned>(t);
+      cluster.scheduler.go_to(cluster.fibers[first + t].context);
+    }
+  } while (release(first));
+  if (all_in(first, first + threads, State::kDone, WarpOp::kNone)) cluster.shared[block].reset();
 }
 
 void run_cluster(unsigned first_block) {
@@ -149,16 +167,12 @@ void run_cluster(unsigned first_block) {
     fiber.turn = 0;
     fiber.context.prepare(fiber.stack.get(), kStackBytes, fiber_main);
   }
-  do {
-    for (size_t i = 0; i < threads; ++i) {
-      const size_t t = descending ? threads - 1 - i : i;
-      if (cluster.fibers[t].state != State::kReady) continue;
-      cluster.current = t;
-      threadIdx.x = static_cast<unsigned>(t % cluster.block_threads);
-      blockIdx.x = first_block + static_cast<unsigned>(cluster.current_block());
-      cluster.scheduler.go_to(cluster.fibers[t].context);
-    }
-  } while (release());
+  const unsigned blocks = static_cast<unsigned>(cluster.shared.size());
+  for (bool more = true; more;) {
+    for (unsigned i = 0; i < blocks; ++i) run_block(descending ? blocks - 1 - i : i, first_block);
+    more = all_in(0, threads, State::kClusterBarrier, WarpOp::kNone);
+    if (more) go_on(0, threads);
+  }
   if (all_in(0, threads, State::kDone, WarpOp::kNone)) return;
   std::string where = "shim: threads diverge from block " + std::to_string(first_block) + "; by warp:";
   for (size_t t = 0; t < threads; ++t) {
