@@ -75,6 +75,8 @@ def test_the_bound_follows_the_rates() -> None:
     fast = ideal_seconds(name, None, 64, torch.bfloat16, H200)
     half = ideal_seconds(name, None, 64, torch.bfloat16, {key: rate / 2 for key, rate in H200.items()})
     assert half == pytest.approx(2 * fast)
+    launched = ideal_seconds(name, None, 64, torch.bfloat16, H200, launch_seconds=1e-6)
+    assert launched - fast == pytest.approx((2 + 12 * 5) * 1e-6)
     # With arithmetic for nothing the bytes remain, and float32 has twice as many.
     endless = {**H200, "matrix_flops_per_s": 1e30, "exponentials_per_s": 1e30}
     narrow, wide = (ideal_seconds(name, None, 1024, dtype, endless) for dtype in (torch.float16, torch.float32))

@@ -2,7 +2,8 @@
 
 The bound of :func:`ideal_seconds` is what nothing that runs kernel by kernel can beat: every product at the measured
 matrix rate or its bytes at the measured copy rate, whichever takes longer; LayerNorm, bias, GELU and residual inside
-the products; one pass over the kept rows for a compression.
+the products; one pass over the kept rows for a compression. :func:`kernels` lists what tokcomp launches on a GPU, each
+kernel with the bytes that it moves and the tiles that it multiplies.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 from torch import nn
 
 from tokcomp.adapters import UnsupportedModelError, find_adapter
-from tokcomp.bench import traffic
+from tokcomp.bench import traffic, traffic_triton
 from tokcomp.bench.traffic import KernelCost
 from tokcomp.methods import DiffRate, EViT, Method, ToMe
 from tokcomp.schedule import CompressionSchedule
+from tokcomp_kernels.triton._configs import DEFAULT
 
 #: Bytes of the float32 values that stand beside the tokens: sizes, class attention.
 _SCALAR = 4
@@ -172,13 +174,81 @@ def _embed(shape: ModelShape, batch: int, item: int) -> KernelCost:
 
 
 def _head(shape: ModelShape, batch: int, item: int) -> KernelCost:
-    return KernelCost(
-        "head",
-        None,
-        multiply_adds=batch * shape.head_multiply_adds,
-        bytes_read=shape.head_multiply_adds * item,
-        bytes_written=0,
-    )
+    classes = shape.head_multiply_adds // shape.channels
+    return traffic.linear("head", None, batch, shape.channels, classes, item, bias=False)
+
+
+def kernels(
+    model: nn.Module | str | ModelShape,
+    method: Method | CompressionSchedule | None,
+    batch: int,
+    dtype: torch.dtype,
+    *,
+    gpu: str = DEFAULT,
+    fused_gelu: bool = False,
+) -> list[KernelCost]:
+    """What a compressed model launches on a GPU for a batch, kernel by kernel, in order.
+
+    A block: qkv, attention and the mean of its class rows (PyTorch's own attention where it needs neither sizes nor
+    class row), proj, prune_merge_norm or add_layer_norm, fc1, GELU, fc2, and add_layer_norm with the next block's
+    weights. Products are the library's.
+
+    Args:
+        model, method, batch, dtype: as for :func:`ideal_seconds`; of methods those that run on one operator per block,
+            DiffRate by class attention.
+        gpu: whose table of tile sizes the Triton kernels read.
+        fused_gelu: fc1 and GELU in one Triton kernel, linear_gelu, which is not the default.
+
+    Raises:
+        ValueError: a method that reduces tokens otherwise.
+    """
+    shape, item, method = ModelShape.of(model), dtype.itemsize, as_method(method)
+    if method is not None and not (
+        isinstance(method, DiffRate) and method.pipeline != "merge_prune" and method.metric == "cls_attn"
+    ):
+        raise ValueError(f"method must be DiffRate by class attention, pruning before it merges, got {method!r}")
+    channels, hidden, tokens = shape.channels, shape.hidden, batch * shape.num_tokens
+    patches = batch * shape.num_patches
+    costs = [
+        traffic.elementwise("patches", None, batch * shape.image_elements, batch * shape.image_elements, item),
+        traffic.linear("patch_embed", None, patches, shape.patch_inputs, channels, item),
+        traffic.elementwise("position", None, (patches + shape.num_tokens) * channels, tokens * channels, item),
+        traffic.elementwise("norm1", None, tokens * channels, tokens * channels, item),
+    ]
+    for index, (num_in, num_read, num_out, has_size) in enumerate(token_counts(shape, method)):
+        rows, rows_out = batch * num_in, batch * num_out
+        costs.append(traffic.linear("qkv", index, rows, channels, 3 * channels, item))
+        if has_size or num_out < num_in:
+            costs += traffic_triton.attention(
+                batch, shape.heads, num_in, shape.head_width, item, has_size=has_size, block=index, gpu=gpu
+            )
+        else:
+            costs.append(traffic.plain_attention(batch, shape.heads, num_in, shape.head_width, item, index))
+        costs.append(traffic.linear("proj", index, rows, channels, channels, item))
+        if num_out < num_in:
+            costs += traffic_triton.prune_merge(
+                batch,
+                num_in,
+                num_read,
+                num_out,
+                channels,
+                item,
+                has_size=has_size,
+                fused=True,
+                num_prefix_tokens=shape.num_prefix_tokens,
+                block=index,
+                gpu=gpu,
+            )
+        else:
+            costs += traffic_triton.add_layer_norm(rows, channels, item, block=index, gpu=gpu)
+        if fused_gelu:
+            costs += traffic_triton.linear_gelu(rows_out, channels, hidden, item, block=index, gpu=gpu)
+        else:
+            costs.append(traffic.linear("fc1", index, rows_out, channels, hidden, item))
+            costs.append(traffic.elementwise("gelu", index, rows_out * hidden, rows_out * hidden, item))
+        costs.append(traffic.linear("fc2", index, rows_out, hidden, channels, item))
+        costs += traffic_triton.add_layer_norm(rows_out, channels, item, block=index, gpu=gpu)
+    return [*costs, _head(shape, batch, item)]
 
 
 def least_seconds(cost: KernelCost, rates: Mapping[str, float]) -> float:
@@ -194,6 +264,8 @@ def ideal_seconds(
     batch: int,
     dtype: torch.dtype,
     rates: Mapping[str, float],
+    *,
+    launch_seconds: float = 0.0,
 ) -> float:
     """The least seconds that a batch of images can take on a device, everything fused and each product at full rate.
 
@@ -204,9 +276,11 @@ def ideal_seconds(
         dtype: of weights and activations.
         rates: ``matrix_flops_per_s`` (a multiply-add is two) and ``copy_bytes_per_s`` (read plus written), measured in
             this dtype by ``tokcomp.bench.timing.device_rates``; ``exponentials_per_s`` bounds attention where given.
+        launch_seconds: what each kernel adds for its launch.
 
     Raises:
         KeyError: a rate is missing.
         TypeError: (UnsupportedModelError) a model of another kind.
     """
-    return sum(least_seconds(cost, rates) for cost in ideal_kernels(model, method, batch, dtype))
+    costs = ideal_kernels(model, method, batch, dtype)
+    return sum(least_seconds(cost, rates) for cost in costs) + launch_seconds * len(costs)
