@@ -123,6 +123,9 @@ def test_every_operator_is_defined_once_and_for_every_backend() -> None:
 
 
 def test_backward_passes_are_named_by_the_table() -> None:
+    """Where there is none, PyTorch's own operators make up the gradient: of a LayerNorm, of a linear layer with a GELU."""
+    composed = {"add_layer_norm", "prune_merge_norm", "linear_gelu"}
     for operator in _schema.OPERATORS:
-        assert bool(operator.differentiable) == (operator.backward is not None)
         assert operator.backward is None or operator.backward in _schema.BY_NAME
+        if operator.name not in composed:
+            assert bool(operator.differentiable) == (operator.backward is not None)
