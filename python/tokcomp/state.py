@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokcomp.fastpath import PackedWeights
+from tokcomp.fastpath import Products
 from tokcomp.methods.base import Assignment, Evidence, Method, Norm, reduces_in_one
 
 
@@ -27,7 +27,7 @@ class BlockState:
         num_tokens: int,
         num_prefix_tokens: int,
         size: Tensor | None,
-        packed: PackedWeights | None = None,
+        packed: Products | None = None,
     ) -> None:
         self.method = method
         self.block = block

@@ -1,4 +1,7 @@
-"""A timm ViT block in inference on CPU: oneDNN linear layers with packed weights, GELU and residuals fused in."""
+"""A timm ViT block in inference as six kernels: four products, attention, and all that lies between the others.
+
+On CPU the products are oneDNN's with packed weights, GELU fused in; on CUDA they are the library's own.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
 from tokcomp.attention import attend
-from tokcomp.fastpath import Layer, PackedWeights, has_hooks, packed_weights
+from tokcomp.fastpath import Layer, PackedWeights, Products, has_hooks, packed_weights, plain_weights
 from tokcomp.methods.base import Norm
 from tokcomp.state import BlockState
 
@@ -20,19 +23,21 @@ _NORMS = (nn.LayerNorm, LayerNorm, nn.Identity)
 _SCALES = (LayerScale, nn.Identity)
 
 
-def pack(model: Any, images: Tensor) -> PackedWeights | None:
-    """Packed weights of those parts of the model that this module can run; None where none can."""
+def pack(model: Any, images: Tensor) -> Products | None:
+    """The products of those parts of the model that this module can run; None where none can."""
     if torch.compiler.is_compiling():
         return None
     layers: list[Layer] = [layer for block in model.blocks if is_plain(block) for layer in layers_of(block)]
     if not layers:
         return None
+    if images.device.type != "cpu":
+        return plain_weights(model, layers, images)
     if is_plain_embedding(model.patch_embed):
         layers.append(model.patch_embed.proj)
     return packed_weights(model, layers, images)
 
 
-def embed_patches(patch_embed: Any, images: Tensor, packed: PackedWeights) -> Tensor:
+def embed_patches(patch_embed: Any, images: Tensor, packed: Products) -> Tensor:
     """What a plain PatchEmbed computes, [B, P, C] in the images' dtype: a convolution without overlap is a product."""
     rows, columns = patch_embed.patch_size
     batch, channels, height, width = images.shape
@@ -44,17 +49,19 @@ def embed_patches(patch_embed: Any, images: Tensor, packed: PackedWeights) -> Te
     return norm(patch_embed.norm, packed.linear(patch_embed.proj, patches)).to(images.dtype)
 
 
-def split(x: Tensor, packed: PackedWeights) -> tuple[Tensor, ...]:
+def split(x: Tensor, packed: Products) -> tuple[Tensor, ...]:
     """The tokens x [B, N, C] in groups of images whose widest activation stays in cache and off the page allocator.
 
     Measured on DeiT-S: 64 images in one go take 20 % more time in float32 than 16 at a time.
     """
+    if not isinstance(packed, PackedWeights):
+        return (x,)
     image_bytes = x.shape[1] * packed.widest * packed.dtype.itemsize
     images = max(_ACTIVATION_BYTES // max(image_bytes, 1), torch.get_num_threads())
     return x.tensor_split(-(-x.shape[0] // images)) if x.shape[0] > images else (x,)
 
 
-def run_block(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeights) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, state: BlockState, packed: Products) -> Tensor:
     """What CompressedBlock.forward computes, for x [B, N, C] in ``packed.dtype``; the block has to be packed.
 
     Six kernels: two products with attention between them; the residual, the reduction and the second norm; two more
@@ -77,13 +84,13 @@ def run_block(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeig
         return x
 
 
-def attention_half(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeights) -> Tensor:
+def attention_half(block: nn.Module, x: Tensor, state: BlockState, packed: Products) -> Tensor:
     """x + attention: the block up to where the tokens are reduced. Leaves the evidence in ``state``."""
     layer, out = attend_heads(block, x, state, packed)
     return _residual(block._modules["ls1"], packed, layer, out, x)
 
 
-def attend_heads(block: nn.Module, x: Tensor, state: BlockState, packed: PackedWeights) -> tuple[nn.Linear, Tensor]:
+def attend_heads(block: nn.Module, x: Tensor, state: BlockState, packed: Products) -> tuple[nn.Linear, Tensor]:
     """The heads' outputs side by side, [B, N, C], and the layer that they go into. Leaves the evidence in ``state``."""
     parts: dict[str, Any] = block._modules
     attention, attn = parts["attn"], parts["attn"]._modules
@@ -97,21 +104,21 @@ def attend_heads(block: nn.Module, x: Tensor, state: BlockState, packed: PackedW
     return attn["proj"], out.transpose(1, 2).reshape(batch, num_tokens, heads * width)
 
 
-def mlp_half(block: nn.Module, x: Tensor, packed: PackedWeights) -> Tensor:
+def mlp_half(block: nn.Module, x: Tensor, packed: Products) -> Tensor:
     """x + MLP: the block once the tokens are reduced."""
     parts: dict[str, Any] = block._modules
     layer, hidden = _mlp_hidden(block, norm(parts["norm2"], x), packed)
     return _residual(parts["ls2"], packed, layer, hidden, x)
 
 
-def mlp_branch(block: nn.Module, x: Tensor, packed: PackedWeights) -> Tensor:
+def mlp_branch(block: nn.Module, x: Tensor, packed: Products) -> Tensor:
     """The MLP's output for x [B, M, C], scaled, its residual not added."""
     parts: dict[str, Any] = block._modules
     layer, hidden = _mlp_hidden(block, norm(parts["norm2"], x), packed)
     return _scaled(parts["ls2"], packed.linear(layer, hidden))
 
 
-def _mlp_hidden(block: nn.Module, hidden: Tensor, packed: PackedWeights) -> tuple[nn.Linear, Tensor]:
+def _mlp_hidden(block: nn.Module, hidden: Tensor, packed: Products) -> tuple[nn.Linear, Tensor]:
     """The MLP of normalised tokens up to its last layer, and that layer."""
     mlp: dict[str, Any] = block._modules["mlp"]._modules  # type: ignore[union-attr]
     if type(mlp["act"]) is nn.GELU:
@@ -119,7 +126,7 @@ def _mlp_hidden(block: nn.Module, hidden: Tensor, packed: PackedWeights) -> tupl
     return mlp["fc2"], mlp["act"](packed.linear(mlp["fc1"], hidden))
 
 
-def is_packed(block: nn.Module, packed: PackedWeights) -> bool:
+def is_packed(block: nn.Module, packed: Products) -> bool:
     """Whether :func:`pack` found that run_block may run this block."""
     parts: dict[str, Any] = block._modules
     return parts["attn"]._modules["qkv"] in packed
@@ -201,7 +208,7 @@ def _scaled(scale: Any, branch: Tensor) -> Tensor:
     return branch if type(scale) is nn.Identity else branch * scale.gamma.to(branch.dtype)
 
 
-def _residual(scale: Any, packed: PackedWeights, layer: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
+def _residual(scale: Any, packed: Products, layer: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
     """residual + scale(layer(x))."""
     if type(scale) is nn.Identity:
         return packed.linear_add(layer, x, residual)

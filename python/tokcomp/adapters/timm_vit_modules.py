@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from tokcomp.adapters import timm_vit_fast
 from tokcomp.adapters.swap import Swapped
 from tokcomp.attention import attend
-from tokcomp.fastpath import PackedWeights, has_hooks
+from tokcomp.fastpath import Products, has_hooks
 from tokcomp.methods.base import Method
 from tokcomp.state import BlockState
 
@@ -100,7 +100,7 @@ class CompressedModel(Swapped):
         tokens, sizes = zip(*parts, strict=True)
         return torch.cat(tokens), None if sizes[0] is None else torch.cat(sizes)
 
-    def embed(self, images: Tensor, packed: PackedWeights | None) -> Tensor:
+    def embed(self, images: Tensor, packed: Products | None) -> Tensor:
         """Tokens [B, N, C] that enter block 0; ``packed`` is what timm_vit_fast.pack returned for these images."""
         if packed is not None and self.patch_embed.proj in packed:
             x = timm_vit_fast.embed_patches(self.patch_embed, images, packed)
@@ -109,7 +109,7 @@ class CompressedModel(Swapped):
         return self.norm_pre(self.patch_drop(self._pos_embed(x)))
 
     def _run_blocks(
-        self, x: Tensor, packed: PackedWeights | None, sources: list[Tensor | None] | None = None
+        self, x: Tensor, packed: Products | None, sources: list[Tensor | None] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         dtype = x.dtype
         state: BlockState | None = None
@@ -131,7 +131,7 @@ class CompressedModel(Swapped):
         x: Tensor,
         before: BlockState | None,
         dtype: torch.dtype,
-        packed: PackedWeights | None,
+        packed: Products | None,
         *,
         ahead: bool = False,
     ) -> tuple[Tensor, BlockState]:

@@ -1,11 +1,14 @@
-"""oneDNN's linear layers on CPU with weights that are packed once, for inference and past frozen weights."""
+"""Linear layers without their modules: oneDNN's on CPU with weights that are packed once, plain ones on CUDA."""
 
 from tokcomp.fastpath.frozen import gelu_mlp, linear, linear_add, linear_heads
 from tokcomp.fastpath.packing import Layer, PackedWeights, forget, has_hooks, packed_now, packed_weights
+from tokcomp.fastpath.plain import PlainWeights, Products, plain_weights
 
 __all__ = [
     "Layer",
     "PackedWeights",
+    "PlainWeights",
+    "Products",
     "forget",
     "gelu_mlp",
     "has_hooks",
@@ -14,4 +17,5 @@ __all__ = [
     "linear_heads",
     "packed_now",
     "packed_weights",
+    "plain_weights",
 ]

@@ -198,7 +198,7 @@ def packed_weights(
             forget(model)
             return None
         packed = None
-    if dtype is None or not _available(x) or (_learns(layers) if frozen else _wants_gradients(model, x)):
+    if dtype is None or not _available(x) or (_learns(layers) if frozen else wants_gradients(model, x)):
         return None
     if packed is None:
         with _lock:
@@ -216,7 +216,8 @@ def _compute_dtype(dtype: torch.dtype, autocast: bool) -> torch.dtype | None:
     return torch.bfloat16 if serves else None
 
 
-def _wants_gradients(model: nn.Module, x: Tensor) -> bool:
+def wants_gradients(model: nn.Module, x: Tensor) -> bool:
+    """Whether a forward pass on x would record a graph."""
     return torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in model.parameters()))
 
 
@@ -247,14 +248,16 @@ def has_hooks(modules: Sequence[nn.Module]) -> bool:
 
 
 def _available(x: Tensor) -> bool:
+    return x.device.type == "cpu" and _linear is not None and torch._C._get_mkldnn_enabled() and not has_watchers(x)
+
+
+def has_watchers(x: Tensor) -> bool:
+    """Whether someone takes part in what operators do to x: subclasses, dispatch modes, functorch, tracing."""
     return (
-        x.device.type == "cpu"
-        and type(x) is Tensor
-        and _linear is not None
-        and torch._C._get_mkldnn_enabled()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.jit.is_tracing()
+        type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
     )
 
 

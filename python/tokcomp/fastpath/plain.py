@@ -1,0 +1,68 @@
+"""Linear layers as they stand, for devices whose own products need no packing: the same calls as PackedWeights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokcomp.fastpath.packing import Layer, has_watchers, wants_gradients
+
+#: What tensor cores multiply, and float32.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Products(Protocol):
+    """The products of some of a model's linear layers with activations of ``dtype``."""
+
+    dtype: torch.dtype
+
+    def __contains__(self, layer: nn.Module) -> bool: ...
+
+    def linear(self, layer: Layer, x: Tensor) -> Tensor:
+        """``layer(x)``."""
+
+    def linear_gelu(self, layer: Layer, x: Tensor, approximate: str) -> Tensor:
+        """``F.gelu(layer(x), approximate=approximate)``."""
+
+    def linear_add(self, layer: Layer, x: Tensor, residual: Tensor) -> Tensor:
+        """``residual + layer(x)``."""
+
+
+class PlainWeights:
+    """Linear layers whose weights are read where they lie."""
+
+    def __init__(self, layers: Iterable[Layer], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._layers = frozenset(layers)
+
+    def __contains__(self, layer: nn.Module) -> bool:
+        return layer in self._layers
+
+    def linear(self, layer: Layer, x: Tensor) -> Tensor:
+        return F.linear(x, layer.weight, layer.bias)
+
+    def linear_gelu(self, layer: Layer, x: Tensor, approximate: str) -> Tensor:
+        if approximate == "none":
+            return torch.ops.tokcomp.linear_gelu(x, layer.weight, layer.bias)
+        return F.gelu(self.linear(layer, x), approximate=approximate)
+
+    def linear_add(self, layer: Layer, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self.linear(layer, x)
+
+
+def plain_weights(model: nn.Module, layers: Iterable[Layer], x: Tensor) -> PlainWeights | None:
+    """The products of ``layers`` on CUDA for computing on ``x``, or None where the ordinary path has to be taken.
+
+    That is: where gradients are wanted, under autocast, where the weights are of another type than x, and whenever
+    someone watches the operators.
+    """
+    layers = tuple(layers)
+    if x.device.type != "cuda" or x.dtype not in DTYPES or torch.is_autocast_enabled("cuda"):
+        return None
+    if any(layer.weight.dtype != x.dtype or layer.weight.device != x.device for layer in layers):
+        return None
+    return None if wants_gradients(model, x) or has_watchers(x) else PlainWeights(layers, x.dtype)
