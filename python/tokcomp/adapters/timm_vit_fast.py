@@ -13,7 +13,7 @@ from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
 from tokcomp.attention import attend
-from tokcomp.fastpath import Layer, PackedWeights, Products, has_hooks, packed_weights, plain_weights
+from tokcomp.fastpath import Layer, PackedWeights, Products, forget, has_hooks, packed_weights, plain_weights
 from tokcomp.methods.base import Norm
 from tokcomp.state import BlockState
 
@@ -30,7 +30,8 @@ def pack(model: Any, images: Tensor) -> Products | None:
     layers: list[Layer] = [layer for block in model.blocks if is_plain(block) for layer in layers_of(block)]
     if not layers:
         return None
-    if images.device.type != "cpu":
+    if images.device.type == "cuda":
+        forget(model)  # what was packed while the model was on CPU
         return plain_weights(model, layers, images)
     if is_plain_embedding(model.patch_embed):
         layers.append(model.patch_embed.proj)
