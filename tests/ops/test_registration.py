@@ -123,7 +123,7 @@ def test_every_operator_is_defined_once_and_for_every_backend() -> None:
 
 
 def test_backward_passes_are_named_by_the_table() -> None:
-    """Where there is none, PyTorch's own operators make up the gradient: of a LayerNorm, of a linear layer with a GELU."""
+    """Where there is none, PyTorch's own operators make up the gradient, as of a LayerNorm or a linear layer."""
     composed = {"add_layer_norm", "prune_merge_norm", "linear_gelu"}
     for operator in _schema.OPERATORS:
         assert operator.backward is None or operator.backward in _schema.BY_NAME
