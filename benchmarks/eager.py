@@ -81,6 +81,10 @@ def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> t
     return x, F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias))
+
+
 def masked_softmax(scores: Tensor, token_mask: Tensor, eps: float = 1e-6) -> Tensor:
     num_tokens = scores.shape[-1]
     own = torch.eye(num_tokens, dtype=token_mask.dtype, device=token_mask.device)
@@ -148,6 +152,7 @@ EAGER: dict[str, Callable[..., Any]] = {
         prune_merge_norm,
         attention,
         add_layer_norm,
+        linear_gelu,
         prune_merge,
         class_attention_sort,
         tome_merge,

@@ -27,7 +27,7 @@ HEAD = ["operator", "block", "batch", "dtype", "backend", "us", "speed", "least"
 TURN_SECONDS = {"cpu": 0.1, "cuda": 0.03}
 GATED_IMAGES = 2
 
-FORWARD = tuple(EAGER)
+FORWARD = tuple(op for op in EAGER if op in IMPLEMENTATIONS)
 BACKWARD = {
     "_merge_backward": "prune_merge",
     "_unmerge_backward": "unmerge",
@@ -117,6 +117,11 @@ def make_case(op: str, shape: BlockShape, batch: int, dtype: torch.dtype, device
         return Case(args, {"size": uniform(1, 3)}, read + 2 * small)
     if op == "add_layer_norm":
         return Case((normal(tokens, channels), normal(tokens, channels), *affine()), {}, 4 * plane)
+    if op == "linear_gelu":
+        weight = torch.randn(4 * channels, channels, device=device).mul(channels**-0.5).to(dtype)
+        bias = torch.randn(4 * channels, device=device).to(dtype)
+        moved = 5 * small + weight.numel() * item
+        return Case((normal(kept, channels), weight, bias), {}, moved, 2 * batch * kept * weight.numel())
     if op == "tome_merge":
         r = tokens - kept
         args = (normal(tokens, channels), normal(tokens, shape.width), r)
@@ -209,7 +214,8 @@ def check(op: str, calls: dict[str, Callable[..., Any]], case: Case, shape: Bloc
     sample = Sample(op, shape.id, case.args, case.kwargs)
 
     def pick(value: Any) -> Any:
-        return value[chosen.to(value.device)] if isinstance(value, Tensor) and value.dim() > 1 else value
+        of_images = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch
+        return value[chosen.to(value.device)] if of_images else value
 
     few = Sample(op, shape.id, tuple(map(pick, case.args)), {name: pick(value) for name, value in case.kwargs.items()})
     owner = IMPLEMENTATIONS[op].backend(case.args[0].device.type)

@@ -34,7 +34,9 @@ LEAST_SECONDS = 25
 MAX_LISTED = 50
 NO_TIME = "not begun: no time left"
 #: Operators that every block runs, by pytest's -k.
-IN_EVERY_BLOCK = "(prune_merge_norm or add_layer_norm or attention) and not (backward or masked or class_attention)"
+IN_EVERY_BLOCK = (
+    "(prune_merge_norm or add_layer_norm or linear_gelu or attention) and not (backward or masked or class_attention)"
+)
 PACKAGES = ("torch", "triton", "timm", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "safetensors")
 
 

@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+from tokcomp_kernels.ops import IMPLEMENTATIONS
+
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = {
     "gpu": "a GPU",
@@ -85,7 +87,8 @@ def test_the_operators_of_every_block_are_found(gpu_check: ModuleType):
     command = gpu_check.pytest_command(*first.arguments, "--collect-only", "--device=cpu")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     found = {line.partition("[")[2].partition("-deit")[0] for line in done.stdout.splitlines() if "::" in line}
-    assert found == {"prune_merge_norm", "attention", "add_layer_norm"}
+    every_block = {"prune_merge_norm", "attention", "add_layer_norm", "linear_gelu"}
+    assert found == every_block & IMPLEMENTATIONS.keys()
 
 
 def test_chosen_steps_keep_their_order(gpu_check: ModuleType):
