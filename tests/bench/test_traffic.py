@@ -85,9 +85,8 @@ def test_class_attention_sort(has_size: bool, monkeypatch: pytest.MonkeyPatch) -
 def test_prune_merge(
     dtype: str, num_tokens: int, kept: int, merged: int, has_size: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tokcomp_kernels.triton.prune_merge_norm import prune_merge_norm_triton
-
     from tokcomp_kernels.triton.prune_merge import prune_merge_triton
+    from tokcomp_kernels.triton.prune_merge_norm import prune_merge_norm_triton
 
     batch, channels = 2, 72
     x, branch = random(2, batch, num_tokens, channels, dtype=DTYPES[dtype]).unbind(0)
