@@ -124,12 +124,10 @@ def prune_merge(
         destinations: slots that something joins, over all images, which the values decide; all that can be, by default.
 
     Raises:
-        ValueError: rows too wide for these kernels (above 2048 channels).
+        ValueError: rows too wide for these kernels.
     """
-    if channels > MAX_RESIDENT:
-        raise ValueError(
-            f"channels must be at most {MAX_RESIDENT} for the kernels that hold whole rows, got {channels}"
-        )
+    if channels * item > MAX_RESIDENT:
+        raise ValueError(f"channels must take at most {MAX_RESIDENT} bytes for whole rows, got {channels} x {item}")
     kept = min(num_tokens, num_prune_kept)
     slots = min(kept, num_merge_kept)
     sources = kept - slots
