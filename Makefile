@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= gpu-check
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: build rebuild setup demo test test-fast bench lint gpu-check clean
+.PHONY: build rebuild setup demo test test-fast bench results kernel-report lint gpu-check clean
 
 build:  ## The compiled kernels, in place, for PYTHON as it stands
 	$(PYTHON) build_backend/native.py
@@ -32,6 +32,12 @@ test-fast: rebuild
 
 bench: rebuild
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+results: .venv/installed  ## docs/results.md and its pictures from the records in benchmarks/results
+	$(BIN)/python -m tokcomp.bench.results_page
+
+kernel-report: .venv/installed  ## What the GPU kernels take, by their compilers; needs nvcc and no GPU
+	$(BIN)/python tools/kernel_report.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,0 +1,200 @@
+"""What every GPU kernel takes, by its compilers: registers, spills, shared memory, for sm_80 and sm_90. Needs no GPU.
+
+``python tools/kernel_report.py`` compiles all of them (a few minutes) and writes triton.json and cuda.json into
+benchmarks/results/kernels; ``triton`` or ``cuda`` as an argument makes one of the two. Exit status 1 where a kernel
+spills or takes more shared memory than the architecture has. The CUDA kernels need nvcc; ``--ptxas FILE`` reads the log
+of a build instead (``tokcomp_kernels/_C*.ptxas.txt``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks" / "results" / "kernels"
+CUDA = ROOT / "csrc" / "cuda"
+ARCHITECTURES = (80, 90)
+SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64", "i32": "int32", "i64": "int64"}
+#: As mangled names end: the first template argument of a kernel.
+CUDA_TYPES = {"6__half": "float16", "13__nv_bfloat16": "bfloat16", "f": "float32", "d": "float64"}
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<architecture>\d+)\w*'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+def problem(row: Mapping[str, Any]) -> str | None:
+    """Why a kernel is not fit to ship, or None."""
+    if row["spilled"]:
+        return f"spills {row['spilled']} bytes"
+    limit = SHARED_LIMITS[row["architecture"]]
+    return f"takes {row['shared']} bytes of shared memory of {limit}" if row["shared"] > limit else None
+
+
+def triton_cases() -> list[tuple[str, Any]]:
+    """(operator's module, compile case) of every Triton kernel. TRITON_INTERPRET must be unset."""
+    from tokcomp_kernels.triton._compile import compile_cases, operators
+
+    return [(op, case) for op in operators() for case in compile_cases(op)]
+
+
+def triton_row(op: str, case: Any, architecture: int) -> dict[str, Any]:
+    """Compile one case and tell what it takes."""
+    from tokcomp_kernels.triton._compile import compile_case
+
+    found = compile_case(op, case, architecture)
+    pointers = [kind.removeprefix("*") for kind in case.types.values() if kind.startswith("*")]
+    narrow = [kind for kind in pointers if kind in ("fp16", "bf16", "fp64")]
+    floats = narrow or [kind for kind in pointers if kind == "fp32"] or pointers
+    return {
+        "operator": op,
+        "kernel": case.kernel.__name__,
+        "case": case.name,
+        "dtype": DTYPES[floats[0]],
+        "architecture": architecture,
+        "registers": found.registers,
+        "spilled": found.spilled,
+        "shared": found.shared,
+        "warps": found.num_warps,
+    }
+
+
+def triton_versions() -> dict[str, str]:
+    import triton
+
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    return {"triton": triton.__version__, "ptxas": _release([str(ptxas) if ptxas.exists() else "ptxas", "--version"])}
+
+
+def triton_report() -> dict[str, Any]:
+    rows = [triton_row(op, case, architecture) for op, case in triton_cases() for architecture in ARCHITECTURES]
+    return {"versions": triton_versions(), "kernels": rows}
+
+
+def cuda_rows(log: str) -> list[dict[str, Any]]:
+    """The kernels in a log of ptxas -v. ``shared`` is what a kernel declares; a launch may ask for more."""
+    rows = []
+    for entry in ENTRY.finditer(log):
+        shared = re.search(r"(\d+) bytes smem", entry["rest"])
+        kernel, dtype = kernel_name(entry["name"])
+        rows.append(
+            {
+                "kernel": kernel,
+                "symbol": entry["name"],
+                "dtype": dtype,
+                "architecture": int(entry["architecture"]),
+                "registers": int(entry["registers"]),
+                "spilled": int(entry["stack"]) + int(entry["stores"]) + int(entry["loads"]),
+                "shared": int(shared[1]) if shared else 0,
+            }
+        )
+    return sorted(rows, key=lambda row: (row["symbol"], row["architecture"]))
+
+
+def kernel_name(symbol: str) -> tuple[str, str]:
+    """A mangled kernel's own name and the dtype it is built for ("" where it has none)."""
+    for length in re.finditer(r"\d+", symbol):
+        end = length.end() + int(length[0])
+        if symbol[length.end() : end].endswith("_kernel"):
+            dtype = re.match(r"I(\d+__nv_bfloat16|6__half|[fd])", symbol[end:])
+            return symbol[length.end() : end], CUDA_TYPES[dtype[1]] if dtype else ""
+    return symbol, ""
+
+
+def source_digests() -> dict[str, str]:
+    """Of each source of the CUDA kernels, comments and spaces aside: tells whether a report is of these sources."""
+    digests = {}
+    for path in sorted(path for path in CUDA.iterdir() if path.suffix in (".cu", ".cuh", ".h")):
+        code = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+        digests[path.name] = hashlib.sha256("".join(code.split()).encode()).hexdigest()[:16]
+    return digests
+
+
+def compile_cuda() -> str:
+    """ptxas' log of all CUDA kernels, compiled here for both architectures as the build compiles them."""
+    import torch
+
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise SystemExit("nvcc: neither on PATH nor in /usr/local/cuda/bin; --ptxas FILE reads the log of a build")
+    include = Path(torch.__file__).parent / "include"
+    command = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Xcompiler=-fPIC", "-c"]
+    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    command += [f"-I{Path(nvcc).parent.parent / 'include'}", f"-isystem={include}"]
+    command += [f"-isystem={include / 'torch/csrc/api/include'}"]
+    logs = []
+    for source in sorted(CUDA.glob("*.cu")):
+        print(f"compiling {source.name}", file=sys.stderr, flush=True)
+        done = subprocess.run([*command, str(source), "-o", os.devnull], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{source.name} does not compile:\n{done.stderr[-4000:]}")
+        logs.append(done.stdout + done.stderr)
+    return "".join(logs)
+
+
+def find_nvcc() -> str | None:
+    return shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
+
+
+def cuda_report(log: str) -> dict[str, Any]:
+    nvcc = find_nvcc()
+    versions = {"nvcc": _release([nvcc, "--version"]) if nvcc else ""}
+    return {"versions": versions, "sources": source_digests(), "kernels": cuda_rows(log)}
+
+
+def _release(command: Sequence[str]) -> str:
+    """The V13.0.48 of `ptxas --version` and of `nvcc --version`."""
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"\bV(\d+\.\d+\.\d+)", text)
+    return found[1] if found else text.strip().splitlines()[-1]
+
+
+def write(path: Path, report: Mapping[str, Any]) -> None:
+    """One kernel per line, so that a change of one is a change of one line."""
+    head = {key: value for key, value in report.items() if key != "kernels"}
+    rows = ",\n  ".join(json.dumps(row) for row in report["kernels"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "kernels": [\n  {rows}\n ]\n}}\n')
+
+
+def unfit(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    names = ((row, row.get("case") or row["symbol"]) for row in rows)
+    return [f"{name} sm_{row['architecture']}: {problem(row)}" for row, name in names if problem(row)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="*", choices=("triton", "cuda"), default=["triton", "cuda"])
+    parser.add_argument("--ptxas", type=Path, metavar="FILE", help="log of a build with the CUDA kernels")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)
+    problems = []
+    for which in options.which:
+        if which == "triton":
+            report = triton_report()
+        else:
+            report = cuda_report(options.ptxas.read_text() if options.ptxas else compile_cuda())
+        write(options.out / f"{which}.json", report)
+        problems += unfit(report["kernels"])
+        print(f"{options.out / f'{which}.json'}: {len(report['kernels'])} kernels")
+    print("\n".join(problems) if problems else "none spills, all fit")
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "python")]
+    raise SystemExit(main())
