@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokcomp.bench.results_tables import Record, markdown, number, paragraph
-from tokcomp_kernels.ops._backends import CUDA_WINNERS
+from tokcomp_kernels.ops._backends import CUDA_WINNERS, TRITON_CONTENDERS
 
 _ARCHITECTURES = (80, 90)
 
@@ -19,6 +19,7 @@ def kernels_section(reports: Mapping[str, Mapping[str, Any]], gpus: Sequence[Rec
     else:
         state = "**No GPU has run any of these kernels.**"
     winners = ", ".join(sorted(CUDA_WINNERS)) or "none yet"
+    contenders = ", ".join(sorted(TRITON_CONTENDERS)) or "none"
     parts = [
         "## GPU kernels, as compiled",
         paragraph(
@@ -30,9 +31,11 @@ def kernels_section(reports: Mapping[str, Mapping[str, Any]], gpus: Sequence[Rec
         ),
         paragraph(
             "Defaults on a GPU: an operator runs in CUDA C++ only where a GPU has measured that kernel the winner",
-            f"({winners}), in Triton otherwise; `TOKCOMP_BACKEND=reference` runs plain PyTorch,",
-            "`TOKCOMP_BACKEND=cuda` the",
-            "CUDA C++ kernels. Matrix products are PyTorch's own.",
+            f"({winners}), in Triton otherwise, but {contenders} in plain PyTorch until a GPU has measured",
+            "Triton's faster.",
+            "`TOKCOMP_BACKEND=reference` runs plain PyTorch for all, `TOKCOMP_BACKEND=cuda` the CUDA C++",
+            "kernels. Other matrix",
+            "products are PyTorch's own.",
         ),
     ]
     for name, title in (("triton", "Triton"), ("cuda", "CUDA C++")):
