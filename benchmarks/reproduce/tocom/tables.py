@@ -22,30 +22,32 @@ def all_tables(summary: Mapping[str, Any]) -> str:
         "Cross entropy:",
         _gains(summary["task"], "cross_entropy", "", 4),
         "Divergence from the model's own answers at the source degree:",
-        _gains(summary["task"], "divergence", "", 4),
+        _gains(summary["task"], "divergence", "", 4, tuned=False),
         f"## The scale in use (trained at {settings['plugin']['scale']:g}): less the cross entropy without the plugin",
         _scales(summary),
     ]
     for half, cells in summary["halves"].items() if len(summary["halves"]) > 1 else ():
-        parts += [f"## Pre-trained on {_classes(half)}", _gains(cells, "top1", "%")]
+        parts += [f"## Pre-trained on {_classes(half)}", _gains(cells, "top1", "%", tuned=False)]
     parts += [
         "## The pre-trained model on its own half's held-out digits",
-        _gains(summary["own"], "top1", "%"),
+        _gains(summary["own"], "top1", "%", tuned=False),
         "Divergence from its own answers at the source degree:",
-        _gains(summary["own"], "divergence", "", 4),
+        _gains(summary["own"], "divergence", "", 4, tuned=False),
         "## Ablations",
         "Top-1 on the task, less that without a plugin:",
-        _ablations(summary, "top1", 2, _without(summary)),
+        _ablations(summary, "task", "top1", 2, _without(summary)),
         "Less that of ToCom:",
-        _ablations(summary, "top1", 2, summary["ablations"]["ToCom"]["task"]),
+        _ablations(summary, "task", "top1", 2, summary["ablations"]["ToCom"]["task"]),
         "Cross entropy on the task, less that without a plugin:",
-        _ablations(summary, "cross_entropy", 4, _without(summary)),
+        _ablations(summary, "task", "cross_entropy", 4, _without(summary)),
         "Less that of ToCom:",
-        _ablations(summary, "cross_entropy", 4, summary["ablations"]["ToCom"]["task"]),
+        _ablations(summary, "task", "cross_entropy", 4, summary["ablations"]["ToCom"]["task"]),
         "Divergence on the task from the model's own answers at the source degree:",
         _plain_ablations(summary, "task", "divergence"),
         "The same of the pre-trained model, on held-out digits of the half that the plugins were trained on:",
         _plain_ablations(summary, "own", "divergence"),
+        "Less that of ToCom:",
+        _ablations(summary, "own", "divergence", 4, summary["ablations"]["ToCom"]["own"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -54,24 +56,26 @@ def _classes(half: str) -> str:
     return {"low": "0 to 4, task 5 to 9", "high": "5 to 9, task 0 to 4"}[half]
 
 
-def _gains(cells: Mapping[str, Mapping[str, Series]], field: str, unit: str, digits: int = 2) -> str:
-    """A row per pair of degrees; what was fine-tuned at the target degree is there to compare with."""
+def _gains(
+    cells: Mapping[str, Mapping[str, Series]], field: str, unit: str, digits: int = 2, *, tuned: bool = True
+) -> str:
+    """A row per pair of degrees; where models were ``tuned``, with what one tuned at the target degree has."""
     unit = f" {unit}" if unit else ""
-    matched = field != "divergence"
-    header = ["source > target", "without", "with ToCom", "gain", "gain, scale chosen"]
+    header = ["source > target", "without", "with ToCom", "gain"]
     body = []
     for cell, rows in cells.items():
-        without = rows["without"][field]
+        without, found = rows["without"][field], rows.get("with")
         row = [cell, f"{spread(without, digits)}{unit}"]
-        if "with" in rows:
-            row += [f"{spread(rows['with'][field], digits)}{unit}", difference(rows["with"][field], without, digits)]
+        row += (
+            [f"{spread(found[field], digits)}{unit}", difference(found[field], without, digits)] if found else ["", ""]
+        )
+        if tuned:
             row.append(difference(rows["chosen"][field], without, digits) if "chosen" in rows else "")
-        else:
-            row += ["", "", ""]
-        if matched:
             row.append(_at_target(cells, cell, field, digits))
         body.append(row)
-    return markdown([*header, *(["trained at the target, less without"] if matched else [])], body)
+    return markdown(
+        [*header, *(["gain, scale chosen", "fine-tuned at the target, less without"] if tuned else [])], body
+    )
 
 
 def _at_target(cells: Mapping[str, Mapping[str, Series]], cell: str, field: str, digits: int) -> str:
@@ -95,12 +99,12 @@ def _without(summary: Mapping[str, Any]) -> dict[str, Series]:
     return {cell: rows["without"] for cell, rows in summary["without"]["task"].items()}
 
 
-def _ablations(summary: Mapping[str, Any], field: str, digits: int, baseline: Mapping[str, Series]) -> str:
+def _ablations(summary: Mapping[str, Any], kind: str, field: str, digits: int, baseline: Mapping[str, Series]) -> str:
     """Differences from a baseline, {cell: Series}, with the numbers of parameters."""
     cells = list(summary["scales"])
     body = []
     for name, one in summary["ablations"].items():
-        row = [difference(one["task"][cell][field], baseline[cell][field], digits) for cell in cells]
+        row = [difference(one[kind][cell][field], baseline[cell][field], digits) for cell in cells]
         body.append([name, f"{one['parameters']:,}", *row])
     return markdown(["", "parameters", *cells], body)
 
