@@ -48,7 +48,7 @@ class PluginSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """A whole run. The default takes some 20 minutes on two cores."""
+    """A whole run. The default takes some 15 minutes on two cores."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     halves: tuple[str, ...] = ("low",)  # to pre-train on
