@@ -65,7 +65,7 @@ class Settings:
     ranks: tuple[int, ...] = (1, 4)
     training_scales: tuple[float, ...] = (0.01, 1.0)
     ablation_halves: tuple[str, ...] = ("low",)
-    held_out: int = 540  # pictures: each held-out digit of the task three times
+    held_out: int = 540  # pictures: the 179 or 181 held-out digits of the task three times
     validation: int = 400  # pictures
 
     def to_json(self) -> dict[str, Any]:
