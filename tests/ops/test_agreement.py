@@ -70,13 +70,18 @@ def _tensors(sample: Sample) -> list[torch.Tensor]:
     return [value for value in (*sample.args, *sample.kwargs.values()) if isinstance(value, torch.Tensor)]
 
 
-def _image(sample: Sample, image: int) -> Sample:
-    def one(value: object) -> object:
-        # What has one dimension, such as masked_merge's counts, is for all images.
-        return value[image : image + 1] if isinstance(value, torch.Tensor) and value.dim() > 1 else value
+#: Arguments that all images share, whatever their shape.
+SHARED = {"counts", "weight", "bias"}
 
-    args = tuple(one(value) for value in sample.args)
-    return Sample(sample.op, sample.id, args, {name: one(value) for name, value in sample.kwargs.items()})
+
+def _image(sample: Sample, image: int) -> Sample:
+    schema = getattr(torch.ops.tokcomp, sample.op).default._schema.arguments
+
+    def one(name: str, value: object) -> object:
+        return value[image : image + 1] if isinstance(value, torch.Tensor) and name not in SHARED else value
+
+    args = tuple(one(argument.name, value) for argument, value in zip(schema, sample.args, strict=False))
+    return Sample(sample.op, sample.id, args, {name: one(name, value) for name, value in sample.kwargs.items()})
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
