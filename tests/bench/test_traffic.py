@@ -42,7 +42,15 @@ def check(launches: Sequence[Launch], costs: Sequence[KernelCost]) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "num_tokens", "width", "has_size"),
-    [("float32", 17, 16, True), ("float16", 77, 16, False), ("float32", 77, 16, True), ("float16", 197, 24, True)],
+    [
+        ("float32", 17, 16, True),
+        ("float16", 77, 16, False),
+        ("float32", 77, 16, True),
+        ("float16", 150, 24, False),  # all keys at once, in tiles that cover them
+        ("float16", 197, 24, True),
+        ("float16", 130, 80, False),  # a head's width in two parts
+        ("float16", 40, 136, True),
+    ],
 )
 def test_attention(dtype: str, num_tokens: int, width: int, has_size: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokcomp_kernels.triton.attention import attention_triton

@@ -97,6 +97,51 @@ def test_both_paths_agree_with_float64(op, path, num_tokens, dtype, force_tiles)
     assert_right(sample, LAUNCHERS[op](*sample.args, **sample.kwargs))
 
 
+@pytest.mark.parametrize("has_size", [True, False], ids=["sizes", "ones"])
+@pytest.mark.parametrize("width", [64, 80])
+@pytest.mark.parametrize("num_tokens", [129, 197, 256, 257])
+def test_the_tables_paths_of_whole_images(num_tokens, width, has_size):
+    """Half precision: up to 256 keys of width 64 in one pass over several tiles; a width of 80 in two parts."""
+    dtype = torch.float16 if has_size else torch.bfloat16
+    options = attention_tiles.forward_options("attention", torch.device(DEVICE), num_tokens, width, 2)
+    assert (options["KEYS"] > 0) == (num_tokens <= 256 and width == 64)
+    inputs = Inputs(num_tokens + width, dtype)
+    size = inputs.per_token(0.5, 9.0, 1, num_tokens) if has_size else None
+    sample = Sample("attention", f"N{num_tokens}", inputs.qkv(1, 1, num_tokens, width), {"size": size})
+    assert_right(sample, attention_triton(*sample.args, **sample.kwargs))
+
+
+@pytest.mark.parametrize("op", ["attention", "masked_attention"])
+def test_one_pass_over_several_tiles_gives_an_image_its_bits_whatever_the_batch(op):
+    num_tokens = 197
+    inputs = Inputs(5, torch.float16)
+    args = inputs.qkv(2, 2, num_tokens, 64)
+    size = inputs.per_token(0.5, 9.0, 2, num_tokens)
+    if op == "masked_attention":
+        args = (*args, (inputs.per_token(0.0, 1.0, 2, num_tokens) > 0.4).float())
+    both = LAUNCHERS[op](*args, size=size)
+    assert_right(Sample(op, "N197", args, {"size": size}), both)
+    alone = LAUNCHERS[op](*(tensor[1:] for tensor in args), size=size[1:])
+    for have, want in zip(alone, both, strict=True):
+        assert torch.equal(have[0], want[1])
+
+
+@pytest.mark.parametrize("width", [1, 16, 24, 64, 72, 80, 96, 112, 128])
+def test_tiles_cover_a_width_and_waste_little(width):
+    tiles = attention_tiles.width_tiles(width)
+    assert all(size >= 16 and size & (size - 1) == 0 for size in tiles)
+    assert sum(tiles[:-1]) < width <= sum(tiles) < width + 16
+
+
+def test_tiles_of_a_single_pass_are_full_but_for_the_last():
+    """The kernel masks no keys of the others."""
+    for num_tokens in range(1, 257):
+        options = attention_tiles.forward_options("attention", torch.device(DEVICE), num_tokens, 64, 2)
+        tiles = attention_tiles.key_tiles(options["KEYS"])
+        assert sum(tiles[:-1]) < num_tokens <= sum(tiles)
+        assert len(tiles) == 1 or sum(tiles) < num_tokens + 16
+
+
 @pytest.mark.parametrize("path", TILES)
 def test_a_first_tile_of_minus_infinity_leaves_the_rest(path, force_tiles):
     """Scores of -inf in all of the first tile: their powers are 0, and nothing is NaN."""

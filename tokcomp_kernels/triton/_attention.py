@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels.triton._common import LOG2_E, dot, effective_size, narrow
+from tokcomp_kernels.triton._common import LOG2_E, constexpr_function, dot, effective_size, narrow
 from tokcomp_kernels.triton._configs import launch_config
 
 #: Shapes for which the kernels are compiled without a GPU: dtype, N, D. They meet each entry of the default tables.
@@ -30,6 +30,9 @@ CASE_SHAPES = (
     ("float32", 197, 160),
 )
 
+#: Up to so many keys are one tile in a single pass; a head is one tile above so many channels.
+ONE_TILE = 128
+
 
 def launch_options(
     op: str, kernel: str, device: torch.device | str, num_tokens: int, width: int, itemsize: int
@@ -38,6 +41,46 @@ def launch_options(
     config = launch_config(op, kernel, device, N=num_tokens, D=width, itemsize=itemsize)
     single_tile = num_tokens <= config["BLOCK_N"]
     return {"D": width, "BLOCK_D": max(16, triton.next_power_of_2(width)), "SINGLE_TILE": single_tile, **config}
+
+
+@constexpr_function
+def tiles_of(count, largest):
+    """Sizes of tiles that hold ``count`` and at most 15 more: powers of two from ``largest`` to 16, large ones first.
+
+    All but the last are full.
+    """
+    full, rest = divmod(max(16, -(-count // 16) * 16), largest)
+    return (largest,) * full + tuple(size for size in (64, 32, 16) if rest & size)
+
+
+@constexpr_function
+def key_tiles(keys):
+    """Tiles of the KEYS of a single pass. Of 64 and less, a row of 256 scores stays in registers on sm_80."""
+    return (keys,) if keys <= ONE_TILE else tiles_of(keys, 64)
+
+
+@constexpr_function
+def width_tiles(width):
+    """Tiles of a head's width: 80 is 64 and 16. One where it is so large that several would spill."""
+    return tiles_of(width, ONE_TILE) if width <= ONE_TILE else (triton.next_power_of_2(width),)
+
+
+@constexpr_function
+def first_of(tiles, index):
+    """Where one of several tiles begins that lie one behind the other."""
+    return sum(tiles[:index])
+
+
+def forward_options(op: str, device: torch.device | str, num_tokens: int, width: int, itemsize: int) -> dict[str, Any]:
+    """As ``launch_options``, for the forward kernel: KEYS is what the tiles of a single pass hold, 0 where it loops.
+
+    Beyond one tile that is N rounded up to 16s, so that few kernels are compiled.
+    """
+    options = launch_options(op, "forward", device, num_tokens, width, itemsize)
+    single_pass = options.pop("SINGLE_TILE")
+    del options["BLOCK_D"]
+    keys = options["BLOCK_N"] if options["BLOCK_N"] <= ONE_TILE else -(-num_tokens // 16) * 16
+    return {**options, "KEYS": keys if single_pass else 0}
 
 
 def per_token_strides(tensor: Tensor | None) -> tuple[int, ...]:
@@ -76,10 +119,87 @@ def load_bias(size_ptr, offs_n, stride_n, N):
 @triton.jit
 def key_scores(q, k, size_ptr, offs_n, stride_sn, N, scale, HAS_SIZE: tl.constexpr):
     """Base-2 scores of a tile of queries with a tile of keys; -inf for keys beyond N."""  # [BLOCK_M, BLOCK_N]
-    scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], dtype=tl.float32)) * (scale * LOG2_E)
+    products = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], dtype=tl.float32))
+    return scores_of(products, size_ptr, offs_n, stride_sn, N, scale, HAS_SIZE)
+
+
+@triton.jit
+def scores_of(products, size_ptr, offs_n, stride_sn, N, scale, HAS_SIZE: tl.constexpr, FULL: tl.constexpr = False):
+    """Base-2 scores from products of queries with keys ``offs_n``; -inf for keys beyond N."""  # [BLOCK_M, BLOCK_N]
+    scores = products * (scale * LOG2_E)
     if HAS_SIZE:
         scores += load_bias(size_ptr, offs_n, stride_sn, N)[None, :]
-    return tl.where((offs_n < N)[None, :], scores, float("-inf"))
+    return scores if FULL else tl.where((offs_n < N)[None, :], scores, float("-inf"))
+
+
+@triton.jit
+def within(offs, count, ALL: tl.constexpr = False):
+    """Which offsets are below ``count``: with ALL a constant, for a tile that is known to be full."""
+    return tl.full(offs.shape, 1, tl.int1) if ALL else offs < count
+
+
+@triton.jit
+def load_parts(ptr, offs_n, stride_n, N, D: tl.constexpr, WIDTHS: tl.constexpr, FULL: tl.constexpr = False):
+    """Rows ``offs_n`` of one head as a tuple of tiles, zero beyond N (with FULL there are none) and D."""
+    parts = ()  # [BLOCK_N, WIDTHS]
+    for i in tl.static_range(len(WIDTHS)):
+        offs_d = first_of(WIDTHS, i) + tl.arange(0, WIDTHS[i])
+        mask = within(offs_n, N, FULL)[:, None] & within(offs_d, D, i + 1 < len(WIDTHS))[None, :]
+        part = tl.load(ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :], mask=mask, other=0.0)
+        parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005 (Triton unpacks no tuples)
+    return parts
+
+
+@triton.jit
+def store_parts(ptr, offs_n, stride_n, N, parts, D: tl.constexpr, WIDTHS: tl.constexpr):
+    for i in tl.static_range(len(WIDTHS)):
+        offs_d = first_of(WIDTHS, i) + tl.arange(0, WIDTHS[i])
+        mask = (offs_n < N)[:, None] & within(offs_d, D, i + 1 < len(WIDTHS))[None, :]
+        rounded = narrow(parts[i], ptr.dtype.element_ty)
+        tl.store(ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :], rounded, mask=mask)
+
+
+@triton.jit
+def part_scores(q, k, size_ptr, offs_n, stride_sn, N, scale, HAS_SIZE: tl.constexpr, FULL: tl.constexpr = False):
+    """``key_scores`` where queries and keys are tuples of parts of a head's width."""  # [BLOCK_M, BLOCK_N]
+    products = tl.zeros([q[0].shape[0], k[0].shape[0]], dtype=tl.float32)
+    for i in tl.static_range(len(q)):
+        products = dot(q[i], tl.trans(k[i]), products)
+    return scores_of(products, size_ptr, offs_n, stride_sn, N, scale, HAS_SIZE, FULL)
+
+
+@triton.jit
+def zero_parts(BLOCK_M: tl.constexpr, WIDTHS: tl.constexpr):
+    parts = ()  # [BLOCK_M, WIDTHS]
+    for i in tl.static_range(len(WIDTHS)):
+        parts = parts + (tl.full([BLOCK_M, WIDTHS[i]], 0.0, tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    return parts
+
+
+@triton.jit
+def scale_parts(parts, factors):
+    """Parts of rows times a factor [BLOCK_M] of each row."""
+    scaled = ()
+    for i in tl.static_range(len(parts)):
+        scaled = scaled + (parts[i] * factors[:, None],)  # type: ignore[assignment]  # noqa: RUF005
+    return scaled
+
+
+@triton.jit
+def divide_parts(parts, divisors):
+    divided = ()
+    for i in tl.static_range(len(parts)):
+        divided = divided + (parts[i] / divisors[:, None],)  # type: ignore[assignment]  # noqa: RUF005
+    return divided
+
+
+@triton.jit
+def add_values(out, weights, v):
+    """``out + weights @ v``, by parts of a head's width."""
+    added = ()
+    for i in tl.static_range(len(v)):
+        added = added + (dot(weights, v[i], out[i]),)  # type: ignore[assignment]  # noqa: RUF005
+    return added
 
 
 @triton.jit

@@ -12,6 +12,8 @@ from tokcomp_kernels._checks import refuse
 #: The interpreter multiplies bfloat16 bit patterns as integers, and rounds towards zero to bfloat16.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
+#: Python at compile time, whose arguments and result are constants. Triton 3.4 has it in another place.
+constexpr_function = triton.constexpr_function if hasattr(triton, "constexpr_function") else tl.constexpr_function
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

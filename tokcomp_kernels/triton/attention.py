@@ -1,12 +1,15 @@
 """Attention forward: proportional attention with or without a token mask, and the class token's row beside it.
 
-A program owns one (image, head, block of rows). Up to BLOCK_N keys fit one tile and the softmax is a single pass.
-Beyond, keys come in tiles: with an online softmax, or in two passes where there is a mask, because masked keys count in
-the maximum, so the visible powers may be far below 1 and only probabilities are rounded to half precision.
+A program owns one (image, head, block of rows). Where BLOCK_N says that all keys fit, the softmax is a single pass over
+a tuple of tiles that cover them: all scores, one maximum, one power each, one sum, nothing rescaled. More keys come in
+tiles of BLOCK_N: with an online softmax, or in two passes where there is a mask, because masked keys count in the
+maximum, so the visible powers may be far below 1 and only probabilities are rounded to half precision. A head's width
+is a tuple of tiles too: 80 is 64 and 16, not 128.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -18,22 +21,37 @@ from torch import Tensor
 from tokcomp_kernels._checks import check_attention
 from tokcomp_kernels.triton._attention import (
     CASE_SHAPES,
+    add_values,
     apply_mask,
+    divide_parts,
     finite_max,
-    key_scores,
-    launch_options,
+    first_of,
+    forward_options,
+    key_tiles,
     load_mask,
-    load_rows,
+    load_parts,
+    part_scores,
     per_token_strides,
+    scale_parts,
     store_first_row,
-    store_rows,
+    store_parts,
+    width_tiles,
+    zero_parts,
 )
-from tokcomp_kernels.triton._common import device_guard, dot, inner_contiguous, narrow, require_supported
+from tokcomp_kernels.triton._common import device_guard, inner_contiguous, narrow, require_supported
 from tokcomp_kernels.triton._configs import load
 from tokcomp_kernels.triton._reduce import BLOCK_N, _reduce_kernel, reduce_groups
 
 if TYPE_CHECKING:
     from tokcomp_kernels.triton._compile import CompileCase
+
+#: dtype, N, D, with sizes, beside CASE_SHAPES: each set of tiles of a single pass over more than 128 keys, and what
+#: takes most registers without sizes; ViT-H's late blocks.
+SINGLE_PASS_SHAPES = (
+    *(("float16", num_tokens, 64, True) for num_tokens in range(144, 257, 16)),
+    *(("bfloat16", num_tokens, 64, False) for num_tokens in (192, 240, 256)),
+    ("float16", 128, 80, True),
+)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -70,10 +88,9 @@ def _attention_fwd_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    KEYS: tl.constexpr,
     HAS_SIZE: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    SINGLE_TILE: tl.constexpr,
 ):
     """cls_ptr [B, H, N] takes row 0: probabilities with a mask, else scores; stats_ptr [B, H, 2]: maximum, sum."""
     num_blocks = tl.cdiv(N, BLOCK_M)
@@ -92,34 +109,53 @@ def _attention_fwd_kernel(
     if HAS_MASK:
         mask_ptr += b * stride_mb
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_tile = tl.arange(0, BLOCK_N)
-    q = load_rows(q_ptr, offs_m, stride_qn, N, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    WIDTHS: tl.constexpr = width_tiles(D)
+    q = load_parts(q_ptr, offs_m, stride_qn, N, D, WIDTHS)  # [BLOCK_M, WIDTHS]: tiles
 
-    if SINGLE_TILE:
-        k = load_rows(k_ptr, offs_tile, stride_kn, N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        scores = key_scores(q, k, size_ptr, offs_tile, stride_sn, N, scale, HAS_SIZE)  # [BLOCK_M, BLOCK_N]
-        if not HAS_MASK and pid_m == 0:
-            store_first_row(cls_ptr, scores, offs_m, offs_tile, N)
-        row_max = finite_max(tl.max(scores, 1))  # [BLOCK_M]
-        probs = tl.exp2(scores - row_max[:, None])
+    if KEYS > 0:
+        TILES: tl.constexpr = key_tiles(KEYS)
+        scores = ()  # [BLOCK_M, TILES]
+        row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        for i in tl.static_range(len(TILES)):
+            offs_n = first_of(TILES, i) + tl.arange(0, TILES[i])
+            k = load_parts(k_ptr, offs_n, stride_kn, N, D, WIDTHS, i + 1 < len(TILES))  # [TILES[i], WIDTHS]
+            tile = part_scores(q, k, size_ptr, offs_n, stride_sn, N, scale, HAS_SIZE, i + 1 < len(TILES))
+            if not HAS_MASK and pid_m == 0:
+                store_first_row(cls_ptr, tile, offs_m, offs_n, N)
+            row_max = tl.maximum(row_max, tl.max(tile, 1))
+            scores = scores + (tile,)  # type: ignore[assignment]  # noqa: RUF005 (Triton unpacks no tuples)
+        row_max = finite_max(row_max)
+        powers = ()  # [BLOCK_M, TILES]
+        row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+        out = zero_parts(BLOCK_M, WIDTHS)  # [BLOCK_M, WIDTHS]
+        for i in tl.static_range(len(TILES)):
+            offs_n = first_of(TILES, i) + tl.arange(0, TILES[i])
+            tile = tl.exp2(scores[i] - row_max[:, None])
+            if HAS_MASK:
+                tile = apply_mask(tile, load_mask(mask_ptr, offs_n, stride_mn, N)[None, :], offs_m, offs_n)
+                powers = powers + (tile,)  # type: ignore[assignment]  # noqa: RUF005
+            else:
+                v = load_parts(v_ptr, offs_n, stride_vn, N, D, WIDTHS, i + 1 < len(TILES))  # [TILES[i], WIDTHS]
+                out = add_values(out, narrow(tile, v_ptr.dtype.element_ty), v)
+            row_sum += tl.sum(tile, 1)
         if HAS_MASK:
-            probs = apply_mask(probs, load_mask(mask_ptr, offs_tile, stride_mn, N)[None, :], offs_m, offs_tile)
-            row_sum = tl.sum(probs, 1) + eps
-            probs = (probs + eps_over_n) * (1.0 / row_sum)[:, None]
-            if pid_m == 0:
-                store_first_row(cls_ptr, probs, offs_m, offs_tile, N)
-        else:
-            row_sum = tl.sum(probs, 1)
-        v = load_rows(v_ptr, offs_tile, stride_vn, N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        out = dot(narrow(probs, v.dtype), v, tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32))  # [BLOCK_M, BLOCK_D]
+            row_sum += eps
+            for i in tl.static_range(len(TILES)):
+                offs_n = first_of(TILES, i) + tl.arange(0, TILES[i])
+                probs = (powers[i] + eps_over_n) * (1.0 / row_sum)[:, None]
+                if pid_m == 0:
+                    store_first_row(cls_ptr, probs, offs_m, offs_n, N)
+                v = load_parts(v_ptr, offs_n, stride_vn, N, D, WIDTHS, i + 1 < len(TILES))  # [TILES[i], WIDTHS]
+                out = add_values(out, narrow(probs, v_ptr.dtype.element_ty), v)
     else:
+        offs_tile = tl.arange(0, BLOCK_N)
         row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-        out = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        out = zero_parts(BLOCK_M, WIDTHS)  # [BLOCK_M, WIDTHS]
         for start_n in range(0, N, BLOCK_N):
             offs_n = start_n + offs_tile
-            k = load_rows(k_ptr, offs_n, stride_kn, N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-            scores = key_scores(q, k, size_ptr, offs_n, stride_sn, N, scale, HAS_SIZE)  # [BLOCK_M, BLOCK_N]
+            k = load_parts(k_ptr, offs_n, stride_kn, N, D, WIDTHS)  # [BLOCK_N, WIDTHS]
+            scores = part_scores(q, k, size_ptr, offs_n, stride_sn, N, scale, HAS_SIZE)  # [BLOCK_M, BLOCK_N]
             new_max = tl.maximum(row_max, tl.max(scores, 1))
             subtract = finite_max(new_max)
             decay = tl.exp2(row_max - subtract)
@@ -129,8 +165,8 @@ def _attention_fwd_kernel(
             else:
                 if pid_m == 0:
                     store_first_row(cls_ptr, scores, offs_m, offs_n, N)
-                v = load_rows(v_ptr, offs_n, stride_vn, N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-                out = dot(narrow(powers, v.dtype), v, out * decay[:, None])
+                v = load_parts(v_ptr, offs_n, stride_vn, N, D, WIDTHS)  # [BLOCK_N, WIDTHS]
+                out = add_values(scale_parts(out, decay), narrow(powers, v_ptr.dtype.element_ty), v)
             row_sum = row_sum * decay + tl.sum(powers, 1)
             row_max = new_max
         row_max = finite_max(row_max)
@@ -138,22 +174,22 @@ def _attention_fwd_kernel(
             row_sum += eps
             for start_n in range(0, N, BLOCK_N):
                 offs_n = start_n + offs_tile
-                k = load_rows(k_ptr, offs_n, stride_kn, N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-                scores = key_scores(q, k, size_ptr, offs_n, stride_sn, N, scale, HAS_SIZE)  # [BLOCK_M, BLOCK_N]
+                k = load_parts(k_ptr, offs_n, stride_kn, N, D, WIDTHS)  # [BLOCK_N, WIDTHS]
+                scores = part_scores(q, k, size_ptr, offs_n, stride_sn, N, scale, HAS_SIZE)  # [BLOCK_M, BLOCK_N]
                 powers = tl.exp2(scores - row_max[:, None])
                 powers = apply_mask(powers, load_mask(mask_ptr, offs_n, stride_mn, N)[None, :], offs_m, offs_n)
                 probs = (powers + eps_over_n) * (1.0 / row_sum)[:, None]
                 if pid_m == 0:
                     store_first_row(cls_ptr, probs, offs_m, offs_n, N)
-                v = load_rows(v_ptr, offs_n, stride_vn, N, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-                out = dot(narrow(probs, v.dtype), v, out)
+                v = load_parts(v_ptr, offs_n, stride_vn, N, D, WIDTHS)  # [BLOCK_N, WIDTHS]
+                out = add_values(out, narrow(probs, v_ptr.dtype.element_ty), v)
 
     if not HAS_MASK:
-        out = out / row_sum[:, None]
+        out = divide_parts(out, row_sum)
     if not HAS_MASK and pid_m == 0:
         tl.store(stats_ptr + 2 * bh + offs_m, row_max, mask=offs_m == 0)
         tl.store(stats_ptr + 2 * bh + 1 + offs_m, row_sum, mask=offs_m == 0)
-    store_rows(out_ptr, offs_m, stride_on, N, out, D, BLOCK_D)
+    store_parts(out_ptr, offs_m, stride_on, N, out, D, WIDTHS)
 
 
 def attention_forward(
@@ -175,7 +211,7 @@ def attention_forward(
     cls_rows = torch.empty(batch, heads, num_tokens, dtype=torch.float32, device=q.device)
     stats = torch.empty(batch, heads, 2, dtype=torch.float32, device=q.device) if token_mask is None else None
     if cls_rows.numel() > 0:
-        options = launch_options(op, "forward", q.device, num_tokens, width, q.element_size())
+        options = forward_options(op, q.device, num_tokens, width, q.element_size())
         with device_guard(q):
             _attention_fwd_kernel[(batch * heads * triton.cdiv(num_tokens, options["BLOCK_M"]),)](
                 q,
@@ -212,19 +248,20 @@ def attention_triton(
     return attention_forward("attention", q, k, v, size=size, scale=scale)
 
 
-def forward_cases(op: str, *, masked: bool) -> list[CompileCase]:
-    """The forward kernel as the tables of ``op`` launch it."""
+def forward_cases(op: str, *, masked: bool, more: Sequence[tuple[str, int, int, bool]] = ()) -> list[CompileCase]:
+    """The forward kernel as the tables of ``op`` launch it, for CASE_SHAPES and ``more``."""
     from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
 
     cases = []
-    for gpu, (dtype, num_tokens, width) in product(load(op), CASE_SHAPES):
+    shapes = [*((*shape, True) for shape in CASE_SHAPES), *more]
+    for gpu, (dtype, num_tokens, width, has_size) in product(load(op), shapes):
         itemsize = 4 if dtype == "float32" else 2
-        options = launch_options(op, "forward", gpu, num_tokens, width, itemsize)
+        options = forward_options(op, gpu, num_tokens, width, itemsize)
         types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), POINTER_TYPES[dtype])
         types |= dict.fromkeys(("size_ptr", "mask_ptr", "cls_ptr", "stats_ptr"), "*fp32")
         types |= dict.fromkeys(("scale", "eps", "eps_over_n"), "fp32")
-        name = f"forward-{dtype}-N{num_tokens}-D{width}-{gpu}"
-        constants = {"HAS_SIZE": True, "HAS_MASK": masked, "stride_sn": 1, "stride_mn": 1}
+        name = f"forward-{dtype}-N{num_tokens}-D{width}-{'' if has_size else 'ones-'}{gpu}"
+        constants = {"HAS_SIZE": has_size, "HAS_MASK": masked, "stride_sn": 1, "stride_mn": 1}
         cases.append(CompileCase.launched(name, _attention_fwd_kernel, types, options, **constants))
     return cases
 
@@ -236,4 +273,4 @@ def compile_cases() -> list[CompileCase]:
     reduce_mean = CompileCase(
         "reduce-mean", _reduce_kernel, reduce_types, {"FROM_LOGITS": True, "MEAN": True, "BLOCK_N": BLOCK_N}
     )
-    return [*forward_cases("attention", masked=False), reduce_mean]
+    return [*forward_cases("attention", masked=False, more=SINGLE_PASS_SHAPES), reduce_mean]
