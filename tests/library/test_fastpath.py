@@ -252,7 +252,7 @@ def test_large_batches_run_in_groups(make_vit, monkeypatch, pool):
         expected = model(images)
         assert batches == [11] * 4
         batches.clear()
-        monkeypatch.setattr(timm_vit_fast, "_ACTIVATION_BYTES", 4 * 17 * 96 * 4)
+        monkeypatch.setattr(timm_vit_fast, "_ACTIVATION_ELEMENTS", 4 * 17 * 96)
         close(model(images), expected)
         assert batches[::4] == [4, 4, 3]
         batches.clear()

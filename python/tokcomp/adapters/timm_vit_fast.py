@@ -17,8 +17,8 @@ from tokcomp.fastpath import Layer, PackedWeights, Products, forget, has_hooks, 
 from tokcomp.methods.base import Norm
 from tokcomp.state import BlockState
 
-#: Bytes of the widest activation of a group of images.
-_ACTIVATION_BYTES = 24 * 2**20
+#: Elements of the widest activation of a group of images.
+_ACTIVATION_ELEMENTS = 5 * 2**19
 _NORMS = (nn.LayerNorm, LayerNorm, nn.Identity)
 _SCALES = (LayerScale, nn.Identity)
 
@@ -51,14 +51,14 @@ def embed_patches(patch_embed: Any, images: Tensor, packed: Products) -> Tensor:
 
 
 def split(x: Tensor, packed: Products) -> tuple[Tensor, ...]:
-    """The tokens x [B, N, C] in groups of images whose widest activation stays in cache and off the page allocator.
+    """The tokens x [B, N, C] in groups of images whose activations stay in cache and with the process.
 
-    Measured on DeiT-S: 64 images in one go take 20 % more time in float32 than 16 at a time.
+    What a group leaves free the next one takes; more than that goes back to the system, page by page. Measured on DeiT-S
+    at batch 16: two groups of 8 are 4 % faster than one in float32, 8 % in bfloat16.
     """
     if not isinstance(packed, PackedWeights):
         return (x,)
-    image_bytes = x.shape[1] * packed.widest * packed.dtype.itemsize
-    images = max(_ACTIVATION_BYTES // max(image_bytes, 1), torch.get_num_threads())
+    images = max(_ACTIVATION_ELEMENTS // max(x.shape[1] * packed.widest, 1), torch.get_num_threads())
     return x.tensor_split(-(-x.shape[0] // images)) if x.shape[0] > images else (x,)
 
 
