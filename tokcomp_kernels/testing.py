@@ -6,7 +6,6 @@ Sizes are odd on purpose (1, 2, 33, 197, 257, 577 tokens), inputs random with a 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokcomp_kernels._sample_maker import Maker
 from tokcomp_kernels._schema import OPERATORS
-from tokcomp_kernels.reference._common import accumulate_dtype
 
 TOKEN_COUNTS = (1, 2, 33, 197, 257, 577)
 
@@ -41,58 +40,11 @@ class Sample:
         return Sample(self.op, self.id, args, kwargs, self.exact)
 
 
-class _Maker:
-    """Random tensors from one seed, moved to a device and dtype; every second one is laid out non-contiguously."""
-
-    def __init__(self, seed: str, dtype: torch.dtype, device: str) -> None:
-        self.generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-        self.dtype, self.device = dtype, device
-        self.accumulate = accumulate_dtype(torch.empty(0, dtype=dtype))
-
-    def randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype).to(self.device)
-
-    def strided(self, *shape: int) -> Tensor:
-        """As randn, a view with a gap after every row."""
-        wide = self.randn(*shape[:-1], shape[-1] + 3)
-        return wide[..., : shape[-1]]
-
-    def per_token(self, batch: int, num_tokens: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        values = torch.rand(batch, num_tokens, generator=self.generator, dtype=torch.float64)
-        return (low + (high - low) * values).to(self.accumulate).to(self.device)
-
-    def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, generator=self.generator).to(self.device)
-
-    def counts(self, num_before_merge: int, num_merge_kept: int) -> Tensor:
-        return torch.tensor([num_before_merge, num_merge_kept], device=self.device)
-
-    def packed_qkv(self, batch: int, heads: int, num_tokens: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as a model has them: [B, H, N, D] views of [B, N, 3, H, D]."""
-        q, k, v = self.randn(batch, num_tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
-
-    def signs(self, batch: int, num_tokens: int, channels: int) -> Tensor:
-        """Rows of four nonzero signs: every norm is 2 and every cosine exact in any precision, so ties are ties."""
-        rows = torch.zeros(batch, num_tokens, channels, dtype=torch.float64)
-        places = torch.rand(rows.shape, generator=self.generator).topk(4, dim=-1).indices
-        values = torch.randint(0, 2, places.shape, generator=self.generator).double() * 2 - 1
-        return rows.scatter(-1, places, values).to(self.dtype).to(self.device)
-
-    def source(self, batch: int, num_tokens: int, num_kept: int) -> Tensor:
-        """A source map in which every slot has a token, some tokens are pruned and one index is out of range."""
-        source = torch.randint(-1, num_kept, (batch, num_tokens), generator=self.generator)
-        source[:, :num_kept] = torch.arange(num_kept)
-        if num_tokens > num_kept + 1:
-            source[:, -1] = num_kept + 5
-        return source[:, torch.randperm(num_tokens, generator=self.generator)].to(self.device)
-
-
 def samples(
     op: str, dtype: torch.dtype = torch.float32, device: str = "cpu", *, small: bool = False
 ) -> Iterator[Sample]:
     """Calls of ``op``; ``small`` leaves out those too large for numerical gradients."""
-    for name, args, kwargs, exact in _CASES[op](lambda seed: _Maker(f"{op}-{seed}", dtype, device), small):
+    for name, args, kwargs, exact in _CASES[op](lambda seed: Maker(f"{op}-{seed}", dtype, device), small):
         yield Sample(op, name, args, kwargs, exact)
 
 
@@ -100,7 +52,7 @@ def _token_counts(small: bool) -> tuple[int, ...]:
     return (1, 2, 9) if small else TOKEN_COUNTS
 
 
-def _class_attention_sort(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+def _class_attention_sort(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     for num_tokens in _token_counts(small):
         m = make(f"N{num_tokens}")
         q, k, _ = m.packed_qkv(2, 3, num_tokens, 16)
@@ -115,7 +67,7 @@ def _class_attention_sort(make: Callable[[str], _Maker], small: bool) -> Iterato
     yield "prefix0-D80", (q[:, :, 0], k, None, None, 0), {}, False
 
 
-def _prune_merge(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+def _prune_merge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     channels = 5 if small else 48
     for num_tokens in _token_counts(small):
         m = make(f"N{num_tokens}")
@@ -155,7 +107,7 @@ def _prune_merge(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
     yield "bad-sizes", (m.signs(3, 39, 6), importance, 30, 11), {"size": poor}, True
 
 
-def _prune_merge_norm(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+def _prune_merge_norm(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     """prune_merge's calls with a branch, whose sum with x is exact where ties have to stay ties, and a LayerNorm."""
     for index, (name, (x, *rest), kwargs, exact) in enumerate(_prune_merge(make, small)):
         m = make(f"{name}-branch")
@@ -165,7 +117,7 @@ def _prune_merge_norm(make: Callable[[str], _Maker], small: bool) -> Iterator[tu
         yield name, (x, branch, *rest, *norm), {**kwargs, **({"norm_eps": 1e-5} if index % 2 else {})}, exact
 
 
-def _add_layer_norm(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+def _add_layer_norm(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     for num_tokens in _token_counts(small):
         m = make(f"N{num_tokens}")
         x, branch = m.randn(2, num_tokens, 5 if small else 48), m.strided(2, num_tokens, 5 if small else 48)
@@ -183,7 +135,7 @@ def _add_layer_norm(make: Callable[[str], _Maker], small: bool) -> Iterator[tupl
     yield "B0", (x[:0], branch[:0], weight, bias), {}, False
 
 
-def _tome_merge(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+def _tome_merge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     channels, width = (5, 3) if small else (48, 16)
     for num_tokens in _token_counts(small):
         m = make(f"N{num_tokens}")
@@ -205,7 +157,7 @@ def _tome_merge(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
     yield "zero-vectors", (x, zeros, 9), {}, False
 
 
-def _masked_softmax(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+def _masked_softmax(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     for num_tokens in (1, 2, 7) if small else (1, 2, 33, 197, 257):
         m = make(f"N{num_tokens}")
         scores, mask = m.randn(2, 2, num_tokens, num_tokens), _binary(m, 2, num_tokens)
@@ -218,21 +170,21 @@ def _masked_softmax(make: Callable[[str], _Maker], small: bool) -> Iterator[tupl
     yield "B0", (scores[:0], _binary(m, 2, 6)[:0]), {}, False
 
 
-def _binary(m: _Maker, batch: int, num_tokens: int) -> Tensor:
+def _binary(m: Maker, batch: int, num_tokens: int) -> Tensor:
     mask = m.integers(0, 2, batch, num_tokens)
     mask[:, 0] = 1
     return mask.to(m.accumulate)
 
 
-def _attention(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+def _attention(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     yield from _attention_cases(make, small, lambda m, batch, num_tokens: ())
 
 
-def _masked_attention(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+def _masked_attention(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     yield from _attention_cases(make, small, lambda m, batch, num_tokens: (_binary(m, batch, num_tokens),))
 
 
-def _attention_cases(make: Callable[[str], _Maker], small: bool, extra: Callable[..., tuple]) -> Iterator[tuple]:
+def _attention_cases(make: Callable[[str], Maker], small: bool, extra: Callable[..., tuple]) -> Iterator[tuple]:
     for num_tokens in _token_counts(small):
         m = make(f"N{num_tokens}")
         width = 4 if small else 16
@@ -251,7 +203,7 @@ def _attention_cases(make: Callable[[str], _Maker], small: bool, extra: Callable
     yield "peaked", (*qkv, *extra(m, 1, 12)), {"size": m.per_token(1, 12, 1e-9, 5.0)}, False
 
 
-def _unmerge(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+def _unmerge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     channels = 3 if small else 40
     for num_tokens in _token_counts(small):
         m = make(f"N{num_tokens}")
@@ -266,10 +218,10 @@ def _unmerge(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
     yield "M0", (x[:, :0], torch.full_like(source, -1)), {}, True
 
 
-def _masked_merge(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+def _masked_merge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     channels = 5 if small else 48
 
-    def mask(m: _Maker, batch: int, num_tokens: int) -> Tensor:
+    def mask(m: Maker, batch: int, num_tokens: int) -> Tensor:
         return (m.per_token(batch, num_tokens) < 0.8).to(m.accumulate)
 
     for num_tokens in _token_counts(small):
@@ -323,7 +275,7 @@ def _masked_merge(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]
     yield "bad-sizes", (m.signs(3, 39, 6), importance, alive, counts), {"size": poor}, True
 
 
-def _masked_merge_backward(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+def _masked_merge_backward(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     for num_tokens in _token_counts(small):
         m = make(f"N{num_tokens}")
         # Sources go to a token of the first half; a destination out of range counts as the token itself.
@@ -340,7 +292,7 @@ def _masked_merge_backward(make: Callable[[str], _Maker], small: bool) -> Iterat
     yield "B0", (grad[:0], m.integers(0, 33, 0, 33)), {}, False
 
 
-def _merge_backward(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+def _merge_backward(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     for num_tokens in _token_counts(small):
         m = make(f"N{num_tokens}")
         kept = max(1, num_tokens // 2)
@@ -350,7 +302,7 @@ def _merge_backward(make: Callable[[str], _Maker], small: bool) -> Iterator[tupl
     yield "B0", (grad[:0], source[:0]), {}, False
 
 
-def _unmerge_backward(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+def _unmerge_backward(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     for num_tokens in _token_counts(small):
         m = make(f"N{num_tokens}")
         kept = max(1, num_tokens // 2)
@@ -358,7 +310,7 @@ def _unmerge_backward(make: Callable[[str], _Maker], small: bool) -> Iterator[tu
     yield "B0", (m.randn(0, 5, 12), m.source(0, 5, 2), 2), {}, False
 
 
-def _linear_gelu(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+def _linear_gelu(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     sizes = ((1, 3, 2), (5, 4, 3), (9, 7, 5)) if small else ((1, 24, 40), (33, 48, 96), (70, 130, 65), (197, 64, 33))
     for num_tokens, width, features in sizes:
         m = make(f"N{num_tokens}")
@@ -377,7 +329,7 @@ def _linear_gelu(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
 def _with_grad(forward: Callable[..., Iterator[tuple]], like: int) -> Callable[..., Iterator[tuple]]:
     """Samples of a backward pass: the forward's, with a random gradient in front shaped as argument ``like``."""
 
-    def cases(make: Callable[[str], _Maker], small: bool) -> Iterator[tuple]:
+    def cases(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
         for name, args, kwargs, exact in forward(make, small):
             yield name, (make(name).randn(*args[like].shape), *args), kwargs, exact
 
