@@ -6,6 +6,7 @@ so its own table, comparison and JSON work as usual. Every run adds a file to --
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Results:
         self.rates: dict[str, dict[str, float]] = {}
         self.path: Path | None = None
         self.provenance: dict[str, Any] | None = None
-        self.command = " ".join(["pytest", *config.invocation_params.args])
+        self.command = re.sub(r" --results[ =]\S+", "", " ".join(["pytest", *config.invocation_params.args]))
 
     def rates_of(self, dtype: torch.dtype) -> dict[str, float]:
         """The device's matrix and copy rates in this run."""

@@ -45,7 +45,7 @@ def summarize(folder: Path, settings: Settings) -> dict[str, Any]:
             for half in settings.halves
         ]
         task[cell]["chosen"] = _series(chosen)
-        task[cell]["scales"] = {half: [float(scale) for scale in scales[half]] for half in settings.halves}  # type: ignore
+        task[cell]["scales"] = {half: [float(scale) for scale in scales[half]] for half in settings.halves}  # type: ignore[assignment]
     return {
         "settings": settings.to_json(),
         "task": task,
