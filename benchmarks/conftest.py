@@ -1,6 +1,6 @@
 """`pytest benchmarks/ --benchmark-only`: the one fixture that may time, and where its figures go.
 
-Competitors take turns in one process (tokcomp.bench.timing); pytest-benchmark is then shown the rounds of one of them,
+Competitors take turns in one process (tokcomp.measure.timing); pytest-benchmark is then shown the rounds of one of them,
 so its own table, comparison and JSON work as usual. Every run adds a file to --results with all rows and competitors.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from tokcomp.bench.models import NotMeasured
-from tokcomp.bench.provenance import device_slug, find_device, provenance, save_record
+from tokcomp.measure.provenance import device_slug, find_device, provenance, save_record
 from tokcomp.bench.report import format_columns
-from tokcomp.bench.timing import MIN_ROUNDS, TURN_SECONDS, Samples, device_rates, interleave, stopwatch
+from tokcomp.measure.timing import MIN_ROUNDS, TURN_SECONDS, Samples, device_rates, interleave, stopwatch
 
 from benchmarks.whole_model import Choice
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tokcomp
 from tokcomp.bench.models import Entry, create_model, keep_everything
-from tokcomp.bench.provenance import find_device
+from tokcomp.measure.provenance import find_device
 
 from benchmarks.shapes import SUBJECTS, Subject
 from benchmarks.whole_model import STACKS, add_rows, baseline_of, batches, measure

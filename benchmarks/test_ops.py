@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tokcomp.bench.provenance import find_device
-from tokcomp.bench.timing import copies_beyond_cache, rotating
+from tokcomp.measure.provenance import find_device
+from tokcomp.measure.timing import copies_beyond_cache, rotating
 from torch import Tensor
 
 from benchmarks.eager import EAGER

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokcomp.bench.provenance import find_device
+from tokcomp.measure.provenance import find_device
 from tokcomp.bench.search import compare_search
 
 TABLE = "search step, granularity 4: images per second, speed over the published search, memory of a step"

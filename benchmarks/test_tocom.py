@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tokcomp
 from tokcomp.bench.models import Entry, create_model
-from tokcomp.bench.provenance import find_device
+from tokcomp.measure.provenance import find_device
 
 from benchmarks.training_steps import PRECISIONS as TRAINING_PRECISIONS
 from benchmarks.training_steps import Trainee, compare_training

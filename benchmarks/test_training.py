@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tokcomp
 from tokcomp.bench.models import create_model, keep_everything
-from tokcomp.bench.provenance import find_device
+from tokcomp.measure.provenance import find_device
 
 from benchmarks.training_steps import PRECISIONS, Trainee, compare_training
 from benchmarks.whole_model import batches

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from tokcomp.bench.entries import autocast
 from tokcomp.bench.models import NotMeasured
 from tokcomp.bench.published import PublishedPipeline
-from tokcomp.bench.timing import Samples, rotating
+from tokcomp.measure.timing import Samples, rotating
 from tokcomp.methods import Method
-from tokcomp.train.finetune import FineTuner
-from tokcomp.train.recipe import FINETUNE_RECIPE
+from tokcomp.finetune.tuner import FineTuner
+from tokcomp.runs.recipe import FINETUNE_RECIPE
 from torch import Tensor, nn
 
 PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}

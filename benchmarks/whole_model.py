@@ -11,7 +11,7 @@ import torch
 from tokcomp.bench.entries import PRECISIONS, Entry
 from tokcomp.bench.models import Row, compare_models, keep_everything
 from tokcomp.bench.published_code import find_clones
-from tokcomp.bench.roofline import ideal_seconds
+from benchmarks.model.roofline import ideal_seconds
 from tokcomp.bench.static_slice import StaticSlice
 from tokcomp.methods import DiffRate, Method, ToMe
 from torch import nn

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokcomp.bench.provenance import provenance
+from tokcomp.measure.provenance import provenance
 from tokcomp.cli.errors import UserError, check_output_folder
 from tokcomp.files import write_whole
 

@@ -21,9 +21,9 @@ from tokcomp.dense.train import DENSE_RECIPE, SegmenterTuner
 from tokcomp.equal_cost import tome_for_budget
 from tokcomp.methods import Method
 from tokcomp.tocom.distill import Distiller
-from tokcomp.train.batches import LoaderBatches
-from tokcomp.train.recipe import TOCOM_RECIPE
-from tokcomp.train.steps import seed_all
+from tokcomp.runs.batches import LoaderBatches
+from tokcomp.runs.recipe import TOCOM_RECIPE
+from tokcomp.runs.steps import seed_all
 from torch.utils.data import DataLoader
 
 from benchmarks.reproduce.runner import Unit

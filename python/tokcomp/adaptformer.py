@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tokcomp.adapters import UnsupportedModelError, find_adapter
 from tokcomp.adapters.swap import Swapped, restore_class, swap_class
-from tokcomp.adapters.timm_vit import TimmVisionTransformer
+from tokcomp.adapters.timm_vit.adapter import TimmVisionTransformer
 from tokcomp.files import write_whole
 
 FORMAT = "tokcomp.adaptformer"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokcomp.adapters import find_adapter
 from tokcomp.methods import Method
-from tokcomp.state import compose_sources
+from tokcomp.blocks.state import compose_sources
 from tokcomp.tocom.fold import fold_of, require_same_method
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

@@ -20,7 +20,7 @@ from tokcomp.api import compress, flops, restore, trace
 from tokcomp.assets import DIGITS_MODEL, DIGITS_SCHEDULE
 from tokcomp.data import DigitsDataset
 from tokcomp.equal_cost import evit_for_budget, tome_for_budget
-from tokcomp.evaluate import evaluate
+from tokcomp.measure.evaluate import evaluate
 from tokcomp.methods import DiffRate, Method
 from tokcomp.schedule import CompressionSchedule
 from tokcomp.visualize import draw_blocks, join_rows

@@ -13,8 +13,8 @@ import timm
 import tokcomp
 import torch
 from tokcomp.bench import cli, models
-from tokcomp.bench.provenance import provenance, save_record
-from tokcomp.bench.timing import Samples, copies_beyond_cache, interleave, rotating
+from tokcomp.measure.provenance import provenance, save_record
+from tokcomp.measure.timing import Samples, copies_beyond_cache, interleave, rotating
 from torch import Tensor
 
 CPU = torch.device("cpu")

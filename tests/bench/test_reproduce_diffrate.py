@@ -15,7 +15,7 @@ import timm
 import tokcomp
 import torch
 from tokcomp.assets import DIGITS_MODEL
-from tokcomp.assets.choose_schedule import search_digits
+from tools.assets.choose_schedule import search_digits
 from tokcomp.equal_cost import evit_for_budget, tome_for_budget
 
 from benchmarks.reproduce.diffrate import __main__ as diffrate

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokcomp.bench import results_page, results_tables
-from tokcomp.bench.predictions import ENTRIES, SUBJECTS, predictions
-from tokcomp.bench.results_predicted import Predicted
-from tokcomp.bench.stacks import GPUS, STACKS
+from benchmarks.page import page as results_page
+from benchmarks.page import tables as results_tables
+from benchmarks.model.predictions import ENTRIES, SUBJECTS, predictions
+from benchmarks.page.predicted import Predicted
+from benchmarks.model.stacks import GPUS, STACKS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

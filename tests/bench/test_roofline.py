@@ -8,7 +8,7 @@ import pytest
 import timm
 import tokcomp
 import torch
-from tokcomp.bench.roofline import BlockTokens, ModelShape, ideal_kernels, ideal_seconds, token_counts
+from benchmarks.model.roofline import BlockTokens, ModelShape, ideal_kernels, ideal_seconds, token_counts
 
 H200 = {"matrix_flops_per_s": 790e12, "copy_bytes_per_s": 4.3e12, "exponentials_per_s": 132 * 16 * 1.755e9}
 MAE = {"global_pool": "avg", "num_classes": 1000}

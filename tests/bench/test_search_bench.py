@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokcomp.bench import search as bench
 from tokcomp.bench.models import DisagreementError, create_model
-from tokcomp.bench.timing import interleave, stopwatch
+from tokcomp.measure.timing import interleave, stopwatch
 
 CPU = torch.device("cpu")
 OPTIONS = {"img_size": 64, "depth": 3}

@@ -9,11 +9,12 @@ import pytest
 import timm
 import tokcomp
 import torch
-from tokcomp.bench import roofline, traffic_triton
+from benchmarks.model import roofline
+from benchmarks.model import traffic_triton
 from tokcomp.bench.published import PublishedPipeline
-from tokcomp.bench.roofline import ModelShape, token_counts
-from tokcomp.bench.stacks import EAGER_LAUNCHES, conventional_kernels
-from tokcomp.bench.traffic import KernelCost
+from benchmarks.model.roofline import ModelShape, token_counts
+from benchmarks.model.stacks import EAGER_LAUNCHES, conventional_kernels
+from benchmarks.model.traffic import KernelCost
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.bench.dispatched import Dispatched

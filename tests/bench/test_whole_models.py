@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tokcomp
 import torch
-from tokcomp.bench.roofline import ideal_seconds
+from benchmarks.model.roofline import ideal_seconds
 from tokcomp.schedule import published_budgets
 
 from benchmarks import test_batch_sweep, test_models, test_tocom, test_training, training_steps, whole_model

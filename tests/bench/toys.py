@@ -10,7 +10,7 @@ import timm
 import tokcomp
 import torch
 from tokcomp.bench.models import NotMeasured
-from tokcomp.bench.timing import Samples
+from tokcomp.measure.timing import Samples
 
 from benchmarks.whole_model import Choice
 

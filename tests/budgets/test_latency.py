@@ -21,7 +21,7 @@ from tokcomp.budgets import (
 from tokcomp.budgets.latency import TabulatedLatency
 from tokcomp.budgets.measure import counts_to_measure
 from tokcomp.budgets.vit_parts import VitParts
-from tokcomp.state import BlockState
+from tokcomp.blocks.state import BlockState
 
 
 def stepped(part: str, count: int) -> float:

@@ -20,8 +20,8 @@ SHORT = ("--adaptformer", "--bottleneck", "8", "-b", "128", "--epochs", "0.3", "
 @pytest.fixture
 def few_images(monkeypatch):
     """Validate on 20 digits, so that a test spends its time on training."""
-    from tokcomp.train import batches
-    from tokcomp.train.data import Part
+    from tokcomp.runs import batches
+    from tokcomp.runs.data import Part
 
     whole = batches.held_out_batches
     monkeypatch.setattr(
@@ -69,7 +69,7 @@ def test_finetune_and_evaluate(run, tmp_path, few_images):
 
 def _top1(model):
     from tokcomp.demo import digits_batches
-    from tokcomp.evaluate import evaluate
+    from tokcomp.measure.evaluate import evaluate
 
     return evaluate(model, digits_batches(model), device=torch.device("cpu")).top1
 

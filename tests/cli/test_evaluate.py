@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from tokcomp.cli import main
-from tokcomp.evaluate import evaluate
+from tokcomp.measure.evaluate import evaluate
 
 DIGITS = ("evaluate", "--dataset", "digits", "-m", "tokcomp_digits_vit", "--device", "cpu", "-j", "0")
 TINY = ("evaluate", "-m", "tokcomp_digits_vit", "--device", "cpu", "-j", "0", "-b", "2")
@@ -156,7 +156,7 @@ def test_interrupt_writes_nothing(run, tmp_path, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tokcomp.evaluate.evaluate", interrupted)
+    monkeypatch.setattr("tokcomp.measure.evaluate.evaluate", interrupted)
     target = tmp_path / "result.json"
     assert main([*DIGITS, "--results-file", str(target)]) == 130
     assert "stopped after 0 images; nothing was written" in capsys.readouterr().err

@@ -11,8 +11,8 @@ import tokcomp
 import torch
 from PIL import Image
 from tokcomp.cli import finetune, options
-from tokcomp.train.finetune import FineTuner
-from tokcomp.train.recipe import FINETUNE_RECIPE, SCRATCH_RECIPE
+from tokcomp.finetune.tuner import FineTuner
+from tokcomp.runs.recipe import FINETUNE_RECIPE, SCRATCH_RECIPE
 
 MODEL = ("finetune", "-m", "tokcomp_digits_vit", "--device", "cpu", "-j", "0")
 DIGITS = (*MODEL, "--dataset", "digits", "--pretrained")
@@ -23,8 +23,8 @@ SHORT = ("-b", "256", "--epochs", "0.6", "--method", "tome", "--r", "12")
 @pytest.fixture
 def few_images(monkeypatch):
     """Validate on 20 digits, so that a test spends its time on training."""
-    from tokcomp.train import batches
-    from tokcomp.train.data import Part
+    from tokcomp.runs import batches
+    from tokcomp.runs.data import Part
 
     whole = batches.held_out_batches
     monkeypatch.setattr(
@@ -59,9 +59,9 @@ def test_digits(run, tmp_path, few_images):
     weights = str(tmp_path / "last.safetensors")
     model = timm.create_model("tokcomp_digits_vit", checkpoint_path=weights).eval()
     tokcomp.compress(model, tokcomp.ToMe(12))
-    from tokcomp.train.batches import held_out_batches
-    from tokcomp.train.data import Part, open_dataset
-    from tokcomp.train.recipe import plain_transform
+    from tokcomp.runs.batches import held_out_batches
+    from tokcomp.runs.data import Part, open_dataset
+    from tokcomp.runs.recipe import plain_transform
 
     config = timm.data.resolve_model_data_config(model)
     part = Part(open_dataset("digits", None, split="validation"), range(20), plain_transform(config))

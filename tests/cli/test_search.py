@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from tokcomp import CompressionSchedule
 from tokcomp.cli.search import RECIPE_OPTIONS
-from tokcomp.train.checkpoint import load_checkpoint
-from tokcomp.train.log import read_log
-from tokcomp.train.recipe import SEARCH_RECIPE
+from tokcomp.runs.checkpoint import load_checkpoint
+from tokcomp.runs.log import read_log
+from tokcomp.runs.recipe import SEARCH_RECIPE
 
 SHORT = ("-b", "8", "--steps", "6", "--log-interval", "1", "--checkpoint-interval", "2", "--eval-interval", "0")
 MODEL = ("-m", "tokcomp_digits_vit", "--device", "cpu", "-j", "0")

@@ -12,9 +12,10 @@ import tokcomp
 import torch
 from safetensors.torch import load_file
 from tokcomp import assets  # noqa: F401  registers the digits model with timm
-from tokcomp.cli import options, tocom_train
+from tokcomp.cli import options
+from tokcomp.cli.tocom import train as tocom_train
 from tokcomp.tocom.distill import Distiller
-from tokcomp.train.recipe import TOCOM_RECIPE
+from tokcomp.runs.recipe import TOCOM_RECIPE
 
 MODEL = ("-m", "tokcomp_digits_vit", "--pretrained", "--device", "cpu")
 DIGITS = (*MODEL, "--dataset", "digits", "-j", "0")
@@ -179,8 +180,8 @@ def test_evaluate(run, tmp_path, digits_vit, plugin):
     assert [(cell["source"], cell["target"]) for cell in cells] == [(6, 0), (6, 6), (2, 0), (2, 6)]
     assert cells[1]["without"] == cells[1]["with_tocom"]
     # By hand, for one cell.
-    from tokcomp.train.data import Part, open_dataset, spread_sample
-    from tokcomp.train.recipe import plain_transform
+    from tokcomp.runs.data import Part, open_dataset, spread_sample
+    from tokcomp.runs.recipe import plain_transform
 
     model = timm.create_model("tokcomp_digits_vit", checkpoint_path=str(weights)).eval()
     dataset = open_dataset("digits", None, split="validation")
@@ -259,7 +260,7 @@ def test_mistakes_are_named_before_anything_is_written(
     plugin.method = "tome"
     plugin.save(places["TOME"])
     # Nothing is scored before all that can be refused is.
-    monkeypatch.setattr("tokcomp.evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr("tokcomp.measure.evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
     arguments = [places.get(argument, argument) for argument in arguments]
     output = () if arguments[0] == "evaluate" else ("-o", tmp_path / "out")
     status, out, err = run("tocom", *arguments, *output)

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tokcomp.cli import main
 from tokcomp.dense.train import DenseRun
-from tokcomp.train.log import read_log
+from tokcomp.runs.log import read_log
 
 from tests.cli.conftest import run  # noqa: F401
 

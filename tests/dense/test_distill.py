@@ -10,7 +10,7 @@ import tokcomp
 import torch
 from tokcomp.dense import Segmenter
 from tokcomp.tocom.distill import Distiller
-from tokcomp.train.recipe import TOCOM_RECIPE
+from tokcomp.runs.recipe import TOCOM_RECIPE
 
 from benchmarks.reproduce.dense import reproduce
 from benchmarks.reproduce.dense_units import QUICK, all_units

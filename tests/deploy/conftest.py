@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokcomp import graphs
+from tokcomp.deploy import graphs
 from torch import nn
 
 from tests.library.conftest import images_for, make_vit, method, methods  # noqa: F401

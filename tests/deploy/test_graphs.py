@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from tokcomp.graphs import Graphs
+from tokcomp.deploy.graphs import Graphs
 from torch import nn
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from tokcomp.fastpath import training
 from tokcomp.fastpath.training import FastLinear
-from tokcomp.train.finetune import FineTuner
-from tokcomp.train.recipe import FINETUNE_RECIPE
+from tokcomp.finetune.tuner import FineTuner
+from tokcomp.runs.recipe import FINETUNE_RECIPE
 
 pytestmark = pytest.mark.skipif(training._product is None, reason="this torch has no oneDNN")
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 import tokcomp
 import torch
-from tokcomp.adapters import timm_vit_fast
+from tokcomp.adapters.timm_vit import fast as timm_vit_fast
 from tokcomp.fastpath import packing
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode

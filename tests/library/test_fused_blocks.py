@@ -8,7 +8,7 @@ import pytest
 import tokcomp
 import torch
 from tokcomp import fastpath
-from tokcomp.adapters import timm_vit_fast
+from tokcomp.adapters.timm_vit import fast as timm_vit_fast
 from tokcomp.fastpath import packing
 from tokcomp.methods.base import reduces_in_one
 from torch import Tensor, nn

@@ -10,10 +10,10 @@ from timm.models.vision_transformer import VisionTransformer
 from tokcomp.budgets import FlopsBudget
 from tokcomp.search.run import run_search
 from tokcomp.search.settings import SearchSettings
-from tokcomp.train.batches import TensorBatches
-from tokcomp.train.checkpoint import load_checkpoint
-from tokcomp.train.recipe import SEARCH_RECIPE
-from tokcomp.train.steps import StopRequest
+from tokcomp.runs.batches import TensorBatches
+from tokcomp.runs.checkpoint import load_checkpoint
+from tokcomp.runs.recipe import SEARCH_RECIPE
+from tokcomp.runs.steps import StopRequest
 
 RECIPE = replace(SEARCH_RECIPE, batch_size=8, lr=0.3, min_lr=0.03)
 SETTINGS = SearchSettings(recipe=RECIPE, steps=6, granularity=1, log_interval=2, eval_interval=3, checkpoint_interval=2)

@@ -122,8 +122,8 @@ def test_the_grid_passes_gradient_to_merged_tokens():
 @pytest.mark.parametrize("pipeline", ["merge", "prune"])
 def test_the_mask_of_a_lost_token_moves_its_position_as_its_gradient_says(pipeline):
     """The mask is 0 or 1 in the forward pass, but what it multiplies is linear in it: 1 gives the token back."""
-    from tokcomp.adapters.timm_caformer_search import _Positions, _spread
-    from tokcomp.search.tokens import TokenState
+    from tokcomp.adapters.timm_caformer.search import _Positions, _spread
+    from tokcomp.blocks.search import TokenState
 
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(1, 6, 4, generator=generator, dtype=torch.float64)

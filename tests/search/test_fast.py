@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tokcomp import DiffRateSearch
-from tokcomp.adapters import timm_vit_search_fast
+from tokcomp.adapters.timm_vit import search_fast as timm_vit_search_fast
 from torch import nn
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")

@@ -15,15 +15,15 @@ import torch
 import torch.multiprocessing as multiprocessing
 from tokcomp import DiffRateSearch
 from tokcomp.budgets import Budget
-from tokcomp.evaluate import evaluate
+from tokcomp.measure.evaluate import evaluate
 from tokcomp.search.plot import plot_kept
 from tokcomp.search.run import run_search, run_searches
 from tokcomp.search.settings import flops_weight
-from tokcomp.train import distributed
-from tokcomp.train.batches import TensorBatches
-from tokcomp.train.checkpoint import load_checkpoint
-from tokcomp.train.distributed import World
-from tokcomp.train.log import read_log
+from tokcomp.runs import distributed
+from tokcomp.runs.batches import TensorBatches
+from tokcomp.runs.checkpoint import load_checkpoint
+from tokcomp.runs.distributed import World
+from tokcomp.runs.log import read_log
 
 from tests.search.runs import (
     RECIPE,

@@ -12,8 +12,8 @@ from tokcomp import DiffRateSearch
 from tokcomp.budgets import FlopsBudget
 from tokcomp.search.run import run_search, run_searches
 from tokcomp.search.settings import SearchSettings
-from tokcomp.train.checkpoint import load_checkpoint
-from tokcomp.train.steps import DivergedError
+from tokcomp.runs.checkpoint import load_checkpoint
+from tokcomp.runs.steps import DivergedError
 
 from tests.search.runs import (
     SETTINGS,

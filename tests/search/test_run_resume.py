@@ -8,7 +8,7 @@ import pytest
 import tokcomp
 from tokcomp.budgets import FlopsBudget
 from tokcomp.search.run import run_search
-from tokcomp.train.log import read_log
+from tokcomp.runs.log import read_log
 
 from tests.search.runs import (
     RECIPE,

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokcomp import adaptformer
-from tokcomp.evaluate import evaluate
-from tokcomp.train.batches import TensorBatches
-from tokcomp.train.finetune import FineTuner
-from tokcomp.train.finetune_run import FineTuneRun
-from tokcomp.train.recipe import ADAPTFORMER_RECIPE, Recipe
+from tokcomp.measure.evaluate import evaluate
+from tokcomp.runs.batches import TensorBatches
+from tokcomp.finetune.tuner import FineTuner
+from tokcomp.finetune.run import FineTuneRun
+from tokcomp.runs.recipe import ADAPTFORMER_RECIPE, Recipe
 
 from tests.library.conftest import make_vit, meta_model, published  # noqa: F401
 from tests.library.small_caformer import caformer

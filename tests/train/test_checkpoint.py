@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokcomp.train.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
+from tokcomp.runs.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
 
 STATE = {"step": 3, "logits": {"prune.0.logits": torch.arange(4.0)}, "settings": {"lr": 0.01, "aa": None}}
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from tokcomp.data import DigitsDataset
-from tokcomp.train.batches import LoaderBatches, TensorBatches, check_batch_size, held_out_batches, part_of_batch
-from tokcomp.train.data import Part, check_labels, labels_of, open_dataset, split_off, spread_sample
-from tokcomp.train.distributed import World
+from tokcomp.runs.batches import LoaderBatches, TensorBatches, check_batch_size, held_out_batches, part_of_batch
+from tokcomp.runs.data import Part, check_labels, labels_of, open_dataset, split_off, spread_sample
+from tokcomp.runs.distributed import World
 from torch.utils.data import Dataset, IterableDataset
 
 

@@ -16,15 +16,15 @@ import torch.multiprocessing as multiprocessing
 from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
-from tokcomp.evaluate import evaluate
-from tokcomp.train import distributed
-from tokcomp.train.batches import TensorBatches
-from tokcomp.train.distributed import ALONE
-from tokcomp.train.finetune import FineTuner
-from tokcomp.train.finetune_run import FineTuneRun
-from tokcomp.train.log import read_log
-from tokcomp.train.recipe import Recipe
-from tokcomp.train.steps import DivergedError
+from tokcomp.measure.evaluate import evaluate
+from tokcomp.runs import distributed
+from tokcomp.runs.batches import TensorBatches
+from tokcomp.runs.distributed import ALONE
+from tokcomp.finetune.tuner import FineTuner
+from tokcomp.finetune.run import FineTuneRun
+from tokcomp.runs.log import read_log
+from tokcomp.runs.recipe import Recipe
+from tokcomp.runs.steps import DivergedError
 
 CPU = torch.device("cpu")
 PLAIN = Recipe(lr=1e-2, min_lr=1e-4, weight_decay=0.05, epochs=2, batch_size=8, mixup=0.0, cutmix=0.0, drop_path=0.0)

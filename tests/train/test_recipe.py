@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from PIL import Image
-from tokcomp.train.batches import part_of_batch
-from tokcomp.train.recipe import (
+from tokcomp.runs.batches import part_of_batch
+from tokcomp.runs.recipe import (
     FINETUNE_RECIPE,
     SCRATCH_RECIPE,
     SEARCH_RECIPE,

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from tokcomp.train import distributed
-from tokcomp.train.log import RunLog, read_log
-from tokcomp.train.steps import Progress, StopRequest, derived_seed, seed_all, seeded
+from tokcomp.runs import distributed
+from tokcomp.runs.log import RunLog, read_log
+from tokcomp.runs.steps import Progress, StopRequest, derived_seed, seed_all, seeded
 
 
 def test_the_log_reads_back_exactly(tmp_path):
@@ -72,7 +72,7 @@ class _Writer:
 
 
 def test_tensorboard_gets_the_same_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokcomp.train.log.find_spec", lambda name: object())
+    monkeypatch.setattr("tokcomp.runs.log.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=_Writer))
     for resume_step in (None, 1):
         log = RunLog(tmp_path / "log.csv", ["loss", "top1"], resume_step=resume_step, tensorboard=tmp_path / "board")
@@ -80,7 +80,7 @@ def test_tensorboard_gets_the_same_rows(tmp_path, monkeypatch):
         log.close()
     assert [writer.purge_step for writer in _Writer.made] == [None, 2]  # rows after the checkpoint are hidden
     assert all(writer.rows == [("loss", 0.5, 2)] and writer.closed for writer in _Writer.made)
-    monkeypatch.setattr("tokcomp.train.log.find_spec", lambda name: None)
+    monkeypatch.setattr("tokcomp.runs.log.find_spec", lambda name: None)
     RunLog(tmp_path / "log.csv", ["loss"], tensorboard=tmp_path / "board").close()
     assert len(_Writer.made) == 2
 

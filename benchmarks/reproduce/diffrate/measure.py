@@ -9,7 +9,7 @@ from functools import lru_cache
 import tokcomp
 import torch
 import torch.nn.functional as F
-from tokcomp.assets.train_digits import normalize
+from tools.assets.train_digits import normalize
 from tokcomp.data import digits_split, render_digits
 from tokcomp.methods import Method
 from torch import Tensor, nn

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from tokcomp.assets import DIGITS_MODEL
-from tokcomp.assets.train_digits import train
+from tools.assets.train_digits import train
 from tokcomp.files import write_whole
 
 from benchmarks.reproduce.diffrate.plan import BUNDLED, SHAPES, Model

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from tokcomp.assets.choose_schedule import FLOPS_WEIGHT, LEARNING_RATE
+from tools.assets.choose_schedule import FLOPS_WEIGHT, LEARNING_RATE
 
 #: The model that comes with the package: trained longer than those of a run, and not by it.
 BUNDLED = "bundled"

@@ -9,7 +9,7 @@ import tokcomp
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from tokcomp.assets.choose_schedule import search_digits
+from tools.assets.choose_schedule import search_digits
 from tokcomp.search.model import DiffRateSearch
 
 from benchmarks.reproduce.diffrate.measure import logits_of, training_pictures

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from tokcomp.assets.train_digits import normalize
+from tools.assets.train_digits import normalize
 from tokcomp.data import digits_split, render_digits
 from torch import Tensor
 

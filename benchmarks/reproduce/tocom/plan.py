@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from tokcomp.methods import ToMe
-from tokcomp.train.recipe import Recipe
+from tokcomp.runs.recipe import Recipe
 
 #: A half of the digits' classes. What is pre-trained on one half has the other one as its task.
 HALVES: Mapping[str, tuple[int, ...]] = {"low": (0, 1, 2, 3, 4), "high": (5, 6, 7, 8, 9)}

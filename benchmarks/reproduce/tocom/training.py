@@ -14,9 +14,9 @@ from timm.models.vision_transformer import VisionTransformer
 from tokcomp import ToCom
 from tokcomp.assets import DIGITS_MODEL
 from tokcomp.methods import Method
-from tokcomp.train.batches import TensorBatches
-from tokcomp.train.finetune import FineTuner
-from tokcomp.train.recipe import Recipe
+from tokcomp.runs.batches import TensorBatches
+from tokcomp.finetune.tuner import FineTuner
+from tokcomp.runs.recipe import Recipe
 from torch import Tensor
 
 from benchmarks.reproduce.tocom.data import Drawing

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from tokcomp.files import write_whole
-from tokcomp.train.recipe import Recipe
+from tokcomp.runs.recipe import Recipe
 from torch import Tensor, nn
 
 from benchmarks.reproduce.runner import Unit

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from tokcomp.adapters.base import Adapter, BlockCost, Cost, UnsupportedModelError
-from tokcomp.adapters.timm_caformer import TimmCAFormer
-from tokcomp.adapters.timm_vit import TimmVisionTransformer
+from tokcomp.adapters.timm_caformer.adapter import TimmCAFormer
+from tokcomp.adapters.timm_vit.adapter import TimmVisionTransformer
 
 #: One adapter per family, asked in this order.
 ADAPTERS: tuple[Adapter, ...] = (TimmVisionTransformer(), TimmCAFormer())

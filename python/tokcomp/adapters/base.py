@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokcomp.methods.base import Geometry, Method
 
 if TYPE_CHECKING:
-    from tokcomp.search.tokens import BlockSearch
+    from tokcomp.blocks.search import BlockSearch
 
 
 class UnsupportedModelError(TypeError):

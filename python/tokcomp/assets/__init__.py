@@ -1,7 +1,7 @@
 """The digits model that comes with the package, so that everything can be tried with no download.
 
 Importing this module registers ``tokcomp_digits_vit`` with timm; ``pretrained=True`` reads the weights beside this
-file, which ``python -m tokcomp.assets.train_digits`` made.
+file, which ``python -m tools.assets.train_digits`` made.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import nn
 import tokcomp
 from tokcomp.bench.entries import COMPETITORS, PRECISIONS, Entry, build_runner, compiling
 from tokcomp.bench.gate import DisagreementError, Gate, check_agreement, image_shape
-from tokcomp.bench.timing import MIN_ROUNDS, Samples, interleave, rotating, stopwatch
+from tokcomp.measure.timing import MIN_ROUNDS, Samples, interleave, rotating, stopwatch
 from tokcomp.methods import Method
 
 __all__ = [

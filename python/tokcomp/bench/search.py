@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tokcomp.bench.models import PRECISIONS, DisagreementError, create_model
 from tokcomp.bench.published_search import PublishedSearch
-from tokcomp.bench.timing import Samples, rotating
+from tokcomp.measure.timing import Samples, rotating
 from tokcomp.search.model import DiffRateSearch
 
 #: Who may take a step, in the order of tables: the published search; the same without gradients for the weights it does

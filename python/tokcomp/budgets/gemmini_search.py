@@ -21,7 +21,7 @@ from tokcomp.budgets.gemmini import (
     points_of,
 )
 from tokcomp.budgets.staircase import Staircase
-from tokcomp.train.steps import derived_seed
+from tokcomp.runs.steps import derived_seed
 
 #: What the model gives, in the order of its first dimension: name, unit.
 METRICS = (("gemmini_latency", "ms"), ("gemmini_power", "mW"))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokcomp.bench.provenance import provenance
-from tokcomp.bench.timing import MIN_ROUNDS, stopwatch
+from tokcomp.measure.provenance import provenance
+from tokcomp.measure.timing import MIN_ROUNDS, stopwatch
 from tokcomp.budgets.base import counts_of
 from tokcomp.budgets.latency import LatencyTable
 from tokcomp.budgets.vit_parts import PARTS, VitParts, uniform_blocks
@@ -155,7 +155,7 @@ def _take_turns(
     report: Callable[[str], None],
     stop: Callable[[], bool],
 ) -> dict[tuple[str, Any], list[float]]:
-    """Seconds per call, one figure per round; like :func:`tokcomp.bench.timing.interleave`, but it can be stopped."""
+    """Seconds per call, one figure per round; like :func:`tokcomp.measure.timing.interleave`, but it can be stopped."""
     launches: dict[tuple[str, Any], int] = {}
     seconds: dict[tuple[str, Any], list[float]] = {key: [] for key in calls}
     collecting = gc.isenabled()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from tokcomp.budgets import Budget, LatencyTable
-    from tokcomp.train.distributed import World
+    from tokcomp.runs.distributed import World
 
 #: option -> what follows its number in a target's name
 _TARGETS = {"target_gflops": "", "target_ms": "ms", "target_images_per_s": "ips", "target_mw": "mw"}

@@ -12,7 +12,7 @@ from tokcomp.cli.errors import UserError
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
-    from tokcomp.train.data import Part
+    from tokcomp.runs.data import Part
 
 
 def add_data_options(parser: argparse.ArgumentParser, *, batch_size: int, batch_help: str = "") -> Any:
@@ -62,7 +62,7 @@ def data_root(args: argparse.Namespace) -> Path | None:
 
 def open_data(args: argparse.Namespace, root: Path | None, split: str) -> Dataset:
     """The data set that the options name."""
-    from tokcomp.train.data import open_dataset
+    from tokcomp.runs.data import open_dataset
 
     try:
         return open_dataset(
@@ -83,8 +83,8 @@ def scored_images(args: argparse.Namespace, root: Path | None, split: str, model
     from torch.utils.data import IterableDataset
 
     from tokcomp.data import count_classes
-    from tokcomp.train.data import Part, spread_sample
-    from tokcomp.train.recipe import plain_transform
+    from tokcomp.runs.data import Part, spread_sample
+    from tokcomp.runs.recipe import plain_transform
 
     dataset = open_data(args, root, split)
     if isinstance(dataset, IterableDataset):

@@ -42,7 +42,7 @@ _RANDOM_NOTE = (
 )
 _SCHEDULE_NOTE = (
     "DiffRate's schedule for this model was found by its gradient search, in 135 steps on the training digits (python "
-    "-m tokcomp.assets.choose_schedule); r and the keep rate are those that come nearest to its cost. 'same answer' is "
+    "-m tools.assets.choose_schedule); r and the keep rate are those that come nearest to its cost. 'same answer' is "
     "the share of images on which the compressed model answers as the uncompressed one. On 360 images one image is "
     "0.28 %, so differences of a per cent or so mean little."
 )
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from tokcomp import demo
-    from tokcomp.info import machine, package_versions
+    from tokcomp.measure.info import machine, package_versions
 
     photo_model = _photo_model(args.pretrained)
     print("1/3  digits: accuracy at equal cost", flush=True)

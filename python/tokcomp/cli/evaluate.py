@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.data import Dataset
 
-    from tokcomp.evaluate import Evaluation
-    from tokcomp.train.distributed import World
+    from tokcomp.measure.evaluate import Evaluation
+    from tokcomp.runs.distributed import World
 
 DESCRIPTION = """\
 Accuracy (top-1, top-5) and speed of a model, compressed or not, on labelled images.
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tokcomp.train.distributed import join, leave, local_device
+    from tokcomp.runs.distributed import join, leave, local_device
 
     if args.results_file is not None:
         check_output_file("--results-file", args.results_file)
@@ -159,7 +159,7 @@ def _evaluate(
     from tqdm import tqdm
 
     from tokcomp.data import num_images
-    from tokcomp.evaluate import evaluate
+    from tokcomp.measure.evaluate import evaluate
 
     loader = create_loader(
         cast(Any, dataset),

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import Dataset
 
-    from tokcomp.train.distributed import World
-    from tokcomp.train.finetune_run import FineTuneRun
-    from tokcomp.train.recipe import Recipe
+    from tokcomp.runs.distributed import World
+    from tokcomp.finetune.run import FineTuneRun
+    from tokcomp.runs.recipe import Recipe
 
 DESCRIPTION = """\
 Train a model with its tokens really dropped: fine-tuning by the DiffRate paper's recipe (its Table 6: 30 epochs from
@@ -149,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tokcomp.train.finetune_run import CHECKPOINT
+    from tokcomp.finetune.run import CHECKPOINT
 
     recipe = _recipe(args)
     root = data_root(args)
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    from tokcomp.train.recipe import ADAPTFORMER_RECIPE, FINETUNE_RECIPE, SCRATCH_RECIPE
+    from tokcomp.runs.recipe import ADAPTFORMER_RECIPE, FINETUNE_RECIPE, SCRATCH_RECIPE
 
     if args.from_scratch and (args.pretrained or args.checkpoint is not None):
         raise UserError("--from-scratch starts from random weights, got trained ones too; leave one of the two out")
@@ -197,13 +197,13 @@ def _prepare(
     from timm.data import resolve_model_data_config
 
     import tokcomp
-    from tokcomp.evaluate import evaluate
-    from tokcomp.train.batches import LoaderBatches, check_batch_size, held_out_batches
-    from tokcomp.train.data import Part, check_labels, training_part
-    from tokcomp.train.finetune import FineTuner
-    from tokcomp.train.finetune_run import FineTuneRun
-    from tokcomp.train.recipe import plain_transform
-    from tokcomp.train.steps import seed_all
+    from tokcomp.measure.evaluate import evaluate
+    from tokcomp.runs.batches import LoaderBatches, check_batch_size, held_out_batches
+    from tokcomp.runs.data import Part, check_labels, training_part
+    from tokcomp.finetune.tuner import FineTuner
+    from tokcomp.finetune.run import FineTuneRun
+    from tokcomp.runs.recipe import plain_transform
+    from tokcomp.runs.steps import seed_all
 
     pieces = args.grad_accum_steps
     with blame("--batch-size"):
@@ -307,7 +307,7 @@ def _attach_branches(args: argparse.Namespace, model: nn.Module) -> dict[str, An
 
 def _parts(args: argparse.Namespace, root: Path | None) -> tuple[Dataset, list[int] | None, Dataset]:
     """The data set, which of its images to train on (None: all), and those to validate on."""
-    from tokcomp.train.data import Part, split_off
+    from tokcomp.runs.data import Part, split_off
 
     train = open_data(args, root, args.train_split)
     if args.held_out is not None:

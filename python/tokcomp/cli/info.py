@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with blame("environment", hint="change or unset the variable"):
-        from tokcomp.info import collect
+        from tokcomp.measure.info import collect
 
         found = collect()
     print(json.dumps(found, indent=2, default=str) if args.json else _text(found))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from tokcomp.search.settings import SearchSettings
-    from tokcomp.train.distributed import World
+    from tokcomp.runs.distributed import World
 
 DESCRIPTION = """\
 Find how many tokens each block of a model should prune and merge, for a budget: the search of the DiffRate paper. The
@@ -175,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> SearchSettings:
     from tokcomp.search.settings import SearchSettings
-    from tokcomp.train.recipe import SEARCH_RECIPE
+    from tokcomp.runs.recipe import SEARCH_RECIPE
 
     given = {field: getattr(args, field) for field in RECIPE_OPTIONS if getattr(args, field) is not None}
     if args.steps is not None and "epochs" in given:
@@ -211,9 +211,9 @@ def _run(
     from tokcomp.data import num_images
     from tokcomp.search.model import DiffRateSearch
     from tokcomp.search.run import run_searches
-    from tokcomp.train.batches import LoaderBatches, check_batch_size, held_out_batches
-    from tokcomp.train.data import training_part
-    from tokcomp.train.steps import DivergedError, StopRequest, seed_all
+    from tokcomp.runs.batches import LoaderBatches, check_batch_size, held_out_batches
+    from tokcomp.runs.data import training_part
+    from tokcomp.runs.steps import DivergedError, StopRequest, seed_all
 
     with blame("--batch-size"):
         check_batch_size(args.batch_size, world.size, args.grad_accum_steps, mixes=settings.recipe.mixes)
@@ -298,8 +298,8 @@ def _parts(
 ) -> tuple[Dataset, list[int], Dataset | None, int]:
     """The data set, which of its images to search on, what to watch the accuracy on, and the images of an epoch."""
     from tokcomp.data import num_images
-    from tokcomp.train.data import Part, check_labels, split_off, spread_sample
-    from tokcomp.train.recipe import plain_transform
+    from tokcomp.runs.data import Part, check_labels, split_off, spread_sample
+    from tokcomp.runs.recipe import plain_transform
 
     dataset = open_data(args, root, args.train_split)
     where = f"--dataset {args.dataset}" if args.dataset else f"DATA '{root}'"

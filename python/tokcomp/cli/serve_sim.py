@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tokcomp.serve.policy import Policy
     from tokcomp.serve.report import Run
     from tokcomp.serve.server import Server
-    from tokcomp.train.data import Part
+    from tokcomp.runs.data import Part
 
 DIGITS_MODEL = "tokcomp_digits_vit"
 DEGREES = (0, 8, 12, 16, 20)
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     device = options.chosen_device(args.device)
     import torch
 
-    from tokcomp.info import machine, package_versions
+    from tokcomp.measure.info import machine, package_versions
     from tokcomp.serve import report
 
     started = time.perf_counter()
@@ -246,7 +246,7 @@ def _load(args: argparse.Namespace, part: Part, device: torch.device, dtype: tor
     """Images [n, 3, H, W], normalized, and labels [n], in memory."""
     import torch
 
-    from tokcomp.train.batches import held_out_batches
+    from tokcomp.runs.batches import held_out_batches
 
     workers = 0 if args.dataset == "digits" else args.workers
     with blame("DATA"):

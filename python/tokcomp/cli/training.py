@@ -15,9 +15,9 @@ from tokcomp.cli.errors import UserError, blame, check_output_folder
 if TYPE_CHECKING:
     import torch
 
-    from tokcomp.train.distributed import World
-    from tokcomp.train.recipe import Recipe
-    from tokcomp.train.steps import StopRequest
+    from tokcomp.runs.distributed import World
+    from tokcomp.runs.recipe import Recipe
+    from tokcomp.runs.steps import StopRequest
 
 
 class Run(Protocol):
@@ -89,7 +89,7 @@ def check_new_run(args: argparse.Namespace, checkpoint: str) -> None:
 
 def among_processes(args: argparse.Namespace, work: Callable[[torch.device, World], int]) -> int:
     """``work`` on this process's device, among the processes that torchrun started."""
-    from tokcomp.train.distributed import join, leave, local_device
+    from tokcomp.runs.distributed import join, leave, local_device
 
     device = local_device(options.chosen_device(args.device))
     try:
@@ -106,7 +106,7 @@ def train_to_end(
     args: argparse.Namespace, found: Run, world: World, report: Callable[[], None], *, command: str
 ) -> int:
     """Resume where asked, train, and say how it ended: the exit status."""
-    from tokcomp.train.steps import DivergedError, StopRequest
+    from tokcomp.runs.steps import DivergedError, StopRequest
 
     if args.resume:
         with blame("--resume"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokcomp.adapters import UnsupportedModelError, find_adapter
 from tokcomp.dense.heads import HEADS
-from tokcomp.state import compose_sources
+from tokcomp.blocks.state import compose_sources
 
 
 def position_tokens(encoder: nn.Module, images: Tensor) -> Tensor:

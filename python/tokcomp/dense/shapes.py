@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from tokcomp.train.steps import derived_seed
+from tokcomp.runs.steps import derived_seed
 
 SHAPES = ("disk", "square", "triangle", "ring", "cross")
 TEXTURES = ("plain", "stripes", "checks", "dots", "noise")

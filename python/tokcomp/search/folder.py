@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tokcomp.budgets import Budget
 from tokcomp.files import write_whole
 from tokcomp.schedule import CompressionSchedule
-from tokcomp.train.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
-from tokcomp.train.log import RunLog, read_log
+from tokcomp.runs.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
+from tokcomp.runs.log import RunLog, read_log
 
 if TYPE_CHECKING:
     from tokcomp.search.settings import SearchResult
@@ -88,7 +88,7 @@ class SearchFolder:
         self, results: Sequence[SearchResult], budgets: Sequence[Sequence[Budget]], settings: Mapping[str, Any]
     ) -> None:
         """Schedules with their provenance, plots where matplotlib is there, and the summary of all."""
-        from tokcomp.info import machine, package_versions
+        from tokcomp.measure.info import machine, package_versions
         from tokcomp.search.plot import plot_kept
 
         settings = {name: value for name, value in settings.items() if name != "targets"}

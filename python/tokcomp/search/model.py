@@ -14,7 +14,7 @@ from tokcomp.budgets.flops import flops_of
 from tokcomp.methods.diffrate import DiffRate, published_settings
 from tokcomp.schedule import CompressionSchedule
 from tokcomp.search.proxy import KeptNumber, Relaxed, relax
-from tokcomp.search.tokens import MIN_WEIGHTED_SIZE, BlockProxies, BlockSearch
+from tokcomp.blocks.search import MIN_WEIGHTED_SIZE, BlockProxies, BlockSearch
 
 _STEPS = ("prune", "merge")
 

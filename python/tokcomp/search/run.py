@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from tokcomp.api import compress, flops, restore
 from tokcomp.budgets import Budget
-from tokcomp.evaluate import evaluate
+from tokcomp.measure.evaluate import evaluate
 from tokcomp.files import sole_writer
 from tokcomp.search.folder import SearchFolder
 from tokcomp.search.model import DiffRateSearch
 from tokcomp.search.settings import SearchResult, SearchSettings, diverged
 from tokcomp.search.target import Target
-from tokcomp.train.batches import Batches, check_batch_size
-from tokcomp.train.distributed import ALONE, World
-from tokcomp.train.recipe import LearningRate, Targets, soft_cross_entropy
-from tokcomp.train.steps import MODEL, Progress, StopRequest, kept_generators, seed_all
+from tokcomp.runs.batches import Batches, check_batch_size
+from tokcomp.runs.distributed import ALONE, World
+from tokcomp.runs.recipe import LearningRate, Targets, soft_cross_entropy
+from tokcomp.runs.steps import MODEL, Progress, StopRequest, kept_generators, seed_all
 
 #: Starts a pass over held-out images: normalized [b, 3, H, W] and labels [b].
 HeldOut = Callable[[], Iterable[tuple[Tensor, Tensor]]]

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tokcomp.schedule import CompressionSchedule
-from tokcomp.train.recipe import SEARCH_RECIPE, Recipe
-from tokcomp.train.steps import DivergedError
+from tokcomp.runs.recipe import SEARCH_RECIPE, Recipe
+from tokcomp.runs.steps import DivergedError
 
 #: Of the paper's smallest model, uncompressed.
 DEIT_T_GFLOPS = 1.2538

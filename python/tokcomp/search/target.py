@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokcomp.budgets import Budget, TokenCounts
 from tokcomp.search.model import DiffRateSearch
-from tokcomp.train.log import RunLog
-from tokcomp.train.recipe import Recipe, make_optimizer
+from tokcomp.runs.log import RunLog
+from tokcomp.runs.recipe import Recipe, make_optimizer
 
 
 class Target:

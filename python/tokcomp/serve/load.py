@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from tokcomp.serve.server import Answer, Server
-from tokcomp.train.steps import ARRIVALS, SAMPLE, derived_seed
+from tokcomp.runs.steps import ARRIVALS, SAMPLE, derived_seed
 
 #: Longest sleep of the sender in seconds, so that it notices a server that failed.
 _NAP = 0.05

@@ -16,9 +16,9 @@ from tokcomp.methods import Method
 from tokcomp.tocom.layers import qkv_layers
 from tokcomp.tocom.plugin import ToCom
 from tokcomp.tocom.twins import twin_model
-from tokcomp.train.distributed import ALONE, World
-from tokcomp.train.recipe import LearningRate, Recipe, Targets, make_optimizer
-from tokcomp.train.steps import DEGREES, MODEL, derived_seed, seed_all
+from tokcomp.runs.distributed import ALONE, World
+from tokcomp.runs.recipe import LearningRate, Recipe, Targets, make_optimizer
+from tokcomp.runs.steps import DEGREES, MODEL, derived_seed, seed_all
 
 
 def draw_degrees(seed: int, step: int, degrees: Sequence[int]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokcomp import fastpath
 from tokcomp.api import compress
-from tokcomp.graphs import Graphs
+from tokcomp.deploy.graphs import Graphs
 from tokcomp.methods import Method, ToMe
 from tokcomp.tocom.degrees import Degrees, check_degrees, method_at
 from tokcomp.tocom.fold import fold_of

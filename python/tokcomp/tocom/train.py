@@ -12,11 +12,11 @@ from typing import Any
 
 from tokcomp.files import sole_writer, write_whole
 from tokcomp.tocom.distill import Distiller
-from tokcomp.train.batches import Batches
-from tokcomp.train.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
-from tokcomp.train.finetune_run import LossWatch
-from tokcomp.train.log import RunLog
-from tokcomp.train.steps import DivergedError, Progress, StopRequest
+from tokcomp.runs.batches import Batches
+from tokcomp.runs.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
+from tokcomp.finetune.run import LossWatch
+from tokcomp.runs.log import RunLog
+from tokcomp.runs.steps import DivergedError, Progress, StopRequest
 
 KIND = "tocom"
 #: What a run writes into its folder.

@@ -1,0 +1,151 @@
+"""The mixins that turn a MetaFormer's third stage, its blocks and their attention into compressing ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tokcomp.adapters.swap import Swapped
+from tokcomp.blocks.attention import attend
+from tokcomp.methods.base import Method
+from tokcomp.blocks.state import BlockState, compose_sources
+
+
+class StageState(BlockState):
+    """A block's state that keeps the tokens as they were when some of them were pruned."""
+
+    before: Tensor | None = None  # [B, N, C] after attention, in a block that prunes
+
+    def reduce(self, x: Tensor) -> Tensor:
+        if self.assignment is not None and self.assignment.num_prune_kept < x.shape[1]:
+            self.before = x
+        return super().reduce(x)
+
+
+def split_heads(mixer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of x [B, N, C]: [B, H, N, D] each, views of one packed tensor."""
+    batch, num_tokens, _ = x.shape
+    q, k, v = mixer.qkv(x).reshape(batch, num_tokens, 3, mixer.num_heads, mixer.head_dim).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def join_heads(mixer: Any, out: Tensor) -> Tensor:
+    """What the attention gives for its heads' results [B, H, N, D]: [B, N, C]."""
+    batch, heads, num_tokens, width = out.shape
+    return mixer.proj_drop(mixer.proj(out.transpose(1, 2).reshape(batch, num_tokens, heads * width)))
+
+
+class CompressedTokenMixer(Swapped):
+    """timm's MetaFormer Attention that takes sizes into account and leaves evidence in the block's state."""
+
+    def forward(self, x: Tensor, *, state: BlockState | None = None) -> Tensor:
+        state = _require_state(state)
+        q, k, v = split_heads(self, x)
+        out, state.evidence = attend(
+            q,
+            k,
+            v,
+            scale=self.scale,
+            size=state.attention_size,
+            needs=state.needs,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+        )
+        return join_heads(self, out)
+
+
+class CompressedMetaFormerBlock(Swapped):
+    """timm's MetaFormerBlock on tokens [B, N, C], reduced between attention and MLP."""
+
+    def forward(self, x: Tensor, *, state: BlockState | None = None) -> Tensor:
+        state = _require_state(state)
+        attended = self.token_mixer(self.norm1(x), state=state)
+        x = self.res_scale1(x) + self.layer_scale1(self.drop_path1(attended))
+        x = state.reduce(x)
+        return self.res_scale2(x) + self.layer_scale2(self.drop_path2(self.mlp(self.norm2(x))))
+
+
+class CompressedStage(Swapped):
+    """timm's MetaFormerStage that compresses by ``_tokcomp_method`` and gives every position a token again at its end.
+
+    A merged position takes the token it was merged into. A pruned one keeps the value it had, after attention, in the
+    block that pruned it: the residual stream without the later blocks' updates.
+    """
+
+    _tokcomp_method: Method
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, height, width = split_grid(self.downsample(x))
+        x, source, fill = self.tokens(x)
+        if source is not None:
+            x = torch.ops.tokcomp.unmerge(x, source, pruned_fill=None if fill is None else fill.to(x.dtype))
+        return join_grid(x, height, width)
+
+    def tokens(
+        self, x: Tensor, sources: list[Tensor | None] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Run the blocks.
+
+        Args:
+            x: [B, N, C], every position of the grid.
+            sources: collects each block's source map.
+
+        Returns:
+            The tokens left [B, M, C]; the slot each position is in, [B, N], -1 = pruned; and, where any block prunes,
+            the values of pruned positions [B, N, C].
+        """
+        size: Tensor | None = None
+        source: Tensor | None = None
+        fill: Tensor | None = None
+        for index, block in enumerate(self.blocks):
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x, size, step, before = checkpoint(self._run_block, block, index, x, size, use_reentrant=False)
+            else:
+                x, size, step, before = self._run_block(block, index, x, size)
+            if sources is not None:
+                sources.append(step)
+            if step is None:
+                continue
+            arrived, source = source, step if source is None else compose_sources(source, step)
+            if before is not None:
+                fill = _keep_pruned(before, arrived, source, fill)
+        return x, source, fill
+
+    def _run_block(
+        self, block: torch.nn.Module, index: int, x: Tensor, size: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        state = StageState(self._tokcomp_method, index, x.shape[1], 0, size)
+        x = block(x, state=state)
+        return x, state.size, state.source, state.before
+
+
+def split_grid(x: Tensor) -> tuple[Tensor, int, int]:
+    """[B, C, H, W] -> tokens [B, H * W, C] in row order, H, W."""
+    return x.flatten(2).transpose(1, 2), x.shape[2], x.shape[3]
+
+
+def join_grid(x: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of :func:`split_grid`."""
+    return x.transpose(1, 2).unflatten(2, (height, width))
+
+
+def _keep_pruned(before: Tensor, arrived: Tensor | None, left: Tensor, fill: Tensor | None) -> Tensor:
+    """Values [B, N, C] of pruned positions, once a block's tokens ``before`` are pruned too.
+
+    Args:
+        before: [B, M, C], the block's tokens when it pruned.
+        arrived, left: [B, N], the slots of the positions before and after the block; None = each in its own.
+        fill: the values so far.
+    """
+    if arrived is None:
+        arrived = torch.arange(left.shape[1], device=left.device).expand_as(left)
+    gone = arrived.masked_fill(left >= 0, -1)
+    return torch.ops.tokcomp.unmerge(before, gone, pruned_fill=None if fill is None else fill.to(before.dtype))
+
+
+def _require_state(state: BlockState | None) -> BlockState:
+    if state is None:
+        raise RuntimeError("a block of a compressed model cannot run on its own: call the model, or tokcomp.restore it")
+    return state

@@ -1,0 +1,193 @@
+"""tokcomp dense ACTION."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokcomp.cli import options
+from tokcomp.cli.errors import UserError, blame
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.utils.data import Dataset
+
+    from tokcomp.dense.data import Prepared
+    from tokcomp.dense.files import SegmenterSettings
+    from tokcomp.dense.segmenter import Segmenter
+    from tokcomp.methods import Method
+
+#: action -> (module, one line)
+ACTIONS = {
+    "train": ("tokcomp.cli.dense.train", "train a segmenter: a vision transformer and a head"),
+    "tocom": ("tokcomp.cli.dense.tocom", "train a plugin for a segmenter's encoder, by self-distillation"),
+    "evaluate": ("tokcomp.cli.dense.evaluate", "mIoU and speed by degree, with and without a plugin"),
+    "visualize": ("tokcomp.cli.dense.visualize", "draw images, masks and what the segmenter says at some degrees"),
+}
+
+DESCRIPTION = """\
+Semantic segmentation whose tokens are merged for each MLP and given back behind it (ToMeMLP). Degree d merges
+d x --tokens-per-degree tokens. Without DATA the pictures are generated: textured shapes on photographs, no download.
+"""
+
+EXAMPLES = """\
+examples:
+  tokcomp dense train --model-kwargs embed_dim=96 depth=4 num_heads=3 --img-size 256 -o segmenter
+      a small one, on generated pictures, in minutes
+  tokcomp dense tocom segmenter/segmenter.safetensors --max-degree 8 --tokens-per-degree 16 --steps 150 -o plugin
+      a plugin for it: 8 degrees of 16 tokens, up to half of the 256 patches
+  tokcomp dense evaluate segmenter/segmenter.safetensors --plugin plugin/tocom.safetensors --tokens-per-degree 16
+      mIoU at each degree, with and without the plugin
+  tokcomp dense visualize segmenter/segmenter.safetensors --degrees 0,4,8 --tokens-per-degree 16 -o drawn.png
+      input, truth, and an answer per degree
+  tokcomp dense ACTION --help
+      more, for ADE20k and pre-trained encoders
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, (module, text) in ACTIONS.items():
+        action = actions.add_parser(
+            name, help=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        import_module(module).add_arguments(action)
+
+
+def run(args: argparse.Namespace) -> int | None:
+    status: int | None = import_module(ACTIONS[args.action][0]).run(args)
+    return status
+
+
+def add_data_options(parser: argparse.ArgumentParser, *, batch_size: int, train: bool, held_out: bool) -> Any:
+    """The options of the data, and their group."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DATA",
+        help="folder with images/SPLIT/*.jpg and annotations/SPLIT/*.png, as ADE20k has them (default: generated)",
+    )
+    group.add_argument("--reduce-zero-label", action="store_true", help="label 0 is none, as in ADE20k; needs DATA")
+    if train:
+        group.add_argument("--train-split", default="training", help="default: %(default)s")
+        group.add_argument(
+            "--train-images",
+            type=options.positive_int,
+            metavar="N",
+            help="generated pictures to train on (default: 1200); the first N of DATA",
+        )
+    if held_out:
+        group.add_argument("--split", default="validation", help="part that is not trained on (default: %(default)s)")
+        group.add_argument(
+            "--num-samples",
+            type=options.positive_int,
+            metavar="N",
+            help="generated pictures to score (default: 120); the first N of DATA",
+        )
+    group.add_argument("-b", "--batch-size", type=options.positive_int, default=batch_size, metavar="N")
+    group.add_argument(
+        "-j", "--workers", type=options.non_negative_int, default=0, metavar="N", help="loader processes (default: 0)"
+    )
+    return group
+
+
+def add_segmenter_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("segmenter", type=Path, metavar="FILE", help="segmenter.safetensors of tokcomp dense train")
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--img-size",
+        type=options.listed(options.positive_int),
+        metavar="N[,N]",
+        help="image side, or height and width, where not the one trained at",
+    )
+    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+
+
+def add_degree_options(parser: argparse.ArgumentParser) -> Any:
+    group = parser.add_argument_group("degrees of compression")
+    group.add_argument(
+        "--tokens-per-degree",
+        type=options.positive_int,
+        default=1,
+        metavar="N",
+        help="tokens that a degree merges for each MLP; the paper's 16 degrees have 32 at 512 x 512 (default: 1)",
+    )
+    group.add_argument(
+        "--merge-residual",
+        action="store_true",
+        help="merged positions share one token behind the MLP, rather than the MLP's output alone",
+    )
+    return group
+
+
+def image_size(value: int | list[int] | None) -> tuple[int, int] | None:
+    """What --img-size says, as (height, width)."""
+    if value is None:
+        return None
+    sides = [value, value] if isinstance(value, int) else value
+    if len(sides) != 2:
+        raise UserError(f"--img-size must be one number or height,width, got {len(sides)} numbers")
+    return sides[0], sides[1]
+
+
+def open_segmenter(args: argparse.Namespace) -> tuple[Segmenter, SegmenterSettings, tuple[int, int]]:
+    """The segmenter that the options name, and its image size."""
+    from tokcomp.dense.files import load_segmenter
+
+    size = image_size(args.img_size)
+    with blame("FILE"):
+        segmenter, settings = load_segmenter(args.segmenter, img_size=size)
+    return segmenter, settings, size or settings.img_size
+
+
+def open_data(args: argparse.Namespace, settings: SegmenterSettings, size: tuple[int, int], *, train: bool) -> Prepared:
+    """The part of the data that is trained on, or the held-out one."""
+    from torch.utils.data import Subset
+
+    from tokcomp.data import num_images
+    from tokcomp.dense.data import InMemory, MaskFolder, Prepared
+    from tokcomp.dense.shapes import CLASSES, ShapesDataset
+
+    count = args.train_images if train else args.num_samples
+    dataset: Dataset
+    if args.data_dir is None:
+        if args.reduce_zero_label:
+            raise UserError("--reduce-zero-label belongs to --data-dir, got generated pictures; leave it out")
+        if settings.classes != CLASSES:
+            raise UserError(
+                f"the segmenter must be one of generated pictures ({', '.join(CLASSES)}), got one of "
+                f"{len(settings.classes)} other classes; pass --data-dir"
+            )
+        try:
+            with blame("--img-size"):
+                dataset = InMemory(ShapesDataset(size, count or (1200 if train else 120), train=train))
+        except ImportError as error:
+            raise UserError("generated pictures need scikit-learn; pip install 'tokcomp[demo]'") from error
+    else:
+        with blame("--data-dir"):
+            split = args.train_split if train else args.split
+            dataset = MaskFolder(args.data_dir, split, reduce_zero_label=args.reduce_zero_label)
+        if count is not None:
+            dataset = Subset(dataset, range(min(count, num_images(dataset))))
+    augment = train and args.data_dir is not None  # generated pictures vary as they are
+    return Prepared(dataset, size, settings.mean, settings.std, augment=augment)
+
+
+def method_of(args: argparse.Namespace) -> Callable[[int], Method]:
+    """The method of a degree."""
+    from tokcomp import ToMeMLP
+
+    return lambda degree: ToMeMLP(args.tokens_per_degree * degree, merge_residual=args.merge_residual)
+
+
+def compress_encoder(args: argparse.Namespace, segmenter: Segmenter, degree: int) -> None:
+    """Compress the encoder to a degree, blaming the options where it does not fit."""
+    import tokcomp
+
+    with blame(f"degree {degree} at --tokens-per-degree {args.tokens_per_degree}"):
+        tokcomp.compress(segmenter.encoder, method_of(args)(degree))

@@ -1,0 +1,141 @@
+"""tokcomp dense evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokcomp.cli import dense, options
+from tokcomp.cli.degrees import load_plugin
+from tokcomp.cli.errors import UserError, blame, check_output_file
+from tokcomp.cli.table import table
+from tokcomp.files import write_whole
+
+if TYPE_CHECKING:
+    from tokcomp.tocom.plugin import ToCom
+
+DESCRIPTION = """\
+Mean intersection over union, pixel accuracy and images per second of a segmenter at some degrees of compression, with
+and without a plugin. GFLOPs are 1e9 multiply-adds of the encoder. Images and masks are resized to the segmenter's size,
+which is not what benchmarks at full resolution do.
+"""
+
+EXAMPLES = """\
+examples:
+  tokcomp dense evaluate segmenter.safetensors --degrees 0,64,96,128
+      on generated pictures, merging up to 128 tokens for each MLP
+  tokcomp dense evaluate ade.safetensors --data-dir /data/ADEChallengeData2016 --reduce-zero-label \\
+      --plugin tocom.safetensors --tokens-per-degree 32 --degrees 0,8,12,16
+      the degrees of the paper's Table 11, with and without a plugin
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    dense.add_segmenter_options(parser)
+    dense.add_data_options(parser, batch_size=8, train=False, held_out=True)
+    group = dense.add_degree_options(parser)
+    group.add_argument(
+        "--degrees",
+        type=options.list_of(options.non_negative_int),
+        metavar="D,D,...",
+        help="default: five from 0 to the plugin's highest, or without one 0 alone",
+    )
+    add_plugin_options(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--results-file", type=Path, metavar="FILE", help="write the result as JSON")
+    output.add_argument("--json", action="store_true", help="print the result as JSON rather than as a table")
+
+
+def add_plugin_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("plugin")
+    group.add_argument("--plugin", type=Path, metavar="FILE", help="of tokcomp dense tocom, or of tokcomp tocom train")
+    group.add_argument("--scale", type=options.non_negative_float, default=0.1, metavar="S", help="default: 0.1")
+    group.add_argument(
+        "--source", type=options.non_negative_int, default=0, metavar="D", help="degree trained at (default: 0)"
+    )
+
+
+def open_plugin(args: argparse.Namespace, encoder: Any) -> ToCom | None:
+    """The plugin that the options name, for this encoder."""
+    if args.plugin is None:
+        return None
+    return load_plugin(argparse.Namespace(plugin=args.plugin, model="segmenter"), encoder)
+
+
+def check_degrees(args: argparse.Namespace, degrees: list[int], plugin: ToCom | None) -> None:
+    for degree in [*degrees, args.source]:
+        if plugin is not None and degree > plugin.max_degree:
+            raise UserError(f"--degrees and --source must be from 0 to the plugin's {plugin.max_degree}, got {degree}")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.results_file is not None:
+        check_output_file("--results-file", args.results_file)
+    device = options.chosen_device(args.device)
+    import tokcomp
+    from tokcomp.dense.evaluate import evaluate_segmenter
+    from tokcomp.runs.batches import held_out_batches
+
+    segmenter, settings, size = dense.open_segmenter(args)
+    encoder: Any = segmenter.to(device).encoder
+    plugin = open_plugin(args, encoder)
+    highest = 0 if plugin is None else plugin.max_degree
+    degrees = args.degrees or sorted({round(part * highest / 4) for part in range(5)})
+    check_degrees(args, degrees, plugin)
+    start = held_out_batches(dense.open_data(args, settings, size, train=False), args.batch_size, workers=args.workers)
+    rows: list[dict[str, Any]] = []
+    for degree in degrees:
+        dense.compress_encoder(args, segmenter, degree)
+        with blame("the data"):
+            found = evaluate_segmenter(segmenter, start(), device=device)
+        row: dict[str, Any] = {
+            "degree": degree,
+            "r": degree * args.tokens_per_degree,
+            "gflops": round(tokcomp.flops(encoder) / 1e9, 6),
+            "mean_iou": found.scores.mean_iou,
+            "pixel_accuracy": found.scores.pixel_accuracy,
+            "iou": [None if math.isnan(value) else value for value in found.scores.iou],
+            "images_per_second": found.images_per_second,
+        }
+        if plugin is not None:
+            with blame("--plugin"):
+                plugin.fold(encoder, args.source, degree, args.scale)
+            row["mean_iou_with_plugin"] = evaluate_segmenter(segmenter, start(), device=device).scores.mean_iou
+            plugin.unfold(encoder)
+        rows.append(row)
+    result = {
+        "segmenter": str(args.segmenter),
+        "model": settings.model,
+        "head": settings.head,
+        "img_size": list(size),
+        "classes": list(settings.classes),
+        "images": found.num_images,
+        "plugin": None if plugin is None else str(args.plugin),
+        "source": args.source,
+        "scale": args.scale,
+        "device": str(device),
+        "degrees": rows,
+    }
+    if args.results_file is not None:
+        write_whole(args.results_file, json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2) if args.json else _table(result))
+    return 0
+
+
+def _table(result: dict[str, Any]) -> str:
+    header = ["degree", "r", "GFLOPs", "mIoU %", "pixels %", "images/s"]
+    if result["plugin"] is not None:
+        header.insert(4, "with plugin")
+    lines = []
+    for row in result["degrees"]:
+        cells = [str(row["degree"]), str(row["r"]), f"{row['gflops']:.3g}", f"{row['mean_iou']:.2f}"]
+        if result["plugin"] is not None:
+            cells.append(f"{row['mean_iou_with_plugin']:.2f}")
+        lines.append([*cells, f"{row['pixel_accuracy']:.2f}", f"{row['images_per_second']:.1f}"])
+    height, width = result["img_size"]
+    what = f"{result['model']}, {result['head']}, {result['images']} images of {height} x {width}, {result['device']}"
+    return f"{what}\n{table(header, lines)}"

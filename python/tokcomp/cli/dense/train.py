@@ -1,0 +1,259 @@
+"""tokcomp dense train."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from tokcomp.cli import dense, options, training
+from tokcomp.cli.errors import UserError, blame
+
+if TYPE_CHECKING:
+    import torch
+
+    from tokcomp.dense.train import DenseRun
+    from tokcomp.runs.distributed import World
+    from tokcomp.runs.recipe import Recipe
+
+DESCRIPTION = """\
+Train a segmenter: any plain timm vision transformer, from scratch or pre-trained, with a linear head or Segmenter's
+mask transformer. Without --data-dir the pictures are generated: five kinds of textured shapes on photographs.
+
+The encoder may be compressed while it is trained (--r). Ctrl-C and SIGTERM stop the run after its step, and --resume
+goes on as if nothing had happened.
+"""
+
+EXAMPLES = """\
+examples:
+  tokcomp dense train --model-kwargs embed_dim=96 depth=4 num_heads=3 --img-size 256 -o segmenter
+      a small one, on generated pictures, in minutes on a CPU
+  tokcomp dense train --data-dir /data/ADEChallengeData2016 --num-classes 150 --reduce-zero-label \\
+      -m deit_base_patch16_384 --pretrained --img-size 512 --steps 160000 -b 8 --lr 1e-4 --amp -o ade
+      ADE20k at 512 x 512 with DeiT-B
+  tokcomp dense train ... --r 256 -o at256
+      the same, fine-tuned with 256 tokens merged for each MLP
+"""
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got '{text}'")
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            pass
+    return name, {"True": True, "False": False, "None": None}.get(value, value)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    dense.add_data_options(parser, batch_size=16, train=True, held_out=True)
+    model = parser.add_argument_group("model (names and meanings as in timm's scripts)")
+    model.add_argument("-m", "--model", default="vit_tiny_patch16_224", metavar="NAME", help="default: %(default)s")
+    model.add_argument("--model-kwargs", type=_pair, nargs="+", default=[], metavar="NAME=VALUE", help="timm's own")
+    model.add_argument("--pretrained", action="store_true", help="start from timm's pretrained weights")
+    model.add_argument(
+        "--img-size",
+        type=options.listed(options.positive_int),
+        default=512,
+        metavar="N[,N]",
+        help="image side, or height and width (default: 512)",
+    )
+    model.add_argument("--head", choices=("linear", "mask_transformer"), default="mask_transformer")
+    model.add_argument("--num-classes", type=options.positive_int, metavar="K", help="of DATA")
+    model.add_argument(
+        "--r",
+        type=options.listed(options.non_negative_int),
+        metavar="R",
+        help="train with so many tokens merged for each MLP",
+    )
+    model.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--steps", type=options.positive_int, default=1000, metavar="N", help="default: %(default)s")
+    for name, kind, text in (
+        ("opt", str, "adamw"),
+        ("lr", options.positive_float, "0.002"),
+        ("min_lr", options.non_negative_float, "1e-05"),
+        ("weight_decay", options.non_negative_float, "0.05"),
+        ("clip_grad", options.positive_float, "1.0"),
+        ("drop_path", options.non_negative_float, "0.0"),
+    ):
+        flag = "--" + name.replace("_", "-")
+        recipe.add_argument(flag, type=kind, metavar="X", help=f"default: {text}")
+    recipe.add_argument(
+        "--warmup-steps", type=options.non_negative_int, metavar="N", help="default: a tenth of the steps"
+    )
+    training.add_seed_option(recipe)
+    speed = parser.add_argument_group("precision, speed and memory")
+    speed.add_argument("--amp", action="store_true", help="automatic mixed precision in bfloat16")
+    speed.add_argument("--grad-checkpointing", action="store_true", help="recompute each block in the backward pass")
+    training.add_accumulation_option(speed)
+    output = parser.add_argument_group("output")
+    training.add_output_option(output, "tokcomp-segmenter")
+    output.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    for flag, steps, text in (
+        ("--checkpoint-interval", 200, "steps between checkpoints"),
+        ("--log-interval", 20, "steps between rows of the log"),
+        ("--validate-interval", 500, "steps between scores on the held-out images"),
+    ):
+        output.add_argument(
+            flag, type=options.positive_int, default=steps, metavar="N", help=f"{text} (default: %(default)s)"
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    from tokcomp.dense.train import CHECKPOINT
+
+    options.check_model_name(args.model)
+    training.check_new_run(args, CHECKPOINT)
+
+    def work(device: torch.device, world: World) -> int:
+        found = _prepare(args, device, world)
+        return training.train_to_end(args, found, world, lambda: _report(args, found), command="dense")
+
+    return training.among_processes(args, work)
+
+
+def _report(args: argparse.Namespace, found: DenseRun) -> None:
+    from tokcomp.dense.train import WEIGHTS
+
+    summary = found.summary()
+    print(f"{summary['model']}, {args.head}, {summary['classes']} classes: ", end="")
+    print(f"mIoU {summary['mean_iou']:.2f} %, pixel accuracy {summary['pixel_accuracy']:.2f} %")
+    print(f"loss {summary['loss']:.4g} after {summary['steps']} steps", end="")
+    print(f", {summary['images_per_second']:.1f} images/s" if summary["images_per_second"] else "")
+    print(f"written: {args.output / WEIGHTS}")
+
+
+def _recipe(args: argparse.Namespace, steps_per_epoch: int) -> Recipe:
+    from tokcomp.dense.train import DENSE_RECIPE
+
+    fields = ("batch_size", "opt", "lr", "min_lr", "weight_decay", "clip_grad", "drop_path")
+    given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
+    warmup = args.steps // 10 if args.warmup_steps is None else args.warmup_steps
+    given |= {"epochs": args.steps / steps_per_epoch, "warmup_epochs": warmup / steps_per_epoch}
+    return training.changed_recipe(DENSE_RECIPE, training.lower_min_lr(DENSE_RECIPE, given))
+
+
+def _prepare(args: argparse.Namespace, device: torch.device, world: World) -> DenseRun:
+    """Everything that can be refused is refused here, with nothing written."""
+    import timm
+    import torch
+
+    import tokcomp
+    from tokcomp.dense.evaluate import evaluate_segmenter
+    from tokcomp.dense.files import SegmenterSettings
+    from tokcomp.dense.metrics import Scores
+    from tokcomp.dense.segmenter import Segmenter
+    from tokcomp.dense.shapes import CLASSES
+    from tokcomp.dense.train import DenseRun, SegmenterTuner
+    from tokcomp.runs.batches import LoaderBatches, check_batch_size, held_out_batches
+    from tokcomp.runs.steps import seed_all
+
+    size = dense.image_size(args.img_size)
+    assert size is not None
+    if args.data_dir is None and args.num_classes not in (None, len(CLASSES)):
+        raise UserError(f"--num-classes must be {len(CLASSES)} for generated pictures, got {args.num_classes}")
+    if args.data_dir is not None and (args.num_classes is None or args.num_classes < 2):
+        raise UserError("--num-classes must be the number of classes of DATA, 2 or more; name it")
+    classes = CLASSES if args.data_dir is None else tuple(f"class {index}" for index in range(args.num_classes))
+    config = timm.models.get_pretrained_cfg(args.model)
+    mean, std = (config.mean, config.std) if config is not None else ((0.5,) * 3, (0.5,) * 3)
+    build = SegmenterSettings(
+        args.model, size, args.head, classes, tuple(mean), tuple(std), model_kwargs=dict(args.model_kwargs)
+    )
+    pieces = args.grad_accum_steps
+    with blame("--batch-size"):
+        check_batch_size(args.batch_size, world.size, pieces, mixes=False)
+    seed_all(args.seed)
+    segmenter = _build(args, build)
+    if args.r is not None:
+        with blame("--r"):
+            tokcomp.compress(segmenter.encoder, tokcomp.ToMeMLP(args.r))
+    train_data = dense.open_data(args, build, size, train=True)
+    held_out = dense.open_data(args, build, size, train=False)
+    with blame("--img-size"):
+        segmenter(train_data[0][0][None])
+    batches = LoaderBatches(
+        train_data,
+        args.batch_size,
+        args.seed,
+        world=world,
+        pieces=pieces,
+        workers=args.workers,
+        pin_memory=device.type == "cuda",
+    )
+    recipe = _recipe(args, batches.steps_per_epoch)
+    with blame("recipe"):
+        tuner = SegmenterTuner(
+            segmenter,
+            recipe,
+            num_classes=len(classes),
+            total_steps=args.steps,
+            steps_per_epoch=batches.steps_per_epoch,
+            device=device,
+            seed=args.seed,
+            world=world,
+            pieces=pieces,
+            amp_dtype=torch.bfloat16 if args.amp else None,
+        )
+    held_out_start = held_out_batches(held_out, args.batch_size, workers=args.workers)
+
+    def validate(model: Segmenter) -> Scores:
+        return evaluate_segmenter(model, held_out_start(), device=device).scores
+
+    facts = {
+        "model": args.model,
+        "classes": len(classes),
+        "weights": "pretrained encoder" if args.pretrained else "from scratch",
+        "tokcomp": tokcomp.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    settings = {
+        "model": args.model,
+        "model_kwargs": dict(args.model_kwargs),
+        "pretrained": args.pretrained,
+        "head": args.head,
+        "img_size": list(size),
+        "r": args.r,
+        "steps": args.steps,
+        "recipe": recipe.describe(),
+        "seed": args.seed,
+        "data": str(args.data_dir) if args.data_dir else "generated",
+        "train_images": len(train_data),
+        "processes": world.size,
+        "grad_accum_steps": pieces,
+        "device": device.type,
+        "amp": "bfloat16" if args.amp else None,
+    }
+    return DenseRun(
+        tuner,
+        batches,
+        validate,
+        args.output,
+        build=build,
+        settings=settings,
+        facts=facts,
+        total_steps=args.steps,
+        checkpoint_steps=args.checkpoint_interval,
+        log_steps=args.log_interval,
+        validate_steps=args.validate_interval,
+    )
+
+
+def _build(args: argparse.Namespace, build: Any) -> Any:
+    from tokcomp import UnsupportedModelError
+
+    try:
+        segmenter = build.build(pretrained=args.pretrained, drop_path_rate=args.drop_path or 0.0)
+    except UnsupportedModelError as error:
+        raise UserError(f"--model '{args.model}': {error}") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise UserError(f"--model '{args.model}' could not be built for segmentation ({reason})") from error
+    if args.grad_checkpointing:
+        segmenter.encoder.set_grad_checkpointing(True)
+    return segmenter

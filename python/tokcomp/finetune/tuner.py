@@ -1,0 +1,176 @@
+"""Training a compressed model with its tokens really dropped: one optimizer step, and all that a step depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tokcomp.fastpath.training import FastLinear
+from tokcomp.runs.distributed import ALONE, World
+from tokcomp.runs.recipe import LearningRate, Recipe, Targets, make_optimizer, soft_cross_entropy
+from tokcomp.runs.steps import MODEL, seed_all
+
+
+class FineTuner:
+    """A model in training: its weights, their moving average, the optimizer, and the number of steps done.
+
+    The model may be compressed (gradients go through pruning, merging and proportional attention) or plain. What a step
+    draws follows from (seed, step), so :meth:`state` is all that a run needs to go on as if it had not been stopped.
+
+    Args:
+        model: a timm model, compressed or not; it is moved to ``device`` and trained in place.
+        recipe: optimizer, learning rate, mixup, label smoothing, gradient clipping, moving average.
+        num_classes: of the targets.
+        total_steps: steps of the whole run, which the learning rate is scheduled over.
+        steps_per_epoch: for the recipe's warm-up, which is in epochs.
+        device: where to train.
+        seed: of mixing and of drop path.
+        world: the processes that share each batch; gradients are their mean.
+        pieces: parts that a process's share of a batch is computed in, their gradients added up. A run of W processes
+            and P pieces draws the same as any other with the same W x P.
+        amp_dtype: run under autocast with this type; gradients are scaled where it is float16.
+        compiled: run the model through torch.compile.
+        fast_linear: on CPU in float32, linear layers through oneDNN rather than PyTorch's choice, unless blocks
+            are recomputed.
+
+    Raises:
+        ValueError: the recipe names an optimizer or scheduler that timm does not know; float16 on another device than
+            CUDA.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        *,
+        num_classes: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        device: torch.device,
+        seed: int = 0,
+        world: World = ALONE,
+        pieces: int = 1,
+        amp_dtype: torch.dtype | None = None,
+        compiled: bool = False,
+        fast_linear: bool = True,
+    ) -> None:
+        if amp_dtype == torch.float16 and device.type != "cuda":
+            raise ValueError(f"mixed precision in float16 must run on cuda, got {device.type}; take bfloat16")
+        self.model = model.to(device).train()
+        self.recipe, self.device, self.world, self.amp_dtype = recipe, device, world, amp_dtype
+        self.step_number = 0
+        self.learning_rate = 0.0  # of the last step
+        self.ema: Any = None
+        if recipe.model_ema_decay is not None:
+            from timm.utils import ModelEmaV3
+
+            self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay)
+        self.optimizer = make_optimizer(recipe, self.model)
+        self._rate = LearningRate(recipe, self.optimizer, total_steps, steps_per_epoch)
+        self._targets = Targets(recipe, num_classes, seed)
+        self._scaler = torch.amp.GradScaler("cuda") if amp_dtype == torch.float16 else None
+        self._seed, self._pieces = seed, pieces
+        self._parallel: DistributedDataParallel | None = None
+        if world.size > 1:
+            self._parallel = DistributedDataParallel(
+                self.model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+            )
+        runner: Any = self._parallel or self.model
+        self._runner = torch.compile(runner) if compiled else runner
+        recomputes = any(getattr(module, "grad_checkpointing", False) for module in self.model.modules())
+        self._fast_linear = fast_linear and device.type == "cpu" and not (compiled or recomputes)
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One optimizer step.
+
+        Args:
+            images: [b, 3, H, W] normalized, this process's share of the batch, piece after piece; mixed in place.
+            labels: [b] int64.
+
+        Returns:
+            The loss of this process's share, before the step: 0-dim, on the device, not waited for.
+        """
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.learning_rate = self._rate.set(self.step_number)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        parts = list(zip(images.chunk(self._pieces), labels.chunk(self._pieces), strict=True))
+        for number, (part, answers) in enumerate(parts):
+            part = part.to(self.device, non_blocking=True)
+            answers = answers.to(self.device, non_blocking=True)
+            mixed, targets = self.mix(part, answers)
+            seed_all(self._seed, MODEL, self.step_number, self.world.rank * self._pieces + number)
+            linear = FastLinear() if self._fast_linear else nullcontext()
+            with self._held_back(number + 1 < len(parts)):
+                with self._autocast(), linear:
+                    logits = self._runner(mixed)
+                loss = self.loss(logits, targets)
+                scaled = loss / len(parts)
+                (scaled if self._scaler is None else self._scaler.scale(scaled)).backward()
+            losses.append(loss.detach())
+        if self.recipe.clip_grad is not None:
+            if self._scaler is not None:
+                self._scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(parameters, self.recipe.clip_grad)
+        if self._scaler is None:
+            self.optimizer.step()
+        else:
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        if self.ema is not None:
+            self.ema.update(self.model)
+        self.step_number += 1
+        return torch.stack(losses).mean()
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (overwritten) and labels [b] -> what the model gets, and its targets."""
+        return self._targets(images, labels, self.step_number)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """What is made small: 0-dim."""
+        return soft_cross_entropy(logits, targets)
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a finite number; waits for the device."""
+        return bool(torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all())
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next steps depend on, besides the settings."""
+        return {
+            "step": self.step_number,
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` gave.
+
+        Raises:
+            ValueError: it is the state of another model or recipe.
+        """
+        if (state["ema"] is None) != (self.ema is None) or (state["scaler"] is None) != (self._scaler is None):
+            raise ValueError("the state must be of a run with the same recipe and precision, got another's")
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"the state must be of the same model and optimizer, got another's: {error}") from error
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
+        self.step_number = state["step"]
+
+    def _autocast(self) -> AbstractContextManager:
+        return nullcontext() if self.amp_dtype is None else torch.autocast(self.device.type, self.amp_dtype)
+
+    def _held_back(self, hold: bool) -> AbstractContextManager:
+        """Gradients are exchanged with the last piece alone."""
+        return self._parallel.no_sync() if hold and self._parallel is not None else nullcontext()

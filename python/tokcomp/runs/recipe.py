@@ -1,0 +1,246 @@
+"""Recipes: the settings of an optimization, the papers' own as defaults, and timm's parts made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokcomp.runs.steps import MIXING, seeded
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Optimizer, learning rate, augmentation and regularization; names and meanings are timm's.
+
+    ``drop_path`` is the model's: ``timm.create_model(..., drop_path_rate=recipe.drop_path)``.
+    """
+
+    lr: float
+    min_lr: float
+    weight_decay: float
+    epochs: float
+    batch_size: int = 1024  # over all processes
+    opt: str = "adamw"
+    sched: str = "cosine"
+    warmup_epochs: float = 0.0
+    warmup_lr: float = 1e-6
+    clip_grad: float | None = None
+    aa: str | None = "rand-m9-mstd0.5-inc1"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    color_jitter: float = 0.3  # used where aa is None
+    train_interpolation: str = "bicubic"
+    reprob: float = 0.0
+    remode: str = "pixel"
+    recount: int = 1
+    smoothing: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: str = "batch"
+    drop_path: float = 0.1
+    repeated_aug: int = 1  # copies of an image, each augmented by itself, in one pass
+    model_ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "repeated_aug"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "epochs"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
+        for name in ("min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a finite number, 0 or more, got {getattr(self, name)}")
+        for name in ("smoothing", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed with each other, which takes an even number of them."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as JSON data."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+#: DiffRate, Table 5: the search of a schedule.
+SEARCH_RECIPE = Recipe(lr=1e-2, min_lr=1e-3, weight_decay=0.0, epochs=3)
+#: DiffRate, Table 6: fine-tuning at a fixed schedule.
+FINETUNE_RECIPE = Recipe(lr=2e-5, min_lr=1e-6, weight_decay=0.05, epochs=30)
+#: DeiT's training from scratch, which DiffRate's Table 11 repeats with tokens dropped.
+SCRATCH_RECIPE = Recipe(
+    lr=1e-3,
+    min_lr=1e-5,
+    weight_decay=0.05,
+    epochs=300,
+    warmup_epochs=5,
+    reprob=0.25,
+    repeated_aug=3,
+    model_ema_decay=0.99996,
+)
+
+#: ToCom, Table 13, VTAB-1k: AdaptFormer's branches and the classifier. Images are not augmented.
+ADAPTFORMER_RECIPE = Recipe(
+    lr=1e-3,
+    min_lr=1e-5,
+    weight_decay=1e-4,
+    epochs=100,
+    aa=None,
+    scale=(1.0, 1.0),
+    ratio=(1.0, 1.0),
+    hflip=0.0,
+    color_jitter=0.0,
+    smoothing=0.0,
+    mixup=0.0,
+    cutmix=0.0,
+)
+
+#: ToCom, Table 13: the plugin's self-distillation. The labels that it smooths are not looked at.
+TOCOM_RECIPE = Recipe(lr=1e-3, min_lr=1e-5, weight_decay=0.05, epochs=10, reprob=0.25, repeated_aug=3)
+
+
+def make_optimizer(recipe: Recipe, parameters: nn.Module | Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """timm's optimizer of that name; of a module, biases and norms are not decayed.
+
+    Raises:
+        ValueError: timm knows no optimizer of that name.
+    """
+    from timm.optim import create_optimizer_v2
+
+    what: Any = parameters if isinstance(parameters, nn.Module) else list(parameters)
+    try:
+        return create_optimizer_v2(what, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"opt must be an optimizer that timm knows, got {recipe.opt!r} ({error})") from error
+
+
+class LearningRate:
+    """timm's scheduler, stepped by updates over a run of ``total`` steps: the rate follows from the step alone.
+
+    Args:
+        recipe: names the scheduler; its ``warmup_epochs`` warm up.
+        optimizer: whose groups' rates are set.
+        total: steps of the run.
+        steps_per_epoch: to turn ``warmup_epochs`` into steps.
+    """
+
+    def __init__(self, recipe: Recipe, optimizer: torch.optim.Optimizer, total: int, steps_per_epoch: int) -> None:
+        from timm.scheduler import create_scheduler_v2
+
+        warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total)
+        try:
+            self._scheduler, _ = create_scheduler_v2(
+                optimizer,
+                sched=recipe.sched,
+                num_epochs=max(total, 2),  # timm warns of a cosine of one step
+                min_lr=recipe.min_lr,
+                warmup_lr=recipe.warmup_lr,
+                warmup_epochs=warmup,
+                step_on_epochs=False,
+                updates_per_epoch=1,
+            )
+        except (ValueError, AssertionError) as error:
+            raise ValueError(f"sched must be a scheduler that timm knows, got {recipe.sched!r} ({error})") from error
+        if self._scheduler is None and recipe.sched != "none":  # older timm says nothing
+            raise ValueError(f"sched must be a scheduler that timm knows, got {recipe.sched!r}")
+        self._optimizer = optimizer
+
+    def set(self, step: int) -> float:
+        """Set the rate of the step that comes next, counted from 0, and return it."""
+        if self._scheduler is not None:
+            self._scheduler.step_update(step)
+        return float(self._optimizer.param_groups[0]["lr"])
+
+
+class Targets:
+    """Mixes a batch by mixup or cutmix and makes soft targets, with label smoothing: timm's Mixup, seeded by step.
+
+    What is drawn follows from (seed, step) alone. Image i is mixed with image B - 1 - i, so parts of a batch that hold
+    whole pairs (:func:`tokcomp.runs.batches.part_of_batch`) are mixed as the whole batch would be.
+    """
+
+    def __init__(self, recipe: Recipe, num_classes: int, seed: int) -> None:
+        from timm.data import Mixup
+
+        self._smoothing, self._num_classes, self._seed = recipe.smoothing, num_classes, seed
+        self._mixup = None
+        if recipe.mixes:
+            self._mixup = Mixup(
+                mixup_alpha=recipe.mixup,
+                cutmix_alpha=recipe.cutmix,
+                prob=recipe.mixup_prob,
+                switch_prob=recipe.mixup_switch_prob,
+                mode=recipe.mixup_mode,
+                label_smoothing=recipe.smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """images [b, 3, H, W] (overwritten) and labels [b] -> mixed images and targets [b, classes] of their type."""
+        from timm.data.mixup import mixup_target
+
+        if self._mixup is None:
+            targets = mixup_target(labels, self._num_classes, 1.0, self._smoothing)
+        else:
+            with seeded(self._seed, step, MIXING):
+                images, targets = self._mixup(images, labels)
+        return images, targets.to(images.dtype)
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of logits [b, classes] under soft targets [b, classes], in float32 or better."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), targets.to(wide))
+
+
+def train_transform(recipe: Recipe, config: dict[str, Any]) -> Any:
+    """timm's training transform, PIL image -> normalized [3, H, W], for a model's data config.
+
+    Raises:
+        ValueError: timm does not understand ``aa``.
+    """
+    from timm.data import create_transform
+
+    try:
+        return create_transform(
+            config["input_size"],
+            is_training=True,
+            auto_augment=recipe.aa,
+            scale=recipe.scale,
+            ratio=recipe.ratio,
+            hflip=recipe.hflip,
+            color_jitter=recipe.color_jitter,
+            interpolation=recipe.train_interpolation,
+            re_prob=recipe.reprob,
+            re_mode=recipe.remode,
+            re_count=recipe.recount,
+            mean=config["mean"],
+            std=config["std"],
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise ValueError(f"aa must be an augmentation policy that timm knows, got {recipe.aa!r} ({error})") from error
+
+
+def plain_transform(config: dict[str, Any]) -> Any:
+    """timm's evaluation transform, PIL image -> normalized [3, H, W], for a model's data config."""
+    from timm.data import create_transform
+
+    return create_transform(
+        config["input_size"],
+        is_training=False,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config.get("crop_mode"),
+    )
