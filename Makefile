@@ -34,7 +34,7 @@ bench: rebuild
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 results: .venv/installed  ## docs/results.md and its pictures from the records in benchmarks/results
-	$(BIN)/python -m benchmarks.page.page
+	$(BIN)/python -m benchmarks.page
 
 kernel-report: .venv/installed  ## What the GPU kernels take, by their compilers; needs nvcc and no GPU
 	$(BIN)/python tools/kernel_report.py

@@ -1,7 +1,8 @@
 """`pytest benchmarks/ --benchmark-only`: the one fixture that may time, and where its figures go.
 
-Competitors take turns in one process (tokcomp.measure.timing); pytest-benchmark is then shown the rounds of one of them,
-so its own table, comparison and JSON work as usual. Every run adds a file to --results with all rows and competitors.
+Competitors take turns in one process (tokcomp.measure.timing); pytest-benchmark is then shown the rounds of one of
+them, so its own table, comparison and JSON work as usual. Every run adds a file to --results with all rows and
+competitors.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from tokcomp.bench.models import NotMeasured
-from tokcomp.measure.provenance import device_slug, find_device, provenance, save_record
 from tokcomp.bench.report import format_columns
+from tokcomp.measure.provenance import device_slug, find_device, provenance, save_record
 from tokcomp.measure.timing import MIN_ROUNDS, TURN_SECONDS, Samples, device_rates, interleave, stopwatch
 
 from benchmarks.whole_model import Choice

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import tokcomp
 from tokcomp.bench.models import Entry, Row, create_model
-from tokcomp.measure.provenance import find_device
 from tokcomp.equal_cost import evit_for_budget, tome_for_budget
+from tokcomp.measure.provenance import find_device
 from tokcomp.methods import Method
 from torch import nn
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tokcomp.measure.provenance import find_device
 from tokcomp.bench.search import compare_search
+from tokcomp.measure.provenance import find_device
 
 TABLE = "search step, granularity 4: images per second, speed over the published search, memory of a step"
 HEAD = ["model", "batch", "precision", "entry", "img/s", "speed", "least", "most", "MiB", "memory", "process MiB"]

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from tokcomp.bench.entries import autocast
 from tokcomp.bench.models import NotMeasured
 from tokcomp.bench.published import PublishedPipeline
+from tokcomp.finetune.tuner import FineTuner
 from tokcomp.measure.timing import Samples, rotating
 from tokcomp.methods import Method
-from tokcomp.finetune.tuner import FineTuner
 from tokcomp.runs.recipe import FINETUNE_RECIPE
 from torch import Tensor, nn
 

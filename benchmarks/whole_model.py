@@ -11,10 +11,11 @@ import torch
 from tokcomp.bench.entries import PRECISIONS, Entry
 from tokcomp.bench.models import Row, compare_models, keep_everything
 from tokcomp.bench.published_code import find_clones
-from benchmarks.model.roofline import ideal_seconds
 from tokcomp.bench.static_slice import StaticSlice
 from tokcomp.methods import DiffRate, Method, ToMe
 from torch import nn
+
+from benchmarks.model.roofline import ideal_seconds
 
 #: Stacks of ours: the compressed model as it runs, and as one CUDA graph.
 STACKS = ("tokcomp", "tokcomp-graph")

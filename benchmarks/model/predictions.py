@@ -6,16 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
+from tokcomp.methods import DiffRate, Method
 
-from benchmarks.model import roofline
-
-from benchmarks.model import stacks
-
-from benchmarks.model import traffic_triton
+from benchmarks.model import roofline, stacks, traffic_triton
 from benchmarks.model.roofline import ModelShape
 from benchmarks.model.stacks import GPUS, STACKS, kernel_seconds, predicted_seconds
 from benchmarks.model.traffic import KernelCost
-from tokcomp.methods import DiffRate, Method
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ def predictions() -> dict[str, Any]:
                     rows.append({**label, "entry": name, "batch": batch, "precision": PRECISION, **rate})
         parts += [{"gpu": "H200", "title": subject.title, **part} for part in shares(shape, method, 1024, dtype)]
     return {
-        "note": "Predicted: no GPU has run this. Regenerate with python -m benchmarks.page.page.",
+        "note": "Predicted: no GPU has run this. Regenerate with python -m benchmarks.page.",
         "gpus": {name: asdict(gpu) for name, gpu in GPUS.items()},
         "stacks": STACKS,
         "assumptions": {

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-
 from tokcomp.adapters import UnsupportedModelError, find_adapter
-from benchmarks.model import traffic
-from benchmarks.model import traffic_triton
-from benchmarks.model.traffic import KernelCost
 from tokcomp.methods import DiffRate, EViT, Method, ToMe
 from tokcomp.schedule import CompressionSchedule
+from torch import nn
+
+from benchmarks.model import traffic, traffic_triton
+from benchmarks.model.traffic import KernelCost
 from tokcomp_kernels.triton._configs import DEFAULT
 
 #: Bytes of the float32 values that stand beside the tokens: sizes, class attention.

@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from tokcomp.methods import Method
+from tokcomp.schedule import CompressionSchedule
 
 from benchmarks.model import roofline
 from benchmarks.model.roofline import BlockTokens, ModelShape, token_counts
 from benchmarks.model.traffic import KernelCost, ceil_div, elementwise, linear, plain_attention
-from tokcomp.methods import Method
-from tokcomp.schedule import CompressionSchedule
 
 
 @dataclass(frozen=True)

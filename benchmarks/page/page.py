@@ -1,6 +1,6 @@
 """docs/results.md and its pictures, drawn from the records in benchmarks/results.
 
-``python -m benchmarks.page.page`` draws them. It also works out benchmarks/results/predictions.json
+``python -m benchmarks.page`` draws them. It also works out benchmarks/results/predictions.json
 again. A record is any JSON file in benchmarks/results/<device>/ with ``provenance`` and ``rows``; what a later one
 measured again replaces the earlier row.
 """
@@ -19,7 +19,7 @@ from benchmarks.page.kernels import kernels_section
 from benchmarks.page.predicted import predicted_section
 from benchmarks.page.tables import SUITES, Record, markdown, paragraph, read_records, rows_by_suite, suite_table
 
-COMMAND = "python -m benchmarks.page.page"
+COMMAND = "python -m benchmarks.page"
 #: Suites with a picture, and who draws it.
 _FIGURES = {"models": draw_models, "batch-sweep": draw_batches}
 
@@ -166,7 +166,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path.write_text(page(options.results), encoding="utf-8")
     print(f"wrote {path} and {', '.join(one.name for one in drawn)}")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

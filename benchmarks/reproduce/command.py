@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokcomp.measure.provenance import provenance
 from tokcomp.cli.errors import UserError, check_output_folder
 from tokcomp.files import write_whole
+from tokcomp.measure.provenance import provenance
 
 from benchmarks.reproduce.runner import Unit, result_path, run_units
 

@@ -20,10 +20,10 @@ from tokcomp.dense.shapes import CLASSES, ShapesDataset
 from tokcomp.dense.train import DENSE_RECIPE, SegmenterTuner
 from tokcomp.equal_cost import tome_for_budget
 from tokcomp.methods import Method
-from tokcomp.tocom.distill import Distiller
 from tokcomp.runs.batches import LoaderBatches
 from tokcomp.runs.recipe import TOCOM_RECIPE
 from tokcomp.runs.steps import seed_all
+from tokcomp.tocom.distill import Distiller
 from torch.utils.data import DataLoader
 
 from benchmarks.reproduce.runner import Unit

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokcomp.adapters import UnsupportedModelError
-    from tokcomp.api import compress, flops, restore, trace
+    from tokcomp.api import compress, restore, trace
+    from tokcomp.cost import flops
     from tokcomp.deploy.compiled import CompiledModel, compile
     from tokcomp.deploy.exported import ExportedModel, export, load_exported
     from tokcomp.methods import DiffRate, EViT, Method, ToMe, ToMeMLP
@@ -40,7 +41,7 @@ _HOMES = {
     "compile": "tokcomp.deploy.compiled",
     "compress": "tokcomp.api",
     "export": "tokcomp.deploy.exported",
-    "flops": "tokcomp.api",
+    "flops": "tokcomp.cost",
     "load_exported": "tokcomp.deploy.exported",
     "restore": "tokcomp.api",
     "__version__": "tokcomp_kernels._version",

@@ -1,4 +1,4 @@
-"""compress, restore, flops, trace: what users call."""
+"""compress, restore, trace: what users call."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp.adapters import find_adapter
-from tokcomp.methods import Method
 from tokcomp.blocks.state import compose_sources
-from tokcomp.tocom.fold import fold_of, require_same_method
+from tokcomp.folded import fold_of, require_same_method
+from tokcomp.methods import Method
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -55,30 +55,6 @@ def restore(model: ModelT) -> ModelT:
         if adapter.claims(model):
             adapter.unpatch(model)
     return model
-
-
-def flops(model: nn.Module) -> int:
-    """Multiply-adds of one image at the model's own image size, compressed or not (DiffRate, Alg. 2).
-
-    Patch embedding and classifier included (no classifier where ``num_classes`` is 0); norms, softmax, residuals and
-    compression itself are not counted.
-
-    Raises:
-        TypeError: (UnsupportedModelError) the model is not understood.
-    """
-    adapter = find_adapter(model)
-    geometry, cost, method = adapter.geometry(model), adapter.cost(model), adapter.method(model)
-    num_tokens = adapter.num_tokens(model)
-    total = cost.embed * num_tokens
-    for index, block in enumerate(cost.blocks):
-        total += num_tokens * block.projections + 2 * num_tokens**2 * block.width
-        in_mlp = num_tokens
-        if method is not None:
-            assignment = method.assign(index, num_tokens, geometry.num_prefix_tokens)
-            in_mlp = num_tokens if assignment is None else assignment.num_tokens_out
-        total += in_mlp * block.mlp
-        num_tokens = num_tokens if method is not None and method.unmerges else in_mlp
-    return total + num_tokens * cost.head_per_token + cost.head
 
 
 @torch.no_grad()

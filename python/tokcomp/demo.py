@@ -16,8 +16,9 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from tokcomp.api import compress, flops, restore, trace
+from tokcomp.api import compress, restore, trace
 from tokcomp.assets import DIGITS_MODEL, DIGITS_SCHEDULE
+from tokcomp.cost import flops
 from tokcomp.data import DigitsDataset
 from tokcomp.equal_cost import evit_for_budget, tome_for_budget
 from tokcomp.measure.evaluate import evaluate

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from torch import nn
 
 from tokcomp.adapters import find_adapter
-from tokcomp.api import compress, flops, restore
+from tokcomp.api import compress, restore
+from tokcomp.cost import flops
 from tokcomp.methods import EViT, Method, ToMe
 
 

@@ -15,7 +15,6 @@ import timm
 import tokcomp
 import torch
 from tokcomp.assets import DIGITS_MODEL
-from tools.assets.choose_schedule import search_digits
 from tokcomp.equal_cost import evit_for_budget, tome_for_budget
 
 from benchmarks.reproduce.diffrate import __main__ as diffrate
@@ -23,6 +22,7 @@ from benchmarks.reproduce.diffrate import schedules
 from benchmarks.reproduce.diffrate.measure import held_out_pictures, training_pictures
 from benchmarks.reproduce.diffrate.plan import PIPELINES, QUICK, SearchSettings, Settings
 from benchmarks.reproduce.diffrate.units import all_units
+from tools.assets.choose_schedule import search_digits
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks.model.predictions import ENTRIES, SUBJECTS, predictions
+from benchmarks.model.stacks import GPUS, STACKS
 from benchmarks.page import page as results_page
 from benchmarks.page import tables as results_tables
-from benchmarks.model.predictions import ENTRIES, SUBJECTS, predictions
 from benchmarks.page.predicted import Predicted
-from benchmarks.model.stacks import GPUS, STACKS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -8,6 +8,7 @@ import pytest
 import timm
 import tokcomp
 import torch
+
 from benchmarks.model.roofline import BlockTokens, ModelShape, ideal_kernels, ideal_seconds, token_counts
 
 H200 = {"matrix_flops_per_s": 790e12, "copy_bytes_per_s": 4.3e12, "exponentials_per_s": 132 * 16 * 1.755e9}

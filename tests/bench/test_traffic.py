@@ -9,14 +9,13 @@ import pytest
 import timm
 import tokcomp
 import torch
-from benchmarks.model import roofline
-from benchmarks.model import traffic_triton
 from tokcomp.bench.published import PublishedPipeline
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.model import roofline, traffic_triton
 from benchmarks.model.roofline import ModelShape, token_counts
 from benchmarks.model.stacks import EAGER_LAUNCHES, conventional_kernels
 from benchmarks.model.traffic import KernelCost
-from torch.utils.flop_counter import FlopCounterMode
-
 from tests.bench.dispatched import Dispatched
 from tests.bench.interpreted import Launch, counting
 

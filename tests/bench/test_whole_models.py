@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import tokcomp
 import torch
-from benchmarks.model.roofline import ideal_seconds
 from tokcomp.schedule import published_budgets
 
 from benchmarks import test_batch_sweep, test_models, test_tocom, test_training, training_steps, whole_model
+from benchmarks.model.roofline import ideal_seconds
 from benchmarks.shapes import SUBJECTS, TABLE_1, Subject
 from benchmarks.whole_model import Choice, all_entries, batches
 from tests.bench.toys import CPU, METHOD, FakeResults, make_vit, timed

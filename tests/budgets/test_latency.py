@@ -8,6 +8,7 @@ import json
 import pytest
 import tokcomp
 import torch
+from tokcomp.blocks.state import BlockState
 from tokcomp.budgets import (
     LatencyBudget,
     LatencyTable,
@@ -21,7 +22,6 @@ from tokcomp.budgets import (
 from tokcomp.budgets.latency import TabulatedLatency
 from tokcomp.budgets.measure import counts_to_measure
 from tokcomp.budgets.vit_parts import VitParts
-from tokcomp.blocks.state import BlockState
 
 
 def stepped(part: str, count: int) -> float:

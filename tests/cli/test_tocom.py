@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tokcomp import assets  # noqa: F401  registers the digits model with timm
 from tokcomp.cli import options
 from tokcomp.cli.tocom import train as tocom_train
-from tokcomp.tocom.distill import Distiller
 from tokcomp.runs.recipe import TOCOM_RECIPE
+from tokcomp.tocom.distill import Distiller
 
 MODEL = ("-m", "tokcomp_digits_vit", "--pretrained", "--device", "cpu")
 DIGITS = (*MODEL, "--dataset", "digits", "-j", "0")

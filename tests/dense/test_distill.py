@@ -9,8 +9,8 @@ import pytest
 import tokcomp
 import torch
 from tokcomp.dense import Segmenter
-from tokcomp.tocom.distill import Distiller
 from tokcomp.runs.recipe import TOCOM_RECIPE
+from tokcomp.tocom.distill import Distiller
 
 from benchmarks.reproduce.dense import reproduce
 from benchmarks.reproduce.dense_units import QUICK, all_units

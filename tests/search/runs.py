@@ -8,12 +8,12 @@ import tokcomp
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from tokcomp.budgets import FlopsBudget
-from tokcomp.search.run import run_search
-from tokcomp.search.settings import SearchSettings
 from tokcomp.runs.batches import TensorBatches
 from tokcomp.runs.checkpoint import load_checkpoint
 from tokcomp.runs.recipe import SEARCH_RECIPE
 from tokcomp.runs.steps import StopRequest
+from tokcomp.search.run import run_search
+from tokcomp.search.settings import SearchSettings
 
 RECIPE = replace(SEARCH_RECIPE, batch_size=8, lr=0.3, min_lr=0.03)
 SETTINGS = SearchSettings(recipe=RECIPE, steps=6, granularity=1, log_interval=2, eval_interval=3, checkpoint_interval=2)

@@ -16,14 +16,14 @@ import torch.multiprocessing as multiprocessing
 from tokcomp import DiffRateSearch
 from tokcomp.budgets import Budget
 from tokcomp.measure.evaluate import evaluate
-from tokcomp.search.plot import plot_kept
-from tokcomp.search.run import run_search, run_searches
-from tokcomp.search.settings import flops_weight
 from tokcomp.runs import distributed
 from tokcomp.runs.batches import TensorBatches
 from tokcomp.runs.checkpoint import load_checkpoint
 from tokcomp.runs.distributed import World
 from tokcomp.runs.log import read_log
+from tokcomp.search.plot import plot_kept
+from tokcomp.search.run import run_search, run_searches
+from tokcomp.search.settings import flops_weight
 
 from tests.search.runs import (
     RECIPE,

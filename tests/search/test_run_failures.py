@@ -10,10 +10,10 @@ import tokcomp
 import torch
 from tokcomp import DiffRateSearch
 from tokcomp.budgets import FlopsBudget
-from tokcomp.search.run import run_search, run_searches
-from tokcomp.search.settings import SearchSettings
 from tokcomp.runs.checkpoint import load_checkpoint
 from tokcomp.runs.steps import DivergedError
+from tokcomp.search.run import run_search, run_searches
+from tokcomp.search.settings import SearchSettings
 
 from tests.search.runs import (
     SETTINGS,

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import tokcomp
 from tokcomp.budgets import FlopsBudget
-from tokcomp.search.run import run_search
 from tokcomp.runs.log import read_log
+from tokcomp.search.run import run_search
 
 from tests.search.runs import (
     RECIPE,

@@ -13,7 +13,7 @@ import timm
 import tokcomp
 import torch
 from tokcomp.fastpath import packing
-from tokcomp.tocom.fold import fold_of
+from tokcomp.folded import fold_of
 from torch import nn
 
 from tests.library.small_caformer import caformer, images_of

@@ -7,7 +7,8 @@ import copy
 import pytest
 import tokcomp
 import torch
-from tokcomp.tocom.fold import fold_of, forget_fold
+from tokcomp.folded import fold_of
+from tokcomp.tocom.fold import forget_fold
 from torch import nn
 
 from tests.tocom.conftest import qkv_weights, same_bits

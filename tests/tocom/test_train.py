@@ -10,13 +10,13 @@ from dataclasses import replace
 import pytest
 import tokcomp
 import torch
-from tokcomp.tocom.degrees import diffrate_degrees
-from tokcomp.tocom.distill import Distiller, distillation_loss, draw_degrees
-from tokcomp.tocom.train import TocomRun
 from tokcomp.runs.batches import TensorBatches
 from tokcomp.runs.log import read_log
 from tokcomp.runs.recipe import TOCOM_RECIPE
 from tokcomp.runs.steps import DivergedError
+from tokcomp.tocom.degrees import diffrate_degrees
+from tokcomp.tocom.distill import Distiller, distillation_loss, draw_degrees
+from tokcomp.tocom.train import TocomRun
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

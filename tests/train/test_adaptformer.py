@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokcomp import adaptformer
+from tokcomp.finetune.run import FineTuneRun
+from tokcomp.finetune.tuner import FineTuner
 from tokcomp.measure.evaluate import evaluate
 from tokcomp.runs.batches import TensorBatches
-from tokcomp.finetune.tuner import FineTuner
-from tokcomp.finetune.run import FineTuneRun
 from tokcomp.runs.recipe import ADAPTFORMER_RECIPE, Recipe
 
 from tests.library.conftest import make_vit, meta_model, published  # noqa: F401

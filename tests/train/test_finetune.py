@@ -16,12 +16,12 @@ import torch.multiprocessing as multiprocessing
 from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
+from tokcomp.finetune.run import FineTuneRun
+from tokcomp.finetune.tuner import FineTuner
 from tokcomp.measure.evaluate import evaluate
 from tokcomp.runs import distributed
 from tokcomp.runs.batches import TensorBatches
 from tokcomp.runs.distributed import ALONE
-from tokcomp.finetune.tuner import FineTuner
-from tokcomp.finetune.run import FineTuneRun
 from tokcomp.runs.log import read_log
 from tokcomp.runs.recipe import Recipe
 from tokcomp.runs.steps import DivergedError

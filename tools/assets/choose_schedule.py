@@ -17,13 +17,14 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from tokcomp.api import compress, flops, restore
+from tokcomp.api import compress, restore
 from tokcomp.assets import DIGITS_MODEL
-from tools.assets.train_digits import normalize
+from tokcomp.cost import flops
 from tokcomp.data import digits_split, render_digits
 from tokcomp.search.model import DiffRateSearch
+from torch import Tensor, nn
+
+from tools.assets.train_digits import normalize
 
 #: Weight of (F - T)^2 with F and T as shares of the uncompressed cost: what the paper's weight of 5, with F and T in
 #: GFLOPs, comes to for its smallest model, DeiT-T of 1.2538 GFLOPs.

@@ -23,10 +23,9 @@ from safetensors.torch import save_file
 from timm.layers import build_sincos2d_pos_embed
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from torch import Tensor
-
 from tokcomp.assets import DIGITS_MODEL
 from tokcomp.data import digits_split, held_out_digits, render_digits
+from torch import Tensor
 
 
 def normalize(images: Tensor) -> Tensor:

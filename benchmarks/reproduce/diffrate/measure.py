@@ -9,12 +9,12 @@ from functools import lru_cache
 import tokcomp
 import torch
 import torch.nn.functional as F
-from tools.assets.train_digits import normalize
 from tokcomp.data import digits_split, render_digits
 from tokcomp.methods import Method
 from torch import Tensor, nn
 
 from benchmarks.reproduce.diffrate.schedules import cost
+from tools.assets.train_digits import normalize
 
 _HELD_OUT_SEED = 1000
 _TRAINING_SEED = 2000

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from tokcomp.assets import DIGITS_MODEL
-from tools.assets.train_digits import train
 from tokcomp.files import write_whole
 
 from benchmarks.reproduce.diffrate.plan import BUNDLED, SHAPES, Model
+from tools.assets.train_digits import train
 
 _FIRST_SEED = 100  # the bundled model is seed 0
 

@@ -9,11 +9,11 @@ import tokcomp
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from tools.assets.choose_schedule import search_digits
 from tokcomp.search.model import DiffRateSearch
 
 from benchmarks.reproduce.diffrate.measure import logits_of, training_pictures
 from benchmarks.reproduce.diffrate.plan import SearchSettings
+from tools.assets.choose_schedule import search_digits
 
 _GAP_PICTURES = 180
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from tools.assets.train_digits import normalize
 from tokcomp.data import digits_split, render_digits
 from torch import Tensor
 
 from benchmarks.reproduce.tocom.plan import HALVES
+from tools.assets.train_digits import normalize
 
 _HELD_OUT_SEED = 1000
 _VALIDATION_SEED = 2000

@@ -13,9 +13,9 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from tokcomp import ToCom
 from tokcomp.assets import DIGITS_MODEL
+from tokcomp.finetune.tuner import FineTuner
 from tokcomp.methods import Method
 from tokcomp.runs.batches import TensorBatches
-from tokcomp.finetune.tuner import FineTuner
 from tokcomp.runs.recipe import Recipe
 from torch import Tensor
 

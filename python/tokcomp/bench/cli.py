@@ -14,10 +14,10 @@ from timm.models.vision_transformer import VisionTransformer
 import tokcomp
 from tokcomp.adapters import find_adapter
 from tokcomp.bench.models import PRECISIONS, Entry, compare_models, create_model
-from tokcomp.measure.provenance import device_name, find_device, provenance, save_record
 from tokcomp.bench.report import draw, table
-from tokcomp.measure.timing import MIN_ROUNDS
 from tokcomp.equal_cost import evit_blocks
+from tokcomp.measure.provenance import device_name, find_device, provenance, save_record
+from tokcomp.measure.timing import MIN_ROUNDS
 from tokcomp.methods import Method
 from tokcomp.schedule import published_budgets
 

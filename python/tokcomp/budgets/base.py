@@ -5,20 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokcomp.adapters import find_adapter
-from tokcomp.methods import Method
-
-
-class TokenCounts(NamedTuple):
-    """Tokens of one image in every block, prefix tokens included. Floating point, so that gradients can flow."""
-
-    num_in: Tensor  # [L] tokens that enter the block: its attention sees these
-    num_out: Tensor  # [L] tokens that the block's compression leaves: its MLP sees these
+from tokcomp.cost import TokenCounts, counts_of
 
 
 class Budget(ABC):
@@ -106,19 +98,6 @@ def check_target(name: str, target: float, unit: str, *, smallest: float, uncomp
             f"the search can reach) {unit}, got {target:g}"
         )
     return target
-
-
-def counts_of(model: nn.Module, method: Method | None = None) -> TokenCounts:
-    """The token counts [L] (float64, CPU) of a model under a method; without one, of the uncompressed model."""
-    adapter = find_adapter(model)
-    geometry, num_tokens = adapter.geometry(model), adapter.num_tokens(model)
-    num_in, num_out = [], []
-    for block in range(geometry.depth):
-        num_in.append(num_tokens)
-        assignment = None if method is None else method.assign(block, num_tokens, geometry.num_prefix_tokens)
-        num_out.append(num_tokens if assignment is None else assignment.num_tokens_out)
-        num_tokens = num_tokens if method is not None and method.unmerges else num_out[-1]
-    return TokenCounts(torch.tensor(num_in, dtype=torch.float64), torch.tensor(num_out, dtype=torch.float64))
 
 
 def least_counts(model: nn.Module, granularity: int = 1) -> TokenCounts:

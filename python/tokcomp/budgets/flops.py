@@ -2,46 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokcomp.adapters import find_adapter
-from tokcomp.adapters.base import Cost
-from tokcomp.budgets.base import Budget, TokenCounts, check_number, check_target, counts_of, least_counts
-
-
-def flops_of(cost: Cost, counts: TokenCounts, num_tokens: int) -> Tensor:
-    """Multiply-adds of one image (Alg. 2, patch embedding and head included): 0-dim float64, differentiable.
-
-    Args:
-        cost: of the model, from its adapter.
-        counts: [L] tokens of each block, any floating type. Integers give the exact integer.
-        num_tokens: tokens that the patch embedding makes, prefix included.
-
-    Raises:
-        ValueError: the counts are not one per block.
-    """
-    num_in, num_out = counts.num_in.double(), counts.num_out.double()
-    shape = (len(cost.blocks),)
-    if num_in.shape != shape or num_out.shape != shape:
-        raise ValueError(
-            f"counts must have one entry per block, {shape[0]}, got shapes {tuple(num_in.shape)} and "
-            f"{tuple(num_out.shape)}"
-        )
-    projections, attention, mlp = _coefficients(cost, num_in.device)
-    blocks = (projections + attention * num_in) * num_in + mlp * num_out
-    return blocks.sum() + cost.head_per_token * num_out[-1] + (cost.embed * num_tokens + cost.head)
-
-
-@lru_cache(maxsize=64)
-def _coefficients(cost: Cost, device: torch.device) -> tuple[Tensor, ...]:
-    """Multiply-adds per token in, per token in squared and per token out, each [L]; copied to a device but once."""
-    rows = [[block.projections, 2 * block.width, block.mlp] for block in cost.blocks]
-    with torch.inference_mode(False):  # the copy serves later calls too, which may want gradients
-        return torch.tensor(rows, dtype=torch.float64).T.to(device).unbind(0)
+from tokcomp.budgets.base import Budget, check_number, check_target, least_counts
+from tokcomp.cost import TokenCounts, counts_of, flops_of
 
 
 class FlopsBudget(Budget):

@@ -18,7 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokcomp.adapters import UnsupportedModelError, find_adapter
-from tokcomp.budgets.base import TokenCounts, check_number
+from tokcomp.budgets.base import check_number
+from tokcomp.cost import TokenCounts
 
 #: Table 7: what each parameter may be.
 SPACE: dict[str, tuple[float, ...]] = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokcomp.budgets.base import Budget, TokenCounts, check_number, check_target, counts_of, least_counts
+from tokcomp.budgets.base import Budget, check_number, check_target, least_counts
 from tokcomp.budgets.gemmini import (
     SPACE,
     Gemmini,
@@ -21,6 +21,7 @@ from tokcomp.budgets.gemmini import (
     points_of,
 )
 from tokcomp.budgets.staircase import Staircase
+from tokcomp.cost import TokenCounts, counts_of
 from tokcomp.runs.steps import derived_seed
 
 #: What the model gives, in the order of its first dimension: name, unit.

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp.adapters import find_adapter
-from tokcomp.budgets.base import Budget, TokenCounts, check_number, check_target, counts_of, least_counts
+from tokcomp.budgets.base import Budget, check_number, check_target, least_counts
 from tokcomp.budgets.staircase import Staircase
 from tokcomp.budgets.vit_parts import PARTS, uniform_blocks
+from tokcomp.cost import TokenCounts, counts_of
 from tokcomp.files import write_whole
 
 FORMAT = "tokcomp.LatencyTable"

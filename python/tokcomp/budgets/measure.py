@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokcomp.measure.provenance import provenance
-from tokcomp.measure.timing import MIN_ROUNDS, stopwatch
-from tokcomp.budgets.base import counts_of
 from tokcomp.budgets.latency import LatencyTable
 from tokcomp.budgets.vit_parts import PARTS, VitParts, uniform_blocks
+from tokcomp.cost import counts_of
+from tokcomp.measure.provenance import provenance
+from tokcomp.measure.timing import MIN_ROUNDS, stopwatch
 from tokcomp.methods import DiffRate, Method
 from tokcomp.schedule import CompressionSchedule
 

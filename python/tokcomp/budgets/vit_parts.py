@@ -13,14 +13,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tokcomp.adapters import UnsupportedModelError, find_adapter
-
-from tokcomp.adapters.timm_vit import fast as timm_vit_fast
 from tokcomp.adapters.base import BlockCost
+from tokcomp.adapters.timm_vit import fast as timm_vit_fast
 from tokcomp.api import compress, restore
+from tokcomp.blocks.state import BlockState
 from tokcomp.methods import DiffRate, Method
 from tokcomp.methods.base import Evidence
 from tokcomp.schedule import CompressionSchedule
-from tokcomp.blocks.state import BlockState
 
 #: Share of its tokens that a compressing block drops while its parts are timed, half of them pruned and half merged.
 DROPPED = 0.08

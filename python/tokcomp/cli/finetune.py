@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import Dataset
 
-    from tokcomp.runs.distributed import World
     from tokcomp.finetune.run import FineTuneRun
+    from tokcomp.runs.distributed import World
     from tokcomp.runs.recipe import Recipe
 
 DESCRIPTION = """\
@@ -197,11 +197,11 @@ def _prepare(
     from timm.data import resolve_model_data_config
 
     import tokcomp
+    from tokcomp.finetune.run import FineTuneRun
+    from tokcomp.finetune.tuner import FineTuner
     from tokcomp.measure.evaluate import evaluate
     from tokcomp.runs.batches import LoaderBatches, check_batch_size, held_out_batches
     from tokcomp.runs.data import Part, check_labels, training_part
-    from tokcomp.finetune.tuner import FineTuner
-    from tokcomp.finetune.run import FineTuneRun
     from tokcomp.runs.recipe import plain_transform
     from tokcomp.runs.steps import seed_all
 

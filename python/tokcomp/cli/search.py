@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.data import Dataset
 
-    from tokcomp.search.settings import SearchSettings
     from tokcomp.runs.distributed import World
+    from tokcomp.search.settings import SearchSettings
 
 DESCRIPTION = """\
 Find how many tokens each block of a model should prune and merge, for a budget: the search of the DiffRate paper. The
@@ -174,8 +174,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> SearchSettings:
-    from tokcomp.search.settings import SearchSettings
     from tokcomp.runs.recipe import SEARCH_RECIPE
+    from tokcomp.search.settings import SearchSettings
 
     given = {field: getattr(args, field) for field in RECIPE_OPTIONS if getattr(args, field) is not None}
     if args.steps is not None and "epochs" in given:
@@ -209,11 +209,11 @@ def _run(
     from tokcomp import UnsupportedModelError
     from tokcomp.budgets import MeasurementStopped
     from tokcomp.data import num_images
-    from tokcomp.search.model import DiffRateSearch
-    from tokcomp.search.run import run_searches
     from tokcomp.runs.batches import LoaderBatches, check_batch_size, held_out_batches
     from tokcomp.runs.data import training_part
     from tokcomp.runs.steps import DivergedError, StopRequest, seed_all
+    from tokcomp.search.model import DiffRateSearch
+    from tokcomp.search.run import run_searches
 
     with blame("--batch-size"):
         check_batch_size(args.batch_size, world.size, args.grad_accum_steps, mixes=settings.recipe.mixes)

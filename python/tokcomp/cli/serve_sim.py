@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tokcomp import Switchable
+    from tokcomp.runs.data import Part
     from tokcomp.serve.load import Profile
     from tokcomp.serve.policy import Policy
     from tokcomp.serve.report import Run
     from tokcomp.serve.server import Server
-    from tokcomp.runs.data import Part
 
 DIGITS_MODEL = "tokcomp_digits_vit"
 DEGREES = (0, 8, 12, 16, 20)

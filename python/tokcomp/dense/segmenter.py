@@ -10,8 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokcomp.adapters import UnsupportedModelError, find_adapter
-from tokcomp.dense.heads import HEADS
 from tokcomp.blocks.state import compose_sources
+from tokcomp.dense.heads import HEADS
 
 
 def position_tokens(encoder: nn.Module, images: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ from tokcomp.dense.files import SegmenterSettings, save_segmenter
 from tokcomp.dense.metrics import Scores
 from tokcomp.dense.segmenter import Segmenter
 from tokcomp.files import sole_writer, write_whole
+from tokcomp.finetune.tuner import FineTuner
 from tokcomp.runs.batches import Batches
 from tokcomp.runs.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
-from tokcomp.finetune.tuner import FineTuner
-from tokcomp.finetune.run import LossWatch
 from tokcomp.runs.log import RunLog
 from tokcomp.runs.recipe import Recipe
 from tokcomp.runs.steps import DivergedError, Progress, StopRequest
+from tokcomp.runs.watch import LossWatch
 
 KIND = "dense"
 #: What a run writes into its folder.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp import fastpath
-
 from tokcomp.deploy import graphs
 from tokcomp.deploy.inputs import check_images, checked_batch, inputs_of
 from tokcomp.deploy.watch import Watch

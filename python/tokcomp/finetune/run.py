@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokcomp import adaptformer
-from tokcomp.measure.evaluate import Evaluation
 from tokcomp.files import replacing, sole_writer, write_whole
+from tokcomp.finetune.tuner import FineTuner
+from tokcomp.measure.evaluate import Evaluation
 from tokcomp.runs.batches import Batches
 from tokcomp.runs.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
-from tokcomp.runs.distributed import World
-from tokcomp.finetune.tuner import FineTuner
 from tokcomp.runs.log import RunLog, read_log
 from tokcomp.runs.steps import DivergedError, Progress, StopRequest
+from tokcomp.runs.watch import LossWatch, advice
 
 KIND = "finetune"
 #: What a run writes into its folder.
@@ -209,7 +207,7 @@ class FineTuneRun:
 
     def _check_weights(self, step: int) -> None:
         if not self.tuner.is_finite():
-            raise DivergedError(_advice(f"the weights are not finite numbers after step {step}"), step)
+            raise DivergedError(advice(f"the weights are not finite numbers after step {step}"), step)
 
     def _save(self) -> None:
         self._check_weights(self.tuner.step_number)
@@ -238,42 +236,6 @@ class FineTuneRun:
     def _draw(self) -> None:
         if self.tuner.world.is_main:
             draw_curves(read_log(self.output / LOG), self.output / CURVES)
-
-
-class LossWatch:
-    """The losses of steps under way, averaged over the processes, which also agree here on when to stop.
-
-    On a GPU a loss is looked at when the next step is on its way, so that nobody waits for the device.
-    """
-
-    def __init__(self, world: World, device: torch.device) -> None:
-        self._world, self._lag = world, 1 if device.type == "cuda" else 0
-        self._under_way: deque[tuple[int, Tensor]] = deque()
-        self.stop_wanted = False
-
-    def add(self, step: int, loss: Tensor, stop_wanted: bool) -> None:
-        report = torch.stack([loss.float(), torch.full_like(loss, float(stop_wanted), dtype=torch.float32)])
-        self._under_way.append((step, self._world.mean_(report)))
-
-    def settle(self, *, wait: bool) -> list[float]:
-        """The losses that are known by now, or of all steps.
-
-        Raises:
-            DivergedError: one of them is not a finite number.
-        """
-        losses = []
-        while len(self._under_way) > (0 if wait else self._lag):
-            step, report = self._under_way.popleft()
-            loss, stop = report.tolist()
-            if not math.isfinite(loss):
-                raise DivergedError(_advice(f"the loss of step {step} is {loss}"), step)
-            losses.append(loss)
-            self.stop_wanted |= stop > 0
-        return losses
-
-
-def _advice(what: str) -> str:
-    return f"{what}; the checkpoint before it is kept; lower --lr, set --clip-grad, or train without --amp"
 
 
 def _accuracies(found: Mapping[str, float]) -> str:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from tokcomp.budgets import Budget
 from tokcomp.files import write_whole
-from tokcomp.schedule import CompressionSchedule
 from tokcomp.runs.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
 from tokcomp.runs.log import RunLog, read_log
+from tokcomp.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
     from tokcomp.search.settings import SearchResult

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp.adapters import find_adapter
-from tokcomp.budgets.base import TokenCounts
-from tokcomp.budgets.flops import flops_of
+from tokcomp.blocks.search import MIN_WEIGHTED_SIZE, BlockProxies, BlockSearch
+from tokcomp.cost import TokenCounts, flops_of
 from tokcomp.methods.diffrate import DiffRate, published_settings
 from tokcomp.schedule import CompressionSchedule
 from tokcomp.search.proxy import KeptNumber, Relaxed, relax
-from tokcomp.blocks.search import MIN_WEIGHTED_SIZE, BlockProxies, BlockSearch
 
 _STEPS = ("prune", "merge")
 

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokcomp.api import compress, flops, restore
+from tokcomp.api import compress, restore
 from tokcomp.budgets import Budget
-from tokcomp.measure.evaluate import evaluate
+from tokcomp.cost import flops
 from tokcomp.files import sole_writer
-from tokcomp.search.folder import SearchFolder
-from tokcomp.search.model import DiffRateSearch
-from tokcomp.search.settings import SearchResult, SearchSettings, diverged
-from tokcomp.search.target import Target
+from tokcomp.measure.evaluate import evaluate
 from tokcomp.runs.batches import Batches, check_batch_size
 from tokcomp.runs.distributed import ALONE, World
 from tokcomp.runs.recipe import LearningRate, Targets, soft_cross_entropy
 from tokcomp.runs.steps import MODEL, Progress, StopRequest, kept_generators, seed_all
+from tokcomp.search.folder import SearchFolder
+from tokcomp.search.model import DiffRateSearch
+from tokcomp.search.settings import SearchResult, SearchSettings, diverged
+from tokcomp.search.target import Target
 
 #: Starts a pass over held-out images: normalized [b, 3, H, W] and labels [b].
 HeldOut = Callable[[], Iterable[tuple[Tensor, Tensor]]]

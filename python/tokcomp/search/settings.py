@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tokcomp.schedule import CompressionSchedule
 from tokcomp.runs.recipe import SEARCH_RECIPE, Recipe
 from tokcomp.runs.steps import DivergedError
+from tokcomp.schedule import CompressionSchedule
 
 #: Of the paper's smallest model, uncompressed.
 DEIT_T_GFLOPS = 1.2538

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcomp.budgets import Budget, TokenCounts
-from tokcomp.search.model import DiffRateSearch
+from tokcomp.budgets import Budget
+from tokcomp.cost import TokenCounts
 from tokcomp.runs.log import RunLog
 from tokcomp.runs.recipe import Recipe, make_optimizer
+from tokcomp.search.model import DiffRateSearch
 
 
 class Target:

@@ -11,8 +11,8 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from tokcomp.serve.server import Answer, Server
 from tokcomp.runs.steps import ARRIVALS, SAMPLE, derived_seed
+from tokcomp.serve.server import Answer, Server
 
 #: Longest sleep of the sender in seconds, so that it notices a server that failed.
 _NAP = 0.05

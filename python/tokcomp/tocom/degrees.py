@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from tokcomp.adapters import find_adapter
-from tokcomp.api import compress, flops
+from tokcomp.api import compress
+from tokcomp.cost import flops
 from tokcomp.methods import DiffRate, EViT, Method, ToMe, ToMeMLP
 from tokcomp.schedule import CompressionSchedule
 from tokcomp.tocom.layers import qkv_layers

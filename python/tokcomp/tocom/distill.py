@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from tokcomp.api import compress
 from tokcomp.methods import Method
-from tokcomp.tocom.layers import qkv_layers
-from tokcomp.tocom.plugin import ToCom
-from tokcomp.tocom.twins import twin_model
 from tokcomp.runs.distributed import ALONE, World
 from tokcomp.runs.recipe import LearningRate, Recipe, Targets, make_optimizer
 from tokcomp.runs.steps import DEGREES, MODEL, derived_seed, seed_all
+from tokcomp.tocom.layers import qkv_layers
+from tokcomp.tocom.plugin import ToCom
+from tokcomp.tocom.twins import twin_model
 
 
 def draw_degrees(seed: int, step: int, degrees: Sequence[int]) -> tuple[int, int]:

@@ -8,49 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tokcomp import fastpath
+from tokcomp.folded import RECORD, Fold, fold_of
 from tokcomp.tocom.layers import read_rows, write_rows
 
-_RECORD = "_tokcomp_fold"  # attribute of the model
 _ORIGINAL = "_tokcomp_unfolded"  # buffer of a packed layer: rows of q and v before the fold
 _SAMPLE = "_tokcomp_folded"  # buffer of a packed layer: some of the elements that the fold wrote
 _SAMPLES = 256
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@dataclass(frozen=True)
-class Fold:
-    """What is folded into a model: the degrees, and whose rows they are."""
-
-    source: int
-    target: int
-    scale: float
-    #: Names of the plugin: of the object, and of what its parameters were.
-    plugin: tuple[str, str]
-    #: Name of the method that the plugin was trained with, where it says.
-    method: str | None = None
-    #: Hashes of the rows as written and of a sample of them, per layer.
-    written: tuple[tuple[int, int], ...] = ()
-
-    def __str__(self) -> str:
-        return f"degree {self.source} to {self.target} at scale {self.scale:g}"
-
-
 class _Marks(NamedTuple):
     original: Tensor
     sample: Tensor
-
-
-def fold_of(model: nn.Module) -> Fold | None:
-    """What is folded into ``model``."""
-    record: Fold | None = vars(model).get(_RECORD)
-    return record
 
 
 def original_rows(layers: Sequence[nn.Linear]) -> list[Tensor]:
@@ -71,15 +47,6 @@ def require_unchanged(record: Fold, layers: Sequence[nn.Linear]) -> None:
     )
 
 
-def require_same_method(record: Fold | None, name: str) -> None:
-    """Raise ValueError if what is folded in is for models compressed by another method than ``name``."""
-    if record is not None and record.method not in (None, name):
-        raise ValueError(
-            f"method must be {record.method}, which the plugin folded into the model ({record}) was trained with, got "
-            f"{name}; unfold the plugin first, or fold it with its method set to None"
-        )
-
-
 def write_fold(model: nn.Module, layers: Sequence[nn.Linear], rows: Sequence[Tensor], record: Fold) -> None:
     """Write rows [2A, C] into every layer and remember what was there before any fold; all of it or nothing."""
     with torch.inference_mode(_inference(layers)), torch.no_grad():
@@ -92,7 +59,7 @@ def write_fold(model: nn.Module, layers: Sequence[nn.Linear], rows: Sequence[Ten
             write_rows(layer, new)
         for layer, mark in zip(layers, marks, strict=True):
             _set_marks(layer, mark)
-        setattr(model, _RECORD, record)
+        setattr(model, RECORD, record)
 
 
 def take_out(model: nn.Module, layers: Sequence[nn.Linear]) -> None:
@@ -111,7 +78,7 @@ def forget_fold(model: nn.Module) -> None:
 def _forget(model: nn.Module, layers: Sequence[nn.Module]) -> None:
     for layer in layers:
         _set_marks(layer, None)
-    vars(model).pop(_RECORD, None)
+    vars(model).pop(RECORD, None)
 
 
 @contextmanager
@@ -131,9 +98,9 @@ def _whole(model: nn.Module, layers: Sequence[nn.Linear]) -> Iterator[None]:
                 write_rows(layer, rows)
                 _set_marks(layer, mark)
         if record is None:
-            vars(model).pop(_RECORD, None)
+            vars(model).pop(RECORD, None)
         else:
-            setattr(model, _RECORD, record)
+            setattr(model, RECORD, record)
         fastpath.forget(model)
         raise
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp.adapters import Adapter
+from tokcomp.folded import Fold, fold_of
 from tokcomp.methods import Method
 from tokcomp.tocom.applied import Term, terms_added
 from tokcomp.tocom.files import Contents, read_plugin, write_plugin
-from tokcomp.tocom.fold import Fold, fold_of, original_rows, require_unchanged, take_out, write_fold
+from tokcomp.tocom.fold import original_rows, require_unchanged, take_out, write_fold
 from tokcomp.tocom.layers import Width, describe, qkv_layers, width_of
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tokcomp import fastpath
 from tokcomp.api import compress
 from tokcomp.deploy.graphs import Graphs
+from tokcomp.folded import fold_of
 from tokcomp.methods import Method, ToMe
 from tokcomp.tocom.degrees import Degrees, check_degrees, method_at
-from tokcomp.tocom.fold import fold_of
 from tokcomp.tocom.layers import qkv_layers, read_rows, write_rows
 from tokcomp.tocom.plugin import ToCom
 from tokcomp.tocom.twins import twin_model

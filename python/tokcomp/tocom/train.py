@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tokcomp.files import sole_writer, write_whole
-from tokcomp.tocom.distill import Distiller
 from tokcomp.runs.batches import Batches
 from tokcomp.runs.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
-from tokcomp.finetune.run import LossWatch
 from tokcomp.runs.log import RunLog
 from tokcomp.runs.steps import DivergedError, Progress, StopRequest
+from tokcomp.runs.watch import LossWatch
+from tokcomp.tocom.distill import Distiller
 
 KIND = "tocom"
 #: What a run writes into its folder.

@@ -21,8 +21,8 @@ from tokcomp.adapters.timm_caformer.modules import (
     split_grid,
 )
 from tokcomp.adapters.timm_caformer.search import check_search, run_search
-from tokcomp.methods.base import Geometry, Method
 from tokcomp.blocks.search import BlockSearch
+from tokcomp.methods.base import Geometry, Method
 
 #: The stage that is compressed, counted from 0.
 STAGE = 2

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tokcomp.adapters.swap import Swapped
 from tokcomp.blocks.attention import attend
-from tokcomp.methods.base import Method
 from tokcomp.blocks.state import BlockState, compose_sources
+from tokcomp.methods.base import Method
 
 
 class StageState(BlockState):

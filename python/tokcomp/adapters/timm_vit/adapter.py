@@ -12,14 +12,14 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from tokcomp import fastpath
-from tokcomp.adapters.timm_vit import fast
 from tokcomp.adapters.base import Adapter, BlockCost, Cost, UnsupportedModelError
 from tokcomp.adapters.swap import original_class, restore_class, swap_class
+from tokcomp.adapters.timm_vit import fast
 from tokcomp.adapters.timm_vit.modules import CompressedAttention, CompressedBlock, CompressedModel
 from tokcomp.adapters.timm_vit.search import check_search, reads_patches, run_search
 from tokcomp.adapters.timm_vit.unmerging import Place, UnmergingBlock, UnmergingModel
-from tokcomp.methods.base import Geometry, Method
 from tokcomp.blocks.search import BlockSearch
+from tokcomp.methods.base import Geometry, Method
 
 #: Methods of the model that compression replaces or relies on; a subclass with its own version is not understood.
 _MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "forward_intermediates", "_pos_embed")

@@ -13,9 +13,9 @@ from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
 from tokcomp.blocks.attention import attend
+from tokcomp.blocks.state import BlockState
 from tokcomp.fastpath import Layer, PackedWeights, Products, forget, has_hooks, packed_weights, plain_weights
 from tokcomp.methods.base import Norm
-from tokcomp.blocks.state import BlockState
 
 #: Elements of the widest activation of a group of images.
 _ACTIVATION_ELEMENTS = 5 * 2**19

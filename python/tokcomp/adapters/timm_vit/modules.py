@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tokcomp.adapters.timm_vit import fast
 from tokcomp.adapters.swap import Swapped
+from tokcomp.adapters.timm_vit import fast
 from tokcomp.blocks.attention import attend
+from tokcomp.blocks.state import BlockState
 from tokcomp.fastpath import Products, has_hooks
 from tokcomp.methods.base import Method
-from tokcomp.blocks.state import BlockState
 
 #: Attribute of a feature tensor that carries its tokens' sizes from forward_features to forward_head.
 _SIZE_ATTRIBUTE = "_tokcomp_size"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tokcomp.adapters.timm_vit import search_fast
 from tokcomp.adapters.base import UnsupportedModelError
+from tokcomp.adapters.timm_vit import search_fast
 from tokcomp.adapters.timm_vit.modules import join_heads, split_heads
-from tokcomp.fastpath import PackedWeights
 from tokcomp.blocks.search import BlockSearch, TokenState
+from tokcomp.fastpath import PackedWeights
 
 #: Weight of a masked token in map pooling: nothing in the result, but the mask's gradient flows.
 _MASKED_WEIGHT = 1e-20
@@ -33,10 +33,8 @@ def reads_patches(model: Any) -> bool:
 def run_search(model: Any, images: Tensor, blocks: Sequence[BlockSearch]) -> Tensor:
     """Logits [B, classes] of images [B, 3, H, W], the model's blocks compressed as ``blocks`` say."""
     packed = search_fast.pack(model, images)
-    if packed is None:
-        x = model.patch_embed(images)
-    else:
-        x = search_fast.embed_patches(model.patch_embed, images, packed)
+    embed = model.patch_embed
+    x = embed(images) if packed is None else search_fast.embed_patches(embed, images, packed)
     x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
     wanted = blocks[0].num_tokens
     if x.shape[1] != wanted:

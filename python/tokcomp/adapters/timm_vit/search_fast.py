@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tokcomp import fastpath
 from tokcomp.adapters.timm_vit import fast
 from tokcomp.adapters.timm_vit.fast import norm
-from tokcomp.fastpath import Layer, PackedWeights, packed_weights
 from tokcomp.blocks.search import BlockSearch, TokenState
+from tokcomp.fastpath import Layer, PackedWeights, packed_weights
 
 
 def pack(model: Any, images: Tensor) -> PackedWeights | None:

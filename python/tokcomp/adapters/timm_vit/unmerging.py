@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tokcomp.adapters.timm_vit import fast
 from tokcomp.adapters.timm_vit.modules import CompressedBlock, CompressedModel, refuse_mask
-from tokcomp.methods.base import Evidence, Method, Reduced
 from tokcomp.blocks.state import BlockState
+from tokcomp.methods.base import Evidence, Method, Reduced
 
 
 class Place(NamedTuple):

@@ -11,8 +11,8 @@ from tokcomp.cli.errors import blame
 if TYPE_CHECKING:
     import torch
 
-    from tokcomp.tocom.train import TocomRun
     from tokcomp.runs.distributed import World
+    from tokcomp.tocom.train import TocomRun
 
 DESCRIPTION = """\
 Train a plugin for a segmenter's encoder by self-distillation: in each step the teacher is the segmenter at one random
@@ -83,11 +83,11 @@ def _prepare(args: argparse.Namespace, device: torch.device, world: World) -> To
     import torch
 
     import tokcomp
-    from tokcomp.tocom.distill import Distiller
-    from tokcomp.tocom.train import TocomRun
     from tokcomp.runs.batches import LoaderBatches, check_batch_size
     from tokcomp.runs.recipe import TOCOM_RECIPE
     from tokcomp.runs.steps import seed_all
+    from tokcomp.tocom.distill import Distiller
+    from tokcomp.tocom.train import TocomRun
 
     with blame("--batch-size"):
         check_batch_size(args.batch_size, world.size, 1, mixes=False)

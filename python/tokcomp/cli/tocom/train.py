@@ -14,9 +14,9 @@ from tokcomp.cli.errors import UserError, blame
 if TYPE_CHECKING:
     import torch
 
-    from tokcomp.tocom.train import TocomRun
     from tokcomp.runs.distributed import World
     from tokcomp.runs.recipe import Recipe
+    from tokcomp.tocom.train import TocomRun
 
 DESCRIPTION = """\
 Train a plugin on a frozen, pre-trained model, on the data that it was pre-trained with. In each step the teacher is
@@ -161,11 +161,11 @@ def _prepare(
 
     import tokcomp
     from tokcomp.data import num_images
-    from tokcomp.tocom.distill import Distiller
-    from tokcomp.tocom.train import TocomRun
     from tokcomp.runs.batches import LoaderBatches, check_batch_size
     from tokcomp.runs.data import training_part
     from tokcomp.runs.steps import seed_all
+    from tokcomp.tocom.distill import Distiller
+    from tokcomp.tocom.train import TocomRun
 
     pieces, amp = args.grad_accum_steps, _mixed_precision(args, device)
     with blame("--batch-size"):

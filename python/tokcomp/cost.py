@@ -1,0 +1,77 @@
+"""What a model costs: multiply-adds of one image (DiffRate, Alg. 2), from the tokens of every block."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokcomp.adapters import Cost, find_adapter
+from tokcomp.methods import Method
+
+
+class TokenCounts(NamedTuple):
+    """Tokens of one image in every block, prefix tokens included. Floating point, so that gradients can flow."""
+
+    num_in: Tensor  # [L] tokens that enter the block: its attention sees these
+    num_out: Tensor  # [L] tokens that the block's compression leaves: its MLP sees these
+
+
+def counts_of(model: nn.Module, method: Method | None = None) -> TokenCounts:
+    """The token counts [L] (float64, CPU) of a model under a method; without one, of the uncompressed model."""
+    adapter = find_adapter(model)
+    geometry, num_tokens = adapter.geometry(model), adapter.num_tokens(model)
+    num_in, num_out = [], []
+    for block in range(geometry.depth):
+        num_in.append(num_tokens)
+        assignment = None if method is None else method.assign(block, num_tokens, geometry.num_prefix_tokens)
+        num_out.append(num_tokens if assignment is None else assignment.num_tokens_out)
+        num_tokens = num_tokens if method is not None and method.unmerges else num_out[-1]
+    return TokenCounts(torch.tensor(num_in, dtype=torch.float64), torch.tensor(num_out, dtype=torch.float64))
+
+
+def flops(model: nn.Module) -> int:
+    """Multiply-adds of one image at the model's own image size, compressed or not (DiffRate, Alg. 2).
+
+    Patch embedding and classifier included (no classifier where ``num_classes`` is 0); norms, softmax, residuals and
+    compression itself are not counted.
+
+    Raises:
+        TypeError: (UnsupportedModelError) the model is not understood.
+    """
+    adapter = find_adapter(model)
+    counts = counts_of(model, adapter.method(model))
+    return int(flops_of(adapter.cost(model), counts, adapter.num_tokens(model)))
+
+
+def flops_of(cost: Cost, counts: TokenCounts, num_tokens: int) -> Tensor:
+    """Multiply-adds of one image (Alg. 2, patch embedding and head included): 0-dim float64, differentiable.
+
+    Args:
+        cost: of the model, from its adapter.
+        counts: [L] tokens of each block, any floating type. Integers give the exact integer.
+        num_tokens: tokens that the patch embedding makes, prefix included.
+
+    Raises:
+        ValueError: the counts are not one per block.
+    """
+    num_in, num_out = counts.num_in.double(), counts.num_out.double()
+    shape = (len(cost.blocks),)
+    if num_in.shape != shape or num_out.shape != shape:
+        raise ValueError(
+            f"counts must have one entry per block, {shape[0]}, got shapes {tuple(num_in.shape)} and "
+            f"{tuple(num_out.shape)}"
+        )
+    projections, attention, mlp = _coefficients(cost, num_in.device)
+    blocks = (projections + attention * num_in) * num_in + mlp * num_out
+    return blocks.sum() + cost.head_per_token * num_out[-1] + (cost.embed * num_tokens + cost.head)
+
+
+@lru_cache(maxsize=64)
+def _coefficients(cost: Cost, device: torch.device) -> tuple[Tensor, ...]:
+    """Multiply-adds per token in, per token in squared and per token out, each [L]; copied to a device but once."""
+    rows = [[block.projections, 2 * block.width, block.mlp] for block in cost.blocks]
+    with torch.inference_mode(False):  # the copy serves later calls too, which may want gradients
+        return torch.tensor(rows, dtype=torch.float64).T.to(device).unbind(0)
