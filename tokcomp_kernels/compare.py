@@ -254,7 +254,8 @@ def _compare_masked_merge(sample: Sample, x_out: Tensor, size_out: Tensor, rank:
     assert torch.equal(rank.argsort(1), live_order(importance, alive, prefix)), "rank"
     num_kept = counts[1]
     num_before = alive.sum(1, keepdim=True).minimum(counts[0])
-    is_source = (num_kept > prefix) & (rank >= num_kept) & (rank < num_before)
+    takes_part = (num_kept > prefix) & (num_kept < num_before) & (rank < num_before)
+    is_source = takes_part & (rank >= num_kept)
     is_candidate = (rank >= prefix) & (rank < num_kept)
     assert torch.equal(torch.where(is_source, own, destination), own), "what does not merge is its own destination"
     assert bool(((destination >= 0) & (destination < num_tokens)).all()), "a destination is a token of the image"
@@ -267,7 +268,7 @@ def _compare_masked_merge(sample: Sample, x_out: Tensor, size_out: Tensor, rank:
         assert torch.equal(destination, want), f"{sample.id}: destination differs from the reference's"
 
     def given_choices(call: Sample) -> tuple[Tensor, ...]:
-        return *_masked_merge_given(call, is_source, destination), rank, destination
+        return *_masked_merge_given(call, is_source, takes_part, destination), rank, destination
 
     assert_within_rounding(sample, given_choices, (x_out, size_out, rank, destination))
     joined = torch.zeros(batch, num_tokens, device=x.device).scatter_add(1, destination, is_source.float()) > 0
@@ -275,7 +276,9 @@ def _compare_masked_merge(sample: Sample, x_out: Tensor, size_out: Tensor, rank:
     assert bool((same | joined[:, :, None]).all()), "a token that nothing merged into must be an exact copy"
 
 
-def _masked_merge_given(call: Sample, is_source: Tensor, destination: Tensor) -> tuple[Tensor, Tensor]:
+def _masked_merge_given(
+    call: Sample, is_source: Tensor, takes_part: Tensor, destination: Tensor
+) -> tuple[Tensor, Tensor]:
     """x and size of masked_merge in float64 with its choices given."""
     x, size = call.args[0], call.kwargs.get("size")
     size = torch.ones_like(x[..., 0]) if size is None else effective_size(size, x.dtype)
@@ -284,7 +287,8 @@ def _masked_merge_given(call: Sample, is_source: Tensor, destination: Tensor) ->
     if call.kwargs.get("similarity_weighted_size", True):
         weight = weight * cosine(x, x).gather(2, destination[:, :, None]).squeeze(2)
     if call.kwargs.get("min_weighted_size") is not None:
-        weight = weight.clamp_min(call.kwargs["min_weighted_size"])
+        whole = torch.where(is_source, weight, size).clamp_min(call.kwargs["min_weighted_size"])
+        size = weight = torch.where(takes_part, whole, size)
     size_out = effective_size(size.scatter_add(1, destination, torch.where(is_source, weight, 0.0)), x.dtype)
     count = torch.ones_like(size).scatter_add(1, destination, is_source.to(x.dtype))
     total = x.scatter_add(1, index, torch.where(is_source[:, :, None], x, 0.0))

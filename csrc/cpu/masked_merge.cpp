@@ -21,6 +21,13 @@ struct Options {
   // Tokens of rank below this can take part, whatever the mask.
   int64_t most_ranked() const { return std::min(tokens, before); }
   bool merges(int64_t ranked) const { return prefix < kept && kept < ranked; }
+
+  // NaN becomes the bound too.
+  template <typename A>
+  A bounded(A size) const {
+    const A least(*min_weighted_size);
+    return size > least ? size : least;
+  }
 };
 
 // What one thread reuses from image to image. Rows, norms and matches are in rank order.
@@ -34,6 +41,7 @@ class Workspace {
         row(options.merges(options.most_ranked()) ? options.most_ranked() : 0),
         inverse_norm(row.size()),
         similarity(row.size()),
+        weight(row.size()),
         match(row.size()),
         wide_(std::is_same_v<T, A> ? 0 : static_cast<int64_t>(row.size()) * options.width),
         width_(options.width) {}
@@ -44,7 +52,7 @@ class Workspace {
   std::vector<int64_t> order;
   std::vector<int64_t> live, live_order;
   std::vector<const A*> row;
-  std::vector<A> inverse_norm, similarity;
+  std::vector<A> inverse_norm, similarity, weight;  // weight: what a source adds to its destination's size
   std::vector<int64_t> match;
   std::vector<const T*> members;
   rows::Groups groups;
@@ -121,7 +129,19 @@ void merge(const Image<T>& image, const Options& options, int64_t ranked, Worksp
   cosine::best_matches(sources, destinations, width, work.similarity.data(), work.match.data());
 
   for (int64_t s = 0; s < num_sources; ++s) {
-    image.destination[work.order[kept + s]] = work.order[first + work.match[s]];
+    const int64_t source = work.order[kept + s];
+    image.destination[source] = work.order[first + work.match[s]];
+    work.weight[s] = image.size_of(source) * (options.weighted_size ? work.similarity[s] : A(1));
+    if (options.min_weighted_size) {
+      work.weight[s] = options.bounded(work.weight[s]);
+      image.size_out[source] = effective_size(work.weight[s]);
+    }
+  }
+  if (options.min_weighted_size) {
+    for (int64_t r = 0; r < kept; ++r) {
+      A& size = image.size_out[work.order[r]];
+      size = options.bounded(size);
+    }
   }
   work.groups.build(work.match.data(), num_sources, kept - first);
   for (int64_t m = 0; m < kept - first; ++m) {
@@ -130,14 +150,9 @@ void merge(const Image<T>& image, const Options& options, int64_t ranked, Worksp
     A total = image.size_out[token];
     work.members.assign(1, image.row(token));
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t s = work.groups.items(m)[i], source = work.order[kept + s];
-      work.members.push_back(image.row(source));
-      A weight = image.size_of(source) * (options.weighted_size ? work.similarity[s] : A(1));
-      if (options.min_weighted_size) {
-        const A least(*options.min_weighted_size);
-        weight = weight > least ? weight : least;
-      }
-      total += weight;
+      const int64_t s = work.groups.items(m)[i];
+      work.members.push_back(image.row(work.order[kept + s]));
+      total += work.weight[s];
     }
     image.size_out[token] = effective_size(total);
     rows::combine<T>(work.members.data(), nullptr, count + 1, A(count + 1), width, image.x_out + token * width);

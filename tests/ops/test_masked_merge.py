@@ -50,7 +50,7 @@ def test_is_prune_merge_without_the_dropping(
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_does_what_the_worked_example_says(target: Target) -> None:
-    """Dead tokens neither merge nor are merged into, the clamp holds, and a mean is not weighted by size."""
+    """Dead tokens do not take part, a mean is not weighted by size, the bound holds for all that take part."""
     rows = [[9.0, 9.0], [4.0, 0.0], [0.0, 2.0], [-6.0, 1.5], [8.0, 0.0], [0.0, 7.0]]
     x = torch.tensor([rows], device=target.device)
     importance = torch.tensor([[0.0, 0.5, 0.1, 0.2, 0.9, 0.3]], device=target.device)
@@ -65,8 +65,12 @@ def test_does_what_the_worked_example_says(target: Target) -> None:
     assert destination.tolist() == [[0, 1, 5, 5, 4, 5]]
     rows[5] = [-2.0, 3.5]
     assert torch.equal(merged.cpu(), torch.tensor([rows]))
-    # 5 * 1.5 / sqrt(38.25) = 1.2127 counts as 1.5.
-    torch.testing.assert_close(merged_size.cpu(), torch.tensor([[1.0, 3.0, 2.0, 5.0, 1.0, 1.0 + 1.5 + 2.0]]))
+    # 5 * 1.5 / sqrt(38.25) = 1.2127 counts as 1.5 and is the size of token 3 from now on; the 1 of tokens 0 and 5
+    # counts as 1.5 too, that of the dead token 4 stays.
+    torch.testing.assert_close(merged_size.cpu(), torch.tensor([[1.5, 3.0, 2.0, 1.5, 1.0, 1.5 + 1.5 + 2.0]]))
+    _, plain_size, _, _ = target.call(x, importance, token_mask, counts, size=size)
+    added = 5 * 1.5 / 38.25**0.5 + 2
+    torch.testing.assert_close(plain_size.cpu(), torch.tensor([[1.0, 3.0, 2.0, 5.0, 1.0, 1.0 + added]]))
 
 
 class _NoHostRead(TorchDispatchMode):

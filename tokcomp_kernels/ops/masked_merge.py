@@ -42,7 +42,8 @@ def masked_merge(
         size: Patches in each token, [B, N]; ones where None.
         num_prefix_tokens: Class, distillation and register tokens: never merged or a destination.
         similarity_weighted_size: Whether a merged token adds its size times its cosine similarity, or its whole size.
-        min_weighted_size: The least that a merged token adds, where given (the published search: 1).
+        min_weighted_size: Where given (the published search: 1), what a merged token adds becomes its own size too,
+            and the sizes of all tokens of rank below P are at least this before they are added up.
 
     Returns:
         x [B, N, C], a destination being the plain mean of itself and what merged into it, every other token (those

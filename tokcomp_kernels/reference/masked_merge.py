@@ -63,7 +63,11 @@ def masked_merge_reference(
     if similarity_weighted_size:
         weight = weight * similarity.gather(2, best[:, :, None]).squeeze(2)
     if min_weighted_size is not None:
-        weight = torch.where(weight > min_weighted_size, weight, min_weighted_size)
+        # As published: what a source adds is its own size from now on, and all that take part are bounded alike.
+        takes_part = merges & (ranks < num_before)  # [B, N]
+        bounded = torch.where(is_source, weight, row_size)
+        bounded = torch.where(bounded > min_weighted_size, bounded, min_weighted_size)
+        row_size = weight = torch.where(takes_part, bounded, row_size)
     size_out = row_size.scatter_add(1, destination, torch.where(is_source, weight, 0.0))
     count = torch.ones_like(row_size).scatter_add(1, destination, is_source.to(dtype))
     total = scatter_add_rows(rows, destination, torch.where(is_source[:, :, None], rows, 0.0))

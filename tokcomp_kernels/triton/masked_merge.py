@@ -160,6 +160,14 @@ def _masked_merge_apply_kernel(
     total_size = tl.full([BLOCK_N], 1.0, tl.float32)
     if HAS_SIZE:
         total_size = effective_size(tl.load(size_ptr + offs_n * stride_sn, mask=mask_n, other=1.0))
+    if HAS_MIN:
+        # A source keeps what it adds to its destination as its own size, and all that take part are bounded alike.
+        takes_part = (num_sources > 0) & (rank < kept + num_sources)
+        if WEIGHTED_SIZE:
+            is_source = takes_part & (rank >= kept)
+            total_size *= tl.load(similarity_ptr + first + rank - kept, mask=is_source, other=1.0)
+        bounded = tl.where(total_size > min_weighted_size, total_size, min_weighted_size)
+        total_size = tl.where(takes_part, bounded, total_size)
     count = tl.zeros([BLOCK_N], tl.int32)
 
     # Every token of the block takes its next source in turn, so each sum runs in the order of rank.

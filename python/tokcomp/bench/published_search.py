@@ -89,16 +89,20 @@ def masked_attention(attn: Any, x: Tensor, size: Tensor, mask: Tensor) -> tuple[
 
 
 def merge_in_place(x: Tensor, size: Tensor, kept: int, alive: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
-    """Tokens ranked ``kept`` .. ``alive - 1`` join the most similar of those before, and stay where they are."""
+    """Tokens ranked ``kept`` .. ``alive - 1`` join the most similar of those before, and stay where they are.
+
+    Their own size becomes what they add, which the next masked attention reads.
+    """
     with torch.no_grad():
         unit = x / x.norm(dim=-1, keepdim=True)
         similarity = unit[:, kept:alive] @ unit[:, :kept].transpose(-1, -2)
         similarity[..., :num_prefix_tokens] = -math.inf
         best, slot = similarity.max(dim=-1, keepdim=True)  # [B, S, 1]
     merged = x[:, :kept].scatter_reduce(1, slot.expand(-1, -1, x.shape[-1]), x[:, kept:alive], reduce="mean")
-    added = (size[:, kept:alive] * best).clamp(min=1)
-    total = size[:, :kept].scatter_reduce(1, slot, added.to(size.dtype), reduce="sum")
-    return torch.cat([merged, x[:, kept:]], dim=1), torch.cat([total, size[:, kept:]], dim=1)
+    weighted = torch.cat([size[:, :kept], size[:, kept:alive] * best], dim=1).clamp(min=1).to(size.dtype)
+    total = weighted[:, :kept].scatter_reduce(1, slot, weighted[:, kept:], reduce="sum")
+    size = torch.cat([total, weighted[:, kept:], size[:, alive:]], dim=1)
+    return torch.cat([merged, x[:, kept:]], dim=1), size
 
 
 class PublishedSearch(nn.Module):

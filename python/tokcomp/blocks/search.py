@@ -14,7 +14,7 @@ from torch import Tensor
 from tokcomp.blocks.attention import masked_attend, prefix_masked_attend
 from tokcomp.methods.diffrate import METRICS, score_tokens
 
-#: In the search a merged token adds at least this to the size of its destination, as published.
+#: As published, a merging token's size times its similarity, and any size beside it, is at least this in the search.
 MIN_WEIGHTED_SIZE = 1.0
 
 
@@ -47,7 +47,8 @@ class BlockSearch:
         block: index among the model's compressible blocks.
         proxies: what the block's proxies say, or None for a block whose tokens all stay.
         metric, pipeline, seed, similarity_weighted_size: as in :class:`tokcomp.DiffRate`.
-        min_weighted_size: least size that a merged token adds, or None for none (as in inference).
+        min_weighted_size: least size of the tokens in a merge, where a merged one's own size becomes what it adds; None
+            for no bound, as in inference: a merged token keeps its size then.
         num_prefix_tokens: tokens that always stay.
         num_tokens: tokens of every block, prefix included.
         prefix_only: nothing reads the block's other tokens, as in the last block of a class-token model, so they are

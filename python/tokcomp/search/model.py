@@ -34,8 +34,9 @@ class DiffRateSearch(nn.Module):
         metric, pipeline: as in :class:`tokcomp.DiffRate`; ``prune`` and ``merge`` have proxies of the one kind only in
             effect, the other ones never move. By default what was published for the family: ``cls_attn`` and
             ``prune_merge``, for CAFormers ``image_attn`` and ``merge``.
-        match_inference: merged tokens add their size times their similarity, as inference does, where the published
-            search adds at least 1.
+        match_inference: merged tokens add their size times their similarity, as inference does, and keep their own
+            size. In the published search they add at least 1, and what they add becomes their size, which their
+            mask's gradient holds.
         seed: of the ``random`` metric.
         similarity_weighted_size: as in :class:`tokcomp.DiffRate`; by default True, for CAFormers False.
 
