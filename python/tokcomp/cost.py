@@ -19,10 +19,16 @@ class TokenCounts(NamedTuple):
     num_out: Tensor  # [L] tokens that the block's compression leaves: its MLP sees these
 
 
-def counts_of(model: nn.Module, method: Method | None = None) -> TokenCounts:
-    """The token counts [L] (float64, CPU) of a model under a method; without one, of the uncompressed model."""
+def counts_of(model: nn.Module, method: Method | None = None, img_size: tuple[int, int] | None = None) -> TokenCounts:
+    """The token counts [L] (float64, CPU) of a model under a method; without one, of the uncompressed model.
+
+    ``img_size``: height and width of the images, by default the model's own.
+    """
     adapter = find_adapter(model)
-    geometry, num_tokens = adapter.geometry(model), adapter.num_tokens(model)
+    geometry = adapter.geometry(model)
+    num_tokens = _num_tokens(model, img_size)
+    if method is not None:
+        method.check_tokens(num_tokens, geometry.num_prefix_tokens)
     num_in, num_out = [], []
     for block in range(geometry.depth):
         num_in.append(num_tokens)
@@ -32,18 +38,43 @@ def counts_of(model: nn.Module, method: Method | None = None) -> TokenCounts:
     return TokenCounts(torch.tensor(num_in, dtype=torch.float64), torch.tensor(num_out, dtype=torch.float64))
 
 
-def flops(model: nn.Module) -> int:
-    """Multiply-adds of one image at the model's own image size, compressed or not (DiffRate, Alg. 2).
+def flops(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> int:
+    """Multiply-adds of one image, compressed or not (DiffRate, Alg. 2).
 
     Patch embedding and classifier included (no classifier where ``num_classes`` is 0); norms, softmax, residuals and
     compression itself are not counted.
 
+    Args:
+        model: a model that :func:`tokcomp.compress` understands.
+        img_size: pixels of the image, one number or height and width; by default the model's own. A model that takes
+            other images than these is counted as if it were built for them.
+
     Raises:
         TypeError: (UnsupportedModelError) the model is not understood.
+        ValueError: the model's schedule is for another number of tokens, or the size makes no whole patches.
     """
     adapter = find_adapter(model)
-    counts = counts_of(model, adapter.method(model))
-    return int(flops_of(adapter.cost(model), counts, adapter.num_tokens(model)))
+    size = None if img_size is None else _pair(img_size)
+    counts = counts_of(model, adapter.method(model), size)
+    return int(flops_of(adapter.cost(model, size), counts, _num_tokens(model, size)))
+
+
+def _num_tokens(model: nn.Module, img_size: tuple[int, int] | None) -> int:
+    """Tokens that enter block 0, prefix included, at an image size; None: the model's own."""
+    adapter = find_adapter(model)
+    if img_size is None:
+        return adapter.num_tokens(model)
+    rows, columns = adapter.grid(model, *img_size)
+    if rows < 1 or columns < 1:
+        raise ValueError(f"img_size must give at least one patch, got {img_size[0]} x {img_size[1]} pixels")
+    return rows * columns + adapter.geometry(model).num_prefix_tokens
+
+
+def _pair(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    sides = img_size if isinstance(img_size, (tuple, list)) else (img_size, img_size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"img_size must be a number of pixels, or height and width, got {img_size!r}")
+    return sides[0], sides[1]
 
 
 def flops_of(cost: Cost, counts: TokenCounts, num_tokens: int) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from tokcomp.files import write_whole
 
 FORMAT = "tokcomp.CompressionSchedule"
 VERSION = 1
+#: What a schedule may say of the method that it is for: arguments of DiffRate, and their types.
+METHOD_SETTINGS = {"metric": str, "pipeline": str, "seed": int, "similarity_weighted_size": bool}
 
 
 @dataclass
@@ -27,15 +29,26 @@ class CompressionSchedule:
         num_prune_kept: one count per block, or None for a method that does not prune (CAFormer's schedules).
         num_merge_kept: one count per block, or None for a method that does not merge.
         provenance: where the counts come from, as JSON data (model, budget, search settings); not compared by ``==``.
+        num_tokens: tokens that enter block 0 of the models it is for, prefix included: 197 for 224 x 224 pixels in
+            patches of 16. A model with another count is refused. None: not known, and any model of this depth is
+            accepted; nothing is inferred from the counts.
+        num_prefix_tokens: how many of ``num_tokens`` are no patches; only :meth:`rescaled` asks.
+        method: arguments of :class:`tokcomp.DiffRate` that the counts were found with, of :data:`METHOD_SETTINGS`:
+            ``{"metric": "image_attn", "pipeline": "merge"}``. DiffRate takes what is in it, and refuses to be told
+            otherwise. None, or a name left out: not said.
 
     Raises:
-        ValueError: the lists differ in length, are both missing, or hold a count below 1.
-        TypeError: a count is not an integer, or the provenance is not a dict.
+        ValueError: the lists differ in length, are both missing, or hold a count below 1; ``num_tokens`` is not above
+            ``num_prefix_tokens``; ``method`` has an unknown name.
+        TypeError: a count is not an integer, the provenance or the method is not a dict, or a setting of another type.
     """
 
     num_prune_kept: list[int] | None
     num_merge_kept: list[int] | None
     provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+    num_tokens: int | None = None
+    num_prefix_tokens: int = 1
+    method: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.num_prune_kept = _counts("num_prune_kept", self.num_prune_kept)
@@ -50,21 +63,74 @@ class CompressionSchedule:
             )
         if not isinstance(self.provenance, dict):
             raise TypeError(f"provenance must be a dict, got {type(self.provenance).__name__}")
+        self.num_prefix_tokens = _integer("num_prefix_tokens", self.num_prefix_tokens, least=0)
+        if self.num_tokens is not None:
+            self.num_tokens = _integer("num_tokens", self.num_tokens, least=self.num_prefix_tokens + 1)
+        self.method = _method(self.method)
 
     def __len__(self) -> int:
         """Number of blocks."""
         counts = self.num_prune_kept if self.num_prune_kept is not None else self.num_merge_kept
         return len(counts or ())
 
+    def rescaled(self, num_tokens: int, num_prefix_tokens: int | None = None) -> CompressionSchedule:
+        """The same shares of the patches for models with another number of tokens: at another resolution, say.
+
+        A count of k of p patches becomes k q / p of q patches, rounded (halves up) and at least one where it was; the
+        prefix tokens stay apart. ``schedule.rescaled(577)`` takes 224 x 224 pixels in patches of 16 to 384 x 384.
+
+        Args:
+            num_tokens: what is to enter block 0, prefix included.
+            num_prefix_tokens: how many of those are no patches; by default as many as here.
+
+        Returns:
+            A new schedule, whose provenance holds this one's under ``rescaled``; one for the same tokens as it is.
+
+        Raises:
+            ValueError: this schedule does not know its own ``num_tokens``, or the new one is not above the prefix.
+        """
+        if self.num_tokens is None:
+            raise ValueError(
+                "the schedule must know its num_tokens to be rescaled, got None; say what it is for: "
+                "dataclasses.replace(schedule, num_tokens=197)"
+            )
+        prefix = self.num_prefix_tokens if num_prefix_tokens is None else num_prefix_tokens
+        prefix = _integer("num_prefix_tokens", prefix, least=0)
+        num_tokens = _integer("num_tokens", num_tokens, least=prefix + 1)
+        if (num_tokens, prefix) == (self.num_tokens, self.num_prefix_tokens):
+            return replace(self)
+        before, after = self.num_tokens - self.num_prefix_tokens, num_tokens - prefix
+
+        def scaled(counts: list[int] | None) -> list[int] | None:
+            if counts is None:
+                return None
+            patches = [max(count - self.num_prefix_tokens, 0) for count in counts]
+            kept = [max((2 * count * after + before) // (2 * before), min(count, 1)) for count in patches]
+            return [prefix + count for count in kept]
+
+        origin = {"num_tokens": self.num_tokens, "provenance": self.provenance}
+        return replace(
+            self,
+            num_prune_kept=scaled(self.num_prune_kept),
+            num_merge_kept=scaled(self.num_merge_kept),
+            provenance={"source": "rescaled", "rescaled": origin},
+            num_tokens=num_tokens,
+            num_prefix_tokens=prefix,
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the schedule as JSON: the file at ``path`` is either wholly replaced or left as it was."""
-        data = {
+        data: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "num_prune_kept": self.num_prune_kept,
             "num_merge_kept": self.num_merge_kept,
-            "provenance": self.provenance,
         }
+        if self.num_tokens is not None:
+            data |= {"num_tokens": self.num_tokens, "num_prefix_tokens": self.num_prefix_tokens}
+        if self.method is not None:
+            data["method"] = self.method
+        data["provenance"] = self.provenance
         try:
             text = json.dumps(data, indent=2, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
@@ -72,27 +138,56 @@ class CompressionSchedule:
         write_whole(Path(path), text)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> CompressionSchedule:
-        """Read what :meth:`save` wrote, or a JSON object with just the two lists.
+    def load(
+        cls, path: str | os.PathLike[str], model: str | None = None, gflops: float | None = None
+    ) -> CompressionSchedule:
+        """Read what :meth:`save` wrote, a JSON object with just the two lists, or one entry of a published table.
+
+        A published table is DiffRate's ``compression_rate.json``: model -> GFLOPs -> prune_kept_num and merge_kept_num.
+        Models that DiffRate published get the ``num_tokens`` of their image size; of others it is not known.
+
+        Args:
+            path: the file.
+            model: which of a table's models, by the table's name or timm's; not looked at where there is only one.
+            gflops: which of the model's budgets; needed where there are several.
 
         Raises:
-            ValueError: not JSON, not a schedule, or written by a newer version; the message names the file.
+            ValueError: not JSON, not a schedule, written by a newer version, or a table without that entry; the message
+                names the file.
         """
         path = Path(path)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: not a JSON file ({error})") from error
-        if not isinstance(data, dict) or not {"num_prune_kept", "num_merge_kept"} <= data.keys():
-            raise ValueError(f"{path}: a schedule must be a JSON object with num_prune_kept and num_merge_kept")
-        if data.get("format", FORMAT) != FORMAT:
-            raise ValueError(f"{path}: format must be {FORMAT!r}, got {data['format']!r}")
-        if data.get("version", VERSION) != VERSION:
-            raise ValueError(f"{path}: version must be {VERSION}, got {data['version']!r}; a newer tokcomp wrote it")
         try:
-            return cls(data["num_prune_kept"], data["num_merge_kept"], data.get("provenance") or {})
+            if _is_table(data):
+                return _pick(data, model, gflops)
+            if gflops is not None:
+                raise ValueError("gflops chooses among the entries of a table, got a single schedule; leave it out")
+            return cls._from_file(data)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def _from_file(cls, data: Any) -> CompressionSchedule:
+        if not isinstance(data, dict) or not {"num_prune_kept", "num_merge_kept"} <= data.keys():
+            raise ValueError(
+                "a schedule must be a JSON object with num_prune_kept and num_merge_kept, or a table of models and "
+                "budgets with prune_kept_num and merge_kept_num"
+            )
+        if data.get("format", FORMAT) != FORMAT:
+            raise ValueError(f"format must be {FORMAT!r}, got {data['format']!r}")
+        if data.get("version", VERSION) != VERSION:
+            raise ValueError(f"version must be {VERSION}, got {data['version']!r}; a newer tokcomp wrote it")
+        return cls(
+            data["num_prune_kept"],
+            data["num_merge_kept"],
+            data.get("provenance") or {},
+            data.get("num_tokens"),
+            data.get("num_prefix_tokens", 1),
+            data.get("method"),
+        )
 
 
 def _counts(name: str, counts: Sequence[int] | None) -> list[int] | None:
@@ -102,18 +197,36 @@ def _counts(name: str, counts: Sequence[int] | None) -> list[int] | None:
         raise TypeError(f"{name} must be a list of integers, one per block, got {counts!r}")
     checked = []
     for block, count in enumerate(counts):
-        if isinstance(count, bool):
-            raise TypeError(f"{name}[{block}] must be an integer, got {count!r}")
-        try:
-            value = operator.index(count)
-        except TypeError:
-            raise TypeError(f"{name}[{block}] must be an integer, got {count!r}") from None
-        if value < 1:
-            raise ValueError(f"{name}[{block}] must be at least 1, got {value}")
-        checked.append(value)
+        checked.append(_integer(f"{name}[{block}]", count, least=1))
     if not checked:
         raise ValueError(f"{name} must have one entry per block, got none")
     return checked
+
+
+def _integer(name: str, value: Any, *, least: int) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if found < least:
+        raise ValueError(f"{name} must be at least {least}, got {found}")
+    return found
+
+
+def _method(settings: Any) -> dict[str, Any] | None:
+    if settings is None:
+        return None
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"method must be a dict of DiffRate's arguments, got {settings!r}")
+    for name, value in settings.items():
+        if name not in METHOD_SETTINGS:
+            raise ValueError(f"method must have no settings but {', '.join(METHOD_SETTINGS)}, got {name!r}")
+        kind = METHOD_SETTINGS[name]
+        if type(value) is not kind:
+            raise TypeError(f"method[{name!r}] must be of type {kind.__name__}, got {value!r}")
+    return dict(settings)
 
 
 #: timm's model name -> the name in the published tables.
@@ -126,6 +239,9 @@ PUBLISHED_MODELS = {
     "vit_huge_patch14_224.mae": "ViT-H-MAE",
     "caformer_s36": "CAFormer-S36",
 }
+#: Name in the tables -> tokens that enter block 0 at 224 x 224 pixels, and how many of them are no patches.
+_PUBLISHED_TOKENS = {name: (197, 1) for name in PUBLISHED_MODELS.values()}
+_PUBLISHED_TOKENS |= {"ViT-H-MAE": (257, 1), "CAFormer-S36": (196, 0)}
 
 
 def published_budgets() -> dict[str, list[float]]:
@@ -137,6 +253,10 @@ def published_budgets() -> dict[str, list[float]]:
 def published_schedule(name: str, gflops: float) -> CompressionSchedule:
     """The schedule that the DiffRate paper's authors published for a model and a budget.
 
+    They are those of its repository. The paper's Table 10 prints the same counts but for DeiT-T at 1.0 G, whose last
+    block keeps 3 and 3 tokens there and 21 and 21 here: 0.9983 for 1.0036 GFLOPs. The logits are the same, since only
+    the last block's MLP sees the difference, and a class-token model reads nothing but its class token after that.
+
     Args:
         name: timm's model name; a pretrained tag after a DeiT name or ``caformer_s36`` is ignored.
         gflops: the budget as published, for example 2.3.
@@ -145,21 +265,72 @@ def published_schedule(name: str, gflops: float) -> CompressionSchedule:
         ValueError: nothing was published for that name or budget; the message lists what was.
     """
     tables = _published_tables()
-    known = name if name in PUBLISHED_MODELS else str(name).split(".", 1)[0]
-    if known not in PUBLISHED_MODELS:
+    known = _known_name(name)
+    if known is None:
         raise ValueError(f"name must be one of {', '.join(PUBLISHED_MODELS)}, got {name!r}")
-    table = tables[PUBLISHED_MODELS[known]]
-    for budget, counts in table.items():
-        try:
-            if float(budget) == float(gflops):
-                provenance = {"model": known, "gflops": float(budget), "source": "published with DiffRate, ICCV 2023"}
-                return CompressionSchedule(counts["prune_kept_num"], counts["merge_kept_num"], provenance)
-        except (TypeError, ValueError):
-            break
-    raise ValueError(f"gflops for {known} must be one of {', '.join(table)}, got {gflops!r}")
+    table = PUBLISHED_MODELS[known]
+    schedule = _entry(table, tables[table], gflops, what=f"gflops for {known}")
+    schedule.provenance = {**schedule.provenance, "model": known, "source": "published with DiffRate, ICCV 2023"}
+    return schedule
+
+
+def _known_name(name: str) -> str | None:
+    """The key of PUBLISHED_MODELS that a name of timm's stands for."""
+    return next((one for one in (name, str(name).split(".", 1)[0]) if one in PUBLISHED_MODELS), None)
 
 
 def _published_tables() -> dict[str, Any]:
     text = resources.files("tokcomp").joinpath("published_schedules.json").read_text(encoding="utf-8")
     tables: dict[str, Any] = json.loads(text)
     return tables
+
+
+def _is_table(data: Any) -> bool:
+    """Whether JSON data is laid out as DiffRate's compression_rate.json."""
+    if not isinstance(data, dict) or not data:
+        return False
+    return all(
+        isinstance(budgets, dict)
+        and budgets
+        and all(isinstance(counts, dict) and "merge_kept_num" in counts for counts in budgets.values())
+        for budgets in data.values()
+    )
+
+
+def _pick(tables: Mapping[str, Any], model: str | None, gflops: float | None) -> CompressionSchedule:
+    """The entry of a table that :meth:`CompressionSchedule.load` is asked for."""
+    names = list(tables)
+    if len(names) > 1:
+        known = None if model is None else PUBLISHED_MODELS.get(_known_name(model) or "", model)
+        if known is None or known not in tables:
+            raise ValueError(f"model must be one of {', '.join(names)}, or timm's name for it, got {model!r}")
+        names = [known]
+    return _entry(names[0], tables[names[0]], gflops, what=f"gflops for {names[0]}")
+
+
+def _entry(name: str, budgets: Mapping[str, Any], gflops: float | None, *, what: str) -> CompressionSchedule:
+    """One budget of one model of a table."""
+    if gflops is None and len(budgets) == 1:
+        gflops = float(next(iter(budgets)))
+    for budget, counts in budgets.items():
+        try:
+            found = float(budget) == float(gflops)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            break
+        if found:
+            prune, merge = (_listed(counts.get(f"{step}_kept_num")) for step in ("prune", "merge"))
+            num_tokens, num_prefix_tokens = _PUBLISHED_TOKENS.get(name, (None, 1))
+            # Without pruning it is the published method for hierarchical models; else DiffRate's own defaults.
+            method = {"metric": "image_attn", "pipeline": "merge", "similarity_weighted_size": False}
+            provenance = {"model": name, "gflops": float(budget)}
+            return CompressionSchedule(
+                prune, merge, provenance, num_tokens, num_prefix_tokens, method if prune is None else None
+            )
+    raise ValueError(f"{what} must be one of {', '.join(budgets)}, got {gflops!r}")
+
+
+def _listed(counts: Any) -> Any:
+    """A list of counts; the published file has them as text, and ``"None"`` for none."""
+    if not isinstance(counts, str):
+        return counts
+    return None if counts == "None" else json.loads(counts)

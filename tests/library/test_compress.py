@@ -267,3 +267,51 @@ def test_weights_shared_between_blocks(make_vit, methods, images_for):
         ours = tokcomp.compress(shared, methods["diffrate"])(images)
         assert torch.equal(ours, tokcomp.compress(separate, methods["diffrate"])(images))
     assert type(tokcomp.restore(shared).blocks[1]).__name__ == "Block"
+
+
+SEVENTEEN = tokcomp.CompressionSchedule([17, 14, 11, 11], [17, 12, 11, 6], num_tokens=17)
+
+
+def test_a_schedule_for_other_tokens_is_refused_with_the_cure(make_vit, images_for):
+    model = make_vit(img_size=64)
+    with pytest.raises(ValueError, match=r"for the 65 tokens .*got one for 17; schedule\.rescaled\(65\) keeps"):
+        tokcomp.compress(model, tokcomp.DiffRate(SEVENTEEN))
+    assert type(model) is type(make_vit())
+    tokcomp.compress(model, tokcomp.DiffRate(SEVENTEEN.rescaled(65)))
+    counts = [int(source.max()) + 1 for source in tokcomp.trace(model, images_for(model))]
+    assert counts == [65, 45, 41, 21]
+    with pytest.raises(ValueError, match="one entry per block, got 4 entries for 3 blocks; search one for this depth"):
+        tokcomp.compress(make_vit(depth=3), tokcomp.DiffRate(SEVENTEEN))
+
+
+def test_prefix_tokens_stay_apart(make_vit, images_for):
+    from timm.models.deit import VisionTransformerDistilled
+
+    model = make_vit(cls=VisionTransformerDistilled)
+    with pytest.raises(ValueError, match=r"got one for 17; schedule\.rescaled\(18, 2\)"):
+        tokcomp.compress(model, tokcomp.DiffRate(SEVENTEEN))
+    tokcomp.compress(model, tokcomp.DiffRate(SEVENTEEN.rescaled(18, 2)))
+    assert [int(source.max()) + 1 for source in tokcomp.trace(model, images_for(model))] == [18, 13, 12, 7]
+
+
+@pytest.mark.parametrize("call", ["forward", "trace", "train", "grad_checkpointing"])
+def test_images_of_another_size_are_noticed(make_vit, call):
+    """A model for any image size cannot be asked beforehand."""
+    model = tokcomp.compress(make_vit(dynamic_img_size=True), tokcomp.DiffRate(SEVENTEEN))
+    fits, larger = torch.randn(1, 3, 32, 32), torch.randn(1, 3, 64, 64)
+    if call == "grad_checkpointing":
+        model.set_grad_checkpointing(True)
+    if call in ("train", "grad_checkpointing"):
+        model.train()
+    run = (lambda images: tokcomp.trace(model, images)) if call == "trace" else model
+    run(fits)
+    with pytest.raises(ValueError, match=r"got one for 17; schedule\.rescaled\(65\)"):
+        run(larger)
+    tokcomp.compress(model, tokcomp.DiffRate(SEVENTEEN.rescaled(65)))
+    run(larger)
+
+
+def test_patch_dropout_is_not_another_size(make_vit, images_for):
+    """In training fewer tokens reach block 0, of images of the right size."""
+    model = tokcomp.compress(make_vit(patch_drop_rate=0.25), tokcomp.DiffRate(SEVENTEEN)).train()
+    assert model(images_for(model)).shape == (3, 5)

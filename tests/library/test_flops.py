@@ -80,3 +80,36 @@ def test_heads(make_vit):
 def test_is_an_int_and_runs_nothing(make_vit):
     model = make_vit().to("meta")
     assert type(tokcomp.flops(model)) is int
+
+
+def test_another_image_size(make_vit, meta_model):
+    """As if the model were built for it; a hierarchical model's other stages grow along."""
+    for method in (None, tokcomp.ToMe(3)):
+        models = [make_vit(), make_vit(img_size=64), make_vit(img_size=(32, 64))]
+        for model in models if method else ():
+            tokcomp.compress(model, method)
+        small, large, wide = models
+        assert tokcomp.flops(small, img_size=64) == tokcomp.flops(small, (64, 64)) == tokcomp.flops(large)
+        assert tokcomp.flops(small, img_size=(32, 64)) == tokcomp.flops(wide) != tokcomp.flops(small)
+    model = meta_model("caformer_s18")
+    plain = tokcomp.flops(model)
+    assert tokcomp.flops(model, img_size=224) == plain
+    large = meta_model("caformer_s18", pretrained_cfg_overlay={"input_size": (3, 384, 384)})
+    assert tokcomp.flops(model, img_size=384) == tokcomp.flops(large) > 2.9 * plain
+
+
+def test_image_sizes_that_are_refused(make_vit):
+    model = make_vit()
+    with pytest.raises(ValueError, match="whole patches of 8 x 8 pixels, got 36 x 36"):
+        tokcomp.flops(model, img_size=36)
+    for wrong in (0, -32, 32.0, (32,), (32, 32, 3), "32"):
+        with pytest.raises(ValueError, match="img_size must be a number of pixels, or height and width, got"):
+            tokcomp.flops(model, img_size=wrong)
+
+
+def test_a_schedule_is_for_one_image_size(make_vit):
+    model = make_vit(dynamic_img_size=True)
+    tokcomp.compress(model, tokcomp.DiffRate(tokcomp.CompressionSchedule([17] * 4, [17, 9, 9, 9], num_tokens=17)))
+    assert tokcomp.flops(model, img_size=32) == tokcomp.flops(model)
+    with pytest.raises(ValueError, match=r"for the 65 tokens that enter block 0, got one for 17; schedule\.rescaled"):
+        tokcomp.flops(model, img_size=64)

@@ -59,11 +59,15 @@ class Adapter(ABC):
 
     @abstractmethod
     def grid(self, model: nn.Module, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the patches, prefix tokens aside, for images of this size."""
+        """Rows and columns of the patches, prefix tokens aside, for images of this size.
+
+        Raises:
+            ValueError: such images cannot be cut into patches.
+        """
 
     @abstractmethod
-    def cost(self, model: nn.Module) -> Cost:
-        """Multiply-adds, for :func:`tokcomp.flops`."""
+    def cost(self, model: nn.Module, img_size: tuple[int, int] | None = None) -> Cost:
+        """Multiply-adds, for :func:`tokcomp.flops`, of images of this height and width; None: of the model's own."""
 
     @abstractmethod
     def validate(self, model: nn.Module, method: Method) -> None:

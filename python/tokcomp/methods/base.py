@@ -95,6 +95,12 @@ class Method(ABC):
     def validate(self, geometry: Geometry) -> None:
         """Raise ValueError or TypeError if a model of this geometry cannot be compressed so."""
 
+    def check_tokens(self, num_tokens: int, num_prefix_tokens: int) -> None:  # noqa: B027  most take any number
+        """Raise ValueError if a model cannot be compressed so at an image size that makes ``num_tokens`` enter block 0.
+
+        Asked before the first block of every forward pass, so that images of another size are noticed.
+        """
+
     @abstractmethod
     def assign(self, block: int, num_tokens: int, num_prefix_tokens: int) -> Assignment | None:
         """How many of ``num_tokens`` are left by block ``block``; None where nothing drops."""
@@ -148,10 +154,12 @@ def reduces_in_one(method: type[Method]) -> bool:
     return len(owners) == 1
 
 
-def require_depth(name: str, entries: int, geometry: Geometry) -> None:
+def require_depth(name: str, entries: int, geometry: Geometry, hint: str = "") -> None:
     """A per-block list must fit the model's depth; it may go on for the blocks behind, whose entries are not read."""
     if entries not in (geometry.depth, geometry.depth + geometry.following_blocks):
-        raise ValueError(f"{name} must have one entry per block, got {entries} entries for {geometry.depth} blocks")
+        raise ValueError(
+            f"{name} must have one entry per block, got {entries} entries for {geometry.depth} blocks{hint}"
+        )
 
 
 def require_class_token(what: str, geometry: Geometry, instead: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class DiffRate(Method):
     ``num_prune_kept``; ``prune`` and ``merge`` read their own list only. A merged token takes the place, and so the
     importance, of the kept token it was merged into.
 
+    The arguments after the schedule are by default what the schedule's ``method`` says, and else the first here.
+
     Args:
         schedule: tokens to keep per block.
         metric: importance of a token: ``cls_attn``, the class token's attention to it, mean over heads (Eq. 6);
@@ -60,12 +62,13 @@ class DiffRate(Method):
             the norm of its value vector over all heads; ``random``, a fixed pseudo-random order of positions, the same
             for every image.
         pipeline: ``prune_merge``, ``merge_prune``, ``prune`` or ``merge``.
-        seed: of the ``random`` metric.
-        similarity_weighted_size: a merged token adds its size times its cosine similarity, as published for ViTs;
-            False adds the whole size.
+        seed: of the ``random`` metric (default: 0).
+        similarity_weighted_size: True: a merged token adds its size times its cosine similarity, as published for
+            ViTs; False: its whole size.
 
     Raises:
-        ValueError: unknown metric or pipeline, or a pipeline whose list the schedule does not have.
+        ValueError: unknown metric or pipeline, a pipeline whose list the schedule does not have, or an argument that
+            contradicts the schedule's ``method``.
     """
 
     proportional_attention = True
@@ -73,13 +76,15 @@ class DiffRate(Method):
     def __init__(
         self,
         schedule: CompressionSchedule,
-        metric: str = "cls_attn",
-        pipeline: str = "prune_merge",
-        seed: int = 0,
-        similarity_weighted_size: bool = True,
+        metric: str | None = None,
+        pipeline: str | None = None,
+        seed: int | None = None,
+        similarity_weighted_size: bool | None = None,
     ) -> None:
         if not isinstance(schedule, CompressionSchedule):
             raise TypeError(f"schedule must be a CompressionSchedule, got {type(schedule).__name__}")
+        metric = _setting(schedule, "metric", metric, "cls_attn")
+        pipeline = _setting(schedule, "pipeline", pipeline, "prune_merge")
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
         if pipeline not in PIPELINES:
@@ -90,20 +95,25 @@ class DiffRate(Method):
         self.schedule = schedule
         self.metric = metric
         self.pipeline = pipeline
-        self.seed = operator.index(seed)
-        self.similarity_weighted_size = bool(similarity_weighted_size)
+        self.seed = operator.index(_setting(schedule, "seed", seed, 0))
+        weighted = _setting(schedule, "similarity_weighted_size", similarity_weighted_size, True)
+        self.similarity_weighted_size = bool(weighted)
         self.needs = METRICS[metric]
 
     def __repr__(self) -> str:
         return f"DiffRate(metric={self.metric!r}, pipeline={self.pipeline!r}, schedule={self.schedule})"
 
     @classmethod
-    def published(cls, name: str, gflops: float) -> DiffRate:
-        """The published schedule for a timm model and a budget in GFLOPs (multiply-adds); see ``published_budgets``."""
+    def published(cls, name: str, gflops: float, num_tokens: int | None = None) -> DiffRate:
+        """The published schedule for a timm model and a budget in GFLOPs (multiply-adds); see ``published_budgets``.
+
+        Args:
+            name, gflops: as published, for images of 224 x 224 pixels.
+            num_tokens: tokens of the model at another image size, prefix included: 577 for 384 x 384 in patches of 16.
+                The schedule is then :meth:`CompressionSchedule.rescaled`.
+        """
         schedule = published_schedule(name, gflops)
-        if schedule.num_prune_kept is None:
-            return cls(schedule, metric="image_attn", pipeline="merge", similarity_weighted_size=False)
-        return cls(schedule)
+        return cls(schedule if num_tokens is None else schedule.rescaled(num_tokens))
 
     def _counts(self, block: int, num_tokens: int) -> tuple[int, int]:
         prune, merge = self.schedule.num_prune_kept, self.schedule.num_merge_kept
@@ -112,7 +122,9 @@ class DiffRate(Method):
         return num_prune_kept, num_merge_kept
 
     def validate(self, geometry: Geometry) -> None:
-        require_depth("schedule", len(self.schedule), geometry)
+        require_depth("schedule", len(self.schedule), geometry, hint="; search one for this depth (tokcomp search)")
+        if geometry.num_tokens is not None:
+            self.check_tokens(geometry.num_tokens, geometry.num_prefix_tokens)
         if "cls_attn" in self.needs:
             require_class_token(f"metric {self.metric!r}", geometry, 'metric="image_attn" or ToMe')
         prefix = geometry.num_prefix_tokens
@@ -130,6 +142,16 @@ class DiffRate(Method):
                 )
             if alive is not None:
                 alive = min(alive, num_prune_kept, num_merge_kept)
+
+    def check_tokens(self, num_tokens: int, num_prefix_tokens: int) -> None:
+        wanted = self.schedule.num_tokens
+        if wanted in (None, num_tokens):
+            return
+        prefix = "" if num_prefix_tokens == self.schedule.num_prefix_tokens else f", {num_prefix_tokens}"
+        raise ValueError(
+            f"the schedule must be for the {num_tokens} tokens that enter block 0, got one for {wanted}; "
+            f"schedule.rescaled({num_tokens}{prefix}) keeps the same shares of the patches"
+        )
 
     def assign(self, block: int, num_tokens: int, num_prefix_tokens: int) -> Assignment | None:
         num_prune_kept, num_merge_kept = self._counts(block, num_tokens)
@@ -198,6 +220,19 @@ class DiffRate(Method):
             None if size is None else size[:, :num_kept],
             source.masked_fill(source >= num_kept, -1),
         )
+
+
+def _setting(schedule: CompressionSchedule, name: str, given: Any, default: Any) -> Any:
+    """An argument of DiffRate: as given, as the schedule has it, or the default."""
+    carried = (schedule.method or {}).get(name)
+    if given is None:
+        return default if carried is None else carried
+    if carried is not None and given != carried:
+        raise ValueError(
+            f"{name} must be {carried!r}, which the schedule was made with, got {given!r}; leave {name} out, or free "
+            "the schedule of its method: dataclasses.replace(schedule, method=None)"
+        )
+    return given
 
 
 def _known(new_size: Tensor, size: Tensor | None, counts: tuple[int, int]) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ from tokcomp.budgets import Budget
 from tokcomp.files import write_whole
 from tokcomp.runs.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
 from tokcomp.runs.log import RunLog, read_log
-from tokcomp.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
     from tokcomp.search.settings import SearchResult
@@ -109,7 +109,7 @@ class SearchFolder:
                 "versions": package_versions(),
                 "command": self.command,
             }
-            schedule = CompressionSchedule(result.schedule.num_prune_kept, result.schedule.num_merge_kept, provenance)
+            schedule = replace(result.schedule, provenance=provenance)
             schedule.save(self.schedule(target))
             plotted = plot_kept(result.log, self.plot(target), title=_title(target, result))
             summary["targets"].append(

@@ -122,7 +122,7 @@ class DiffRateSearch(nn.Module):
 
     @torch.no_grad()
     def schedule(self) -> CompressionSchedule:
-        """The counts of each block as they are now; they need not fall monotonically.
+        """The counts of each block as they are now, which need not fall monotonically, with tokens and method.
 
         Raises:
             ValueError: a logit is not a number.
@@ -133,11 +133,24 @@ class DiffRateSearch(nn.Module):
             if any(number != number for number in kept):
                 raise ValueError(f"{step}[{[n != n for n in kept].index(True)}].logits must be numbers, got NaN")
             counts[f"num_{step}_kept"] = [int(number) for number in kept] if step in self.pipeline else None
-        return CompressionSchedule(counts["num_prune_kept"], counts["num_merge_kept"])
+        method = {
+            "metric": self.metric,
+            "pipeline": self.pipeline,
+            "similarity_weighted_size": self.similarity_weighted_size,
+        }
+        if self.metric == "random":
+            method["seed"] = self.seed
+        return CompressionSchedule(
+            counts["num_prune_kept"],
+            counts["num_merge_kept"],
+            num_tokens=self.num_tokens,
+            num_prefix_tokens=self.num_prefix_tokens,
+            method=method,
+        )
 
     def method(self) -> DiffRate:
         """The compression that the search stands for now, for :func:`tokcomp.compress`."""
-        return DiffRate(self.schedule(), self.metric, self.pipeline, self.seed, self.similarity_weighted_size)
+        return DiffRate(self.schedule())
 
     def proxy_state(self) -> dict[str, Tensor]:
         """The logits alone, by name: all that a search has learnt."""

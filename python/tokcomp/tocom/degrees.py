@@ -52,14 +52,14 @@ def method_at(degrees: Degrees, degree: int) -> Method:
 
 
 def diffrate_degrees(
-    model: nn.Module, schedules: Iterable[CompressionSchedule | DiffRate], metric: str = "cls_attn"
+    model: nn.Module, schedules: Iterable[CompressionSchedule | DiffRate], metric: str | None = None
 ) -> dict[int, Method]:
     """DiffRate schedules as degrees: 0 keeps every token, 1, 2, ... are the schedules from the dearest to the cheapest.
 
     Args:
         model: what they are for; it is not changed.
         schedules: two or more make sense to switch between; a DiffRate keeps its own metric and pipeline.
-        metric: importance for those given as bare schedules.
+        metric: importance for those given as bare schedules; by default as they say, or ``cls_attn``.
 
     Raises:
         ValueError: two of them cost the same, or one does not fit the model.
@@ -74,7 +74,7 @@ def diffrate_degrees(
             )
     adapter = find_adapter(model)
     keep_all = [adapter.num_tokens(model)] * adapter.geometry(model).depth
-    uncompressed = DiffRate(CompressionSchedule(keep_all, keep_all), metric=metric)
+    uncompressed = DiffRate(CompressionSchedule(keep_all, keep_all), metric=methods[0].metric if methods else metric)
     return {0: uncompressed, **{degree: methods[index] for degree, index in enumerate(order, start=1)}}
 
 

@@ -95,9 +95,9 @@ class TimmCAFormer(Adapter):
     def grid(self, model: Any, height: int, width: int) -> tuple[int, int]:
         return _grids(model, height, width)[STAGE]
 
-    def cost(self, model: Any) -> Cost:
+    def cost(self, model: Any, img_size: tuple[int, int] | None = None) -> Cost:
         fixed = _linear_cost(model.head)
-        grids = _grids(model, *_image_size(model))
+        grids = _grids(model, *(img_size or _image_size(model)))
         fixed += _linear_cost(model.stem) * grids[0][0] * grids[0][1]
         blocks: tuple[BlockCost, ...] = ()
         for index, (stage, (rows, columns)) in enumerate(zip(model.stages, grids, strict=True)):

@@ -96,6 +96,7 @@ class CompressedStage(Swapped):
             The tokens left [B, M, C]; the slot each position is in, [B, N], -1 = pruned; and, where any block prunes,
             the values of pruned positions [B, N, C].
         """
+        self._tokcomp_method.check_tokens(x.shape[1], 0)
         size: Tensor | None = None
         source: Tensor | None = None
         fill: Tensor | None = None

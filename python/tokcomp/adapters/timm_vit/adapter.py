@@ -82,7 +82,7 @@ class TimmVisionTransformer(Adapter):
             num_tokens=None if patches is None else patches + prefix,
         )
 
-    def cost(self, model: Any) -> Cost:
+    def cost(self, model: Any, img_size: tuple[int, int] | None = None) -> Cost:
         patch_embed = model.patch_embed
         projection = getattr(patch_embed, "proj", None)
         if not isinstance(projection, nn.Conv2d) or type(patch_embed).__name__ != "PatchEmbed":
@@ -109,7 +109,13 @@ class TimmVisionTransformer(Adapter):
         return patches + model.num_prefix_tokens
 
     def grid(self, model: Any, height: int, width: int) -> tuple[int, int]:
-        rows, columns = model.patch_embed.dynamic_feat_size((height, width))
+        embed = model.patch_embed
+        patch = getattr(embed, "patch_size", (1, 1))
+        if not getattr(embed, "dynamic_img_pad", False) and (height % patch[0] or width % patch[1]):
+            raise ValueError(
+                f"images must be whole patches of {patch[0]} x {patch[1]} pixels, got {height} x {width}; resize them"
+            )
+        rows, columns = embed.dynamic_feat_size((height, width))
         return rows, columns
 
     def patch(self, model: Any, method: Method) -> None:

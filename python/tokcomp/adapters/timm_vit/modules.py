@@ -106,7 +106,9 @@ class CompressedModel(Swapped):
             x = fast.embed_patches(self.patch_embed, images, packed)
         else:
             x = self.patch_embed(images)
-        return self.norm_pre(self.patch_drop(self._pos_embed(x)))
+        x = self._pos_embed(x)
+        self._tokcomp_method.check_tokens(x.shape[1], self.num_prefix_tokens)
+        return self.norm_pre(self.patch_drop(x))
 
     def _run_blocks(
         self, x: Tensor, packed: Products | None, sources: list[Tensor | None] | None = None
