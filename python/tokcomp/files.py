@@ -33,6 +33,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def remove_drafts(folder: Path) -> None:
+    """Remove what killed processes left of :func:`replacing` in a folder. For whoever is its only writer."""
+    for draft in folder.glob(".*.tmp"):
+        draft.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there complete or, whatever interrupts, as it was before. Makes its folder."""
     with replacing(path) as file:

@@ -88,7 +88,11 @@ def test_a_signal_stops_and_resume_goes_on_exactly(run, tmp_path, few_images, mo
     assert "stopped after step 2 of 3; the same command with --resume goes on from there" in err
     monkeypatch.setattr(FineTuner, "step", step)
     again, _, err = run(*command, "-o", tmp_path / "parts")
-    assert again == 2 and "holds a run already; go on with it by --resume, or choose another folder" in err
+    assert (
+        again == 2
+        and "must not hold another run, got '" in err
+        and "go on with it by --resume, or choose another folder" in err
+    )
     status, _, err = run(*command, "-o", tmp_path / "parts", "--resume")
     assert status == 0, err
     for name in ("log.csv", "best.safetensors", "last.safetensors", "last_ema.safetensors"):

@@ -109,18 +109,17 @@ def test_latency_by_a_table(run, tmp_path, latency_table):
 
 
 def test_hardware_is_searched_and_resumed(run, tmp_path, monkeypatch):
-    from tokcomp.search.folder import SearchFolder
+    from tokcomp.search.run import SearchRun
 
     options = (*DIGITS, *TARGET, "--hardware", "gemmini", "--target-ms", "0.5", "--target-mw", "60")
     options += ("--lr", "0.2", "--hardware-point", "mesh_rows=8,mesh_columns=8")
-    whole, killed, checkpoints, save = tmp_path / "whole", tmp_path / "killed", [], SearchFolder.save
+    whole, killed, checkpoints = tmp_path / "whole", tmp_path / "killed", []
 
-    def kept(folder, state):
-        save(folder, state)
-        checkpoints.append(folder.checkpoint.read_bytes())
+    def keep(run, evaluated):
+        checkpoints.append((run.output / "checkpoint.pt").read_bytes())
 
     with monkeypatch.context() as patch:
-        patch.setattr(SearchFolder, "save", kept)
+        patch.setattr(SearchRun, "saved", keep)
         status, out, err = run(*options, "-o", whole)
     assert status == 0, err
     summary = json.loads((whole / "summary.json").read_text())

@@ -57,8 +57,7 @@ class StopAfter(StopRequest):
 
     @property
     def wanted(self) -> bool:
-        # Asked twice in a step: when it begins and when it ends.
-        self.left -= 0.5
+        self.left -= 1  # asked once a step, as it ends
         return self.left <= 0
 
 

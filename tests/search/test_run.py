@@ -201,7 +201,7 @@ def _process(rank: int, size: int, port: int, folder: str) -> None:
         SETTINGS,
         held_out=lambda: mine,
         world=world,
-        stop=StopAfter(4) if rank == 1 else None,  # one wants to after step 4, and all do after 5
+        stop=StopAfter(5) if rank == 1 else None,  # one wants to, and all do
     )
     if rank == 0:
         torch.save(gradients, f"{folder}/gradients.pt")

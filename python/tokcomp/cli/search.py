@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokcomp.cli import options, training
-from tokcomp.cli.budgets import add_budget_options, build_targets, check_budget_options, target_names
+from tokcomp.cli.budgets import add_budget_options, build_targets, check_budget_options
 from tokcomp.cli.data import add_data_options, data_root, open_data
-from tokcomp.cli.errors import UserError, blame, check_output_folder
+from tokcomp.cli.errors import UserError, blame
 from tokcomp.cli.search_report import report
 
 if TYPE_CHECKING:
@@ -160,15 +160,13 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tokcomp.search.folder import SearchFolder
+    from tokcomp.search.folder import TRACES
 
     check_budget_options(args)
     root = data_root(args)
     if args.val_data is not None and not args.val_data.exists():
         raise UserError(f"--val-data must be a folder or archive of images, got '{args.val_data}', which is not there")
-    check_output_folder("--output", args.output)
-    with blame("--output"):
-        SearchFolder(args.output, target_names(args)).check_free(args.resume)
+    training.check_new_run(args, *TRACES)
     settings = _settings(args)
     return training.among_processes(args, lambda device, world: _run(args, settings, root, device, world))
 

@@ -28,8 +28,6 @@ class Run(Protocol):
     @property
     def step_number(self) -> int: ...
 
-    def resume(self) -> None: ...
-
     def train(self, stop: StopRequest, *, resumed: bool = False) -> bool: ...
 
 
@@ -78,13 +76,14 @@ def lower_min_lr(base: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**given}
 
 
-def check_new_run(args: argparse.Namespace, checkpoint: str) -> None:
+def check_new_run(args: argparse.Namespace, *more: str) -> None:
     """Refuse a folder that cannot be written, or that holds a run where none is to be resumed."""
+    from tokcomp.runs.loop import Run, check_free
+
     check_output_folder("--output", args.output)
-    if not args.resume and (args.output / checkpoint).exists():
-        raise UserError(
-            f"--output '{args.output}' holds a run already; go on with it by --resume, or choose another folder"
-        )
+    if not args.resume:
+        with blame("--output"):
+            check_free(args.output, (*Run.traces, *more))
 
 
 def among_processes(args: argparse.Namespace, work: Callable[[torch.device, World], int]) -> int:
@@ -106,11 +105,9 @@ def train_to_end(
     args: argparse.Namespace, found: Run, world: World, report: Callable[[], None], *, command: str
 ) -> int:
     """Resume where asked, train, and say how it ended: the exit status."""
+    from tokcomp.runs.checkpoint import CheckpointError
     from tokcomp.runs.steps import DivergedError, StopRequest
 
-    if args.resume:
-        with blame("--resume"):
-            found.resume()
     with StopRequest() as stop:
         try:
             finished = found.train(stop, resumed=args.resume)
@@ -118,8 +115,12 @@ def train_to_end(
             if world.is_main:
                 print(f"tokcomp {command}: error: {error}", file=sys.stderr)
             return 1
+        except CheckpointError as error:
+            raise UserError(f"--resume: {error}") from error
         except OSError as error:
-            raise UserError(f"--output '{args.output}' could not be written to: {error}") from error
+            raise UserError(
+                f"--output must be writable, got '{args.output}' ({error}); choose another folder"
+            ) from error
     if world.is_main and finished:
         report()
     elif world.is_main:

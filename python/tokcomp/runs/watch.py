@@ -1,49 +1,47 @@
-"""Whether a run goes well: its losses are finite, and nobody asks it to stop."""
+"""The losses of steps under way, and whether any process wants to stop."""
 
 from __future__ import annotations
 
-import math
 from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokcomp.runs.distributed import World
-from tokcomp.runs.steps import DivergedError
 
 
 class LossWatch:
     """The losses of steps under way, averaged over the processes, which also agree here on when to stop.
 
-    On a GPU a loss is looked at when the next step is on its way, so that nobody waits for the device.
+    On a GPU a report is read when the step after it is on its way, so that the device never waits for the host.
     """
 
     def __init__(self, world: World, device: torch.device) -> None:
         self._world, self._lag = world, 1 if device.type == "cuda" else 0
-        self._under_way: deque[tuple[int, Tensor]] = deque()
+        self._under_way: deque[tuple[int, Tensor, Any]] = deque()
         self.stop_wanted = False
 
-    def add(self, step: int, loss: Tensor, stop_wanted: bool) -> None:
-        report = torch.stack([loss.float(), torch.full_like(loss, float(stop_wanted), dtype=torch.float32)])
-        self._under_way.append((step, self._world.mean_(report)))
+    def add(self, step: int, losses: Tensor, stop_wanted: bool) -> None:
+        """Note the losses of a step, one or several on the run's device, and whether this process wants to stop."""
+        wanted = losses.new_full((1,), float(stop_wanted), dtype=torch.float64)
+        report = self._world.mean_(torch.cat([losses.detach().double().flatten(), wanted]))
+        event = None
+        if self._lag:
+            # Copied now, among this step's own work: a copy asked for later would wait for the next step.
+            report = torch.empty(report.shape, dtype=report.dtype, pin_memory=True).copy_(report, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._under_way.append((step, report, event))
 
-    def settle(self, *, wait: bool) -> list[float]:
-        """The losses that are known by now, or of all steps.
-
-        Raises:
-            DivergedError: one of them is not a finite number.
-        """
-        losses = []
+    def settle(self, *, wait: bool) -> list[tuple[int, list[float]]]:
+        """(step, losses) of the steps that are known by now and were not given before; of all where ``wait``."""
+        settled = []
         while len(self._under_way) > (0 if wait else self._lag):
-            step, report = self._under_way.popleft()
-            loss, stop = report.tolist()
-            if not math.isfinite(loss):
-                raise DivergedError(advice(f"the loss of step {step} is {loss}"), step)
-            losses.append(loss)
+            step, report, event = self._under_way.popleft()
+            if event is not None:
+                event.synchronize()
+            *losses, stop = report.tolist()
             self.stop_wanted |= stop > 0
-        return losses
-
-
-def advice(what: str) -> str:
-    """A message for :class:`DivergedError`: what happened, what is kept, what to try."""
-    return f"{what}; the checkpoint before it is kept; lower --lr, set --clip-grad, or train without --amp"
+            settled.append((step, losses))
+        return settled

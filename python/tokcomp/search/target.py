@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tokcomp.budgets import Budget
 from tokcomp.cost import TokenCounts
-from tokcomp.runs.log import RunLog
 from tokcomp.runs.recipe import Recipe, make_optimizer
 from tokcomp.search.model import DiffRateSearch
 
@@ -24,9 +23,7 @@ class Target:
         self.optimizer = make_optimizer(recipe, self.parameters)
         device = self.parameters[0].device
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, cross entropy, steps since the last row
-        self.diverged_at = torch.full((), -1, dtype=torch.int64, device=device)
         self.rows: list[dict[str, float]] = []
-        self.log: RunLog | None = None
 
     @torch.no_grad()
     def budgets_learn(self, step: int) -> None:

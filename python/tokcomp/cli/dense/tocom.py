@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tokcomp.tocom.train import CHECKPOINT, PLUGIN
+    from tokcomp.tocom.train import PLUGIN
 
-    training.check_new_run(args, CHECKPOINT)
+    training.check_new_run(args)
 
     def work(device: torch.device, world: World) -> int:
         found = _prepare(args, device, world)

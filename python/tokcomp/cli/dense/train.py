@@ -104,10 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tokcomp.dense.train import CHECKPOINT
-
     options.check_model_name(args.model)
-    training.check_new_run(args, CHECKPOINT)
+    training.check_new_run(args)
 
     def work(device: torch.device, world: World) -> int:
         found = _prepare(args, device, world)

@@ -112,11 +112,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tokcomp.tocom.train import CHECKPOINT
-
     recipe = _recipe(args)
     root = data_root(args)
-    training.check_new_run(args, CHECKPOINT)
+    training.check_new_run(args)
 
     def work(device: torch.device, world: World) -> int:
         found = _prepare(args, recipe, root, device, world)

@@ -1,0 +1,119 @@
+"""A run that trains something: its losses, its log, its summary, and the weights that come out."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from tokcomp.files import write_whole
+from tokcomp.runs.batches import Batches
+from tokcomp.runs.distributed import World
+from tokcomp.runs.loop import LOG, SUMMARY, Run
+
+
+class Trainee(Protocol):
+    """What is trained, with its optimizer."""
+
+    device: torch.device
+    world: World
+    step_number: int
+    learning_rate: float  # of the last step
+
+    def is_finite(self) -> bool: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+
+class TrainingRun(Run):
+    """A run over one trainee. A row of its log has the mean loss of the steps since the row before.
+
+    Args:
+        trainee: what is trained.
+        batches: where its images come from.
+        output: folder for everything that the run writes.
+        settings: JSON data that a resumed run has to share.
+        facts: JSON data for ``summary.json`` and the weights' metadata.
+        steps: ``total_steps``, ``checkpoint_steps``, ``log_steps`` and ``evaluate_steps`` of :class:`Run`.
+    """
+
+    #: Columns of the log.
+    fields: ClassVar[tuple[str, ...]]
+    #: The trainee's name in a checkpoint.
+    trainee_name: ClassVar[str]
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        batches: Batches,
+        output: Path,
+        *,
+        settings: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        **steps: Any,
+    ) -> None:
+        super().__init__(batches, output, settings=settings, device=trainee.device, world=trainee.world, **steps)
+        self.folder, self.facts = output, dict(facts)
+        self.last_loss: float | None = None  # of the log's last row
+        self._trainee = trainee
+        self._losses: list[float] = []  # since the log's last row
+
+    @abstractmethod
+    def row(self, step: int, loss: float, evaluates: bool) -> dict[str, float | None]:
+        """A row of the log, but for the loss and the learning rate; shows the progress, and evaluates where asked."""
+
+    @abstractmethod
+    def outcome(self) -> dict[str, Any]:
+        """What the summary says of this kind of run."""
+
+    @abstractmethod
+    def write_weights(self) -> None:
+        """Write what comes out."""
+
+    def summary(self) -> dict[str, Any]:
+        """What ``summary.json`` holds."""
+        steps = {"settings": self.settings, "steps": self.step_number}
+        return {**self.facts, **steps, **self.outcome(), "images_per_second": self.images_per_second}
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done."""
+        return self.step_number / self.batches.steps_per_epoch
+
+    # ---- the hooks of Run
+
+    @property
+    def step_number(self) -> int:
+        return self._trainee.step_number
+
+    def is_finite(self) -> bool:
+        return self._trainee.is_finite()
+
+    def note(self, step: int, losses: Sequence[float]) -> None:
+        self._losses += losses
+
+    def rows(self, step: int, evaluates: bool) -> list[dict[str, float | None]]:
+        loss = self.last_loss = math.fsum(self._losses) / max(len(self._losses), 1)
+        self._losses = []
+        return [{"loss": loss, "lr": self._trainee.learning_rate, **self.row(step, loss, evaluates)}]
+
+    def log_files(self) -> list[tuple[Path, Sequence[str], Path]]:
+        return [(self.folder / LOG, self.fields, self.folder / "tensorboard")]
+
+    def state(self) -> dict[str, Any]:
+        return {self.trainee_name: self._trainee.state(), "losses": self._losses, "last_loss": self.last_loss}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._trainee.load_state(state[self.trainee_name])
+        self._losses, self.last_loss = list(state["losses"]), state["last_loss"]
+
+    def finish(self) -> None:
+        self.write_weights()
+        write_whole(self.folder / SUMMARY, json.dumps(self.summary(), indent=2) + "\n")
