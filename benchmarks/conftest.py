@@ -19,7 +19,7 @@ from tokcomp.bench.report import format_columns
 from tokcomp.measure.provenance import device_slug, find_device, provenance, save_record
 from tokcomp.measure.timing import MIN_ROUNDS, TURN_SECONDS, Samples, device_rates, interleave, stopwatch
 
-from benchmarks.whole_model import Choice
+from benchmarks.whole_model import Choice, batches
 
 NOT_MEASURED = "not measured"
 
@@ -116,7 +116,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RESULTS] = Results(config)
+    if config.getoption("--rounds") < 1:
+        raise pytest.UsageError(f"--rounds must be at least 1, got {config.getoption('--rounds')}")
+    try:
+        batches(config, ())
+        config.stash[RESULTS] = Results(config)
+    except ValueError as error:
+        # find_device speaks of an argument, where the user knows an option.
+        text = f"--{error}" if str(error).startswith("device") else str(error)
+        raise pytest.UsageError(f"{text}; see 'pytest benchmarks --help'") from error
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

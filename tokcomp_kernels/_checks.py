@@ -28,12 +28,20 @@ def _shape(sizes: Sequence[object]) -> str:
     return "[" + ", ".join(str(size) for size in sizes) + "]"
 
 
+def _require_tensor(op: str, argument: str, tensor: Tensor | None) -> None:
+    # The dispatcher takes None for a tensor that the schema demands.
+    if tensor is None:
+        refuse(op, argument, "be a tensor", None, TypeError)
+
+
 def _require_dim(op: str, argument: str, tensor: Tensor, letters: str) -> None:
+    _require_tensor(op, argument, tensor)
     if tensor.dim() != letters.count(",") + 1:
         refuse(op, argument, f"be {letters}", f"a tensor of shape {_shape(tensor.shape)}")
 
 
 def _require_shape(op: str, argument: str, tensor: Tensor, letters: str, sizes: Sequence[int]) -> None:
+    _require_tensor(op, argument, tensor)
     if tensor.dim() != len(sizes) or any(have != want for have, want in zip(tensor.shape, sizes, strict=True)):
         refuse(op, argument, f"be {letters} = {_shape(sizes)}", f"a tensor of shape {_shape(tensor.shape)}")
 
@@ -161,6 +169,7 @@ def check_add_layer_norm(
     x: Tensor, branch: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, norm_eps: float = 1e-6
 ) -> None:
     op = "add_layer_norm"
+    _require_tensor(op, "x", x)
     if x.dim() < 1:
         refuse(op, "x", "be [..., C]", f"a tensor of shape {_shape(x.shape)}")
     _require_floating(op, "x", x)
@@ -169,6 +178,7 @@ def check_add_layer_norm(
 
 def check_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     op = "linear_gelu"
+    _require_tensor(op, "x", x)
     if x.dim() < 1:
         refuse(op, "x", "be [..., K]", f"a tensor of shape {_shape(x.shape)}")
     _require_floating(op, "x", x)
@@ -315,6 +325,7 @@ def check_masked_merge(
     batch, num_tokens, _ = x.shape
     _require_per_token(op, "importance", importance, "x", x, (batch, num_tokens))
     _require_per_token(op, "token_mask", token_mask, "x", x, (batch, num_tokens))
+    _require_tensor(op, "counts", counts)
     if counts.dim() != 1 or counts.shape[0] != 2:
         refuse(op, "counts", "be [num_before_merge, num_merge_kept]", f"a tensor of shape {_shape(counts.shape)}")
     _require_int64(op, "counts", counts)

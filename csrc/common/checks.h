@@ -43,7 +43,13 @@ inline std::string shape_name(at::IntArrayRef sizes) {
   return text.str();
 }
 
+// The dispatcher takes None for a tensor that the schema demands.
+inline void defined(const char* op, const char* argument, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.defined(), op, ": ", argument, " must be a tensor, got None");
+}
+
 inline void dim(const char* op, const char* argument, const Tensor& tensor, const char* letters) {
+  defined(op, argument, tensor);
   const std::string text(letters);
   const int64_t want = std::count(text.begin(), text.end(), ',') + 1;
   TORCH_CHECK_VALUE(tensor.dim() == want, op, ": ", argument, " must be ", letters, ", got a tensor of shape ",
@@ -52,6 +58,7 @@ inline void dim(const char* op, const char* argument, const Tensor& tensor, cons
 
 inline void shape(const char* op, const char* argument, const Tensor& tensor, const char* letters,
                   at::IntArrayRef sizes) {
+  defined(op, argument, tensor);
   TORCH_CHECK_VALUE(tensor.sizes() == sizes, op, ": ", argument, " must be ", letters, " = ", shape_name(sizes),
                     ", got a tensor of shape ", shape_name(tensor.sizes()));
 }
@@ -182,6 +189,7 @@ inline void check_prune_merge_norm(const Tensor& x, const Tensor& branch, const 
 inline void check_add_layer_norm(const Tensor& x, const Tensor& branch, const OptionalTensor& weight,
                                  const OptionalTensor& bias, double norm_eps) {
   const char* op = "add_layer_norm";
+  checks::defined(op, "x", x);
   TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x must be [..., C], got a tensor of shape ", checks::shape_name(x.sizes()));
   checks::floating(op, "x", x);
   checks::branch_and_norm(op, x, "[..., C]", branch, weight, bias, norm_eps);
@@ -269,6 +277,7 @@ inline void check_masked_merge(const Tensor& x, const Tensor& importance, const 
   const int64_t batch = x.size(0), num_tokens = x.size(1);
   checks::per_token(op, "importance", importance, "x", x, {batch, num_tokens});
   checks::per_token(op, "token_mask", token_mask, "x", x, {batch, num_tokens});
+  checks::defined(op, "counts", counts);
   TORCH_CHECK_VALUE(counts.dim() == 1 && counts.size(0) == 2, op,
                     ": counts must be [num_before_merge, num_merge_kept], got a tensor of shape ",
                     checks::shape_name(counts.sizes()));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 import os
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,8 @@ class CompressionSchedule:
     Args:
         num_prune_kept: one count per block, or None for a method that does not prune (CAFormer's schedules).
         num_merge_kept: one count per block, or None for a method that does not merge.
-        provenance: where the counts come from, as JSON data (model, budget, search settings); not compared by ``==``.
+        provenance: where the counts come from, as JSON data (model, budget, search settings); not compared by ``==``
+            and not shown by ``repr``.
         num_tokens: tokens that enter block 0 of the models it is for, prefix included: 197 for 224 x 224 pixels in
             patches of 16. A model with another count is refused. None: not known, and any model of this depth is
             accepted; nothing is inferred from the counts.
@@ -45,7 +47,7 @@ class CompressionSchedule:
 
     num_prune_kept: list[int] | None
     num_merge_kept: list[int] | None
-    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+    provenance: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     num_tokens: int | None = None
     num_prefix_tokens: int = 1
     method: dict[str, Any] | None = None
@@ -193,7 +195,7 @@ class CompressionSchedule:
 def _counts(name: str, counts: Sequence[int] | None) -> list[int] | None:
     if counts is None:
         return None
-    if isinstance(counts, (str, bytes, dict)) or not hasattr(counts, "__iter__"):
+    if isinstance(counts, (str, bytes, dict)) or not hasattr(counts, "__iter__") or getattr(counts, "ndim", 1) == 0:
         raise TypeError(f"{name} must be a list of integers, one per block, got {counts!r}")
     checked = []
     for block, count in enumerate(counts):
@@ -262,9 +264,12 @@ def published_schedule(name: str, gflops: float) -> CompressionSchedule:
         gflops: the budget as published, for example 2.3.
 
     Raises:
+        TypeError: the name is no string.
         ValueError: nothing was published for that name or budget; the message lists what was.
     """
     tables = _published_tables()
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a timm model's name, got {type(name).__name__}")
     known = _known_name(name)
     if known is None:
         raise ValueError(f"name must be one of {', '.join(PUBLISHED_MODELS)}, got {name!r}")
@@ -314,7 +319,7 @@ def _entry(name: str, budgets: Mapping[str, Any], gflops: float | None, *, what:
         gflops = float(next(iter(budgets)))
     for budget, counts in budgets.items():
         try:
-            found = float(budget) == float(gflops)  # type: ignore[arg-type]
+            found = math.isclose(float(budget), float(gflops), rel_tol=1e-6)  # type: ignore[arg-type]  # float32 too
         except (TypeError, ValueError):
             break
         if found:

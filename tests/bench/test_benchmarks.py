@@ -7,6 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,3 +42,22 @@ def test_a_row_is_recorded(tmp_path: Path) -> None:
 def test_without_timing_nothing_is_recorded(tmp_path: Path) -> None:
     assert "1 passed" in run(tmp_path, "--benchmark-disable")
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"--device": "cuda:99"}, "--device must be one of the"),
+        ({"--published-code": ["/nope"]}, "--published-code must be the folder of a clone of DiffRate"),
+        ({"--batches": "8,x"}, "--batches must be numbers from 1"),
+        ({"--rounds": 0}, "--rounds must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_option_is_a_mistake_in_usage(options: dict[str, Any], message: str) -> None:
+    """pytest answers a UsageError in one line; any other exception is an INTERNALERROR with its traceback."""
+    from benchmarks.conftest import pytest_configure
+
+    values = {"--device": "cpu", "--published-code": [], "--batches": None, "--rounds": 5, "--results": None}
+    values |= {"compiled": None, **options}
+    with pytest.raises(pytest.UsageError, match=message):
+        pytest_configure(SimpleNamespace(getoption=values.get, stash={}, invocation_params=SimpleNamespace(args=())))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from tokcomp import CompressionSchedule
 from tokcomp.cli.search import RECIPE_OPTIONS
+from tokcomp.cli.search_report import _miss
 from tokcomp.runs.checkpoint import load_checkpoint
 from tokcomp.runs.log import read_log
 from tokcomp.runs.recipe import SEARCH_RECIPE
@@ -62,6 +63,20 @@ def test_digits(run, tmp_path):
     assert status == 0
     assert found["top1"] == pytest.approx(schedule.provenance["top1"], abs=1e-4)
     assert found["gflops"] == pytest.approx(schedule.provenance["gflops"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cost", "more", "said"),
+    [
+        (1.01, {}, None),
+        (1.3, {"searched": True}, "1.3 ms is 30% above 1: search longer"),
+        (0.7, {}, "0.7 ms is 30% below 1: the target is met; --steps or --lr may bring it nearer"),
+        (0.7, {"searched": True}, "0.7 ms is 30% below 1: the hardware that was found meets the target"),
+    ],
+)
+def test_a_target_that_is_met_wants_no_longer_search(cost, more, said):
+    line = _miss(cost, {"target": 1.0, "unit": "ms", **more})
+    assert line is None if said is None else line.startswith(said)
 
 
 def test_several_targets_and_json(run, tmp_path):

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
+from tokcomp.cli import build_parser
+from tokcomp.cli.visualize import _choose_method
 from tokcomp.visualize import choose_blocks, paint_groups
 
 TINY = ("visualize", "-m", "tokcomp_digits_vit", "--pretrained", "--device", "cpu")
@@ -52,6 +54,27 @@ def test_one_picture(run, picture, tmp_path, options):
     assert status == 0 and f"written: {target}" in out
     with Image.open(target) as drawn:
         assert drawn.size == (3 * 80 + 2 * 10, 80 + 26)
+
+
+@pytest.mark.parametrize(
+    ("options", "taken", "drawn_by"),
+    [
+        ((), "--method tome --r 5 was taken: half of the patches", "ToMe(r=5"),
+        (("--keep-rate", "0.5", "--keep-blocks", "1"), None, "EViT(keep_rate=0.5"),
+    ],
+)
+def test_a_method_is_chosen_where_none_is_named(run, picture, tmp_path, options, taken, drawn_by):
+    status, out, err = run(*TINY, picture, *options, "-o", tmp_path / "drawn")
+    assert status == 0, err
+    assert drawn_by in out and (taken in out if taken else "was taken" not in out)
+
+
+def test_a_published_model_is_drawn_by_its_smallest_budget(capsys):
+    parser = build_parser("visualize")
+    args = parser.parse_args(["cat.jpg"])
+    _choose_method(args, None)
+    assert (args.method, args.gflops) == ("diffrate", 2.3)
+    assert "--method diffrate --gflops 2.3 was taken: the smallest budget published" in capsys.readouterr().out
 
 
 def test_schedule_prunes_to_black(run, picture, tmp_path):

@@ -77,6 +77,75 @@ def test_heads(make_vit):
     assert tokcomp.flops(make_vit(cls=VisionTransformerDistilled)) == by_hand([18] * 4, [18] * 4, 24, 64, 2 * 5)
 
 
+@pytest.fixture
+def hybrid():
+    """A ViT on the feature map of a small ResNetV2: 64 x 64 pixels, 4 x 4 patches."""
+    from functools import partial
+
+    from timm.layers import HybridEmbed, StdConv2dSame
+    from timm.models.resnetv2 import ResNetV2
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    backbone = ResNetV2(
+        layers=(1, 1), channels=(128, 256), num_classes=0, global_pool="", conv_layer=StdConv2dSame, stem_type="same"
+    )
+    embed = partial(HybridEmbed, backbone=backbone, proj=True)
+    return VisionTransformer(
+        img_size=64, patch_size=2, embed_dim=24, depth=4, num_heads=3, num_classes=5, embed_layer=embed
+    ).eval()
+
+
+def test_hybrid_counts_its_backbone(hybrid):
+    """Every convolution's products, seen by hooks in a real run; the blocks as ever."""
+    products = []
+
+    def count(conv, _, out):
+        products.append(conv.weight.numel() * out.shape[-2] * out.shape[-1])
+
+    hooks = [part.register_forward_hook(count) for part in hybrid.modules() if isinstance(part, torch.nn.Conv2d)]
+    hybrid(torch.randn(1, 3, 64, 64))
+    for hook in hooks:
+        hook.remove()
+    tokens = hybrid.patch_embed.num_patches + 1
+    state = {name: value.clone() for name, value in hybrid.state_dict().items()}
+    blocks = by_hand([tokens] * 4, [tokens] * 4, 24, 0, 5)
+    assert len(products) > 5 and tokcomp.flops(hybrid) == sum(products) + blocks
+    tokcomp.compress(hybrid, tokcomp.ToMe(2))
+    left = [tokens - 2 * block for block in range(5)]
+    assert tokcomp.flops(hybrid) == sum(products) + by_hand(left[:-1], left[1:], 24, 0, 5)
+    assert all(torch.equal(value, state[name]) for name, value in hybrid.state_dict().items())
+
+
+def test_hybrid_is_searched(hybrid):
+    dense = tokcomp.flops(hybrid)
+    search = tokcomp.DiffRateSearch(hybrid)
+    logits, flops = search(torch.randn(2, 3, 64, 64))
+    assert logits.shape == (2, 5) and flops.item() <= dense
+    flops.backward()
+    assert search.merge[1].logits.grad is not None
+
+
+def test_embedding_that_cannot_be_counted_is_refused_at_once(make_vit):
+    class Own(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.proj, self.img_size, self.num_patches = inner.proj, inner.img_size, inner.num_patches
+
+        def forward(self, x):
+            if x.sum() > 0:  # asks for a value
+                x = -x
+            return self.proj(x).flatten(2).transpose(1, 2)
+
+    model = make_vit()
+    model.patch_embed = Own(model.patch_embed)
+    for call in (tokcomp.flops, tokcomp.DiffRateSearch):
+        with pytest.raises(
+            tokcomp.UnsupportedModelError, match="multiply-adds of a Own are not known: it does not run"
+        ):
+            call(model)
+
+
 def test_is_an_int_and_runs_nothing(make_vit):
     model = make_vit().to("meta")
     assert type(tokcomp.flops(model)) is int

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from tests.ops.backends import Target, targets
+from tests.ops.backends import NAMES, Target, targets
+from tokcomp_kernels._schema import BY_NAME
 from tokcomp_kernels.reference import REFERENCES
+from tokcomp_kernels.testing import samples
 
 
 def _randn(*shape: int) -> Callable[[str], torch.Tensor]:
@@ -29,6 +32,13 @@ HALF = torch.float16
 WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ("prune_merge", (_randn(9, 4), IMPORTANCE, 5, 3), {}, ValueError,
      "prune_merge: x must be [B, N, C], got a tensor of shape [9, 4]"),
+    ("prune_merge", (None, IMPORTANCE, 5, 3), {}, TypeError, "prune_merge: x must be a tensor, got None"),
+    ("prune_merge", (X, None, 5, 3), {}, TypeError, "prune_merge: importance must be a tensor, got None"),
+    ("attention", (QKV, QKV, None), {}, TypeError, "attention: v must be a tensor, got None"),
+    ("masked_merge", (X, IMPORTANCE, IMPORTANCE, None), {}, TypeError,
+     "masked_merge: counts must be a tensor, got None"),
+    ("add_layer_norm", (None, X), {}, TypeError, "add_layer_norm: x must be a tensor, got None"),
+    ("linear_gelu", (None, _randn(6, 4)), {}, TypeError, "linear_gelu: x must be a tensor, got None"),
     ("prune_merge", (_typed(INT, 2, 9, 4), IMPORTANCE, 5, 3), {}, TypeError,
      "prune_merge: x must be float16, bfloat16, float32 or float64, got int64"),
     ("prune_merge", (X, _randn(2, 8), 5, 3), {}, ValueError,
@@ -191,6 +201,39 @@ def test_devices_must_agree() -> None:
     for call in (torch.ops.tokcomp.masked_merge, REFERENCES["masked_merge"]):
         with pytest.raises(ValueError, match=r"counts must be on the device of x \(cpu\), got meta"):
             call(x, torch.randn(2, 9), torch.ones(2, 9), counts)
+
+
+NOT_DENSE = {
+    "sparse": (torch.Tensor.to_sparse, "be a dense tensor, got one of layout sparse_coo; call .to_dense()"),
+    "sparse rows": (lambda x: x.reshape(-1, 9).to_sparse_csr(), "be a dense tensor, got one of layout sparse_csr"),
+    "mkldnn": (torch.Tensor.to_mkldnn, "be a dense tensor, got one of layout mkldnn; call .to_dense()"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), "be one dense tensor, got a nested tensor"),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+        "be one dense tensor, got a nested tensor",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse CSR).*:UserWarning")
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.parametrize("op", NAMES)
+def test_what_is_not_dense_is_named(op: str, kind: str) -> None:
+    """The first tensor of every operator, and prune_merge's others; with and without a gradient."""
+    convert, message = NOT_DENSE[kind]
+    sample = next(samples(op, torch.float32))
+    schema = getattr(torch.ops.tokcomp, op).default._schema.arguments
+    tensors = [
+        i for i, value in enumerate(sample.args) if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
+    for i in tensors if op == "prune_merge" else tensors[:1]:
+        for grad in (False, True):
+            args = list(sample.args)
+            args[i] = convert(torch.rand(2, 9, 9))
+            if grad and schema[i].name in BY_NAME[op].differentiable and kind == "sparse":
+                args[i].requires_grad_()
+            with pytest.raises(TypeError, match=re.escape(f"{op}: {schema[i].name} must {message}")):
+                getattr(torch.ops.tokcomp, op)(*args, **sample.kwargs)
 
 
 def test_every_public_operator_is_in_the_table() -> None:

@@ -91,6 +91,6 @@ class Implementation:
 
 def _float64_elsewhere(fast: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     def run(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (reference if first.dtype == torch.float64 else fast)(first, *args, **kwargs)
+        return (reference if first is None or first.dtype == torch.float64 else fast)(first, *args, **kwargs)
 
     return run

@@ -11,6 +11,7 @@ import torch
 from tokcomp_kernels._library import LIBRARY, native_kernels
 from tokcomp_kernels._schema import BY_NAME, NAMESPACE
 from tokcomp_kernels.ops._backends import Implementation
+from tokcomp_kernels.ops._layouts import KEYS, refusal
 from tokcomp_kernels.ops._value_checks import VALUE_CHECKS
 
 #: Every registered operator, for tests, benchmarks and `tokcomp info`.
@@ -44,6 +45,10 @@ class Arguments:
         keywords = dict(zip(names, flat[self._num_positional :], strict=True))
         return self.overload(*flat[: self._num_positional], **keywords)
 
+    @property
+    def names(self) -> list[str]:
+        return [argument.name for argument in self._schema]
+
     def positions(self, names: Sequence[str]) -> list[int]:
         return [i for i, argument in enumerate(self._schema) if argument.name in names]
 
@@ -70,6 +75,9 @@ def register(
         _give_key(implementation, device)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     arguments = Arguments(name)
+    refuse_layout = refusal(name, arguments.names)
+    for key in KEYS:
+        LIBRARY.impl(name, refuse_layout, key)
     function = autograd(arguments) if autograd is not None else None
     LIBRARY.impl(name, _autograd_kernel(arguments, name, function), "Autograd", with_keyset=True)
     if autocast:
@@ -106,9 +114,12 @@ def _autograd_kernel(
 ) -> Callable[..., Any]:
     operator = BY_NAME[name]
     differentiable = arguments.positions(operator.differentiable)
+    refuse_layout = refusal(name, arguments.names)
 
     def autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         flat = arguments.flatten(args, kwargs)
+        if any(isinstance(value, torch.Tensor) and value.is_nested for value in flat):
+            refuse_layout(*flat)  # a jagged tensor is a class of its own, which no dispatch key below tells
         if torch.is_grad_enabled():
             if function is not None and any(flat[i] is not None and flat[i].requires_grad for i in differentiable):
                 return function.apply(keyset, *flat)

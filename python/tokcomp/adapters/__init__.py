@@ -29,7 +29,11 @@ def find_adapter(model: nn.Module) -> Adapter:
             return adapter
     inner = getattr(model, "_orig_mod", getattr(model, "module", None))
     if isinstance(inner, nn.Module):
-        hint = f"; it wraps a {type(inner).__name__}: compress that first, then wrap it"
+        hint = f"it wraps a {type(inner).__name__}: pass that, and wrap it afterwards"
     else:
-        hint = "; understood: " + ", ".join(adapter.family for adapter in ADAPTERS)
-    raise UnsupportedModelError(f"{type(model).__name__} cannot be compressed{hint}")
+        hint = "understood: " + ", ".join(adapter.family for adapter in ADAPTERS)
+    cls = type(model)
+    # Several libraries have a VisionTransformer.
+    raise UnsupportedModelError(
+        f"a {cls.__module__}.{cls.__qualname__} is not a model that tokcomp understands; {hint}"
+    )

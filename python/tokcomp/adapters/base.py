@@ -27,7 +27,10 @@ class BlockCost(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Multiply-adds of one image: ``embed * N`` for N tokens in, the blocks, and ``head_per_token * M + head``."""
+    """Multiply-adds of one image: ``embed * N`` for N tokens in, the blocks, and ``head_per_token * M + head``.
+
+    ``head`` is all that does not depend on the tokens: the classifier, and a backbone or stem before the blocks.
+    """
 
     embed: int
     blocks: tuple[BlockCost, ...]

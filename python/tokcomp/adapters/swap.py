@@ -25,6 +25,12 @@ else:
 class Swapped(_Base):
     """Base of the mixins that :func:`swap_class` puts in front of a module's own class."""
 
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            "a compressed model cannot be scripted by torch.jit.script; use torch.export.export, tokcomp.export or "
+            "torch.jit.trace"
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The swapped class is made at run time: name its two parts instead, so that pickle can make it again.
         _, _, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokcomp.adapters.timm_vit.embedding import image_shape
 from tokcomp.bench.entries import PRECISIONS, Entry, build_runner
 from tokcomp.bench.published import PublishedPipeline
 from tokcomp.methods import Method
@@ -89,12 +89,6 @@ def check_agreement(
 ) -> dict[str, float]:
     """:class:`Gate` for a single entry."""
     return Gate(model, precision, device).check(run, method)
-
-
-def image_shape(model: Any) -> tuple[int, int, int]:
-    """Channels, height, width of the model's images."""
-    patch_embed = model.patch_embed
-    return (patch_embed.proj.in_channels, *patch_embed.img_size)
 
 
 def _median_error(logits: Tensor, oracle: Tensor) -> float:

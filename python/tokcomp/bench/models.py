@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 import tokcomp
+from tokcomp.adapters.timm_vit.embedding import image_shape
 from tokcomp.bench.entries import COMPETITORS, PRECISIONS, Entry, build_runner, compiling
-from tokcomp.bench.gate import DisagreementError, Gate, check_agreement, image_shape
+from tokcomp.bench.gate import DisagreementError, Gate, check_agreement
 from tokcomp.measure.timing import MIN_ROUNDS, Samples, interleave, rotating, stopwatch
 from tokcomp.methods import Method
 

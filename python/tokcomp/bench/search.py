@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokcomp.adapters.timm_vit.embedding import image_shape
 from tokcomp.bench.models import PRECISIONS, DisagreementError, create_model
 from tokcomp.bench.published_search import PublishedSearch
 from tokcomp.measure.timing import Samples, rotating
@@ -150,8 +151,9 @@ def check_agreement(name: str, model: nn.Module, precision: str) -> dict[str, fl
 def draw(model: Any, batch: int) -> tuple[Tensor, Tensor]:
     """Random images for the model, and labels."""
     device = next(model.parameters()).device
-    shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    return torch.randn(batch, *shape, device=device), torch.randint(0, model.num_classes, (batch,), device=device)
+    return torch.randn(batch, *image_shape(model), device=device), torch.randint(
+        0, model.num_classes, (batch,), device=device
+    )
 
 
 def compare_search(

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokcomp.adapters import UnsupportedModelError, find_adapter
+from tokcomp.adapters.timm_vit.embedding import is_plain_projection
 from tokcomp.budgets.base import check_number
 from tokcomp.cost import TokenCounts
 
@@ -135,8 +136,11 @@ class Workload(NamedTuple):
             raise UnsupportedModelError(
                 f"the Gemmini model knows timm's VisionTransformer, not a {type(model).__name__}"
             )
-        adapter.cost(model)  # refuses what it does not know
         own: Any = model
+        if not is_plain_projection(own.patch_embed):
+            raise UnsupportedModelError(
+                f"the Gemmini model knows patches that one convolution embeds, not a {type(own.patch_embed).__name__}"
+            )
         patches = adapter.num_tokens(model) - adapter.geometry(model).num_prefix_tokens
         weight = own.patch_embed.proj.weight
         fixed = [Gemm(patches, weight[0].numel(), weight.shape[0])]

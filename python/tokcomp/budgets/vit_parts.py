@@ -15,6 +15,7 @@ from torch import nn
 from tokcomp.adapters import UnsupportedModelError, find_adapter
 from tokcomp.adapters.base import BlockCost
 from tokcomp.adapters.timm_vit import fast as timm_vit_fast
+from tokcomp.adapters.timm_vit.embedding import image_shape
 from tokcomp.api import compress, restore
 from tokcomp.blocks.state import BlockState
 from tokcomp.methods import DiffRate, Method
@@ -68,11 +69,8 @@ class VitParts:
         self.metric = "cls_attn" if geometry.has_class_token else "image_attn"
         own: Any = restore(copy.deepcopy(model)).to(device=device, dtype=dtype).eval()
         self._model = compress(own, self._method(self.num_tokens))
-        channels = own.patch_embed.proj.in_channels
         generator = torch.Generator().manual_seed(0)
-        self._images = torch.randn(batch_size, channels, *own.patch_embed.img_size, generator=generator).to(
-            device, dtype
-        )
+        self._images = torch.randn(batch_size, *image_shape(own), generator=generator).to(device, dtype)
         self._packed = timm_vit_fast.pack(own, self._images)
         x = own.embed(self._images, self._packed)
         if self._packed is not None:

@@ -275,11 +275,20 @@ def _flag(option: str) -> str:
     return "--" + option.replace("_", "-")
 
 
+def given_method_options(args: argparse.Namespace) -> list[str]:
+    """The options that only some methods read, those that the user gave."""
+    # `is`, not `in`: --r 0 is given, and 0 == False.
+    return [option for option in _READERS if getattr(args, option) is not None and getattr(args, option) is not False]
+
+
+def methods_reading(option: str) -> tuple[str, ...]:
+    """The methods that read an option of :func:`given_method_options`."""
+    return _READERS[option]
+
+
 def build_method(args: argparse.Namespace, model: nn.Module) -> Method | None:
     """The method that the options describe, for this plain model; None for ``--method none``."""
-    # `is`, not `in`: --r 0 is given, and 0 == False.
-    given = [option for option in _READERS if getattr(args, option) is not None and getattr(args, option) is not False]
-    for option in given:
+    for option in given_method_options(args):
         if args.method not in _READERS[option]:
             readers = " or ".join(_READERS[option])
             raise UserError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokcomp.cli.table import table
 
@@ -86,15 +87,23 @@ def _kept(result: SearchResult) -> list[int]:
 def _misses(folder: SearchFolder) -> list[str]:
     """A line for each cost that is some per cent off its target."""
     summary = json.loads(folder.summary.read_text(encoding="utf-8"))
-    lines = []
-    for target in summary["targets"]:
-        for budget in target["budgets"]:
-            cost, wanted = target["costs"][budget["budget"]], budget["target"]
-            off = cost / wanted - 1
-            if abs(off) > _WORTH_A_LINE:
-                side = "above" if off > 0 else "below"
-                lines.append(
-                    f"{cost:.4g} {budget['unit']} is {abs(off):.0%} {side} {wanted:.4g}: search longer (--steps), with "
-                    "a larger --lr, or with a larger weight of the budget"
-                )
-    return lines
+    lines = [
+        _miss(target["costs"][budget["budget"]], budget)
+        for target in summary["targets"]
+        for budget in target["budgets"]
+    ]
+    return [line for line in lines if line is not None]
+
+
+def _miss(cost: float, budget: Mapping[str, Any]) -> str | None:
+    """What there is to say of a cost that should have been ``budget``'s target."""
+    off = cost / budget["target"] - 1
+    if abs(off) <= _WORTH_A_LINE:
+        return None
+    if off > 0:
+        side, advice = "above", "search longer (--steps), with a larger --lr, or with a larger weight of the budget"
+    elif budget.get("searched"):
+        side, advice = "below", "the hardware that was found meets the target"
+    else:
+        side, advice = "below", "the target is met; --steps or --lr may bring it nearer, and keep more tokens"
+    return f"{cost:.4g} {budget['unit']} is {abs(off):.0%} {side} {budget['target']:.4g}: {advice}"

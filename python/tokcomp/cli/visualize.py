@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokcomp.cli import options
-from tokcomp.cli.errors import UserError, check_output_file, check_output_folder
+from tokcomp.cli.errors import UserError, blame, check_output_file, check_output_folder
 from tokcomp.files import write_whole
 
 DESCRIPTION = """\
@@ -18,10 +18,14 @@ Draw what a method does to an image's patches, as in Fig. 5 of the DiffRate pape
 Every patch has the mean colour of the patches it was merged with; merged patches are outlined in a colour that is their
 group's own, and need not touch. Pruned patches are black. With EViT the dropped patches fuse into one token, so they
 form a group.
+
+Without a method one is chosen and named: DiffRate at the smallest budget published for the model, else ToMe.
 """
 
 EXAMPLES = """\
 examples:
+  tokcomp visualize cat.jpg --pretrained
+      a method chosen for the model
   tokcomp visualize cat.jpg -m deit_small_patch16_224 --pretrained --method diffrate --gflops 2.3
       writes tokcomp-pictures/cat.png
   tokcomp visualize photos/ -m deit_small_patch16_224 --pretrained --method tome --r 13 --columns 0,3,7,11 -o drawn
@@ -31,12 +35,16 @@ examples:
 """
 
 
+#: The method where none is named.
+_CHOSEN = "chosen"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "tokcomp visualize IMAGE [-m NAME] --method METHOD [options]"
+    parser.usage = "tokcomp visualize IMAGE [-m NAME] [--method METHOD ...] [options]"
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture, or a folder of pictures")
     options.add_model_options(parser, default="deit_small_patch16_224")
-    options.add_method_options(parser, default="diffrate")
+    options.add_method_options(parser, default=_CHOSEN)
     output = parser.add_argument_group("picture")
     output.add_argument(
         "-o",
@@ -67,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     model = options.build_model(args)
+    if args.method == _CHOSEN:
+        _choose_method(args, model)
     method = options.build_method(args, model)
     options.compress_by(args, model, method)
     _check_columns(args, model)
@@ -94,6 +104,28 @@ def run(args: argparse.Namespace) -> int:
     for target in written:
         print(f"written: {target}")
     return 0
+
+
+def _choose_method(args: argparse.Namespace, model: Any) -> None:
+    """Fill in the method, and how far it goes where that is not said either; says what was taken."""
+    from tokcomp.adapters import find_adapter
+    from tokcomp.schedule import published_budgets
+
+    given = options.given_method_options(args)
+    if given:
+        args.method = options.methods_reading(given[0])[0]
+        return
+    budgets = published_budgets().get(args.model) or published_budgets().get(args.model.split(".")[0])
+    if budgets:
+        args.method, args.gflops = "diffrate", min(budgets)
+        taken, why = f"--method diffrate --gflops {args.gflops:g}", "the smallest budget published for this model"
+    else:
+        with blame(f"--model '{args.model}'"):
+            geometry = find_adapter(model).geometry(model)
+            patches = find_adapter(model).num_tokens(model) - geometry.num_prefix_tokens
+        args.method, args.r = "tome", max(1, patches // (2 * geometry.depth))
+        taken, why = f"--method tome --r {args.r}", "half of the patches by the last block"
+    print(f"no method was named, so {taken} was taken: {why}")
 
 
 def _pictures(args: argparse.Namespace) -> list[Path]:

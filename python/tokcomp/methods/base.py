@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,6 +153,29 @@ def reduces_in_one(method: type[Method]) -> bool:
     steps = ("reduce_norm", "reduce", "score")
     owners = {next(one for one in method.__mro__ if step in vars(one)) for step in steps}
     return len(owners) == 1
+
+
+def is_list(value: object) -> bool:
+    """Whether a value is one per block rather than one for all; a tensor or array of no dimension is a number."""
+    return hasattr(value, "__iter__") and not isinstance(value, (str, bytes, dict)) and getattr(value, "ndim", 1) > 0
+
+
+def integer(name: str, value: Any, rule: str = "be an integer") -> int:
+    """``value`` as an int. TypeError where it is none; True and False are none."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must {rule}, got {value!r}") from None
+
+
+def non_negative(name: str, value: Any, rule: str = "be an integer or one per block") -> int:
+    """``value`` as an int that is 0 or more."""
+    count = integer(name, value, rule)
+    if count < 0:
+        raise ValueError(f"{name} must be at least 0, got {count}")
+    return count
 
 
 def require_depth(name: str, entries: int, geometry: Geometry, hint: str = "") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from tokcomp.methods.base import (
     Method,
     Norm,
     Reduced,
+    integer,
     require_class_token,
     require_depth,
 )
@@ -85,7 +85,7 @@ class DiffRate(Method):
             raise TypeError(f"schedule must be a CompressionSchedule, got {type(schedule).__name__}")
         metric = _setting(schedule, "metric", metric, "cls_attn")
         pipeline = _setting(schedule, "pipeline", pipeline, "prune_merge")
-        if metric not in METRICS:
+        if not isinstance(metric, str) or metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
         if pipeline not in PIPELINES:
             raise ValueError(f"pipeline must be one of {', '.join(PIPELINES)}, got {pipeline!r}")
@@ -95,7 +95,7 @@ class DiffRate(Method):
         self.schedule = schedule
         self.metric = metric
         self.pipeline = pipeline
-        self.seed = operator.index(_setting(schedule, "seed", seed, 0))
+        self.seed = integer("seed", _setting(schedule, "seed", seed, 0))
         weighted = _setting(schedule, "similarity_weighted_size", similarity_weighted_size, True)
         self.similarity_weighted_size = bool(weighted)
         self.needs = METRICS[metric]

@@ -8,8 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokcomp.methods.base import Assignment, Evidence, Geometry, Method, Reduced, require_class_token, require_depth
-from tokcomp.methods.tome import _non_negative
+from tokcomp.methods.base import (
+    Assignment,
+    Evidence,
+    Geometry,
+    Method,
+    Reduced,
+    is_list,
+    non_negative,
+    require_class_token,
+    require_depth,
+)
 
 
 class EViT(Method):
@@ -42,9 +51,11 @@ class EViT(Method):
             raise TypeError(f"EViT needs keep_rate or num_pruned, got {'neither' if keep_rate is None else 'both'}")
         self.keep_rate: float | tuple[float, ...] | None = None
         if keep_rate is not None:
-            self.keep_rate = tuple(map(_rate, keep_rate)) if hasattr(keep_rate, "__iter__") else _rate(keep_rate)
-        self.num_pruned = None if num_pruned is None else _non_negative("num_pruned", num_pruned)
-        self.blocks = tuple(_non_negative("blocks", block) for block in blocks)
+            self.keep_rate = tuple(map(_rate, keep_rate)) if is_list(keep_rate) else _rate(keep_rate)  # type: ignore[arg-type]
+        self.num_pruned = None if num_pruned is None else non_negative("num_pruned", num_pruned, "be an integer")
+        if not is_list(blocks):
+            raise TypeError(f"blocks must be a list of block numbers, got {blocks!r}")
+        self.blocks = tuple(non_negative("blocks", block, "be integers") for block in blocks)
         self.fuse = bool(fuse)
 
     def __repr__(self) -> str:

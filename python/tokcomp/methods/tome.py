@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tokcomp.methods.base import Assignment, Evidence, Geometry, Method, Reduced, require_depth
+from tokcomp.methods.base import Assignment, Evidence, Geometry, Method, Reduced, is_list, non_negative, require_depth
 
 
 class ToMe(Method):
@@ -26,7 +25,7 @@ class ToMe(Method):
 
     def __init__(self, r: int | Sequence[int], prop_attn: bool = True) -> None:
         self.r: int | tuple[int, ...]
-        self.r = _non_negative("r", r) if not hasattr(r, "__iter__") else tuple(_non_negative("r", one) for one in r)
+        self.r = tuple(non_negative("r", one) for one in r) if is_list(r) else non_negative("r", r)  # type: ignore[union-attr]
         self.proportional_attention = self.prop_attn = bool(prop_attn)
 
     def __repr__(self) -> str:
@@ -49,15 +48,3 @@ class ToMe(Method):
     ) -> Reduced:
         r = assignment.num_prune_kept - assignment.num_merge_kept
         return Reduced(*torch.ops.tokcomp.tome_merge(x, score, r, size=size, num_prefix_tokens=num_prefix_tokens))
-
-
-def _non_negative(name: str, value: int) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer or one per block, got {value!r}") from None
-    if count < 0:
-        raise ValueError(f"{name} must be at least 0, got {count}")
-    return count

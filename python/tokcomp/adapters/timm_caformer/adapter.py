@@ -13,6 +13,7 @@ from timm.models.metaformer import Attention, MetaFormer, MetaFormerBlock, MetaF
 from torch import Tensor, nn
 
 from tokcomp.adapters.base import Adapter, BlockCost, Cost, UnsupportedModelError
+from tokcomp.adapters.images import check_images
 from tokcomp.adapters.swap import original_class, restore_class, swap_class
 from tokcomp.adapters.timm_caformer.modules import (
     CompressedMetaFormerBlock,
@@ -53,11 +54,11 @@ class TimmCAFormer(Adapter):
         name = type(model).__name__
         for method in ("forward", "forward_features"):
             if getattr(type(model), method) is not getattr(MetaFormer, method) or method in vars(model):
-                raise UnsupportedModelError(f"{name} cannot be compressed: it has a {method} of its own")
+                raise UnsupportedModelError(f"{name} is not understood: it has a {method} of its own")
         _require_parts(model, _MODEL_PARTS, name)
         if len(model.stages) <= STAGE:
             raise UnsupportedModelError(
-                f"{name} cannot be compressed: it has {len(model.stages)} stages, and only the third one is compressed"
+                f"{name} is not understood: it has {len(model.stages)} stages, and only the third one is compressed"
             )
         stage = model.stages[STAGE]
         _require(stage, MetaFormerStage, _STAGE_PARTS, f"stages.{STAGE}")
@@ -67,7 +68,7 @@ class TimmCAFormer(Adapter):
             mixer = block.token_mixer
             if not isinstance(mixer, Attention):
                 raise UnsupportedModelError(
-                    f"{name}.token_mixer: {type(mixer).__name__} cannot be compressed: it needs every token at its "
+                    f"{name}.token_mixer: {type(mixer).__name__} is not understood: it needs every token at its "
                     "place in the grid, and only attention runs on fewer (timm's caformer_* models)"
                 )
             _require(mixer, Attention, _MIXER_PARTS, f"{name}.token_mixer")
@@ -75,7 +76,7 @@ class TimmCAFormer(Adapter):
                 for inner, module in getattr(block, part).named_modules(prefix=f"{name}.{part}"):
                     if isinstance(module, _TOKEN_MIXERS):
                         raise UnsupportedModelError(
-                            f"{inner}: a {type(module).__name__} mixes tokens, so it cannot be compressed"
+                            f"{inner}: a {type(module).__name__} mixes tokens, so it is not understood"
                         )
 
     def validate(self, model: nn.Module, method: Method) -> None:
@@ -135,6 +136,7 @@ class TimmCAFormer(Adapter):
         return None if stage is None else stage._tokcomp_method
 
     def sources(self, model: Any, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        check_images(model.stem, images)
         x = model.stem(images)
         for stage in model.stages[:STAGE]:
             x = stage(x)
@@ -169,7 +171,7 @@ def _compressed_stage(model: Any) -> Any:
 def _require(module: nn.Module, known: type[nn.Module], parts: tuple[str, ...], name: str) -> None:
     cls = original_class(module)
     if getattr(cls, "forward", None) is not known.forward or "forward" in vars(module):
-        raise UnsupportedModelError(f"{name}: {cls.__name__} cannot be compressed, only timm's {known.__name__}")
+        raise UnsupportedModelError(f"{name}: {cls.__name__} is not understood, only timm's {known.__name__}")
     _require_parts(module, parts, name)
 
 
@@ -177,7 +179,7 @@ def _require_parts(module: nn.Module, parts: tuple[str, ...], name: str) -> None
     missing = [part for part in parts if not hasattr(module, part)]
     if missing:
         cls = original_class(module).__name__
-        raise UnsupportedModelError(f"{name}: {cls} has no {missing[0]}, so it cannot be compressed")
+        raise UnsupportedModelError(f"{name}: {cls} has no {missing[0]}, so it is not understood")
 
 
 def _image_size(model: Any) -> tuple[int, int]:

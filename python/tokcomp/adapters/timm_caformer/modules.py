@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tokcomp.adapters.images import refuse_symbols
 from tokcomp.adapters.swap import Swapped
 from tokcomp.blocks.attention import attend
 from tokcomp.blocks.state import BlockState, compose_sources
@@ -77,6 +78,7 @@ class CompressedStage(Swapped):
     _tokcomp_method: Method
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_symbols(x)
         x, height, width = split_grid(self.downsample(x))
         x, source, fill = self.tokens(x)
         if source is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tokcomp.adapters.base import UnsupportedModelError
+from tokcomp.adapters.images import check_images
 from tokcomp.adapters.timm_caformer.modules import join_grid, join_heads, split_grid, split_heads
 from tokcomp.blocks.search import BlockSearch, TokenState
 
@@ -30,6 +31,7 @@ def check_search(model: Any) -> None:
 
 def run_search(model: Any, stage_index: int, images: Tensor, blocks: Sequence[BlockSearch]) -> Tensor:
     """Logits [B, classes] of images [B, 3, H, W], the blocks of one stage compressed as ``blocks`` say."""
+    check_images(model.stem, images)
     x = model.stem(images)
     for stage in model.stages[:stage_index]:
         x = stage(x)

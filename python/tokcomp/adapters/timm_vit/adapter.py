@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from tokcomp import fastpath
 from tokcomp.adapters.base import Adapter, BlockCost, Cost, UnsupportedModelError
+from tokcomp.adapters.images import check_images
 from tokcomp.adapters.swap import original_class, restore_class, swap_class
 from tokcomp.adapters.timm_vit import fast
+from tokcomp.adapters.timm_vit.embedding import counted_embedding, is_plain_projection
 from tokcomp.adapters.timm_vit.modules import CompressedAttention, CompressedBlock, CompressedModel
 from tokcomp.adapters.timm_vit.search import check_search, reads_patches, run_search
 from tokcomp.adapters.timm_vit.unmerging import Place, UnmergingBlock, UnmergingModel
@@ -41,10 +43,10 @@ class TimmVisionTransformer(Adapter):
         for name in _MODEL_METHODS:
             known = {getattr(base, name, None) for base in (VisionTransformer, VisionTransformerDistilled)}
             if getattr(cls, name, None) not in known or name in vars(model):
-                raise UnsupportedModelError(f"{cls.__name__} cannot be compressed: it has a {name} of its own")
+                raise UnsupportedModelError(f"{cls.__name__} is not understood: it has a {name} of its own")
         if not isinstance(model.blocks, (nn.Sequential, nn.ModuleList)):
             raise UnsupportedModelError(
-                f"{cls.__name__} cannot be compressed: its blocks are a {type(model.blocks).__name__}"
+                f"{cls.__name__} is not understood: its blocks are a {type(model.blocks).__name__}"
             )
         block: Any
         for index, block in enumerate(model.blocks):
@@ -53,7 +55,7 @@ class TimmVisionTransformer(Adapter):
             for name, module in block.mlp.named_modules(prefix=f"blocks.{index}.mlp"):
                 if isinstance(module, _TOKEN_MIXERS):
                     raise UnsupportedModelError(
-                        f"{name}: a {type(module).__name__} mixes tokens, so it cannot be compressed"
+                        f"{name}: a {type(module).__name__} mixes tokens, so it is not understood"
                     )
 
     def validate(self, model: Any, method: Method) -> None:
@@ -83,10 +85,6 @@ class TimmVisionTransformer(Adapter):
         )
 
     def cost(self, model: Any, img_size: tuple[int, int] | None = None) -> Cost:
-        patch_embed = model.patch_embed
-        projection = getattr(patch_embed, "proj", None)
-        if not isinstance(projection, nn.Conv2d) or type(patch_embed).__name__ != "PatchEmbed":
-            raise UnsupportedModelError(f"the multiply-adds of a {type(patch_embed).__name__} are not known")
         blocks = tuple(
             BlockCost(_linear_cost(block.attn), block.attn.num_heads * block.attn.head_dim, _linear_cost(block.mlp))
             for block in model.blocks
@@ -100,7 +98,12 @@ class TimmVisionTransformer(Adapter):
             head += pool.latent_len * (_linear_cost(pool) - _linear_cost(pool.kv))
         elif model.global_pool == "":
             head_per_token, head = head, 0
-        return Cost(projection.weight.numel(), blocks, head_per_token, head)
+        embed = 0
+        if is_plain_projection(model.patch_embed):
+            embed = model.patch_embed.proj.weight.numel()
+        else:
+            head += counted_embedding(model, img_size)
+        return Cost(embed, blocks, head_per_token, head)
 
     def num_tokens(self, model: Any) -> int:
         patches = getattr(model.patch_embed, "num_patches", None)
@@ -146,6 +149,7 @@ class TimmVisionTransformer(Adapter):
             sources: list[Tensor | None] = []
             x, _ = model.tokens(images, sources)
             return x, sources
+        check_images(model.patch_embed, images)
         return model.forward_features(images), [None] * len(model.blocks)
 
     def qkv_layers(self, model: Any) -> list[nn.Linear]:
@@ -170,10 +174,10 @@ class TimmVisionTransformer(Adapter):
 def _require(module: nn.Module, known: type[nn.Module], parts: tuple[str, ...], name: str) -> None:
     cls = original_class(module)
     if getattr(cls, "forward", None) is not known.forward or "forward" in vars(module):
-        raise UnsupportedModelError(f"{name}: {cls.__name__} cannot be compressed, only timm's {known.__name__}")
+        raise UnsupportedModelError(f"{name}: {cls.__name__} is not understood, only timm's {known.__name__}")
     missing = [part for part in parts if not hasattr(module, part)]
     if missing:
-        raise UnsupportedModelError(f"{name}: {cls.__name__} has no {missing[0]}, so it cannot be compressed")
+        raise UnsupportedModelError(f"{name}: {cls.__name__} has no {missing[0]}, so it is not understood")
 
 
 def _linear_cost(module: nn.Module) -> int:

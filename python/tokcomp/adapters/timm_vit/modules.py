@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tokcomp.adapters.images import check_images, refuse_symbols
 from tokcomp.adapters.swap import Swapped
 from tokcomp.adapters.timm_vit import fast
 from tokcomp.blocks.attention import attend
@@ -90,6 +91,7 @@ class CompressedModel(Swapped):
 
     def tokens(self, images: Tensor, sources: list[Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, M, C] after the last block, their sizes [B, M]; ``sources`` collects each block's source map."""
+        check_images(self.patch_embed, images)
         packed = fast.pack(self, images)
         x = self.embed(images, packed)
         if packed is None or sources is not None or has_hooks(self.blocks):
@@ -151,6 +153,7 @@ class CompressedModel(Swapped):
         return block(x, state=state), state
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        refuse_symbols(x)
         refuse_mask(attn_mask, is_causal)
         x, size = self.tokens(x)
         return self.logits(x, size)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tokcomp.adapters.base import UnsupportedModelError
+from tokcomp.adapters.images import check_images
 from tokcomp.adapters.timm_vit import search_fast
 from tokcomp.adapters.timm_vit.modules import join_heads, split_heads
 from tokcomp.blocks.search import BlockSearch, TokenState
@@ -32,6 +33,7 @@ def reads_patches(model: Any) -> bool:
 
 def run_search(model: Any, images: Tensor, blocks: Sequence[BlockSearch]) -> Tensor:
     """Logits [B, classes] of images [B, 3, H, W], the model's blocks compressed as ``blocks`` say."""
+    check_images(model.patch_embed, images)
     packed = search_fast.pack(model, images)
     embed = model.patch_embed
     x = embed(images) if packed is None else search_fast.embed_patches(embed, images, packed)
