@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from tokcomp.cost import flops
 from tokcomp.data import DigitsDataset
 from tokcomp.equal_cost import evit_for_budget, tome_for_budget
 from tokcomp.measure.evaluate import evaluate
+from tokcomp.measure.timing import now
 from tokcomp.methods import DiffRate, Method
 from tokcomp.schedule import CompressionSchedule
 from tokcomp.visualize import draw_blocks, join_rows
@@ -189,10 +189,10 @@ def time_speed_up(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for warm_up in (True, *[False] * rounds):
         for name, forward in runs.items():
-            start = _now(device)
+            start = now(device)
             forward()
             if not warm_up:
-                seconds[name].append(_now(device) - start)
+                seconds[name].append(now(device) - start)
     ratios = [a / b for a, b in zip(seconds[UNCOMPRESSED], seconds["compressed"], strict=True)]
     speeds = {name: batch_size / statistics.median(times) for name, times in seconds.items()}
     return SpeedRow(
@@ -203,12 +203,6 @@ def time_speed_up(
         speeds["compressed"],
         statistics.median(ratios),
     )
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def digits_model() -> nn.Module:

@@ -69,6 +69,6 @@ def test_no_code_of_a_checkpoint_runs(tmp_path):
 )
 def test_other_settings_are_refused_by_name(now, message):
     saved = {"lr": 0.01, "seed": 0}
-    check_same_settings(saved, dict(saved), where="out")
+    check_same_settings(saved, {**saved, "new": {}, "newer": None}, where="out")
     with pytest.raises(ValueError, match=message):
         check_same_settings(saved, now, where="out")

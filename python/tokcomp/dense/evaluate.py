@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from tokcomp.dense.data import IGNORE
 from tokcomp.dense.metrics import ConfusionMatrix, Scores
 from tokcomp.dense.segmenter import Segmenter
+from tokcomp.measure.timing import now
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ def evaluate_segmenter(
     seconds = first_seconds = 0.0
     for images, masks in batches:
         images = images.to(device)
-        start = _now(device)
+        start = now(device)
         predicted = segmenter.predict(images)
-        elapsed = _now(device) - start
+        elapsed = now(device) - start
         counts.update(predicted.cpu(), masks)
         if seen == 0:
             first_seconds = elapsed
@@ -51,9 +51,3 @@ def evaluate_segmenter(
     if not seen:
         raise ValueError("batches must hold at least one image, got none")
     return DenseEvaluation(counts.scores(), seen, timed / seconds if timed else seen / first_seconds)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tokcomp.measure.timing import now
 from tokcomp.runs.distributed import ALONE, World
 
 
@@ -59,10 +59,10 @@ def evaluate(
         autocast: AbstractContextManager = nullcontext()
         if amp_dtype is not None:
             autocast = torch.autocast(device.type, amp_dtype)
-        start = _now(device)
+        start = now(device)
         with autocast:
             logits = model(images)
-        elapsed = _now(device) - start
+        elapsed = now(device) - start
         if int(labels.max()) >= logits.shape[-1]:
             raise ValueError(f"labels must be below the model's {logits.shape[-1]} classes, got {int(labels.max())}")
         answers = logits.float().topk(min(5, logits.shape[-1]), dim=-1).indices  # [B, 5]
@@ -82,9 +82,3 @@ def evaluate(
     if totals[2] == 0:
         raise ValueError("batches must hold at least one image, got none")
     return Evaluation(100.0 * totals[0] / totals[2], 100.0 * totals[1] / totals[2], int(totals[2]), totals[3])
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

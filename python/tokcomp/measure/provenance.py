@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
 import itertools
 import json
 import os
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 
+from tokcomp.measure.info import cpu_name, package_versions
+
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Device, clocks, driver, versions, commit, threads and time, as JSON data."""
@@ -24,9 +25,9 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device),
         "commit": _commit(),
-        "versions": _versions(),
+        "versions": package_versions(),
         "host": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
@@ -64,7 +65,7 @@ def find_device(name: str | None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def device_slug(device: torch.device) -> str:
@@ -105,16 +106,6 @@ def _claim(folder: Path, stem: str) -> Path:
     raise AssertionError("itertools.count ends")
 
 
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("tokcomp", "triton", "timm"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
 def _commit() -> str | None:
     """The checkout's commit, "+changes" where tracked files differ from it; None outside a checkout."""
     folder = Path(__file__).parent
@@ -123,16 +114,6 @@ def _commit() -> str | None:
         return None
     changed = _run(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"])
     return commit + ("+changes" if changed else "")
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _nvidia_smi(fields: Sequence[str], device: torch.device) -> dict[str, str]:

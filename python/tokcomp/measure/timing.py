@@ -46,6 +46,13 @@ class Samples:
         return statistics.median(ratios), min(ratios), max(ratios)
 
 
+def now(device: torch.device) -> float:
+    """Seconds of the clock, once the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def stopwatch(device: torch.device) -> Callable[[Callable[[], Any], int], float]:
     """``watch(call, launches)`` -> seconds per call: CUDA events around queued launches, or the clock on a CPU."""
 

@@ -67,11 +67,13 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
 def check_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> None:
     """Refuse to resume under other settings, since the result would be neither run's.
 
+    A setting that the checkpoint does not know, from a time before there was one, must be at its empty value.
+
     Raises:
         CheckpointError: the first setting that differs, with both values.
     """
     for name in sorted({*saved, *now}):
-        if saved.get(name) != now.get(name):
+        if saved.get(name) != now.get(name) and (name in saved or now[name] not in ({}, [])):
             raise CheckpointError(
                 f"a resumed run must keep its settings, got {name} = {now.get(name)!r} where {where} was started with "
                 f"{saved.get(name)!r}; restore it, or choose another output folder"
