@@ -27,6 +27,18 @@ def test_table_says_the_same(run):
     assert ("compiled kernels: none loaded" in text) == bool(found["not_loaded"])
 
 
+def test_product_types_and_their_reasons(run, set_products):
+    set_products(bfloat16="float32")
+    _, text, _ = run("info")
+    _, out, _ = run("info", "--json")
+    rows = {entry["dtype"]: entry for entry in json.loads(out)["cpu_products"]}
+    assert list(rows) == ["float64", "float32", "bfloat16", "float16"]
+    assert rows["float32"]["products"] == "float32" and rows["bfloat16"]["products"] == "float32"
+    lines = [line.split(maxsplit=2) for line in text.splitlines()]
+    for entry in rows.values():
+        assert [entry["dtype"], entry["products"], entry["reason"]] in lines
+
+
 def test_settings_are_shown(run, monkeypatch):
     monkeypatch.setenv("TOKCOMP_BACKEND", "reference")
     _, out, _ = run("info", "--json")

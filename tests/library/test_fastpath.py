@@ -14,6 +14,8 @@ from tokcomp.fastpath import packing
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.multiplied import Multiplied
+
 pytestmark = [
     pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"),
     pytest.mark.filterwarnings("ignore:TF32 acceleration"),  # of the switch that ordinary() uses
@@ -67,7 +69,7 @@ def test_every_layer_is_packed(model, calls):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_types_are_no_worse_than_the_ordinary_path(make_vit, calls, dtype):
+def test_half_types_are_no_worse_than_the_ordinary_path(make_vit, calls, dtype, half_products):
     torch.manual_seed(0)
     schedule = tokcomp.CompressionSchedule([17] * 4, [17] * 4)  # no token to be sorted the other way by rounding
     model = tokcomp.compress(make_vit(embed_dim=48), tokcomp.DiffRate(schedule)).to(dtype)
@@ -77,6 +79,7 @@ def test_half_types_are_no_worse_than_the_ordinary_path(make_vit, calls, dtype):
     with torch.no_grad():
         fast = model(images)
     assert fast.dtype == dtype and len(calls) == 17
+    assert packing.packed_now(model).dtype == (dtype if half_products else torch.float32)
     assert (fast.double() - exact).abs().mean() < 1.5 * slow_error
 
 
@@ -194,7 +197,8 @@ def test_one_pack_however_many_threads(model, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
-def test_ordinary_path_where_something_watches(model, calls):
+def test_ordinary_path_where_something_watches(model, calls, set_products):
+    set_products(bfloat16="bfloat16")
     model(IMAGES).sum().backward()  # gradients wanted
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
@@ -208,6 +212,43 @@ def test_ordinary_path_where_something_watches(model, calls):
         model.double().eval()
         model(IMAGES.double())
     assert not calls
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_without_such_products_is_float32(model, calls, set_products, dtype):
+    set_products(bfloat16="float32", float16="float32")
+    layers = [model.blocks[1].attn.qkv, model.blocks[2].mlp.fc2]
+    inputs = []
+    with torch.no_grad():
+        expected = model(IMAGES)
+        calls.clear()
+        with torch.autocast("cpu", dtype):
+            logits = model(IMAGES)
+            assert len(calls) == 17
+            for layer in layers:
+                layer.register_forward_hook(lambda _, args, out: inputs.append((args[0].dtype, out.dtype)))
+            model(IMAGES)
+            assert torch.is_autocast_enabled("cpu")
+    assert inputs == [(torch.float32, torch.float32)] * 2
+    # Of all products the head's alone is in the half type, of which its output is.
+    assert logits.dtype == dtype and (logits - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", ["training", "checkpointed", "hooks"])
+def test_modules_of_a_half_model_multiply_in_float32(make_vit, half_products, dtype, way):
+    """Whatever keeps a model off the packed weights, its products are of the type that the CPU has them in."""
+    model = tokcomp.compress(make_vit(), METHOD).to(dtype)
+    model.set_grad_checkpointing(way == "checkpointed")
+    for block in model.blocks if way == "hooks" else ():
+        block.mlp.fc1.register_forward_hook(lambda *_: None)
+    with Multiplied() as multiplied, torch.set_grad_enabled(way != "hooks"):
+        logits = model(IMAGES.to(dtype))
+        if way != "hooks":
+            logits.float().square().sum().backward()
+    assert logits.dtype == dtype and logits.isfinite().all()
+    assert multiplied.dtypes == {dtype if half_products else torch.float32}
+    assert all(one.grad is None or one.grad.dtype == dtype for one in model.parameters())
 
 
 def test_frozen_model_needs_no_no_grad(model, calls):

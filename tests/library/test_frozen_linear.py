@@ -36,6 +36,11 @@ class Layers(nn.Module):
         return packed
 
 
+@pytest.fixture
+def in_hardware(set_products):
+    set_products(bfloat16="bfloat16")
+
+
 def exact(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
     weight = layer.weight.double()
     return weight, torch.zeros(len(weight)).double() if layer.bias is None else layer.bias.double()
@@ -48,7 +53,7 @@ def make(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
-def test_linear(seed, dtype, with_residual):
+def test_linear(seed, dtype, with_residual, in_hardware):
     layers = Layers(seed, dtype, bias=seed != 2)
     x = make((3, 5, IN), seed + 10, dtype).requires_grad_()
     residual = make((3, 5, HIDDEN), seed + 20, dtype).requires_grad_() if with_residual else None
@@ -76,7 +81,7 @@ def test_linear(seed, dtype, with_residual):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("groups", [1, 3])
-def test_gelu_mlp(seed, dtype, groups, monkeypatch):
+def test_gelu_mlp(seed, dtype, groups, monkeypatch, in_hardware):
     if groups > 1:
         monkeypatch.setattr(frozen, "_images_at_once", lambda *_: 2)
     layers = Layers(seed, dtype)
@@ -253,7 +258,8 @@ def test_second_derivative_is_refused():
             grad.sum().backward()
 
 
-def test_refused_where_it_does_not_serve():
+def test_refused_where_it_does_not_serve(set_products):
+    set_products(bfloat16="bfloat16", float16="float32")
     layers = Layers(23, torch.float32)
     x = make((2, 3, IN), 24, torch.float32)
 

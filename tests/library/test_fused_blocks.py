@@ -78,7 +78,8 @@ def test_plain_products_give_the_modules_logits(name: str, options: Any, make_vi
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_block_is_six_kernels(dtype: torch.dtype, make_vit: Any, plain: list[str]) -> None:
+def test_a_block_is_six_kernels(dtype: torch.dtype, make_vit: Any, plain: list[str], set_products: Any) -> None:
+    set_products(bfloat16="bfloat16")
     model = tokcomp.compress(make_vit().to(dtype), METHODS["prune_merge"])
     with torch.no_grad():
         model(IMAGES.to(dtype))

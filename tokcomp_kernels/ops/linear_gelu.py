@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokcomp_kernels._checks import check_linear_gelu
 from tokcomp_kernels.ops._register import Arguments, register
+from tokcomp_kernels.product_types import widened
 from tokcomp_kernels.reference.linear_gelu import linear_gelu_reference
 
 
@@ -50,14 +51,15 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             x, weight, bias = ctx.saved_tensors
             needs_x, needs_weight, needs_bias = ctx.needs_input_grad[1:]
-            before = torch.ops.aten.gelu_backward(grad, F.linear(x, weight, bias))  # [..., F]
-            rows = before.reshape(-1, weight.shape[0])
-            return (
-                None,
-                before @ weight if needs_x else None,
-                rows.T @ x.reshape(-1, weight.shape[1]) if needs_weight else None,
-                rows.sum(0) if needs_bias else None,
-            )
+            with widened(x):
+                before = torch.ops.aten.gelu_backward(grad, F.linear(x, weight, bias))  # [..., F]
+                rows = before.reshape(-1, weight.shape[0])
+                return (
+                    None,
+                    before @ weight if needs_x else None,
+                    rows.T @ x.reshape(-1, weight.shape[1]) if needs_weight else None,
+                    rows.sum(0) if needs_bias else None,
+                )
 
     return LinearGelu
 

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_linear_gelu
+from tokcomp_kernels.product_types import widened
 
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     check_linear_gelu(x, weight, bias)
-    return F.gelu(F.linear(x, weight, bias)).contiguous()
+    with widened(x):
+        return F.gelu(F.linear(x, weight, bias)).contiguous()

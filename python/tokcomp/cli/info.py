@@ -10,8 +10,9 @@ from tokcomp.cli.errors import blame
 from tokcomp.cli.table import table
 
 DESCRIPTION = """\
-What this installation is: versions, which kernels were built and for what, the devices that torch sees, and for each
-operator the backend that would answer on the CPU and on a CUDA device.
+What this installation is: versions, which kernels were built and for what, the devices that torch sees, the types in
+which the CPU computes a model's products, and for each operator the backend that would answer on the CPU and on a CUDA
+device.
 
 Backends: cpp (compiled for the CPU), cuda (compiled for CUDA), triton, reference (plain PyTorch, works everywhere).
 TOKCOMP_BACKEND=auto|cuda|triton|reference changes the choice.
@@ -49,6 +50,8 @@ def _text(found: dict[str, Any]) -> str:
         facts = [f"  {name}: {_value(value)}" for name, value in found["built"].items()]
         parts.append("\n".join(["compiled kernels:", *facts]))
     parts.append(table(["device", "name", ""], [[d["device"], d["name"], d["detail"]] for d in found["devices"]]))
+    rows = [[entry["dtype"], entry["products"], entry["reason"]] for entry in found["cpu_products"]]
+    parts.append(table(["model on cpu", "products in", "because"], rows))
     has_gpu = any(device["device"].startswith("cuda") for device in found["devices"])
     header = ["operator", "on cpu", "on cuda" if has_gpu else "on cuda (none here)"]
     parts.append(table(header, [[name, chosen["cpu"], chosen["cuda"]] for name, chosen in found["backends"].items()]))

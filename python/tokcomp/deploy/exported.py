@@ -16,6 +16,7 @@ from tokcomp.deploy.inputs import Inputs, check_images, checked_batch, inputs_of
 from tokcomp.deploy.watch import method_of
 from tokcomp.files import replacing
 from tokcomp_kernels._version import __version__  # and so registers the operators that packages call
+from tokcomp_kernels.product_types import widened
 
 #: Beginning of our keys in a package's metadata.
 _PREFIX = "tokcomp_"
@@ -99,8 +100,9 @@ def _program(model: nn.Module, inputs: Inputs, batch: int, lowest: int, highest:
         shapes = ({0: torch.export.Dim("batch", min=lowest, max=highest)},)
         batch = max(batch, 2)  # a dimension of 1 would be taken for a constant
     precision = torch.autocast(inputs.device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), precision:
-        program = torch.export.export(model, (inputs.batch(batch),), dynamic_shapes=shapes)
+    images = inputs.batch(batch)
+    with torch.inference_mode(False), torch.no_grad(), precision, widened(images):
+        program = torch.export.export(model, (images,), dynamic_shapes=shapes)
     if not program.call_spec.out_spec.is_leaf():
         raise TypeError(f"model must return one tensor, got {program.call_spec.out_spec.type.__name__}")
     return program

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-#: Element type of the activations -> the type in which to compute. oneDNN has no fast float16 on most CPUs.
-COMPUTE_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
+from tokcomp_kernels.product_types import product_dtype
+
+#: Element types of activations and weights that this serves; product_dtype says in which the products are computed.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Layers that are a matrix product: a convolution whose patches do not overlap is one on the flattened patches.
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 #: None in a torch that was built without oneDNN.
@@ -194,7 +196,7 @@ def packed_weights(
     packed = _cache.get(model)
     dtype = _compute_dtype(x.dtype, autocast)
     if packed is None or not packed.is_current(layers, x.dtype, dtype):
-        if x.dtype not in COMPUTE_DTYPES or not all(_packable(layer, x.dtype) for layer in layers):
+        if x.dtype not in DTYPES or not all(_packable(layer, x.dtype) for layer in layers):
             forget(model)
             return None
         packed = None
@@ -211,9 +213,9 @@ def packed_weights(
 def _compute_dtype(dtype: torch.dtype, autocast: bool) -> torch.dtype | None:
     """The type to compute in, None where that is left to the ordinary path."""
     if not torch.is_autocast_enabled("cpu"):
-        return COMPUTE_DTYPES.get(dtype)
-    serves = autocast and dtype == torch.float32 and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return torch.bfloat16 if serves else None
+        return product_dtype(dtype, "cpu") if dtype in DTYPES else None
+    cast = torch.get_autocast_dtype("cpu")
+    return cast if autocast and dtype == torch.float32 and product_dtype(cast, "cpu") == cast else None
 
 
 def wants_gradients(model: nn.Module, x: Tensor) -> bool:

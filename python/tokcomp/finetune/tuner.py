@@ -14,6 +14,7 @@ from tokcomp.fastpath.training import FastLinear
 from tokcomp.runs.distributed import ALONE, World
 from tokcomp.runs.recipe import LearningRate, Recipe, Targets, make_optimizer, soft_cross_entropy
 from tokcomp.runs.steps import MODEL, seed_all
+from tokcomp_kernels.product_types import autocast
 
 
 class FineTuner:
@@ -169,7 +170,7 @@ class FineTuner:
         self.step_number = state["step"]
 
     def _autocast(self) -> AbstractContextManager:
-        return nullcontext() if self.amp_dtype is None else torch.autocast(self.device.type, self.amp_dtype)
+        return autocast(self.device.type, self.amp_dtype)
 
     def _held_back(self, hold: bool) -> AbstractContextManager:
         """Gradients are exchanged with the last piece alone."""

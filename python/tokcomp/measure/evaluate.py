@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from tokcomp.measure.timing import now
 from tokcomp.runs.distributed import ALONE, World
+from tokcomp_kernels.product_types import autocast
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,8 @@ def evaluate(
     seconds = first_seconds = 0.0
     for images, labels in batches:
         images, labels = images.to(device, dtype), labels.to(device)
-        autocast: AbstractContextManager = nullcontext()
-        if amp_dtype is not None:
-            autocast = torch.autocast(device.type, amp_dtype)
         start = now(device)
-        with autocast:
+        with autocast(device.type, amp_dtype):
             logits = model(images)
         elapsed = now(device) - start
         if int(labels.max()) >= logits.shape[-1]:

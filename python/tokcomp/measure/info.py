@@ -1,4 +1,4 @@
-"""What this installation is and would do: versions, built kernels, devices, backends."""
+"""What this installation is and would do: versions, built kernels, devices, types, backends."""
 
 from __future__ import annotations
 
@@ -77,6 +77,20 @@ def backends() -> dict[str, dict[str, str]]:
     }
 
 
+def cpu_products() -> list[dict[str, str]]:
+    """What a model of each type has its linear layers and convolutions computed in on this CPU, and why."""
+    from tokcomp_kernels.product_types import CPU_PRODUCTS
+
+    return [
+        {"dtype": _name(dtype), "products": _name(chosen.dtype), "reason": chosen.reason}
+        for dtype, chosen in CPU_PRODUCTS.items()
+    ]
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def collect() -> dict[str, Any]:
     """All of it, as JSON data."""
     import tokcomp_kernels
@@ -87,6 +101,7 @@ def collect() -> dict[str, Any]:
         "not_loaded": tokcomp_kernels.load_error,
         "native_kernels": {device: sorted(names) for device, names in tokcomp_kernels.native_kernels().items()},
         "devices": devices(),
+        "cpu_products": cpu_products(),
         "backends": backends(),
         "settings": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from tokcomp.search.folder import TRACES, SearchFolder
 from tokcomp.search.model import DiffRateSearch
 from tokcomp.search.settings import SearchResult, SearchSettings, diverged
 from tokcomp.search.target import Target
+from tokcomp_kernels.product_types import autocast
 
 #: Starts a pass over held-out images: normalized [b, 3, H, W] and labels [b].
 HeldOut = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -305,7 +306,7 @@ class SearchRun(Run):
         return found.top1
 
     def _autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.told.amp else nullcontext()
+        return autocast(self.device.type, torch.bfloat16 if self.told.amp else None)
 
     def finish(self) -> None:
         if self.folder is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from tokcomp.runs.steps import DEGREES, MODEL, derived_seed, seed_all
 from tokcomp.tocom.layers import qkv_layers
 from tokcomp.tocom.plugin import ToCom
 from tokcomp.tocom.twins import twin_model
+from tokcomp_kernels.product_types import autocast
 
 
 def draw_degrees(seed: int, step: int, degrees: Sequence[int]) -> tuple[int, int]:
@@ -193,4 +194,4 @@ class Distiller:
         self.step_number = state["step"]
 
     def _autocast(self) -> AbstractContextManager:
-        return nullcontext() if self._amp_dtype is None else torch.autocast(self.device.type, self._amp_dtype)
+        return autocast(self.device.type, self._amp_dtype)

@@ -13,6 +13,7 @@ from tokcomp.adapters.swap import Swapped
 from tokcomp.blocks.attention import attend
 from tokcomp.blocks.state import BlockState, compose_sources
 from tokcomp.methods.base import Method
+from tokcomp_kernels.product_types import unless_emulated, widened
 
 
 class StageState(BlockState):
@@ -79,8 +80,10 @@ class CompressedStage(Swapped):
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_symbols(x)
-        x, height, width = split_grid(self.downsample(x))
-        x, source, fill = self.tokens(x)
+        with unless_emulated(x.device.type):
+            with widened(x):
+                x, height, width = split_grid(self.downsample(x))
+            x, source, fill = self.tokens(x)
         if source is not None:
             x = torch.ops.tokcomp.unmerge(x, source, pruned_fill=None if fill is None else fill.to(x.dtype))
         return join_grid(x, height, width)
@@ -120,7 +123,8 @@ class CompressedStage(Swapped):
         self, block: torch.nn.Module, index: int, x: Tensor, size: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         state = StageState(self._tokcomp_method, index, x.shape[1], 0, size)
-        x = block(x, state=state)
+        with widened(x):
+            x = block(x, state=state)
         return x, state.size, state.source, state.before
 
 

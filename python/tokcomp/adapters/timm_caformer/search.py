@@ -13,6 +13,7 @@ from tokcomp.adapters.base import UnsupportedModelError
 from tokcomp.adapters.images import check_images
 from tokcomp.adapters.timm_caformer.modules import join_grid, join_heads, split_grid, split_heads
 from tokcomp.blocks.search import BlockSearch, TokenState
+from tokcomp_kernels.product_types import unless_emulated, widened
 
 
 class _Positions(NamedTuple):
@@ -32,6 +33,12 @@ def check_search(model: Any) -> None:
 def run_search(model: Any, stage_index: int, images: Tensor, blocks: Sequence[BlockSearch]) -> Tensor:
     """Logits [B, classes] of images [B, 3, H, W], the blocks of one stage compressed as ``blocks`` say."""
     check_images(model.stem, images)
+    with unless_emulated(images.device.type), widened(images):
+        x = _run_stages(model, stage_index, images, blocks)
+        return model.forward_head(x)
+
+
+def _run_stages(model: Any, stage_index: int, images: Tensor, blocks: Sequence[BlockSearch]) -> Tensor:
     x = model.stem(images)
     for stage in model.stages[:stage_index]:
         x = stage(x)
@@ -51,7 +58,7 @@ def run_search(model: Any, stage_index: int, images: Tensor, blocks: Sequence[Bl
     x = join_grid(_spread(x, state, positions), height, width)
     for stage in model.stages[stage_index + 1 :]:
         x = stage(x)
-    return model.forward_head(x)
+    return x
 
 
 def _run_block(

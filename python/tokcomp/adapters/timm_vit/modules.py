@@ -15,6 +15,7 @@ from tokcomp.blocks.attention import attend
 from tokcomp.blocks.state import BlockState
 from tokcomp.fastpath import Products, has_hooks
 from tokcomp.methods.base import Method
+from tokcomp_kernels.product_types import unless_emulated, widened
 
 #: Attribute of a feature tensor that carries its tokens' sizes from forward_features to forward_head.
 _SIZE_ATTRIBUTE = "_tokcomp_size"
@@ -92,6 +93,10 @@ class CompressedModel(Swapped):
     def tokens(self, images: Tensor, sources: list[Tensor | None] | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, M, C] after the last block, their sizes [B, M]; ``sources`` collects each block's source map."""
         check_images(self.patch_embed, images)
+        with unless_emulated(images.device.type):
+            return self._tokens(images, sources)
+
+    def _tokens(self, images: Tensor, sources: list[Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
         packed = fast.pack(self, images)
         x = self.embed(images, packed)
         if packed is None or sources is not None or has_hooks(self.blocks):
@@ -107,7 +112,8 @@ class CompressedModel(Swapped):
         if packed is not None and self.patch_embed.proj in packed:
             x = fast.embed_patches(self.patch_embed, images, packed)
         else:
-            x = self.patch_embed(images)
+            with widened(images):
+                x = self.patch_embed(images)
         x = self._pos_embed(x)
         self._tokcomp_method.check_tokens(x.shape[1], self.num_prefix_tokens)
         return self.norm_pre(self.patch_drop(x))
@@ -150,7 +156,8 @@ class CompressedModel(Swapped):
                 state.normalized = before.normalized
             if index + 1 < len(self.blocks) and fast.is_packed(self.blocks[index + 1], packed):
                 state.following = fast.as_norm(self.blocks[index + 1]._modules["norm1"], x)
-        return block(x, state=state), state
+        with widened(x):
+            return block(x, state=state), state
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         refuse_symbols(x)
@@ -160,7 +167,8 @@ class CompressedModel(Swapped):
 
     def logits(self, x: Tensor, size: Tensor | None) -> Tensor:
         """What follows the last block: x [B, M, C] and the tokens' sizes [B, M] to logits."""
-        return self._head(self.norm(x), size)
+        with widened(x):
+            return self._head(self.norm(x), size)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Normalised tokens [B, M, C] after the last block."""
@@ -182,7 +190,8 @@ class CompressedModel(Swapped):
                 f"global_pool={self.global_pool!r} needs the tokens' sizes: pass the very tensor that forward_features "
                 "returned, or call the model"
             )
-        return self._head(x, getattr(x, _SIZE_ATTRIBUTE, None), pre_logits)
+        with widened(x):
+            return self._head(x, getattr(x, _SIZE_ATTRIBUTE, None), pre_logits)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(

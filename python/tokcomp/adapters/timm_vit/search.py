@@ -15,6 +15,7 @@ from tokcomp.adapters.timm_vit import search_fast
 from tokcomp.adapters.timm_vit.modules import join_heads, split_heads
 from tokcomp.blocks.search import BlockSearch, TokenState
 from tokcomp.fastpath import PackedWeights
+from tokcomp_kernels.product_types import unless_emulated, widened
 
 #: Weight of a masked token in map pooling: nothing in the result, but the mask's gradient flows.
 _MASKED_WEIGHT = 1e-20
@@ -34,9 +35,16 @@ def reads_patches(model: Any) -> bool:
 def run_search(model: Any, images: Tensor, blocks: Sequence[BlockSearch]) -> Tensor:
     """Logits [B, classes] of images [B, 3, H, W], the model's blocks compressed as ``blocks`` say."""
     check_images(model.patch_embed, images)
+    with unless_emulated(images.device.type):
+        x, state = _run_blocks(model, images, blocks)
+    return _head(model, model.norm(x), state)
+
+
+def _run_blocks(model: Any, images: Tensor, blocks: Sequence[BlockSearch]) -> tuple[Tensor, TokenState]:
     packed = search_fast.pack(model, images)
     embed = model.patch_embed
-    x = embed(images) if packed is None else search_fast.embed_patches(embed, images, packed)
+    with widened(images):
+        x = embed(images) if packed is None else search_fast.embed_patches(embed, images, packed)
     x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
     wanted = blocks[0].num_tokens
     if x.shape[1] != wanted:
@@ -49,7 +57,7 @@ def run_search(model: Any, images: Tensor, blocks: Sequence[BlockSearch]) -> Ten
             x, state = checkpoint(_run_block, block, search, x, state, packed, use_reentrant=False)
         else:
             x, state = _run_block(block, search, x, state, packed)
-    return _head(model, model.norm(x.to(dtype)), state)
+    return x.to(dtype), state
 
 
 def _run_block(
@@ -57,13 +65,14 @@ def _run_block(
 ) -> tuple[Tensor, TokenState]:
     if packed is not None:
         return search_fast.run_block(block, search, x, state, packed)
-    y = block.norm1(x)
-    q, k, v = split_heads(block.attn, y)
-    out, importance = search.attend(q, k, v, state, scale=block.attn.scale)
-    x = search.read(x)
-    x = x + block.drop_path1(block.ls1(join_heads(block.attn, out, search.read(y))))
-    x, state = search.reduce(x, importance, state)
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), state
+    with widened(x):
+        y = block.norm1(x)
+        q, k, v = split_heads(block.attn, y)
+        out, importance = search.attend(q, k, v, state, scale=block.attn.scale)
+        x = search.read(x)
+        x = x + block.drop_path1(block.ls1(join_heads(block.attn, out, search.read(y))))
+        x, state = search.reduce(x, importance, state)
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), state
 
 
 def _head(model: Any, x: Tensor, state: TokenState) -> Tensor:
