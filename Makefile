@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= gpu-check
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: build rebuild setup demo test test-fast bench results kernel-report lint gpu-check clean
+.PHONY: build rebuild setup demo test test-fast oracle bench results kernel-report lint gpu-check clean
 
 build:  ## The compiled kernels, in place, for PYTHON as it stands
 	$(PYTHON) build_backend/native.py
@@ -29,6 +29,9 @@ test: rebuild
 
 test-fast: rebuild
 	$(PYTEST) -m 'not slow'
+
+oracle: rebuild  ## Random models and schedules against plain functions: CASES=200 of each kind, SEED=N of the first
+	TOKCOMP_ORACLE_CASES=$(or $(CASES),200) $(if $(SEED),TOKCOMP_ORACLE_SEED=$(SEED)) $(PYTEST) tests/oracle
 
 bench: rebuild
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -1,16 +1,14 @@
-"""Each method, metric and pipeline against an explicit float64 forward pass that holds the whole attention map."""
+"""What the methods say of themselves: traces, seeds, and the arguments and models that they refuse.
+
+That each computes what it should is tested in tests/oracle.
+"""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import tokcomp
 import torch
 from tokcomp.adapters import UnsupportedModelError
-
-from tokcomp_kernels.reference.prune_merge import prune_merge_reference
-from tokcomp_kernels.reference.tome_merge import tome_merge_reference
 
 # 4 blocks, 16 patches and a class token: pruning alone, merging alone, both, and a block that drops nothing.
 PRUNE = [17, 14, 11, 11]
@@ -18,97 +16,10 @@ MERGE = [17, 12, 11, 6]
 SCHEDULE = tokcomp.CompressionSchedule(PRUNE, MERGE)
 
 
-def attention_map(block, x, size):
-    attn = block.attn
-    batch, tokens, _ = x.shape
-    qkv = attn.qkv(block.norm1(x)).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)
-    scores = q @ k.transpose(-1, -2) * attn.scale
-    if size is not None:
-        scores = scores + size.log()[:, None, None, :]
-    return scores.softmax(-1), k, v
-
-
-def oracle(model, images, reduce, proportional=True):
-    """Logits of a plain model with reduce(index, x, size, attention map, k, v) -> x, size between attention and MLP."""
-    with torch.no_grad():
-        x = model._pos_embed(model.patch_embed(images))
-        size = None
-        for index, block in enumerate(model.blocks):
-            attn, k, v = attention_map(block, x, size if proportional else None)
-            out = (attn @ v).transpose(1, 2).flatten(2)
-            x = x + block.attn.proj(out)
-            x, size = reduce(index, x, size, attn, k, v)
-            x = x + block.mlp(block.norm2(x))
-        return model.head(model.norm(x)[:, 0])
-
-
-def importance_of(metric, attn, v):
-    cls_attn = attn[:, :, 0].mean(1)
-    if metric == "image_attn":
-        return attn.mean((1, 2))
-    return cls_attn * v.transpose(1, 2).flatten(2).norm(dim=-1) if metric == "cls_attn_v" else cls_attn
-
-
-def assert_same(ours, expected):
-    # Two float64 passes of a few hundred operations each, on logits of order 1.
-    assert torch.isfinite(expected).all()
-    torch.testing.assert_close(ours, expected, atol=1e-11, rtol=0)
-
-
-@pytest.fixture(params=[0, 1], ids="seed{}".format)
-def vit(request, make_vit):
-    model = make_vit(request.param).double()
-    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    return model, images
-
-
-@pytest.mark.parametrize("metric", ["cls_attn", "image_attn", "cls_attn_v"])
-def test_diffrate_metric(vit, metric):
-    model, images = vit
-
-    def reduce(index, x, size, attn, k, v):
-        if min(PRUNE[index], MERGE[index]) >= x.shape[1]:
-            return x, size
-        return prune_merge_reference(x, importance_of(metric, attn, v), PRUNE[index], MERGE[index], size=size)[:2]
-
-    expected = oracle(model, images, reduce)
-    with torch.no_grad():
-        ours = tokcomp.compress(model, tokcomp.DiffRate(SCHEDULE, metric=metric))(images)
-    assert_same(ours, expected)
-
-
-@pytest.mark.parametrize("pipeline", ["prune_merge", "prune", "merge"])
-def test_diffrate_pipeline(vit, pipeline):
-    model, images = vit
-
-    def reduce(index, x, size, attn, k, v):
-        prune = PRUNE[index] if "prune" in pipeline else x.shape[1]
-        merge = MERGE[index] if "merge" in pipeline else x.shape[1]
-        if min(prune, merge) >= x.shape[1]:
-            return x, size
-        return prune_merge_reference(x, attn[:, :, 0].mean(1), prune, merge, size=size)[:2]
-
-    expected = oracle(model, images, reduce)
-    with torch.no_grad():
-        ours = tokcomp.compress(model, tokcomp.DiffRate(SCHEDULE, pipeline=pipeline))(images)
-    assert_same(ours, expected)
-
-
-def test_diffrate_merge_prune(vit):
-    model, images = vit
-    prune, merge = [17, 11, 9, 5], [17, 14, 11, 6]
-
-    def reduce(index, x, size, attn, k, v):
-        x, size, _ = prune_merge_reference(x, attn[:, :, 0].mean(1), x.shape[1], merge[index], size=size)
-        return x[:, : prune[index]], size[:, : prune[index]]
-
-    expected = oracle(model, images, reduce)
-    method = tokcomp.DiffRate(tokcomp.CompressionSchedule(prune, merge), pipeline="merge_prune")
-    with torch.no_grad():
-        ours = tokcomp.compress(model, method)(images)
-        maps = tokcomp.trace(model, images)
-    assert_same(ours, expected)
+def test_merge_prune_prunes_what_was_merged(make_vit):
+    model, images = make_vit(), torch.randn(3, 3, 32, 32)
+    schedule = tokcomp.CompressionSchedule([17, 11, 9, 5], [17, 14, 11, 6])
+    maps = tokcomp.trace(tokcomp.compress(model, tokcomp.DiffRate(schedule, pipeline="merge_prune")), images)
     assert [int(source.max()) + 1 for source in maps] == [17, 11, 9, 5]
     assert (maps[0] >= 0).all() and (maps[1] < 0).any(1).all()
 
@@ -125,58 +36,6 @@ def test_random_metric_is_seeded(make_vit):
     assert torch.equal(first[-1][0], first[-1][1])  # positions, not images, are drawn
     dropped = [int((sources(seed)[1][0, 1:] < 0).nonzero()[0]) for seed in range(24)]
     assert len(set(dropped)) > 4
-
-
-@pytest.mark.parametrize("prop_attn", [True, False])
-@pytest.mark.parametrize("r", [3, [0, 5, 2, 100]], ids=str)
-def test_tome(vit, r, prop_attn):
-    model, images = vit
-    per_block = r if isinstance(r, list) else [r] * 4
-
-    def reduce(index, x, size, attn, k, v):
-        if per_block[index] == 0:
-            return x, size
-        return tome_merge_reference(x, k.mean(1), per_block[index], size=size)[:2]
-
-    expected = oracle(model, images, reduce, proportional=prop_attn)
-    with torch.no_grad():
-        ours = tokcomp.compress(model, tokcomp.ToMe(r, prop_attn=prop_attn))(images)
-    assert_same(ours, expected)
-
-
-EVIT_CASES = {
-    "rate": (dict(keep_rate=0.7, blocks=(1, 3)), [None, 0.7, None, 0.7]),
-    "rates": (dict(keep_rate=[1, 0.5, 0.9, 0.3], blocks=(0,)), [None, 0.5, 0.9, 0.3]),
-    "pruned": (dict(num_pruned=3), [3] * 4),
-    "all pruned": (dict(num_pruned=100), [100] * 4),
-}
-
-
-@pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("case", EVIT_CASES)
-def test_evit(vit, case, fuse):
-    model, images = vit
-    arguments, plan = EVIT_CASES[case]
-
-    def reduce(index, x, size, attn, k, v):
-        patches = x.shape[1] - 1
-        step = plan[index]
-        if step is None:
-            return x, None
-        kept = math.ceil(step * patches) if isinstance(step, float) else max(patches - step, 1)
-        if kept >= patches:
-            return x, None
-        weights = attn[:, :, 0, 1:].mean(1)
-        order = weights.argsort(dim=1, descending=True, stable=True)
-        patch = x[:, 1:].gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
-        weights = weights.gather(1, order)
-        fused = (weights[:, kept:, None] * patch[:, kept:]).sum(1, keepdim=True)
-        return torch.cat([x[:, :1], patch[:, :kept]] + [fused] * fuse, dim=1), None
-
-    expected = oracle(model, images, reduce)
-    with torch.no_grad():
-        ours = tokcomp.compress(model, tokcomp.EViT(**arguments, fuse=fuse))(images)
-    assert_same(ours, expected)
 
 
 def test_evit_fused_tokens_are_traced_to_the_fused_slot(make_vit):

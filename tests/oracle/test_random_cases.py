@@ -17,6 +17,7 @@ from tests.oracle import rules
 from tests.oracle.cases import Case
 from tests.oracle.checks import assert_near, each_case
 
+METRICS = ("cls_attn", "image_attn", "cls_attn_v")
 PIPELINES = ("prune_merge", "merge_prune", "prune", "merge")
 
 
@@ -35,8 +36,7 @@ def test_diffrate() -> None:
         pipeline = PIPELINES[seed % 4]
         tied = seed % 8 == 2  # which prunes alone: sizes would break the tie by their rounding
         case = Case(seed, family="class token" if tied else None, still="q" if tied else "")
-        metric = case.rng.choice(("cls_attn", "cls_attn", "image_attn", "cls_attn_v"))
-        metric = "cls_attn" if tied else metric
+        metric = "cls_attn" if tied else METRICS[seed % 3]
         prune, merge = case.falling_counts(), case.falling_counts()
         method = tokcomp.DiffRate(tokcomp.CompressionSchedule(prune, merge), metric=metric, pipeline=pipeline)
         want = plain_logits(case, rules.diffrate, prune, merge, metric=metric, pipeline=pipeline)
@@ -50,9 +50,11 @@ def test_tome() -> None:
         tied = seed % 4 == 0  # keys of zero: every pair is as good as any other
         case = Case(seed, family="class token" if tied else None, still="k" if tied else "")
         rates = [case.rng.randint(0, case.num_patches // case.depth + 2) for _ in range(case.depth)]
-        proportional = case.rng.random() < 0.7
-        want = plain_logits(case, rules.tome, rates, proportional=proportional)
-        assert_near(compressed_logits(case, tokcomp.ToMe(rates, prop_attn=proportional)), want, case.family)
+        if seed % 4 == 1:
+            rates = [case.rng.choice((rates[0], 2 * case.num_patches))] * case.depth  # more than can merge
+        method = tokcomp.ToMe(rates[0] if seed % 4 == 1 else rates, prop_attn=seed % 3 > 0)
+        want = plain_logits(case, rules.tome, rates, proportional=seed % 3 > 0)
+        assert_near(compressed_logits(case, method), want, f"{case.family}, {method}")
 
     each_case(check)
 
@@ -61,12 +63,16 @@ def test_evit() -> None:
     def check(seed: int) -> None:
         tied = seed % 4 == 0
         case = Case(seed, family="class token" if tied else None, still="q" if tied else "")
-        fuse = case.rng.random() < 0.7
-        if seed % 2:
-            rates = [case.rng.choice((1.0, case.rng.uniform(0.4, 1.0))) for _ in range(case.depth)]
+        fuse = seed % 3 > 0
+        rates = [case.rng.choice((1.0, case.rng.uniform(0.4, 1.0))) for _ in range(case.depth)]
+        count = case.rng.choice((case.rng.randint(1, case.num_patches // 2), 2 * case.num_patches))
+        if seed % 4 == 1:
             method, options = tokcomp.EViT(rates, fuse=fuse), {"keep_rates": rates}
+        elif seed % 4 == 2:
+            rate, blocks = min(rates), case.rng.sample(range(case.depth), 2)
+            method = tokcomp.EViT(rate, blocks=blocks, fuse=fuse)
+            options = {"keep_rates": [rate if block in blocks else 1.0 for block in range(case.depth)]}
         else:
-            count = case.rng.randint(1, case.num_patches // 2)
             method, options = tokcomp.EViT(num_pruned=count, fuse=fuse), {"num_pruned": count}
         want = plain_logits(case, rules.evit, fuse=fuse, **options)
         assert_near(compressed_logits(case, method), want, f"{case.family}, {method}")

@@ -16,6 +16,8 @@ from tests.oracle.checks import assert_near, each_case
 from tests.oracle.search_rules import Proxy, multiply_adds, search
 
 STEPS = ("prune", "merge")
+#: Blocks, grid, heads and head width of a model in which merged tokens have the time to merge again.
+GROWING = (7, 6, 2, 8)
 Logits = dict[str, list[Tensor]]
 
 
@@ -25,7 +27,7 @@ def falling(case: Case, granularity: int) -> Logits:
 
 def merging_again(case: Case) -> Logits:
     """Every prune proxy keeps all, every merge proxy merges, so what has grown is soon among the sources."""
-    merge = case.falling_logits(4, 0.7)
+    merge = case.falling_logits(4, 0.6)
     keep_all = [torch.full_like(row, -1e3).index_fill(0, torch.tensor(0), 1e3) for row in merge]
     return {"prune": keep_all, "merge": merge}
 
@@ -82,9 +84,9 @@ def test_search(pipeline: str) -> None:
         case = Case(seed)
         granularity = case.rng.randint(1, 5)
         options = {
-            "metric": case.rng.choice(("cls_attn", "cls_attn", "cls_attn_v")),
+            "metric": "cls_attn_v" if seed % 3 == 0 else "cls_attn",
             "pipeline": pipeline,
-            "match_inference": case.rng.random() < 0.25,
+            "match_inference": seed % 4 == 0,
         }
         mine = DiffRateSearch(case.model, granularity, **options)
         compare(case, mine, granularity, falling(case, granularity), **options)
@@ -94,7 +96,7 @@ def test_search(pipeline: str) -> None:
 
 def test_merged_tokens_merge_again() -> None:
     def check(seed: int) -> None:
-        case = Case(seed, shape=(5, 6, 2, 8))
+        case = Case(seed, shape=GROWING)
         compare(case, DiffRateSearch(case.model, 4), 4, merging_again(case))
 
     each_case(check)
@@ -111,9 +113,13 @@ def test_the_baseline_of_the_speed() -> None:
     """It differentiates the maximum of each row of the softmax, as published."""
 
     def check(seed: int) -> None:
-        case = Case(seed, family=("class token", "pooled", "registers", "layer scale, q and k norm")[seed % 4])
-        granularity = 4 if seed % 2 else case.rng.randint(1, 5)
-        logits = merging_again(case) if seed % 2 else falling(case, granularity)
+        family = ("class token", "pooled", "registers", "layer scale, q and k norm")[seed // 2 % 4]
+        if seed % 2:
+            case, granularity = Case(seed, family, GROWING), 4
+            logits = merging_again(case)
+        else:
+            case, granularity = Case(seed, family), 1 + seed // 2 % 5
+            logits = falling(case, granularity)
         compare(case, PublishedSearch(case.model, granularity), granularity, logits, hold_maximum=False)
 
     each_case(check)

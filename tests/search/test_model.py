@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
 from tokcomp import DiffRateSearch
 
-METRICS = ("cls_attn", "image_attn", "cls_attn_v", "random")
 PIPELINES = ("prune_merge", "merge_prune", "prune", "merge")
 FAMILIES = {
     "deit": {},
@@ -57,7 +56,7 @@ def assert_foretells(search, images):
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", ["image_attn", "random"])  # tests/oracle has the others
 def test_foretells_the_compressed_model(make_vit, images_for, metric, pipeline):
     model = make_vit().double()
     search = DiffRateSearch(model, metric=metric, pipeline=pipeline, match_inference=True, seed=3).eval()
