@@ -49,7 +49,7 @@ lint: .venv/installed
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'examples/*.cpp')
 
 gpu-check:  ## On a GPU machine that has torch and nvcc: no .venv, no network. MINUTES=9, ONLY=step,step
-	$(PYTHON) tools/gpu_check.py --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
+	$(PYTHON) -m tools.gpu_check --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf build tokcomp_kernels/_C.*

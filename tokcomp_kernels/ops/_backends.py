@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +27,23 @@ import torch
 from tokcomp_kernels._library import native_kernels
 
 BACKENDS = ("auto", "cuda", "triton", "reference")
-#: Operators whose compiled CUDA kernel has run on a GPU and beaten Triton's there. Until then Triton owns the key.
-CUDA_WINNERS: frozenset[str] = frozenset()
+#: GPU -> operator -> the backend that was the fastest there. ``make gpu-check`` writes it.
+OWNERS = Path(__file__).with_name("owners.json")
+#: Operators that PyTorch's own kernels make up well, until a GPU says otherwise.
+CONTENDERS = frozenset({"linear_gelu"})
 
-#: Operators that PyTorch's own kernels make up well: Triton's has to beat those on a GPU before it takes their place.
-TRITON_CONTENDERS = frozenset({"linear_gelu"})
+
+def _owned(backend: str) -> frozenset[str]:
+    """The operators that every GPU which has measured them gives to ``backend``."""
+    gpus: list[dict[str, str]] = list(json.loads(OWNERS.read_text()).values())
+    operators = {operator for owners in gpus for operator in owners}
+    return frozenset(op for op in operators if {owners[op] for owners in gpus if op in owners} == {backend})
+
+
+#: Operators whose compiled CUDA kernel has run on a GPU and beaten Triton's there. Until then Triton owns the key.
+CUDA_WINNERS = _owned("cuda")
+#: Operators for which Triton's kernel has to beat PyTorch's own on a GPU before it takes their place.
+TRITON_CONTENDERS = (CONTENDERS | _owned("reference")) - _owned("triton")
 
 
 def requested_backend() -> str:
