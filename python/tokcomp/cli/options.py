@@ -214,9 +214,8 @@ def build_model(args: argparse.Namespace, **more: Any) -> Any:
             f"--model '{args.model}' could not be built with {options or 'these options'} ({reason})"
         ) from error
     if args.checkpoint is not None:
-        from timm.models import load_checkpoint
-
         from tokcomp.adaptformer import is_saved
+        from tokcomp.cli.weights import load_weights
 
         if is_saved(args.checkpoint):
             raise UserError(
@@ -224,7 +223,7 @@ def build_model(args: argparse.Namespace, **more: Any) -> Any:
                 "file as --adapter, and the weights that they were trained on"
             )
         try:
-            load_checkpoint(model, str(args.checkpoint))
+            load_weights(model, args.checkpoint)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"--checkpoint '{args.checkpoint}' does not fit {args.model}: {reason}") from error
