@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import tokcomp
 import torch
 
@@ -108,3 +109,16 @@ def test_export(make_vit, method, images_for):
         program = torch.export.export(model, (images_for(model),), dynamic_shapes=({0: batch},))
         images = images_for(model, batch=5, seed=1)
         torch.testing.assert_close(program.module()(images), model(images), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_refused(make_vit, method, images_for, grad):
+    """The packed path of inference would drop the tangents without a word."""
+    from torch.autograd import forward_ad
+
+    model = tokcomp.compress(make_vit(), method).requires_grad_(False)
+    images = images_for(model)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward AD"):
+        model(forward_ad.make_dual(images, torch.ones_like(images)))
+    with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match="forward AD"):
+        torch.func.jvp(model, (images,), (torch.ones_like(images),))

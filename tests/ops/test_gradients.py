@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from tokcomp_kernels._schema import BY_NAME, OPERATORS
 from tokcomp_kernels.reference import REFERENCES
@@ -119,6 +120,30 @@ def test_class_attention_sort_is_a_constant() -> None:
     cls_attn, token_order = torch.ops.tokcomp.class_attention_sort(q, k)
     assert not cls_attn.requires_grad
     assert not token_order.requires_grad
+
+
+@pytest.mark.parametrize("functional", [True, False], ids=["jvp", "dual numbers"])
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_forward_mode_is_refused(op: str, functional: bool) -> None:
+    """In every differentiable input; a derivative of zero would be wrong without a word."""
+    sample, _ = _differentiable_inputs(next(s for s in samples(op, torch.float64, small=True) if s.args[0].numel()))
+    schema = getattr(torch.ops.tokcomp, op).default._schema.arguments
+    leaves = [i for i, value in enumerate(sample.args) if isinstance(value, torch.Tensor) and value.requires_grad]
+    for i in leaves:
+
+        def run(value: torch.Tensor, i: int = i) -> object:
+            args = [one.detach() if isinstance(one, torch.Tensor) else one for one in sample.args]
+            args[i] = value
+            return getattr(torch.ops.tokcomp, op)(*args, **sample.kwargs)
+
+        value = sample.args[i].detach()
+        with pytest.raises(NotImplementedError, match=f"forward AD with {op} that does not support it"):
+            if functional:
+                torch.func.jvp(run, (value,), (torch.ones_like(value),))
+            else:
+                with forward_ad.dual_level():
+                    run(forward_ad.make_dual(value, torch.ones_like(value)))
+        assert schema[i].name in BY_NAME[op].differentiable
 
 
 def test_second_derivative_is_refused() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from tokcomp_kernels._library import LIBRARY, native_kernels
 from tokcomp_kernels._schema import BY_NAME, NAMESPACE
@@ -120,6 +121,11 @@ def _autograd_kernel(
         flat = arguments.flatten(args, kwargs)
         if any(isinstance(value, torch.Tensor) and value.is_nested for value in flat):
             refuse_layout(*flat)  # a jagged tensor is a class of its own, which no dispatch key below tells
+        if forward_ad._current_level >= 0 and any(_has_tangent(flat[i]) for i in differentiable):
+            raise NotImplementedError(
+                f"Trying to use forward AD with {name} that does not support it because it has not been implemented "
+                "yet; use reverse mode: torch.autograd.grad, torch.func.vjp or jacrev"
+            )
         if torch.is_grad_enabled():
             if function is not None and any(flat[i] is not None and flat[i].requires_grad for i in differentiable):
                 return function.apply(keyset, *flat)
@@ -130,6 +136,10 @@ def _autograd_kernel(
         return arguments.redispatch(keyset, flat)
 
     return autograd
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def _autocast_kernel(

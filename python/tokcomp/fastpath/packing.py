@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
 from tokcomp_kernels.product_types import product_dtype
@@ -254,12 +255,13 @@ def _available(x: Tensor) -> bool:
 
 
 def has_watchers(x: Tensor) -> bool:
-    """Whether someone takes part in what operators do to x: subclasses, dispatch modes, functorch, tracing."""
+    """Whether someone takes part in what operators do to x: subclasses, dispatch modes, functorch, tracing, tangents."""
     return (
         type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack() != 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
     )
 
 
