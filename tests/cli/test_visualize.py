@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 from tokcomp.cli import build_parser
+from tokcomp.cli.pictures import drawing_names
 from tokcomp.cli.visualize import _choose_method
 from tokcomp.visualize import choose_blocks, paint_groups
 
@@ -96,6 +99,30 @@ def test_folder(run, image_folder, tmp_path):
     )
     assert status == 0
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["0.png", "1.png"]
+
+
+def test_a_photograph_is_never_written_over(run, image_folder):
+    folder = image_folder / "validation" / "dog"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    status, _, err = run(*TINY, folder, *TOME, "-o", folder)
+    assert status == 2 and "--output must not write over what tokcomp did not draw, got" in err
+    status, _, err = run(*TINY, folder / "1.png", *TOME, "-o", folder / "0.png")
+    assert status == 2 and f"got '{folder / '0.png'}'" in err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_drawing_is_drawn_again(run, picture, tmp_path):
+    for r in ("8", "4"):
+        status, _, err = run(*TINY, picture, "--method", "tome", "--r", r, "-o", tmp_path / "drawn")
+        assert status == 0, err
+
+
+def test_names_of_drawings_differ():
+    pictures = [Path(name) for name in ("A.jpg", "a.jpg", "a.png", "a.png.png", "a.png.jpg", "b.bmp")]
+    names = drawing_names(pictures)
+    assert len({name.casefold() for name in names}) == len(pictures)
+    assert names[-1] == "b.png"
+    assert drawing_names([Path("a.jpg"), Path("a.jpg"), Path("a.jpg.png")])[0] == "a.jpg.png"
 
 
 def test_unreadable_picture_is_named_and_the_rest_drawn(run, image_folder, tmp_path):

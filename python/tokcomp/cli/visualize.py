@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from pathlib import Path
 from typing import Any
 
 from tokcomp.cli import options
 from tokcomp.cli.errors import UserError, blame, check_output_file, check_output_folder
+from tokcomp.cli.pictures import check_overwrites, drawing_names, png_bytes
 from tokcomp.files import write_whole
 
 DESCRIPTION = """\
@@ -147,12 +147,13 @@ def _targets(args: argparse.Namespace, pictures: list[Path]) -> list[Path]:
             raise UserError(
                 f"--output must be a folder for a folder of pictures, got '{args.output}'; leave out '.png'"
             )
-        return [check_output_file("--output", args.output)]
+        targets = [check_output_file("--output", args.output)]
+        check_overwrites("--output", targets)
+        return targets
     check_output_folder("--output", args.output)
-    # Two pictures of one name but different endings must not overwrite each other.
-    stems = [path.stem for path in pictures]
-    names = [path.stem if stems.count(path.stem) == 1 else path.name for path in pictures]
-    return [args.output / f"{name}.png" for name in names]
+    targets = [args.output / name for name in drawing_names(pictures)]
+    check_overwrites("--output", targets)
+    return targets
 
 
 def _check_columns(args: argparse.Namespace, model: Any) -> None:
@@ -177,6 +178,4 @@ def _draw(
     drawing = draw_blocks(
         model, image.to(device), image * std + mean, blocks=args.columns, cell=args.cell, outline=args.outline
     )
-    buffer = io.BytesIO()
-    drawing.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    return png_bytes(drawing)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 from typing import Any
 
 from tokcomp.cli import dense, options
 from tokcomp.cli.dense.evaluate import add_plugin_options, check_degrees, open_plugin
 from tokcomp.cli.errors import blame, check_output_file
+from tokcomp.cli.pictures import check_overwrites, png_bytes
 from tokcomp.files import write_whole
 
 DESCRIPTION = """\
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_output_file("--output", args.output)
+    check_overwrites("--output", [check_output_file("--output", args.output)])
     device = options.chosen_device(args.device)
     from PIL import Image
 
@@ -66,8 +66,6 @@ def run(args: argparse.Namespace) -> int:
             title = f"r = {degree * args.tokens_per_degree}" + (" with plugin" if plugin is not None else "")
             row.append((title, paint_mask(predicted, len(settings.classes))))
     drawing = join_rows([join_columns(row) for row in columns])
-    buffer = io.BytesIO()
-    drawing.save(buffer, "PNG", optimize=True)
-    write_whole(args.output, buffer.getvalue())
+    write_whole(args.output, png_bytes(drawing))
     print(f"written: {args.output}")
     return 0
