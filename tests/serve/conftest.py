@@ -31,6 +31,7 @@ class Held:
 
     def __init__(self, model):
         self.model, self.degrees, self.go = model, model.degrees, threading.Event()
+        self.check_image, self.example_image = model.check_image, model.example_image
         self.begun = threading.Semaphore(0)  # one per batch that has come this far
         self.calls: list[tuple[int, int]] = []  # degree, images
 

@@ -92,6 +92,12 @@ class Broken:
     def __init__(self, begun, go):
         self.begun, self.go = begun, go
 
+    def check_image(self, image):
+        """Any will do."""
+
+    def example_image(self):
+        return IMAGES[0]
+
     def __call__(self, images, degree):
         self.begun.set()
         assert self.go.wait(WAIT)
@@ -111,6 +117,41 @@ def test_an_exception_in_the_worker_reaches_everyone():
             with pytest.raises(RuntimeError, match="the server stopped on FloatingPointError"):
                 server.submit(IMAGES[0])
     assert isinstance(caught.value.__cause__, FloatingPointError)
+
+
+ILL_SHAPED = [
+    (IMAGES[0, :1], ValueError, r"image must be \[C, H, W\] = \[3, 32, 32\], got a tensor of shape \[1, 32, 32\]"),
+    (IMAGES[0, :, :16], ValueError, r"got a tensor of shape \[3, 16, 32\]"),
+    (IMAGES[:1], ValueError, r"got a tensor of shape \[1, 3, 32, 32\]"),
+    (IMAGES[0].double(), TypeError, "image must be float32, as the model's weights are, got float64"),
+    (IMAGES[0].byte(), TypeError, "image must be float32, .* got uint8"),
+    (IMAGES[0].to_sparse(), TypeError, "image must be a dense tensor"),
+    (None, TypeError, r"image must be a tensor \[C, H, W\], got NoneType"),
+]
+
+
+def test_an_ill_shaped_image_is_refused_at_once_and_costs_nobody_an_answer(switchable):
+    with Server(switchable, Fixed(2), max_batch=8, max_wait_ms=50) as server:
+        futures = []
+        for number, (image, error, message) in enumerate(ILL_SHAPED):
+            futures.append(server.submit(IMAGES[number]))
+            with pytest.raises(error, match=message):
+                server.submit(image)
+    for number, future in enumerate(futures):
+        torch.testing.assert_close(
+            future.result(timeout=0).logits, switchable(IMAGES[number : number + 1], 2)[0], atol=1e-5, rtol=1e-5
+        )
+
+
+def test_a_request_that_fails_fails_alone(held):
+    """Whatever passes the check and cannot be computed: here an image without data."""
+    held.go.set()
+    with Server(held, Fixed(0), max_batch=3, max_wait_ms=1000 * WAIT) as server:
+        futures = [server.submit(image) for image in (IMAGES[0], IMAGES[1].to("meta"), IMAGES[2])]
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            futures[1].result(timeout=WAIT)
+        last = [server.submit(image) for image in IMAGES[:3]]
+        assert [future.result(timeout=WAIT).batch_size for future in (futures[0], futures[2], *last)] == [3] * 5
 
 
 def test_the_sender_hears_of_it_too():

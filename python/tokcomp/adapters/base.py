@@ -92,6 +92,14 @@ class Adapter(ABC):
     def sources(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Run the model: the last block's tokens [B, M, C], and each block's source map (None: nothing dropped)."""
 
+    def image_shape(self, model: nn.Module) -> tuple[int, int, int]:
+        """Channels, height and width of the model's own images.
+
+        Raises:
+            UnsupportedModelError: this family does not say.
+        """
+        raise UnsupportedModelError(f"{self.family}: the shape of its images is not known")
+
     def qkv_layers(self, model: nn.Module) -> list[nn.Linear]:
         """The packed layers that compute q, k and v (their rows in this order), one per block in running order.
 

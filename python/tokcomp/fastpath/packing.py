@@ -255,7 +255,7 @@ def _available(x: Tensor) -> bool:
 
 
 def has_watchers(x: Tensor) -> bool:
-    """Whether someone takes part in what operators do to x: subclasses, dispatch modes, functorch, tracing, tangents."""
+    """Whether someone takes part in what operators do to x: subclasses, modes, functorch, tracing, tangents."""
     return (
         type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack() != 0

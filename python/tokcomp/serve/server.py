@@ -57,7 +57,8 @@ class Server:
 
     A worker thread takes the oldest request, waits up to ``max_wait_ms`` until ``max_batch`` are there, asks the policy
     for a degree, and runs the batch at it from end to end. Use it in a ``with`` block: at its end every request is
-    answered, unless it ends by an exception (Ctrl-C, say), which drops what still waits. Any thread may submit.
+    answered, unless it ends by an exception (Ctrl-C, say), which drops what still waits. Any thread may submit. What a
+    client sends is refused, or fails alone; only a model or a policy that fails by itself ends the server.
 
     Args:
         model: answers batches of images at a degree.
@@ -119,15 +120,17 @@ class Server:
         return self._degree
 
     def submit(self, image: Tensor, *, arrival: float | None = None) -> Future[Answer]:
-        """Queue one image [3, H, W]; the future gives its :class:`Answer`, or the worker's exception.
+        """Queue one image [3, H, W]; the future gives its :class:`Answer`, or an exception of its own.
 
         Args:
             image: normalized, as the model takes it; not to be changed before the answer is there.
             arrival: when it was due (``time.perf_counter``); now by default.
 
         Raises:
+            TypeError, ValueError: the image is none that the model takes (:meth:`Switchable.check_image`).
             RuntimeError: the server is closed, or it failed, which is then the cause.
         """
+        self.model.check_image(image)
         request = _Request(image, time.perf_counter() if arrival is None else arrival, Future())
         with self._lock:
             self.check()
@@ -203,13 +206,33 @@ class Server:
             waiting = len(batch) + self._requests.qsize() - self._closed  # the entry that says it is closed
         started = time.perf_counter()
         self._degree = degree = self.policy.choose(waiting)
-        images = torch.stack([request.image for request in batch]).to(self._device)
-        logits = self.model(images, degree).float().cpu()  # waits for a GPU
+        rows = self._logits([request.image for request in batch], degree)
         finished = time.perf_counter()
-        for request, row in zip(batch, logits, strict=True):
+        for request, row in zip(batch, rows, strict=True):
+            if isinstance(row, Exception):
+                request.future.set_exception(row)
+                continue
             answer = Answer(row, request.arrival, started, finished, degree, self._batches, len(batch), waiting)
             request.future.set_result(answer)
         self._batches += 1
+
+    def _logits(self, images: list[Tensor], degree: int) -> list[Tensor | Exception]:
+        """Each image's logits [classes], or the exception of an image that cannot be answered.
+
+        Images that fail together are tried one by one, so that none is lost for its neighbour's sake. A model that
+        fails on an empty image too is at fault itself: its exception ends the server.
+        """
+        try:
+            batch = torch.stack(images).to(self._device)
+            return list(self.model(batch, degree).float().cpu())  # waits for a GPU
+        except Exception as error:
+            if len(images) > 1:
+                return [self._logits([image], degree)[0] for image in images]
+            try:
+                self.model(self.model.example_image()[None].to(self._device), degree)
+            except Exception:
+                raise error from None
+            return [error]
 
     def _refuse_rest(self) -> None:
         """Give every request that is left the error, or cancel it."""

@@ -62,6 +62,8 @@ class Switchable:
         if fold_of(model) is not None:
             raise ValueError(f"model must have no plugin folded in, got one with {fold_of(model)}: unfold it")
         self.source = source
+        self._weight = next(model.parameters())
+        self._image_shape, self._any_size = adapter.image_shape(model), adapter.geometry(model).num_tokens is None
         self._models: dict[int, nn.Module] = {}
         self._own: dict[int, list[nn.Linear]] = {}
         for degree in check_degrees(degrees, tocom.max_degree):
@@ -104,6 +106,31 @@ class Switchable:
         method = qkv_layers(model)[0].method(model)
         assert method is not None
         return method
+
+    def example_image(self) -> Tensor:
+        """An empty image [C, H, W] of the model's own size and type, on its device."""
+        return torch.zeros(self._image_shape, dtype=self._weight.dtype, device=self._weight.device)
+
+    def check_image(self, image: Tensor) -> None:
+        """Refuse what cannot be an image of a batch: [C, H, W], dense, of the model's channels, size and type.
+
+        A model that takes images of any size leaves height and width to the image.
+
+        Raises:
+            TypeError: no tensor, not dense, or another dtype than the weights'.
+            ValueError: another shape.
+        """
+        if not isinstance(image, Tensor):
+            raise TypeError(f"image must be a tensor [C, H, W], got {type(image).__name__}")
+        if image.is_nested or image.layout != torch.strided:
+            raise TypeError("image must be a dense tensor, got a sparse or nested one; call .to_dense()")
+        shape, wanted = list(image.shape), list(self._image_shape)
+        if len(shape) != 3 or shape[0] != wanted[0] or not (shape == wanted or (self._any_size and min(shape) > 0)):
+            size = "H, W" if self._any_size else f"{wanted[1]}, {wanted[2]}"
+            raise ValueError(f"image must be [C, H, W] = [{wanted[0]}, {size}], got a tensor of shape {shape}")
+        if image.dtype != self._weight.dtype:
+            dtypes = [str(one.dtype).removeprefix("torch.") for one in (self._weight, image)]
+            raise TypeError(f"image must be {dtypes[0]}, as the model's weights are, got {dtypes[1]}")
 
     @torch.no_grad()
     def __call__(self, images: Tensor, degree: int | None = None) -> Tensor:

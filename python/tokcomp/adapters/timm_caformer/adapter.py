@@ -148,6 +148,10 @@ class TimmCAFormer(Adapter):
         x, _, _ = stage.tokens(x, sources)
         return x, sources
 
+    def image_shape(self, model: Any) -> tuple[int, int, int]:
+        first = next(part for part in model.stem.modules() if isinstance(part, nn.Conv2d))
+        return (first.in_channels, *_image_size(model))
+
     def qkv_layers(self, model: Any) -> list[nn.Linear]:
         """Those of the stage that is compressed."""
         return [block.token_mixer.qkv for block in model.stages[STAGE].blocks]

@@ -16,7 +16,7 @@ from tokcomp.adapters.base import Adapter, BlockCost, Cost, UnsupportedModelErro
 from tokcomp.adapters.images import check_images
 from tokcomp.adapters.swap import original_class, restore_class, swap_class
 from tokcomp.adapters.timm_vit import fast
-from tokcomp.adapters.timm_vit.embedding import counted_embedding, is_plain_projection
+from tokcomp.adapters.timm_vit.embedding import counted_embedding, image_shape, is_plain_projection
 from tokcomp.adapters.timm_vit.modules import CompressedAttention, CompressedBlock, CompressedModel
 from tokcomp.adapters.timm_vit.search import check_search, reads_patches, run_search
 from tokcomp.adapters.timm_vit.unmerging import Place, UnmergingBlock, UnmergingModel
@@ -151,6 +151,9 @@ class TimmVisionTransformer(Adapter):
             return x, sources
         check_images(model.patch_embed, images)
         return model.forward_features(images), [None] * len(model.blocks)
+
+    def image_shape(self, model: Any) -> tuple[int, int, int]:
+        return image_shape(model)
 
     def qkv_layers(self, model: Any) -> list[nn.Linear]:
         return [block.attn.qkv for block in model.blocks]
