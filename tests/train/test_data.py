@@ -193,6 +193,20 @@ def test_unfit_data_is_refused(dataset, classes, message):
         check_labels(dataset, classes)
 
 
+def test_a_held_out_part_need_not_hold_every_class(tmp_path):
+    """Fewer images than classes, in every draw; the whole set has as many as the head."""
+    toy = Toy(list(range(50)) * 2)
+    for seed in range(20):
+        _, held_out = split_off(toy, 10, seed)
+        check_labels(Part(toy, held_out), 50)
+    with pytest.raises(ValueError, match="as many classes as the model's head, 49, got 50"):
+        check_labels(Part(toy, [0, 1]), 49)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "0.png")
+    check_labels(Part(open_dataset("", tmp_path, split="train"), [0]), 2)
+
+
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"DATA '.*nowhere' could not be opened as a data set"):
         open_dataset("", tmp_path / "nowhere", split="train")

@@ -100,7 +100,11 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
             f"every training image must have a label, got {missing} of {len(labels)} without; "
             "put each class in a folder of its own"
         )
-    classes = count_classes(dataset)
+    # A part need not hold an image of every class: the whole set says how many there are.
+    whole = dataset
+    while isinstance(whole, Part):
+        whole = whole.dataset
+    classes, labels = count_classes(whole), labels_of(whole)
     if classes is None and labels is not None:
         classes = int(labels.max()) + 1
     if classes is not None and classes != num_classes:
