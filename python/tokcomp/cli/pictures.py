@@ -33,8 +33,7 @@ def check_overwrites(argument: str, targets: Iterable[Path]) -> None:
     for target in targets:
         if target.exists() and not _is_drawing(target):
             raise UserError(
-                f"{argument} must not write over what tokcomp did not draw, got '{target}'; name another folder "
-                "or file"
+                f"{argument} must not write over what tokcomp did not draw, got '{target}'; name another folder or file"
             )
 
 
