@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= gpu-check
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: build rebuild setup demo test test-fast oracle bench results kernel-report lint gpu-check clean
+.PHONY: build rebuild setup demo test test-fast oracle race-mutations bench results kernel-report lint gpu-check clean
 
 build:  ## The compiled kernels, in place, for PYTHON as it stands
 	$(PYTHON) build_backend/native.py
@@ -32,6 +32,9 @@ test-fast: rebuild
 
 oracle: rebuild  ## Random models and schedules against plain functions: CASES=200 of each kind, SEED=N of the first
 	TOKCOMP_ORACLE_CASES=$(or $(CASES),200) $(if $(SEED),TOKCOMP_ORACLE_SEED=$(SEED)) $(PYTEST) tests/oracle
+
+race-mutations: .venv/installed  ## The CUDA kernels under the race detector, then without each barrier in turn; no GPU
+	$(BIN)/python -m pytest -n 0 -v tests/cuda/test_races.py
 
 bench: rebuild
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -2,20 +2,23 @@
 
 ``python tools/kernel_report.py`` compiles all of them (a few minutes) and writes triton.json and cuda.json into
 benchmarks/results/kernels; ``triton`` or ``cuda`` as an argument makes one of the two. Exit status 1 where a kernel
-spills or takes more shared memory than the architecture has. The CUDA kernels need nvcc; ``--ptxas FILE`` reads the log
-of a build instead (``tokcomp_kernels/_C*.ptxas.txt``).
+spills or takes more shared memory than the architecture has. The CUDA kernels need nvcc, and cuobjdump to count their
+instructions (Triton brings one); ``--ptxas FILE`` reads the log of a build instead (``tokcomp_kernels/_C*.ptxas.txt``),
+and the module beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,8 +87,9 @@ def triton_report() -> dict[str, Any]:
     return {"versions": triton_versions(), "kernels": rows}
 
 
-def cuda_rows(log: str) -> list[dict[str, Any]]:
-    """The kernels in a log of ptxas -v. ``shared`` is what a kernel declares; a launch may ask for more."""
+def cuda_rows(log: str, instructions: Mapping[tuple[str, int], Mapping[str, int]]) -> list[dict[str, Any]]:
+    """The kernels in a log of ptxas -v. ``shared`` is what a kernel declares; a launch may ask for more.
+    ``instructions``: of each kernel, by :func:`tools.sass.count`."""
     rows = []
     for entry in ENTRY.finditer(log):
         shared = re.search(r"(\d+) bytes smem", entry["rest"])
@@ -99,6 +103,7 @@ def cuda_rows(log: str) -> list[dict[str, Any]]:
                 "registers": int(entry["registers"]),
                 "spilled": int(entry["stack"]) + int(entry["stores"]) + int(entry["loads"]),
                 "shared": int(shared[1]) if shared else 0,
+                "instructions": dict(instructions[entry["name"], int(entry["architecture"])]),
             }
         )
     return sorted(rows, key=lambda row: (row["symbol"], row["architecture"]))
@@ -123,36 +128,40 @@ def source_digests() -> dict[str, str]:
     return digests
 
 
-def compile_cuda() -> str:
-    """ptxas' log of all CUDA kernels, compiled here for both architectures as the build compiles them."""
+def compile_cuda(folder: Path) -> tuple[str, list[Path]]:
+    """ptxas' log of all CUDA kernels, and their machine code, for both architectures, as the build compiles them."""
     import torch
 
     nvcc = find_nvcc()
     if nvcc is None:
         raise SystemExit("nvcc: neither on PATH nor in /usr/local/cuda/bin; --ptxas FILE reads the log of a build")
     include = Path(torch.__file__).parent / "include"
-    command = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Xcompiler=-fPIC", "-c"]
-    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    command = [nvcc, "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-cubin"]
     command += [f"-I{Path(nvcc).parent.parent / 'include'}", f"-isystem={include}"]
     command += [f"-isystem={include / 'torch/csrc/api/include'}"]
-    logs = []
-    for source in sorted(CUDA.glob("*.cu")):
-        print(f"compiling {source.name}", file=sys.stderr, flush=True)
-        done = subprocess.run([*command, str(source), "-o", os.devnull], capture_output=True, text=True)
+    logs, objects = [], []
+    for source, architecture in itertools.product(sorted(CUDA.glob("*.cu")), ARCHITECTURES):
+        print(f"compiling {source.name} for sm_{architecture}", file=sys.stderr, flush=True)
+        objects.append(folder / f"{source.stem}.sm_{architecture}.cubin")
+        own = [f"-gencode=arch=compute_{architecture},code=sm_{architecture}", str(source), "-o", str(objects[-1])]
+        done = subprocess.run([*command, *own], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{source.name} does not compile:\n{done.stderr[-4000:]}")
         logs.append(done.stdout + done.stderr)
-    return "".join(logs)
+    return "".join(logs), objects
 
 
 def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
 
 
-def cuda_report(log: str) -> dict[str, Any]:
+def cuda_report(log: str, objects: Iterable[Path]) -> dict[str, Any]:
+    from tools.sass import count, disassemble
+
+    instructions = {key: counts for path in objects for key, counts in count(disassemble(path)).items()}
     nvcc = find_nvcc()
     versions = {"nvcc": _release([nvcc, "--version"]) if nvcc else ""}
-    return {"versions": versions, "sources": source_digests(), "kernels": cuda_rows(log)}
+    return {"versions": versions, "sources": source_digests(), "kernels": cuda_rows(log, instructions)}
 
 
 def _release(command: Sequence[str]) -> str:
@@ -186,8 +195,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for which in options.which:
         if which == "triton":
             report = triton_report()
+        elif options.ptxas:
+            module = options.ptxas.with_name(options.ptxas.name.removesuffix(".ptxas.txt") + ".so")
+            report = cuda_report(options.ptxas.read_text(), [module])
         else:
-            report = cuda_report(options.ptxas.read_text() if options.ptxas else compile_cuda())
+            with tempfile.TemporaryDirectory() as folder:
+                report = cuda_report(*compile_cuda(Path(folder)))
         write(options.out / f"{which}.json", report)
         problems += unfit(report["kernels"])
         print(f"{options.out / f'{which}.json'}: {len(report['kernels'])} kernels")

@@ -26,6 +26,13 @@ __device__ __forceinline__ void cluster_arrive() {
 #endif
 }
 
+// An arrival that hands no memory on, and so waits for none of this thread's stores.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive_relaxed();
+#endif
+}
+
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_wait();

@@ -102,6 +102,27 @@ __device__ __forceinline__ uint4 pack(const float (&values)[kVector<T>]) {
   return raw;
 }
 
+#ifdef __CUDACC__
+// 16 bytes of shared memory in one instruction. Through a plain pointer the compiler splits them into as many as it
+// thinks it needs.
+__device__ __forceinline__ uint4 load_shared(const void* from) {
+  uint4 raw;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(from)))
+               : "memory");
+  return raw;
+}
+
+__device__ __forceinline__ void store_shared(void* to, const uint4& raw) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "r"(raw.x), "r"(raw.y), "r"(raw.z),
+                 "r"(raw.w)
+               : "memory");
+}
+#endif
+
 // Up to kVector elements from `from`, zeros after `count`. Element by element where the rows are not 16-byte aligned:
 // the same values in the same places, so alignment never changes a result's bits.
 template <typename T>

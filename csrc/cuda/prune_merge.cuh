@@ -66,15 +66,17 @@ __device__ __forceinline__ float slice_channels(const PruneMergeParams<T>& p, in
 }
 
 // order [P]: the token at each rank below P, in every block of the cluster; source becomes -1 for the others. Each
-// block ranks its share of the tokens, four lanes a token.
+// block ranks its share of the tokens, four lanes a token. A block's memory is written once it runs, and not before.
 template <typename T>
 __device__ void make_order(const PruneMergeParams<T>& p, int64_t image, int share, int shares, uint32_t* keys,
                            int* order) {
   constexpr int kParts = 4;
   const int count = p.shape.num_tokens, prefix = p.shape.num_prefix_tokens, alive = p.shape.num_alive;
+  if (shares > 1) cluster_arrive_relaxed();
   const float* importance = p.importance + image * count;
   for (int n = threadIdx.x; n < count; n += kThreads) keys[n] = order_key(importance[n]);
   __syncthreads();
+  if (shares > 1) cluster_wait();
   const int each = static_cast<int>(ceil_div(count, shares)), part = threadIdx.x % kParts;
   const int last = min(count, each * (share + 1));
   for (int base = each * share; base < last; base += kThreads / kParts) {
@@ -123,7 +125,7 @@ __device__ __forceinline__ void load_rows(const PruneMergeParams<T>& p, int64_t 
       const int row = base + u * groups + group;
       if (branch) own[u] = add_rounded<T>(own[u], more[u]);
       if (row < count && piece.stored) {
-        *reinterpret_cast<uint4*>(rows + row * pitch + piece.local) = own[u];
+        store_shared(rows + row * pitch + piece.local, own[u]);
         each(row, own[u]);
       }
       float values[kVector<T>], sum = 0.f;
@@ -171,7 +173,7 @@ __device__ __forceinline__ Match best_match(const Dot& dot, float inverse_source
   return best;
 }
 
-// best_slot to lists, by the whole block.
+// best_slot to lists, by the whole block, whose threads need not have met since best_slot was written.
 __device__ __forceinline__ void link_lists(const MergeShape& shape, const MergeLists& lists) {
   const int sources = shape.num_sources();
   for (int slot = threadIdx.x; slot < shape.num_kept; slot += kThreads) lists.first[slot] = -1;

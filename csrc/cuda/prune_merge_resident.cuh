@@ -101,7 +101,6 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) prune_merge_resi
     }
     __syncthreads();
   } else {
-    if (slices > 1) sync_cluster(slices);  // the others must run before their memory is written
     make_order(p, image, slice, slices, shared_memory<uint32_t>(), own.order);
     sync_cluster(slices);
   }
@@ -118,9 +117,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) prune_merge_resi
   const int pitch = row_pitch<T>(p.plan.width), lanes = p.plan.lanes;
   const int groups = kThreads / lanes, group = threadIdx.x / lanes;
   const float channels = slice_channels(p, slice);
-  const auto row_of = [&](int rank) -> uint4& {
-    return *reinterpret_cast<uint4*>(own.rows + rank * pitch + piece.local);
-  };
+  T* const pieces = own.rows + piece.local;
+  const auto row_of = [&](int rank) { return load_shared(pieces + rank * pitch); };
   const int64_t out = image * kept * p.shape.width + piece.column;
 #pragma unroll 2
   for (int base = 0; base < kept; base += groups) {
@@ -131,9 +129,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) prune_merge_resi
       const int first_source = own.lists.first[slot];
       if (first_source >= 0) {
         merge_rows<T>(row_of, own.lists, first_source, kept, row);
-        row_of(slot) = row;
+        store_shared(pieces + slot * pitch, row);
       }
-      store_raw(p.x_out + out + slot * p.shape.width, piece.inside, p.aligned, row);
+      // Otherwise x_out follows with `normalized`: the arrival at the next barrier would wait for its stores.
+      if (!p.normalized) store_raw(p.x_out + out + slot * p.shape.width, piece.inside, p.aligned, row);
     }
     if (p.normalized) {
       const Moments moments = slice_moments(row, piece, lanes, channels);
@@ -161,14 +160,15 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) prune_merge_resi
     whole.finish(before, p.norm_eps);
     own.whole[slot] = whole;
   }
-  if (slices > 1) cluster_arrive();  // nothing of another block is read from here on
   __syncthreads();
+  if (slices > 1) cluster_arrive_relaxed();  // nothing of another block is read from here on
   const Affine<T> affine(p, piece);
 #pragma unroll 2
   for (int slot = group; slot < kept; slot += groups) {
     if (piece.inside > 0) {
-      store_raw(p.normalized + out + slot * p.shape.width, piece.inside, p.aligned,
-                affine.apply(row_of(slot), own.whole[slot]));
+      const uint4 row = row_of(slot);
+      store_raw(p.x_out + out + slot * p.shape.width, piece.inside, p.aligned, row);
+      store_raw(p.normalized + out + slot * p.shape.width, piece.inside, p.aligned, affine.apply(row, own.whole[slot]));
     }
   }
   if (slices > 1) cluster_wait();  // others may still read this one's

@@ -59,7 +59,6 @@ __device__ void match_streaming(const PruneMergeParams<T>& p, int64_t image, con
       }
     }
   }
-  __syncthreads();
 }
 
 // That a multiprocessor holds: as many as need no spilling.

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ ptxas info    : Function properties for _ZN7tokcomp4cuda21merge_backward_kernelI
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 28 registers, used 0 barriers, 432 bytes cmem[0]
 """
-    half, plain = load_tool().cuda_rows(log)
+    half, plain = load_tool().cuda_rows(log, defaultdict(dict))
     found = [
         (row["kernel"], row["dtype"], row["architecture"], row["registers"], row["spilled"], row["shared"])
         for row in (half, plain)

@@ -36,6 +36,7 @@ for name in OPS:
     LIBRARY.define(BY_NAME[name].schema)
 torch.ops.load_library(os.environ["TOKCOMP_CUDA_SHIM"])
 SHIM = ctypes.CDLL(os.environ["TOKCOMP_CUDA_SHIM"])
+SHIM.shim_set_schedule.argtypes = (ctypes.c_int64,)
 SHIM.shim_set_device.argtypes = (ctypes.c_int64, ctypes.c_int)
 SHIM.shim_merge_plan.argtypes = (ctypes.c_int64, *[ctypes.c_int] * 5, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
 
@@ -49,7 +50,7 @@ def run(op: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     for name, device in DEVICES.items():
         SHIM.shim_set_device(*device)
         for descending in (0, 1):
-            SHIM.shim_set_descending(descending)
+            SHIM.shim_set_schedule(descending)
             outputs = getattr(torch.ops.tokcomp_shim, op)(*args, **kwargs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             expected = expected or outputs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
@@ -10,14 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-SHIM = ROOT / "csrc" / "tests" / "cuda_shim"
-FLAGS = (
-    *("-std=c++20", "-O1", "-g1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"),
-    *("-fsanitize=address", "-fno-strict-aliasing", "-ffp-contract=off"),
-)
+from tests.cuda import shim_build
+from tests.cuda.shim_build import ROOT
 
 
 def compiler_library(name: str) -> str:
@@ -48,27 +42,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """The operators for CPU tensors, built once for each state of their sources."""
-    sources = sorted(
-        p for p in [*(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc" / "common").iterdir(), *SHIM.iterdir()]
-    )
-    state = hashlib.sha256(f"{torch.__version__} {torch.__file__} {FLAGS}".encode())
-    for source in sources:
-        state.update(source.read_bytes())
-    path = ROOT / "build" / "cuda_shim" / f"libtokcomp_cuda_shim-{state.hexdigest()[:16]}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        torch_root = Path(torch.__file__).parent
-        include = torch_root / "include"
-        command = ["g++", *FLAGS, f"-I{SHIM}", f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"]
-        command += [str(SHIM / "module.cpp"), str(SHIM / "shim.cpp"), "-o", str(partial)]
-        command += [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"]
-        build = subprocess.run(command, capture_output=True, text=True)
-        assert build.returncode == 0, build.stderr[-4000:]
-        assert "warning" not in build.stderr, build.stderr[-4000:]
-        partial.rename(path)
-    return path
+    return shim_build.address_library()
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ class Launcher {
 
 namespace shim {
 
-extern bool descending;
+extern int64_t schedule;
 extern int64_t shared_limit;
 bool clusters = true;
 
@@ -48,8 +48,11 @@ void tokcomp::cuda::Launcher::operator()(void (*kernel)(Params), int64_t blocks,
 #include "../../cuda/prune_merge.cu"
 #include "../../cuda/prune_merge_norm.cu"
 
-// The order of a block's threads from now on: ascending, or descending.
-extern "C" void shim_set_descending(int descending) { shim::descending = descending != 0; }
+// The order of a block's threads from now on: 0 ascending, 1 descending, above 1 the seed of random ones.
+extern "C" void shim_set_schedule(int64_t schedule) { shim::schedule = schedule; }
+
+// The numbered barrier that is left out from now on; -1: none.
+extern "C" void shim_set_without(int site) { shim::without = site; }
 
 // The device from now on: shared memory that a block can have, and whether there are clusters.
 extern "C" void shim_set_device(int64_t shared_bytes, int clusters) {

@@ -1,12 +1,17 @@
 #include "shim.h"
 
+#include "moment.h"
+
 #ifndef __x86_64__
 #include <ucontext.h>
 #endif
 
 #include <memory>
+#include <numeric>
+#include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #ifdef __x86_64__
@@ -38,7 +43,9 @@ shim_switch:
 
 namespace shim {
 
-bool descending = false;  // the order in which a cluster's fibers, and a grid's clusters, run
+// The order in which a cluster's fibers, and a grid's clusters, run: 0 ascending, 1 descending, above 1 the seed of
+// random orders, in which a cluster's blocks also take turns from barrier to barrier.
+int64_t schedule = 0;
 int64_t shared_limit = 227 * 1024;
 
 namespace {
@@ -82,6 +89,9 @@ struct Fiber {
   State state;
   WarpOp op;
   int turn;  // which of the warp's two sets of values the next operation uses: mates may still read the other
+  int arrived, waited;                // halves of the cluster's barriers
+  int block_barriers, warp_barriers;  // passed
+  int remote;                         // arrivals before its last use of another block's shared memory, or -1
 };
 
 struct Warp {
@@ -95,8 +105,14 @@ struct Cluster {
   std::vector<std::unique_ptr<unsigned char[]>> shared;
   int64_t shared_bytes;
   size_t block_threads;
+  std::vector<unsigned> turns;  // of a block's threads
+  std::vector<bool> releases;   // of each arrival at the cluster's barrier
   Context scheduler;
   size_t current;
+  int64_t launches = 0, clusters = 0;  // up to the one that runs
+  bool running = false;                // a fiber, not the scheduler
+  std::string error;                   // of a fiber, which is never taken up again
+  std::mt19937 random;
   Body body;
   const void* kernel;
   const void* params;
@@ -113,6 +129,9 @@ void yield(State state, WarpOp op) {
 
 void fiber_main() {
   cluster.body(cluster.kernel, cluster.params);
+  const Fiber& fiber = cluster.fibers[cluster.current];
+  if (fiber.arrived != fiber.waited) fail("a thread ends between the halves of a cluster's barrier");
+  if (fiber.remote == fiber.arrived) fail("another block's shared memory after the cluster's last barrier");
   yield(State::kDone, WarpOp::kNone);
 }
 
@@ -143,33 +162,54 @@ bool release(size_t first) {
   return released;
 }
 
-// Runs a block until all of it waits for the cluster, or is done: as far ahead of the others as it can ever get.
-void run_block(unsigned block, unsigned first_block) {
+// `count` numbers in the order of the schedule.
+std::vector<unsigned> turns(size_t count) {
+  std::vector<unsigned> all(count);
+  std::iota(all.begin(), all.end(), 0u);
+  if (schedule == 1) std::reverse(all.begin(), all.end());
+  return all;
+}
+
+// Runs a block's threads to the next barrier or warp operation; returns whether any of them can go on from there.
+bool run_block(unsigned block, unsigned first_block) {
   const size_t threads = cluster.block_threads, first = block * threads;
   blockIdx.x = first_block + block;
-  do {
-    for (size_t i = 0; i < threads; ++i) {
-      const size_t t = descending ? threads - 1 - i : i;
-      if (cluster.fibers[first + t].state != State::kReady) continue;
-      cluster.current = first + t;
-      threadIdx.x = static_cast<unsigned>(t);
-      cluster.scheduler.go_to(cluster.fibers[first + t].context);
+  if (schedule > 1) std::shuffle(cluster.turns.begin(), cluster.turns.end(), cluster.random);
+  for (const unsigned t : cluster.turns) {
+    if (cluster.fibers[first + t].state != State::kReady) continue;
+    cluster.current = first + t;
+    threadIdx.x = t;
+    cluster.running = true;
+    cluster.scheduler.go_to(cluster.fibers[first + t].context);
+    cluster.running = false;
+    if (!cluster.error.empty()) {
+      cluster.fibers.clear();  // with their stacks, which are left in the middle of something
+      throw std::runtime_error("shim: " + std::exchange(cluster.error, {}) + ", in block " +
+                               std::to_string(blockIdx.x) + ", thread " + std::to_string(t));
     }
-  } while (release(first));
+  }
+  const bool more = release(first);
   if (all_in(first, first + threads, State::kDone, WarpOp::kNone)) cluster.shared[block].reset();
+  return more;
 }
 
 void run_cluster(unsigned first_block) {
   const size_t threads = cluster.fibers.size();
+  cluster.releases.clear();
   for (Fiber& fiber : cluster.fibers) {
     fiber.state = State::kReady;
     fiber.op = WarpOp::kNone;
-    fiber.turn = 0;
+    fiber.turn = fiber.arrived = fiber.waited = fiber.block_barriers = fiber.warp_barriers = 0;
+    fiber.remote = -1;
     fiber.context.prepare(fiber.stack.get(), kStackBytes, fiber_main);
   }
-  const unsigned blocks = static_cast<unsigned>(cluster.shared.size());
   for (bool more = true; more;) {
-    for (unsigned i = 0; i < blocks; ++i) run_block(descending ? blocks - 1 - i : i, first_block);
+    // Each until all of it waits for the cluster, or is done: in order, as far ahead of the others as it can ever get.
+    std::vector<unsigned> going = turns(cluster.shared.size());
+    while (!going.empty()) {
+      const size_t next = schedule > 1 ? cluster.random() % going.size() : 0;
+      if (!run_block(going[next], first_block)) going.erase(going.begin() + next);
+    }
     more = all_in(0, threads, State::kClusterBarrier, WarpOp::kNone);
     if (more) go_on(0, threads);
   }
@@ -190,22 +230,74 @@ void* shared_memory() { return cluster.shared[cluster.current_block()].get(); }
 void* in_block(void* local, int rank) {
   const auto* base = static_cast<unsigned char*>(shared_memory());
   const int64_t offset = static_cast<unsigned char*>(local) - base;
-  if (offset < 0 || offset > cluster.shared_bytes) throw std::runtime_error("shim: not this block's shared memory");
-  if (!cluster.shared.at(rank)) throw std::runtime_error("shim: the shared memory of a block that is done");
+  if (offset < 0 || offset > cluster.shared_bytes) fail("not this block's shared memory");
+  if (!cluster.shared.at(rank)) fail("the shared memory of a block that is done");
+  if (static_cast<size_t>(rank) != cluster.current_block()) {
+    Fiber& fiber = cluster.fibers[cluster.current];
+    if (fiber.waited == 0) fail("another block's shared memory before the cluster's first barrier");
+    fiber.remote = fiber.arrived;
+  }
   return cluster.shared[rank].get() + offset;
 }
 
-void sync_threads() { yield(State::kBarrier, WarpOp::kNone); }
+void sync_threads() {
+  yield(State::kBarrier, WarpOp::kNone);
+  ++cluster.fibers[cluster.current].block_barriers;
+}
 
-void sync_cluster() { yield(State::kClusterBarrier, WarpOp::kNone); }
+void arrive(bool releases) {
+  Fiber& fiber = cluster.fibers[cluster.current];
+  if (fiber.arrived != fiber.waited) fail("a second arrival at a cluster's barrier before the wait");
+  if (cluster.releases.size() == static_cast<size_t>(fiber.arrived)) cluster.releases.push_back(releases);
+  ++fiber.arrived;
+}
+
+// Nothing that a kernel does between the halves of a barrier waits for another block, so all of it can wait.
+void wait() {
+  if (cluster.fibers[cluster.current].arrived == cluster.fibers[cluster.current].waited) {
+    fail("a wait at a cluster's barrier without an arrival");
+  }
+  yield(State::kClusterBarrier, WarpOp::kNone);
+  ++cluster.fibers[cluster.current].waited;
+}
 
 const uint64_t* exchange(WarpOp op, unsigned lanes, uint64_t value) {
-  if (lanes != 0xffffffffu) throw std::runtime_error("shim: warp operations take all lanes");
+  if (lanes != 0xffffffffu) fail("warp operations take all lanes");
   Warp& warp = cluster.warps[cluster.current / kWarp];
   uint64_t* values = warp.values[cluster.fibers[cluster.current].turn ^= 1];
   values[cluster.current % kWarp] = value;
   yield(State::kWarpOp, op);
+  if (op == WarpOp::kSync) ++cluster.fibers[cluster.current].warp_barriers;
   return values;
+}
+
+bool running() { return cluster.running; }
+
+Moment now() {
+  const Fiber& fiber = cluster.fibers[cluster.current];
+  return {cluster.launches, cluster.clusters, cluster.current,      cluster.current_block(), cluster.current / kWarp,
+          fiber.arrived,    fiber.waited,     fiber.block_barriers, fiber.warp_barriers};
+}
+
+bool released(int arrivals, int waits) {
+  return std::find(cluster.releases.begin() + std::min(arrivals, waits), cluster.releases.begin() + waits, true) !=
+         cluster.releases.begin() + waits;
+}
+
+Place place_of(const void* address) {
+  const auto* at = static_cast<const unsigned char*>(address);
+  const auto* stack = reinterpret_cast<const unsigned char*>(cluster.fibers[cluster.current].stack.get());
+  if (at >= stack && at < stack + kStackBytes) return Place::kStack;
+  for (const auto& shared : cluster.shared) {
+    if (shared && at >= shared.get() && at < shared.get() + cluster.shared_bytes) return Place::kShared;
+  }
+  return Place::kGlobal;
+}
+
+void fail(const char* message) {
+  cluster.error = message;
+  yield(State::kDone, WarpOp::kNone);
+  std::abort();  // not reached
 }
 
 void run(int64_t blocks, int threads, int64_t shared_bytes, int cluster_blocks, Body body, const void* kernel,
@@ -221,12 +313,16 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, int cluster_blocks, 
   cluster.body = body;
   cluster.kernel = kernel;
   cluster.params = params;
+  cluster.turns = turns(threads);
+  cluster.random.seed(static_cast<unsigned>(schedule));
+  ++cluster.launches;
   for (int64_t i = 0; i < blocks; i += cluster_blocks) {
     for (auto& shared : cluster.shared) {
       shared.reset(new unsigned char[shared_bytes]);
       memset(shared.get(), 0xff, shared_bytes);  // NaN
     }
-    run_cluster(static_cast<unsigned>(descending ? blocks - cluster_blocks - i : i));
+    ++cluster.clusters;
+    run_cluster(static_cast<unsigned>(schedule == 1 ? blocks - cluster_blocks - i : i));
   }
 }
 

@@ -2,9 +2,10 @@
 //
 // A fiber runs until it meets a barrier or a warp operation, so execution is deterministic; running the fibers in
 // ascending, then in descending order, and comparing, exposes a missing barrier. What is checked beyond that: every
-// thread of a cluster (of a block, of a warp) arrives at the same barrier (the same warp operation), shared memory
-// starts as NaN, is exactly as large as was asked for and is gone when its block is done, and AddressSanitizer watches
-// every access.
+// thread of a cluster (of a block, of a warp) arrives at the same barrier (the same warp operation); the halves of a
+// cluster's barrier come in pairs; another block's shared memory is used only between a barrier that shows that it runs
+// and one before which it does not end; shared memory starts as NaN, is exactly as large as was asked for and is gone
+// when its block is done. AddressSanitizer watches every access, or else races.cpp does.
 #pragma once
 
 #include <algorithm>
@@ -72,7 +73,13 @@ void* shared_memory();
 // Where an address of this block's shared memory is in that of the cluster's block `rank`.
 void* in_block(void* local, int rank);
 void sync_threads();
-void sync_cluster();
+// `releases`: whether what came before is seen by every thread that has waited.
+void arrive(bool releases);
+void wait();
+
+// Sites of barriers are numbered in the copy of the kernels that the race detector runs; this one's is left out.
+inline int without = -1;
+inline bool with_barrier(int site) { return site != without; }
 
 enum class WarpOp : int { kNone, kShuffleXor, kBallot, kSync, kLoadMatrices, kMultiplyAdd };
 // Every lane gives a value and gets all 32; lanes that are not there count as 0.
@@ -124,9 +131,12 @@ T* in_block(T* local, int rank) {
   return static_cast<T*>(shim::in_block(const_cast<std::remove_const_t<T>*>(local), rank));
 }
 
-// Nothing that a kernel does between the halves of a barrier waits for another block, so all of it can wait.
-inline void cluster_arrive() {}
-inline void cluster_wait() { shim::sync_cluster(); }
+inline uint4 load_shared(const void* from) { return *static_cast<const uint4*>(from); }
+inline void store_shared(void* to, const uint4& raw) { *static_cast<uint4*>(to) = raw; }
+
+inline void cluster_arrive() { shim::arrive(true); }
+inline void cluster_arrive_relaxed() { shim::arrive(false); }
+inline void cluster_wait() { shim::wait(); }
 
 // The tensor cores' instructions, lane by lane as the PTX manual lays the fragments out.
 template <typename T>
