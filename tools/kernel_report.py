@@ -155,13 +155,16 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"]))
 
 
+def cuda_versions() -> dict[str, str]:
+    nvcc = find_nvcc()
+    return {"nvcc": _release([nvcc, "--version"]) if nvcc else ""}
+
+
 def cuda_report(log: str, objects: Iterable[Path]) -> dict[str, Any]:
     from tools.sass import count, disassemble
 
     instructions = {key: counts for path in objects for key, counts in count(disassemble(path)).items()}
-    nvcc = find_nvcc()
-    versions = {"nvcc": _release([nvcc, "--version"]) if nvcc else ""}
-    return {"versions": versions, "sources": source_digests(), "kernels": cuda_rows(log, instructions)}
+    return {"versions": cuda_versions(), "sources": source_digests(), "kernels": cuda_rows(log, instructions)}
 
 
 def _release(command: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ BLOCKS = {
     "class_attention_sort_kernel": (3, 3),
     "masked_softmax_kernel": (4, 4),
     "masked_softmax_backward_kernel": (2, 2),
-    "add_layer_norm_kernel": (4, 4),
+    "add_layer_norm_kernel": (3, 3),
     "merge_backward_kernel": (4, 4),
     "mask_sum_kernel": (6, 6),
     "rank_kernel": (6, 6),
@@ -32,7 +32,7 @@ BLOCKS = {
 #: a cluster of one block and of several.
 LIMITS = {
     "prune_merge_resident_kernel": (30, 19),
-    "prune_merge_streaming_kernel": (28, 8),
+    "prune_merge_streaming_kernel": (28, 7),
     "class_attention_sort_kernel": (28, 3),
     "masked_softmax_kernel": (10, 0),
     "masked_softmax_backward_kernel": (30, 1),
