@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import tokcomp
 
 
 @pytest.mark.parametrize(
@@ -12,7 +13,7 @@ import pytest
         (("-m", "vit_tiny_patch16_224"), "--schedule is needed: no schedule was published for vit_tiny_patch16_224"),
         (("--device", "abacus"), "--device must be a device of this machine, got 'abacus'"),
         (("--results", __file__), "--results must be a folder, got"),
-        (("-b", "0"), "--batch-size"),
+        (("-b", "0"), "--batch-size and --rounds must be at least 1"),
     ],
 )
 def test_mistakes_are_named(run, options, message):
@@ -21,9 +22,14 @@ def test_mistakes_are_named(run, options, message):
     assert message in err and "Traceback" not in err
 
 
-def test_runs_what_bench_runs(run, monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr("tokcomp.bench.cli.run", lambda args: seen.append(args) or 0)
-    status, _, _ = run("bench", "-b", "1", "4", "--results", tmp_path)
-    assert status == 0
-    assert seen[0].batch_size == [1, 4] and seen[0].results == tmp_path
+def test_a_schedule_for_other_tokens_runs_rescaled(run, tmp_path):
+    path = tmp_path / "plan.json"
+    tokcomp.CompressionSchedule([17] * 6, [17, 14, 11, 8, 5, 3], num_tokens=17).save(path)
+    small = ("bench", "-m", "tokcomp_digits_vit", "--schedule", path, "-b", "1", "--rounds", "1", "--device", "cpu")
+    status, _, err = run(*small)
+    assert (
+        status == 2 and "the schedule is for 17 tokens, and 65 enter tokcomp_digits_vit" in err and "--rescale" in err
+    )
+    status, out, err = run(*small, "--rescale", "--gp", "avg", "--model-kwargs", "depth=6", "num_heads=4")
+    assert status == 0, err
+    assert "DiffRate plan.json" in out

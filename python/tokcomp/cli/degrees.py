@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tokcomp.cli import options
 from tokcomp.cli.errors import UserError, blame
+from tokcomp.cli.schedules import add_rescale_option, fitted, load_schedule, method_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,6 +22,7 @@ METHODS = ("tome", "evit", "diffrate", "tome_mlp")
 _READERS = {
     "schedules": "diffrate",
     "metric": "diffrate",
+    "rescale": "diffrate",
     "no_prop_attn": "tome",
     "no_fuse": "evit",
     "tokens_per_degree": "tome_mlp",
@@ -47,8 +49,9 @@ def add_degree_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--metric",
         choices=("cls_attn", "image_attn", "cls_attn_v", "random"),
-        help="diffrate: what ranks the tokens (default: cls_attn)",
+        help="diffrate: what ranks the tokens (default: what the schedules say, or cls_attn; image_attn for CAFormers)",
     )
+    add_rescale_option(group)
     group.add_argument("--no-prop-attn", action="store_true", help="tome: attention that does not count a token's size")
     group.add_argument("--no-fuse", action="store_true", help="evit: drop the inattentive tokens rather than fuse them")
     group.add_argument(
@@ -83,20 +86,17 @@ def build_degrees(args: argparse.Namespace, model: nn.Module) -> tuple[Callable[
 
 
 def _schedules(args: argparse.Namespace, model: nn.Module) -> tuple[Callable[[int], Method], int]:
-    from tokcomp import CompressionSchedule
     from tokcomp.tocom.degrees import diffrate_degrees
 
     if not args.schedules:
         raise UserError("--method diffrate needs --schedules FILE ..., got none")
-    schedules = []
+    methods = []
     for path in args.schedules:
-        if not path.is_file():
-            raise UserError(f"--schedules must be JSON files, got '{path}', which is not there")
-        with blame("--schedules"):
-            schedules.append(CompressionSchedule.load(path))
+        schedule = load_schedule(path, "--schedules", model=args.model)
+        methods.append(method_of(fitted(schedule, model, args.model, rescale=args.rescale), args, model))
     with blame("--schedules"):
-        degrees = diffrate_degrees(model, schedules, args.metric or "cls_attn")
-    return degrees.__getitem__, len(schedules)
+        degrees = diffrate_degrees(model, methods)
+    return degrees.__getitem__, len(methods)
 
 
 def add_plugin_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from tokcomp.cli import options
 from tokcomp.cli.data import add_data_options, data_root, open_data
 from tokcomp.cli.errors import UserError, check_output_file
+from tokcomp.cli.model_arguments import model_settings
 from tokcomp.cli.table import table
 from tokcomp.files import write_whole
 
@@ -98,6 +99,7 @@ def _run(args: argparse.Namespace, root: Path | None, device: torch.device, worl
     found = _evaluate(args, runner, dataset, config, device, dtype, world)
     result = {
         "model": args.model,
+        "model_settings": model_settings(args),
         "weights": options.describe_weights(args),
         "method": args.method,
         "method_settings": repr(method) if method is not None else None,

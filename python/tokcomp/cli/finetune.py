@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tokcomp.cli import options, training
 from tokcomp.cli.data import add_data_options, data_root, open_data
 from tokcomp.cli.errors import UserError, blame
+from tokcomp.cli.model_arguments import model_settings
 from tokcomp.cli.table import table
 
 if TYPE_CHECKING:
@@ -261,6 +262,7 @@ def _prepare(
     }
     settings = {
         "model": args.model,
+        "model_settings": model_settings(args),
         "method": facts["method_settings"],
         "adaptformer": branches,
         "img_size": config["input_size"][-1],

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokcomp.cli.errors import UserError, blame
+from tokcomp.cli.misfits import load_checkpoint
+from tokcomp.cli.model_arguments import add_model_kwargs, add_pooling_option, model_settings
+from tokcomp.cli.schedules import add_rescale_option, diffrate_method
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +25,7 @@ _READERS = {
     "schedule": ("diffrate",),
     "metric": ("diffrate",),
     "pipeline": ("diffrate",),
+    "rescale": ("diffrate",),
     "gflops": ("diffrate", "tome", "evit"),
     "r": ("tome", "tome_mlp"),
     "no_prop_attn": ("tome",),
@@ -90,6 +94,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str) -> None:
     group.add_argument("--checkpoint", type=Path, metavar="FILE", help="load weights from a checkpoint")
     group.add_argument("--num-classes", type=positive_int, metavar="N", help="classes, where not the model's own")
     group.add_argument("--img-size", type=positive_int, metavar="N", help="image side, where not the model's own")
+    add_pooling_option(group)
+    add_model_kwargs(group)
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
 
 
@@ -113,16 +119,23 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
         help="budget, 1e9 multiply-adds an image: diffrate takes the schedule published for it, tome and evit "
         "choose their r or keep rate to meet it",
     )
-    group.add_argument("--schedule", type=Path, metavar="FILE", help="diffrate: a schedule saved as JSON")
+    group.add_argument(
+        "--schedule",
+        type=Path,
+        metavar="FILE",
+        help="diffrate: a schedule saved as JSON; or a table as DiffRate's compression_rate.json is, and --gflops",
+    )
+    add_rescale_option(group)
     group.add_argument(
         "--metric",
         choices=("cls_attn", "image_attn", "cls_attn_v", "random"),
-        help="diffrate: what ranks the tokens (default: cls_attn; image_attn for CAFormers)",
+        help="diffrate: what ranks the tokens (default: what the schedule says, or cls_attn; image_attn for CAFormers)",
     )
     group.add_argument(
         "--pipeline",
         choices=("prune_merge", "merge_prune", "prune", "merge"),
-        help="diffrate: what happens in which order (default: prune_merge, or what the schedule has)",
+        help="diffrate: what happens in which order (default: what the schedule says, or prune_merge as far as it has "
+        "both)",
     )
     group.add_argument(
         "--r",
@@ -199,11 +212,15 @@ def build_model(args: argparse.Namespace, **more: Any) -> Any:
     if args.checkpoint is not None and args.pretrained:
         raise UserError("--pretrained and --checkpoint exclude each other; keep the one that names your weights")
     check_model_name(args.model)
-    options = {"num_classes": args.num_classes, "img_size": args.img_size, **more}
+    options = {**model_settings(args), "num_classes": args.num_classes, "img_size": args.img_size, **more}
     options = {name: value for name, value in options.items() if value is not None}
     try:
         model = _create_model(args.model, args.pretrained, options)
     except Exception as error:
+        if args.gp is not None and isinstance(error, AssertionError):
+            raise UserError(
+                f"--gp must be a pooling that {args.model} knows (a ViT: token, avg, max, avgmax, map), got '{args.gp}'"
+            ) from error
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if args.pretrained:
             raise UserError(
@@ -214,19 +231,7 @@ def build_model(args: argparse.Namespace, **more: Any) -> Any:
             f"--model '{args.model}' could not be built with {options or 'these options'} ({reason})"
         ) from error
     if args.checkpoint is not None:
-        from tokcomp.adaptformer import is_saved
-        from tokcomp.cli.weights import load_weights
-
-        if is_saved(args.checkpoint):
-            raise UserError(
-                f"--checkpoint must have a model's weights, got AdaptFormer branches in '{args.checkpoint}'; pass that "
-                "file as --adapter, and the weights that they were trained on"
-            )
-        try:
-            load_weights(model, args.checkpoint)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"--checkpoint '{args.checkpoint}' does not fit {args.model}: {reason}") from error
+        load_checkpoint(args, model)
     if getattr(args, "adapter", None) is not None:
         _load_adapter(args, model)
     return model.eval()
@@ -296,7 +301,7 @@ def build_method(args: argparse.Namespace, model: nn.Module) -> Method | None:
             )
     if args.method == "none":
         return None
-    build = {"diffrate": _diffrate, "tome": _tome, "tome_mlp": _tome_mlp, "evit": _evit}[args.method]
+    build = {"diffrate": diffrate_method, "tome": _tome, "tome_mlp": _tome_mlp, "evit": _evit}[args.method]
     return build(args, model)
 
 
@@ -307,36 +312,6 @@ def _one_of(args: argparse.Namespace, *options: str) -> str:
         got = " and ".join(_flag(option) for option in given) or "none of them"
         raise UserError(f"--method {args.method} needs {'exactly one of ' if given else ''}{wanted}, got {got}")
     return given[0]
-
-
-def _diffrate(args: argparse.Namespace, model: nn.Module) -> Method:
-    from tokcomp import CompressionSchedule, DiffRate
-    from tokcomp.adapters import find_adapter
-    from tokcomp.methods.diffrate import published_settings
-
-    with blame(f"--model '{args.model}'"):
-        settings = published_settings(find_adapter(model).geometry(model))
-    if _one_of(args, "gflops", "schedule") == "gflops":
-        with blame("--gflops", hint="or pass --schedule FILE"):
-            published = DiffRate.published(args.model, args.gflops)
-        if args.metric is None and args.pipeline is None:
-            return published
-        schedule = published.schedule
-    else:
-        if not args.schedule.is_file():
-            raise UserError(f"--schedule must be a JSON file, got '{args.schedule}', which is not there")
-        with blame("--schedule"):
-            schedule = CompressionSchedule.load(args.schedule)
-    pipeline = args.pipeline or "_".join(
-        step for step in ("prune", "merge") if getattr(schedule, f"num_{step}_kept") is not None
-    )
-    with blame("--pipeline"):
-        return DiffRate(
-            schedule,
-            metric=args.metric or settings.metric,
-            pipeline=pipeline,
-            similarity_weighted_size=settings.similarity_weighted_size,
-        )
 
 
 def _tome(args: argparse.Namespace, model: nn.Module) -> Method:

@@ -12,6 +12,7 @@ from tokcomp.cli import options, training
 from tokcomp.cli.budgets import add_budget_options, build_targets, check_budget_options
 from tokcomp.cli.data import add_data_options, data_root, open_data
 from tokcomp.cli.errors import UserError, blame
+from tokcomp.cli.model_arguments import model_settings
 from tokcomp.cli.search_report import report
 
 if TYPE_CHECKING:
@@ -245,6 +246,7 @@ def _run(
         held_out = held_out_batches(watched, min(share, 256), world=world, **loading)
     facts = {
         "model": args.model,
+        "model_settings": model_settings(args),
         "weights": options.describe_weights(args),
         "data": args.dataset or str(root),
         "img_size": config["input_size"][-1],

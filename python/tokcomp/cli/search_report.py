@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokcomp.cli.model_arguments import model_words
 from tokcomp.cli.table import table
 
 if TYPE_CHECKING:
@@ -57,10 +58,8 @@ def report(args: argparse.Namespace, results: dict[str, SearchResult]) -> None:
 def _next_command(args: argparse.Namespace, schedule: Path) -> str:
     """The evaluation of what was found, on the model and data that it was found with."""
     words = ["tokcomp evaluate", str(args.data or args.data_dir or "")]
-    words += [f"--dataset {args.dataset}" if args.dataset else "", f"-m {args.model}"]
-    words += ["--pretrained" if args.pretrained else "", f"--checkpoint {args.checkpoint}" if args.checkpoint else ""]
+    words += [f"--dataset {args.dataset}" if args.dataset else "", *model_words(args)]
     words += [f"--method diffrate --schedule {schedule}"]
-    words += [f"--{name} {getattr(args, name)}" for name in ("metric", "pipeline") if getattr(args, name)]
     return " ".join(word for word in words if word)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokcomp.cli import dense, options, training
 from tokcomp.cli.errors import UserError, blame
+from tokcomp.cli.model_arguments import add_model_kwargs
 
 if TYPE_CHECKING:
     import torch
@@ -35,24 +36,12 @@ examples:
 """
 
 
-def _pair(text: str) -> tuple[str, Any]:
-    name, sign, value = text.partition("=")
-    if not sign or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got '{text}'")
-    for kind in (int, float):
-        try:
-            return name, kind(value)
-        except ValueError:
-            pass
-    return name, {"True": True, "False": False, "None": None}.get(value, value)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     dense.add_data_options(parser, batch_size=16, train=True, held_out=True)
     model = parser.add_argument_group("model (names and meanings as in timm's scripts)")
     model.add_argument("-m", "--model", default="vit_tiny_patch16_224", metavar="NAME", help="default: %(default)s")
-    model.add_argument("--model-kwargs", type=_pair, nargs="+", default=[], metavar="NAME=VALUE", help="timm's own")
+    add_model_kwargs(model)
     model.add_argument("--pretrained", action="store_true", help="start from timm's pretrained weights")
     model.add_argument(
         "--img-size",

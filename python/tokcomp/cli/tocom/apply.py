@@ -9,6 +9,7 @@ from pathlib import Path
 from tokcomp.cli import options
 from tokcomp.cli.degrees import add_plugin_options, load_plugin
 from tokcomp.cli.errors import UserError, blame, check_output_file
+from tokcomp.cli.model_arguments import model_settings
 from tokcomp.files import write_whole
 
 DESCRIPTION = """\
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     facts = {
         "model": args.model,
         "num_classes": model.num_classes,
+        "model_settings": model_settings(args),
         "weights": options.describe_weights(args),
         "tocom": {"plugin": str(args.plugin), "source": args.source, "target": args.target, "scale": args.scale},
         "method": plugin.method,

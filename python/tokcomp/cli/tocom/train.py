@@ -10,6 +10,7 @@ from tokcomp.cli import options, training
 from tokcomp.cli.data import add_data_options, data_root, open_data
 from tokcomp.cli.degrees import add_degree_options, build_degrees
 from tokcomp.cli.errors import UserError, blame
+from tokcomp.cli.model_arguments import model_settings
 
 if TYPE_CHECKING:
     import torch
@@ -231,6 +232,7 @@ def _prepare(
     }
     settings = {
         "model": args.model,
+        "model_settings": model_settings(args),
         "method": args.method,
         "first_and_last_degree": methods,
         "max_degree": plugin.max_degree,
