@@ -165,6 +165,8 @@ def test_another_image_size(make_vit, meta_model):
     assert tokcomp.flops(model, img_size=224) == plain
     large = meta_model("caformer_s18", pretrained_cfg_overlay={"input_size": (3, 384, 384)})
     assert tokcomp.flops(model, img_size=384) == tokcomp.flops(large) > 2.9 * plain
+    hybrid, larger = (meta_model("vit_tiny_r_s16_p8_224", img_size=size) for size in (224, 384))
+    assert tokcomp.flops(hybrid, img_size=384) == tokcomp.flops(larger) > 2.9 * tokcomp.flops(hybrid)
 
 
 def test_image_sizes_that_are_refused(make_vit):

@@ -42,7 +42,8 @@ def counted_embedding(model: Any, img_size: tuple[int, int] | None = None) -> in
     # A copy without memory: the model itself may be running in another thread.
     tensors = [*patch_embed.parameters(), *patch_embed.buffers()]
     stand_ins = {id(tensor): _on_meta(tensor) for tensor in tensors}
-    shadow = copy.deepcopy(patch_embed, dict(stand_ins)).eval()
+    shadow: Any = copy.deepcopy(patch_embed, dict(stand_ins)).eval()
+    shadow.strict_img_size = False  # what it costs at another size than it was built for
     images = torch.empty(
         1, channels, *(img_size or own_size), dtype=next(patch_embed.parameters()).dtype, device="meta"
     )
