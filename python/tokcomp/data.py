@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -169,11 +171,94 @@ def list_images(path: Path) -> list[Path]:
     return [path]
 
 
-def load_image(path: Path) -> Image.Image:
+class UnreadableImageError(OSError):
+    """A file that is no picture, is damaged, or would unpack to more pixels than Pillow allows."""
+
+
+def load_image(source: Any, name: object = None) -> Image.Image:
     """A picture as RGB, upright.
 
+    Args:
+        source: a path, a binary file or a picture that is open already.
+        name: what to call it in an error; by default its path.
+
     Raises:
-        OSError: it cannot be read.
+        UnreadableImageError: it cannot be read.
     """
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    try:
+        picture = source if isinstance(source, Image.Image) else Image.open(source)
+        with picture:
+            return as_rgb(ImageOps.exif_transpose(picture))
+    except Exception as error:  # Pillow's decoders raise what they like: SyntaxError, struct.error, a bomb's own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnreadableImageError(f"'{source if name is None else name}' ({reason})") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture as RGB. One of 16 bits keeps its high byte, where Pillow makes white of all that is above 255."""
+    if image.mode.startswith("I"):
+        deep = np.asarray(image)
+        if image.mode != "I" or deep.max(initial=0) > 255:
+            image = Image.fromarray((deep.astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+#: Labels from here downwards say that image ``-2 - label`` of a set could not be read; -1 is an image without a label.
+_FIRST_UNREADABLE = -2
+
+
+def unreadable_indices(labels: Tensor) -> list[int]:
+    """Which images of a :class:`ReadableImages` these labels [n] report as unreadable."""
+    return [_FIRST_UNREADABLE - label for label in labels.tolist() if label <= _FIRST_UNREADABLE]
+
+
+class ReadableImages(Dataset):
+    """timm's data set of image files, which knows its pictures from what cannot be read: (image, label).
+
+    timm itself puts an image's neighbour in its place, unnoticed, and ends with a traceback at a decompression bomb.
+
+    Args:
+        dataset: a ``timm.data.ImageDataset``.
+        unreadable: what to do with an image that cannot be read: "raise", take the "next" one that can with a warning,
+            or "mark" it by a label that :func:`unreadable_indices` knows, beside a black picture.
+    """
+
+    def __init__(self, dataset: Any, unreadable: str = "next") -> None:
+        self.dataset, self.reader, self.unreadable = dataset, dataset.reader, unreadable
+        self.transform: Callable[[Image.Image], object] | None = None
+
+    def __len__(self) -> int:
+        return num_images(self.dataset)
+
+    def filename(self, index: int) -> str:
+        """The file of an image, for messages."""
+        return str(self.reader.filename(index, absolute=True))
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        for step in range(len(self)):
+            at = (index + step) % len(self)
+            try:
+                picture, label = self._read(at)
+                break
+            except UnreadableImageError as error:
+                if self.unreadable == "raise":
+                    raise
+                if self.unreadable == "mark":
+                    picture, label = Image.new("RGB", (32, 32)), _FIRST_UNREADABLE - at
+                    break
+                warnings.warn(f"not a readable picture: {error}; the next image takes its place", stacklevel=2)
+        else:
+            raise UnreadableImageError(f"none of the {len(self)} images can be read")
+        return (picture if self.transform is None else self.transform(picture)), label
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            source, label, *_ = self.reader[index]
+        except OSError as error:
+            raise UnreadableImageError(f"'{self.filename(index)}' ({error})") from error
+        try:
+            picture = load_image(source, self.filename(index))
+        finally:
+            if hasattr(source, "close"):
+                source.close()
+        return picture, -1 if label is None else int(label)

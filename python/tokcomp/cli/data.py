@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,11 @@ from tokcomp.cli.errors import UserError
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
+    from tokcomp.measure.evaluate import Evaluation
     from tokcomp.runs.data import Part
+
+#: Unreadable images that are named one by one.
+_NAMED = 10
 
 
 def add_data_options(parser: argparse.ArgumentParser, *, batch_size: int, batch_help: str = "") -> Any:
@@ -46,6 +51,10 @@ def add_data_options(parser: argparse.ArgumentParser, *, batch_size: int, batch_
     return data
 
 
+def add_strict_option(data: Any) -> None:
+    data.add_argument("--strict", action="store_true", help="stop at an image that cannot be read (default: skip it)")
+
+
 def data_root(args: argparse.Namespace) -> Path | None:
     """The folder that DATA or --data-dir names; None where the data set needs none."""
     if args.data is not None and args.data_dir is not None:
@@ -60,8 +69,8 @@ def data_root(args: argparse.Namespace) -> Path | None:
     return root
 
 
-def open_data(args: argparse.Namespace, root: Path | None, split: str) -> Dataset:
-    """The data set that the options name."""
+def open_data(args: argparse.Namespace, root: Path | None, split: str, unreadable: str = "next") -> Dataset:
+    """The data set that the options name; ``unreadable`` as in :class:`tokcomp.data.ReadableImages`."""
     from tokcomp.runs.data import open_dataset
 
     try:
@@ -72,31 +81,88 @@ def open_data(args: argparse.Namespace, root: Path | None, split: str) -> Datase
             class_map=args.class_map,
             download=args.dataset_download,
             batch_size=args.batch_size,
+            unreadable=unreadable,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def scored_images(args: argparse.Namespace, root: Path | None, split: str, model: Any) -> Part:
+def marking(args: argparse.Namespace) -> str:
+    """What becomes of unreadable images where they are counted: marked, or the end under ``--strict``."""
+    return "raise" if args.strict else "mark"
+
+
+def strict_error(error: Exception) -> UserError:
+    """What ``--strict`` says of an unreadable image; a loader's worker puts its traceback before that."""
+    return UserError(f"--strict: not a readable picture: {str(error).splitlines()[-1].rpartition('Error: ')[2]}")
+
+
+def check_classes(args: argparse.Namespace, dataset: Dataset, num_classes: int) -> None:
+    """Refuse labels that a model of ``num_classes`` cannot give, and say what is odd about those that it can."""
+    from tokcomp.data import count_classes
+
+    names = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
+    if "" in names:
+        raise UserError(
+            "DATA must be one folder per class, got pictures that lie in no such folder; move them into folders named "
+            "after their classes"
+        )
+    classes = count_classes(dataset)
+    if classes is not None and classes > num_classes:
+        raise UserError(
+            f"the model must have a class for each of the data set's {classes}, got a model of {num_classes}; "
+            "pass the right --model, --checkpoint and --num-classes"
+        )
+    if names and not args.class_map and classes is not None and classes < num_classes:
+        print(
+            f"note: the data set has {classes} classes and the model {num_classes}; the folders, by name, stand for "
+            f"its first {classes}. Pass --class-map FILE where they are others.",
+            file=sys.stderr,
+        )
+
+
+def report_oddities(dataset: Dataset, found: Evaluation, num_classes: int) -> None:
+    """Say on stderr what the figures leave out, or are worth. Refuses those of a model that gives no numbers."""
+    while not hasattr(dataset, "filename") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    if found.unreadable:
+        named = sorted(set(found.unreadable))
+        print(f"note: {len(named)} images could not be read and are not counted:", file=sys.stderr)
+        for index in named[:_NAMED]:
+            print(f"  {dataset.filename(index)}", file=sys.stderr)  # type: ignore[attr-defined]
+        if len(named) > _NAMED:
+            print(f"  and {len(named) - _NAMED} more", file=sys.stderr)
+    if found.num_not_finite == found.num_images:
+        raise UserError(
+            f"the model's logits must be numbers, got NaN or infinity for all {found.num_images} images; check the "
+            "weights, or compute in float32"
+        )
+    if found.num_not_finite:
+        print(
+            f"note: {found.num_not_finite} of {found.num_images} images have logits that are NaN or infinite, and "
+            "count as wrong",
+            file=sys.stderr,
+        )
+    if num_classes <= 5:
+        print(f"note: of {num_classes} classes every answer is among the top 5, so top-5 says nothing", file=sys.stderr)
+
+
+def scored_images(
+    args: argparse.Namespace, root: Path | None, split: str, model: Any, unreadable: str = "next"
+) -> Part:
     """The labelled images that the options name, ``args.num_samples`` of them, as the model takes them."""
     from timm.data import resolve_model_data_config
     from torch.utils.data import IterableDataset
 
-    from tokcomp.data import count_classes
     from tokcomp.runs.data import Part, spread_sample
     from tokcomp.runs.recipe import plain_transform
 
-    dataset = open_data(args, root, split)
+    dataset = open_data(args, root, split, unreadable)
     if isinstance(dataset, IterableDataset):
         raise UserError(
             "DATA must give any image by its number, got a stream; use a folder of images, torch/... or hfds/..."
         )
-    classes = count_classes(dataset)
-    if classes is not None and classes > model.num_classes:
-        raise UserError(
-            f"the model must have a class for each of the data set's {classes}, got a model of {model.num_classes}; "
-            "pass the right --model, --checkpoint and --num-classes"
-        )
+    check_classes(args, dataset, model.num_classes)
     config = resolve_model_data_config(model)
     if args.img_size is not None:
         config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tokcomp.cli import options
-from tokcomp.cli.data import add_data_options, data_root, open_data
+from tokcomp.cli.data import (
+    add_data_options,
+    add_strict_option,
+    check_classes,
+    data_root,
+    marking,
+    open_data,
+    report_oddities,
+    strict_error,
+)
 from tokcomp.cli.errors import UserError, check_output_file
 from tokcomp.cli.model_arguments import model_settings
 from tokcomp.cli.table import table
@@ -57,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--num-samples", type=options.positive_int, metavar="N", help="evaluate N images spread evenly over the set"
     )
+    add_strict_option(data)
     options.add_model_options(parser, default="deit_small_patch16_224")
     options.add_adapter_option(parser)
     options.add_method_options(parser)
@@ -86,7 +96,7 @@ def _run(args: argparse.Namespace, root: Path | None, device: torch.device, worl
 
     model = options.build_model(args)
     dataset = _open_dataset(args, root, world)
-    _check_classes(dataset, model.num_classes)
+    check_classes(args, dataset, model.num_classes)
     method = options.build_method(args, model)
     options.compress_by(args, model, method)
     cost = options.gflops(model)
@@ -97,6 +107,8 @@ def _run(args: argparse.Namespace, root: Path | None, device: torch.device, worl
     if args.img_size is not None:
         config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
     found = _evaluate(args, runner, dataset, config, device, dtype, world)
+    if world.is_main or found.unreadable:
+        report_oddities(dataset, found, model.num_classes)
     result = {
         "model": args.model,
         "model_settings": model_settings(args),
@@ -106,6 +118,8 @@ def _run(args: argparse.Namespace, root: Path | None, device: torch.device, worl
         "gflops": cost,
         "data": args.dataset or str(root),
         "num_images": found.num_images,
+        "num_unreadable": found.num_unreadable,
+        "num_not_finite": found.num_not_finite,
         "top1": round(found.top1, 4),
         "top5": round(found.top5, 4),
         "images_per_second": round(found.images_per_second, 2),
@@ -127,23 +141,12 @@ def _open_dataset(args: argparse.Namespace, root: Path | None, world: World) -> 
 
     from tokcomp.data import EveryNth, SpreadSubset
 
-    dataset = open_data(args, root, args.split)
+    dataset = open_data(args, root, args.split, marking(args))
     if isinstance(dataset, IterableDataset):
         return dataset
     if args.num_samples is not None:
         dataset = SpreadSubset(dataset, args.num_samples)
     return dataset if world.size == 1 else EveryNth(dataset, world.rank, world.size)
-
-
-def _check_classes(dataset: Dataset, model_classes: int) -> None:
-    from tokcomp.data import count_classes
-
-    classes = count_classes(dataset)
-    if classes is not None and classes > model_classes:
-        raise UserError(
-            f"the model must have a class for each of the data set's {classes}, got a model of {model_classes}; "
-            "pass the right --model, --checkpoint and --num-classes"
-        )
 
 
 def _evaluate(
@@ -160,7 +163,7 @@ def _evaluate(
     from torch.utils.data import IterableDataset
     from tqdm import tqdm
 
-    from tokcomp.data import num_images
+    from tokcomp.data import UnreadableImageError, num_images
     from tokcomp.measure.evaluate import evaluate
 
     loader = create_loader(
@@ -198,6 +201,8 @@ def _evaluate(
             return evaluate(
                 model, batches, device=device, dtype=dtype, amp_dtype=amp_dtype, on_batch=advance, world=world
             )
+        except UnreadableImageError as error:
+            raise strict_error(error) from error
         except ValueError as error:
             raise UserError(
                 f"the data set does not fit the model: {error}; check --num-classes and --class-map"

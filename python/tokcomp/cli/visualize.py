@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokcomp.cli import options
+from tokcomp.cli.data import add_strict_option, strict_error
 from tokcomp.cli.errors import UserError, blame, check_output_file, check_output_folder
 from tokcomp.cli.pictures import check_overwrites, drawing_names, png_bytes
 from tokcomp.files import write_whole
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--outline", type=options.non_negative_int, default=2, metavar="PX", help="default: %(default)s"
     )
+    add_strict_option(output)
     output.add_argument("--num-samples", type=options.positive_int, metavar="N", help="at most N pictures of a folder")
 
 
@@ -73,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     device = options.chosen_device(args.device)
     from timm.data import create_transform, resolve_model_data_config
     from tqdm import tqdm
+
+    from tokcomp.data import UnreadableImageError
 
     model = options.build_model(args)
     if args.method == _CHOSEN:
@@ -89,8 +93,10 @@ def run(args: argparse.Namespace) -> int:
     for path, target in tqdm(list(zip(pictures, targets, strict=True)), unit=" pictures", leave=False, disable=None):
         try:
             drawing = _draw(args, model, path, transform, config, device)
-        except OSError as error:
-            unreadable.append(f"'{path}' ({str(error).splitlines()[0]})")
+        except UnreadableImageError as error:
+            if args.strict:
+                raise strict_error(error) from error
+            unreadable.append(str(error))
             continue
         write_whole(target, drawing)
         written.append(target)

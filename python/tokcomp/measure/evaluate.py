@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tokcomp.data import unreadable_indices
 from tokcomp.measure.timing import now
 from tokcomp.runs.distributed import ALONE, World
 from tokcomp_kernels.product_types import autocast
@@ -15,12 +16,22 @@ from tokcomp_kernels.product_types import autocast
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` found. Accuracies are per cent; speed is the model's alone, without loading."""
+    """What :func:`evaluate` found. Accuracies are per cent; speed is the model's alone, without loading.
+
+    Attributes:
+        num_images: that were classified.
+        unreadable: images of the data set, by number, that could not be read and are counted nowhere; of this process.
+        num_unreadable: how many those are, of all processes.
+        num_not_finite: images whose logits are not all finite; they count as wrong.
+    """
 
     top1: float
     top5: float
     num_images: int
     images_per_second: float
+    unreadable: tuple[int, ...] = ()
+    num_unreadable: int = 0
+    num_not_finite: int = 0
 
 
 @torch.inference_mode()
@@ -38,7 +49,8 @@ def evaluate(
 
     Args:
         model: in evaluation mode, on ``device``; returns logits [B, classes].
-        batches: images [B, 3, H, W], normalized, and labels [B].
+        batches: images [B, 3, H, W], normalized, and labels [B]; :class:`tokcomp.data.ReadableImages` marks by its
+            labels the images that are none.
         device: where the model is.
         dtype: type that the images are converted to.
         amp_dtype: run under autocast with this type.
@@ -52,9 +64,17 @@ def evaluate(
     Raises:
         ValueError: no batch, or a label that the model has no class for.
     """
-    right1 = right5 = seen = timed = 0
+    right1 = right5 = seen = timed = not_finite = 0
+    unreadable: list[int] = []
     seconds = first_seconds = 0.0
     for images, labels in batches:
+        gone = unreadable_indices(labels)
+        if gone:
+            unreadable += gone
+            readable = labels >= -1
+            if not readable.any():
+                continue
+            images, labels = images[readable], labels[readable]
         images, labels = images.to(device, dtype), labels.to(device)
         start = now(device)
         with autocast(device.type, amp_dtype):
@@ -63,7 +83,9 @@ def evaluate(
         if int(labels.max()) >= logits.shape[-1]:
             raise ValueError(f"labels must be below the model's {logits.shape[-1]} classes, got {int(labels.max())}")
         answers = logits.float().topk(min(5, logits.shape[-1]), dim=-1).indices  # [B, 5]
-        hits = answers == labels.unsqueeze(-1)
+        finite = logits.isfinite().all(-1, keepdim=True)  # NaN ranks first, and is no answer
+        not_finite += int((~finite).sum())
+        hits = (answers == labels.unsqueeze(-1)) & finite
         right1 += int(hits[:, 0].sum())
         right5 += int(hits.any(-1).sum())
         if seen == 0:
@@ -75,7 +97,11 @@ def evaluate(
         if on_batch is not None:
             on_batch(seen, 100.0 * right1 / seen)
     speed = timed / seconds if timed else seen / first_seconds if seen else 0.0
-    totals = world.sum_(torch.tensor([right1, right5, seen, speed], dtype=torch.float64, device=device)).tolist()
+    totals = world.sum_(
+        torch.tensor([right1, right5, seen, speed, len(unreadable), not_finite], dtype=torch.float64, device=device)
+    ).tolist()
     if totals[2] == 0:
-        raise ValueError("batches must hold at least one image, got none")
-    return Evaluation(100.0 * totals[0] / totals[2], 100.0 * totals[1] / totals[2], int(totals[2]), totals[3])
+        got = f"{int(totals[4])} that cannot be read" if totals[4] else "none"
+        raise ValueError(f"batches must hold at least one image, got {got}")
+    share1, share5 = (100.0 * right / totals[2] for right in totals[:2])
+    return Evaluation(share1, share5, int(totals[2]), totals[3], tuple(unreadable), int(totals[4]), int(totals[5]))

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from tokcomp.data import DigitsDataset, count_classes, num_images
+from tokcomp.data import DigitsDataset, ReadableImages, as_rgb, count_classes, num_images
 from tokcomp.runs.recipe import Recipe, plain_transform, train_transform
 from tokcomp.runs.steps import SPLIT, derived_seed
 
@@ -25,6 +25,7 @@ def open_dataset(
     class_map: str = "",
     download: bool = False,
     batch_size: int = 1,
+    unreadable: str = "next",
 ) -> Dataset:
     """A data set of timm's, or the digits that come with tokcomp.
 
@@ -35,11 +36,12 @@ def open_dataset(
         class_map: text file of class names, in label order.
         download: let timm download it.
         batch_size: a hint that some of timm's iterable data sets want.
+        unreadable: what becomes of image files that cannot be read, as in :class:`tokcomp.data.ReadableImages`.
 
     Raises:
         ValueError: it cannot be opened; the message says which and why.
     """
-    from timm.data import create_dataset
+    from timm.data import ImageDataset, create_dataset
 
     if name == "digits":
         try:
@@ -61,7 +63,7 @@ def open_dataset(
         raise ValueError(
             f"{what} could not be opened as a data set ({reason}); it must be one folder per class"
         ) from error
-    return dataset
+    return ReadableImages(dataset, unreadable) if type(dataset) is ImageDataset else dataset
 
 
 def labels_of(dataset: Dataset) -> Tensor | None:
@@ -135,7 +137,7 @@ class Part(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, label = self.dataset[self.indices[index]]
         if isinstance(image, Image.Image) and image.mode != "RGB":
-            image = image.convert("RGB")
+            image = as_rgb(image)
         return (image if self.transform is None else self.transform(image)), int(label)
 
 

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokcomp.cli import options
-from tokcomp.cli.data import add_data_options, data_root, scored_images
+from tokcomp.cli.data import (
+    add_data_options,
+    add_strict_option,
+    data_root,
+    marking,
+    report_oddities,
+    scored_images,
+    strict_error,
+)
 from tokcomp.cli.degrees import add_degree_options, add_plugin_options, build_degrees, load_plugin
 from tokcomp.cli.errors import UserError, blame, check_output_file
 from tokcomp.cli.table import table
@@ -48,6 +56,7 @@ def _source(text: str) -> tuple[int, Path | None]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     data = add_data_options(parser, batch_size=64)
+    add_strict_option(data)
     data.add_argument("--split", default="validation", help="part of the data set (default: %(default)s)")
     data.add_argument(
         "--num-samples", type=options.positive_int, metavar="N", help="evaluate N images spread over the classes"
@@ -156,18 +165,29 @@ def _scorer(
     """Scores a model on the images that the options name."""
     import torch
 
+    from tokcomp.data import UnreadableImageError
     from tokcomp.measure.evaluate import evaluate
     from tokcomp.runs.batches import held_out_batches
 
-    part = scored_images(args, root, args.split, model)
+    part = scored_images(args, root, args.split, model, marking(args))
     batches = held_out_batches(part, args.batch_size, workers=args.workers, pin_memory=device.type == "cuda")
     amp_dtype = None
     if args.amp:
         amp_dtype = getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "bfloat16"))
 
+    said: list[bool] = []
+    classes = int(model.num_classes)
+
     def score(model: nn.Module) -> Evaluation:
         runner: Any = torch.compile(model) if args.torchcompile else model
-        return evaluate(runner, batches(), device=device, dtype=dtype, amp_dtype=amp_dtype)
+        try:
+            found = evaluate(runner, batches(), device=device, dtype=dtype, amp_dtype=amp_dtype)
+        except UnreadableImageError as error:
+            raise strict_error(error) from error
+        if not said:
+            said.append(True)  # the same of every cell
+            report_oddities(part, found, classes)
+        return found
 
     return score
 
