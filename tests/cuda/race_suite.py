@@ -1,6 +1,7 @@
 """The CUDA operators under the race detector. ``test_races.py`` builds the library and runs this file in a process of
-its own: ``python race_suite.py LIBRARY`` runs every case, and ``python race_suite.py LIBRARY SITES`` leaves each of the
-numbered barriers out in turn. One JSON object a line: the case or the barrier, and what was found or null.
+its own: ``python race_suite.py LIBRARY`` runs every case, and ``python race_suite.py LIBRARY SITES`` does without each
+of the given barriers in turn, as ``BITS=NAME``. One JSON object a line: the case or the barrier, and what was found or
+null.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ OPS = (
 DEVICES = {"sm_90": (227 * 1024, 1), "sm_80": (163 * 1024, 0)}
 #: Of threads and blocks: ascending, descending, at random.
 SCHEDULES = (0, 1, 20)
-#: Seconds for one barrier that is left out. A loop that waits for what no one writes does not end.
+#: Seconds of CPU time without one barrier; all cases together take some ten. A loop over garbage may not end.
 LIMIT = 60
 
 Case = Callable[[], Any]
@@ -98,6 +100,7 @@ class Shim:
         self.functions = ctypes.CDLL(library)
         self.functions.shim_set_device.argtypes = (ctypes.c_int64, ctypes.c_int)
         self.functions.shim_set_schedule.argtypes = (ctypes.c_int64,)
+        self.functions.shim_set_without.argtypes = (ctypes.c_uint64,)
 
     def run(self, name: str, case: Case) -> str | None:
         """What the first run with a report says, over devices and schedules."""
@@ -113,15 +116,13 @@ class Shim:
                 break
         return None
 
-    def without(self, number: int, all_cases: dict[str, Case]) -> str | None:
+    def without(self, sites: int, all_cases: dict[str, Case]) -> str | None:
         """In a process of its own, which what is read too early may end."""
         receive, send = os.pipe()
         child = os.fork()
         if child == 0:
-            import signal
-
-            signal.alarm(LIMIT)
-            self.functions.shim_set_without(number)
+            resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
+            self.functions.shim_set_without(sites)
             reports = (self.run(*item) for item in all_cases.items())
             os.write(send, (next(filter(None, reports), "")).encode())
             os._exit(0)
@@ -141,11 +142,11 @@ def main() -> None:
             report = shim.run(name, case)
             print(json.dumps({"case": name, "report": report, "seconds": round(time.perf_counter() - start, 2)}))
     else:
-        for number, site in enumerate(sys.argv[2:]):
+        for bits, _, site in (argument.partition("=") for argument in sys.argv[2:]):
             own = site.partition(".")[0]  # the kernel's own operator first, if it is named so
             start = time.perf_counter()
             report = shim.without(
-                number, {name: all_cases[name] for name in sorted(all_cases, key=lambda n: own not in n)}
+                int(bits), {name: all_cases[name] for name in sorted(all_cases, key=lambda n: own not in n)}
             )
             print(
                 json.dumps({"site": site, "report": report, "seconds": round(time.perf_counter() - start, 2)}),

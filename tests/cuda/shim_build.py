@@ -31,22 +31,33 @@ def address_library() -> Path:
     return _library("addresses", (), ADDRESSES, ())
 
 
-def race_library() -> tuple[Path, list[str]]:
-    """With the race detector, and each barrier's place, by its number: `shim_set_without` leaves that one out, or of a
-    cluster's arrival that it hands memory on."""
-    sites: list[str] = []
+def race_library() -> tuple[Path, dict[str, int]]:
+    """With the race detector; and what to do without, one at a time: the place in the source, and its bits for
+    `shim_set_without`.
+
+    Each barrier is one; of a cluster's arrival, that it hands memory on; and of a relaxed arrival, the whole of its
+    barrier.
+    """
+    without: dict[str, int] = {}
+    number = 0
     sources = {path: path.read_text() for path in (ROOT / "csrc/cuda").iterdir()}
     for path, text in sorted(sources.items()):
         lines = text.splitlines(keepends=True)
-        for number, line in enumerate(lines):
+        relaxed = ""
+        for at, line in enumerate(lines):
             if barrier := BARRIER.search(line):
-                without = "else cluster_arrive_relaxed();" if barrier[1] == "cluster_arrive()" else ""
-                kept = f"if (shim::with_barrier({len(sites)})) {barrier[0]} {without}"
-                lines[number] = line[: barrier.start()] + kept + line[barrier.end() :]
-                sites.append(f"{path.name}:{number + 1}")
+                weaker = "else cluster_arrive_relaxed();" if barrier[1] == "cluster_arrive()" else ""
+                kept = f"if (shim::with_barrier({number})) {barrier[0]} {weaker}"
+                lines[at] = line[: barrier.start()] + kept + line[barrier.end() :]
+                place = f"{path.name}:{at + 1}"
+                without[place] = 1 << number
+                if barrier[1] == "cluster_wait()" and relaxed:
+                    without[f"{relaxed} and {at + 1}"] = without[relaxed] | without[place]
+                relaxed = place if barrier[1] == "cluster_arrive_relaxed()" else relaxed
+                number += 1
         sources[path] = "".join(lines)
     changed = tuple((str(path.relative_to(ROOT)), text) for path, text in sources.items())
-    return _library("races", changed, RACES, ("races.cpp",)), sites
+    return _library("races", changed, RACES, ("races.cpp",)), without
 
 
 def _library(name: str, changed: Sequence[tuple[str, str]], flags: Sequence[str], detector: Sequence[str]) -> Path:

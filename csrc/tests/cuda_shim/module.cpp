@@ -51,8 +51,8 @@ void tokcomp::cuda::Launcher::operator()(void (*kernel)(Params), int64_t blocks,
 // The order of a block's threads from now on: 0 ascending, 1 descending, above 1 the seed of random ones.
 extern "C" void shim_set_schedule(int64_t schedule) { shim::schedule = schedule; }
 
-// The numbered barrier that is left out from now on; -1: none.
-extern "C" void shim_set_without(int site) { shim::without = site; }
+// The numbered barriers that are left out from now on, by their bits.
+extern "C" void shim_set_without(uint64_t sites) { shim::without = sites; }
 
 // The device from now on: shared memory that a block can have, and whether there are clusters.
 extern "C" void shim_set_device(int64_t shared_bytes, int clusters) {

@@ -77,9 +77,10 @@ void sync_threads();
 void arrive(bool releases);
 void wait();
 
-// Sites of barriers are numbered in the copy of the kernels that the race detector runs; this one's is left out.
-inline int without = -1;
-inline bool with_barrier(int site) { return site != without; }
+// Sites of barriers are numbered in the copy of the kernels that the race detector runs; those of these bits are left
+// out.
+inline uint64_t without = 0;
+inline bool with_barrier(int site) { return !(without >> site & 1); }
 
 enum class WarpOp : int { kNone, kShuffleXor, kBallot, kSync, kLoadMatrices, kMultiplyAdd };
 // Every lane gives a value and gets all 32; lanes that are not there count as 0.
