@@ -17,11 +17,11 @@ from tokcomp.dense.evaluate import evaluate_segmenter
 from tokcomp.dense.files import SegmenterSettings, load_segmenter, save_segmenter
 from tokcomp.dense.segmenter import Segmenter
 from tokcomp.dense.shapes import CLASSES, ShapesDataset
-from tokcomp.dense.train import DENSE_RECIPE, SegmenterTuner
+from tokcomp.dense.train import SegmenterTuner
 from tokcomp.equal_cost import tome_for_budget
 from tokcomp.methods import Method
 from tokcomp.runs.batches import LoaderBatches
-from tokcomp.runs.recipe import TOCOM_RECIPE
+from tokcomp.runs.recipe import DENSE_RECIPE, TOCOM_RECIPE
 from tokcomp.runs.steps import seed_all
 from tokcomp.tocom.distill import Distiller
 from torch.utils.data import DataLoader

@@ -62,10 +62,14 @@ def test_help_needs_no_torch():
     script = (
         "import sys; sys.modules['torch'] = None; sys.modules['timm'] = None\n"
         "from tokcomp.cli import main\n"
-        "for argv in (['--help'], ['evaluate', '--help'], ['demo', '--help'], ['visualize', '--help']):\n"
-        "    try: main(argv)\n"
+        "for command in ('', 'evaluate', 'demo', 'visualize', 'finetune', 'search', 'tocom train', 'dense train'):\n"
+        "    try: main([*command.split(), '--help'])\n"
         "    except SystemExit as error: assert error.code == 0\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: tokcomp") == 4
+    assert done.stdout.count("usage: tokcomp") == 8
+    told = " ".join(done.stdout.split())
+    for default in ("highest learning rate (default: 2e-05; 5e-4 x batch size / 512)", "images (default: 30; 300)"):
+        assert default in told
+    assert told.count("highest learning rate (default: 0.01)") == 1  # the search's

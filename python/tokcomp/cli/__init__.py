@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Of the processes of one run, which all make the same mistake, one says so.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"tokcomp {command}: error: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return error.status
     except KeyboardInterrupt:
         print(f"\ntokcomp {command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

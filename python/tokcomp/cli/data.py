@@ -147,11 +147,20 @@ def report_oddities(dataset: Dataset, found: Evaluation, num_classes: int) -> No
         print(f"note: of {num_classes} classes every answer is among the top 5, so top-5 says nothing", file=sys.stderr)
 
 
+def data_config(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """How the model wants its images, in timm's terms, at the size that the options name."""
+    from timm.data import resolve_model_data_config
+
+    config: dict[str, Any] = resolve_model_data_config(model)
+    if args.img_size is not None:
+        config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
+    return config
+
+
 def scored_images(
     args: argparse.Namespace, root: Path | None, split: str, model: Any, unreadable: str = "next"
 ) -> Part:
     """The labelled images that the options name, ``args.num_samples`` of them, as the model takes them."""
-    from timm.data import resolve_model_data_config
     from torch.utils.data import IterableDataset
 
     from tokcomp.runs.data import Part, spread_sample
@@ -163,8 +172,5 @@ def scored_images(
             "DATA must give any image by its number, got a stream; use a folder of images, torch/... or hfds/..."
         )
     check_classes(args, dataset, model.num_classes)
-    config = resolve_model_data_config(model)
-    if args.img_size is not None:
-        config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
     indices = None if args.num_samples is None else spread_sample(dataset, args.num_samples, 0)
-    return Part(dataset, indices, plain_transform(config))
+    return Part(dataset, indices, plain_transform(data_config(args, model)))

@@ -11,6 +11,15 @@ from pathlib import Path
 class UserError(Exception):
     """Something the user can put right. The message names the argument, the rule, what arrived and what to do."""
 
+    #: Exit status of the command.
+    status = 2
+
+
+class RunFailed(UserError):
+    """A run that ended badly through no mistake in the command."""
+
+    status = 1
+
 
 @contextmanager
 def blame(argument: str, *, hint: str = "") -> Iterator[None]:

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokcomp.cli import options, training
-from tokcomp.cli.data import add_data_options, data_root, open_data
+from tokcomp.cli.data import add_data_options, data_config, data_root, open_data
 from tokcomp.cli.errors import UserError, blame
 from tokcomp.cli.model_arguments import model_settings
 from tokcomp.cli.table import table
+from tokcomp.cli.training import Job
+from tokcomp.runs.recipe import ADAPTFORMER_RECIPE, FINETUNE_RECIPE, SCRATCH_RECIPE, Recipe
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from torch.utils.data import Dataset
 
     from tokcomp.finetune.run import FineTuneRun
-    from tokcomp.runs.distributed import World
-    from tokcomp.runs.recipe import Recipe
 
 DESCRIPTION = """\
 Train a model with its tokens really dropped: fine-tuning by the DiffRate paper's recipe (its Table 6: 30 epochs from
@@ -50,61 +49,43 @@ examples:
       go on with a run that was stopped; the other options as they were
 """
 
-#: option -> (field of the recipe, what parses it, what it says, the defaults of the two recipes); the names are timm's.
-RECIPE_OPTIONS: dict[str, tuple[str, Any, str, str, str]] = {
-    "--epochs": ("epochs", options.positive_float, "passes over the training images", "30", "300"),
-    "--opt": ("opt", str, "optimizer", "adamw", "adamw"),
-    "--lr": ("lr", options.positive_float, "highest learning rate", "2e-05", "5e-4 x batch size / 512"),
-    "--min-lr": ("min_lr", options.non_negative_float, "the last step's learning rate", "1e-06", "1e-05"),
-    "--sched": ("sched", str, "learning rate scheduler", "cosine", "cosine"),
-    "--warmup-epochs": ("warmup_epochs", options.non_negative_float, "epochs in which the rate rises", "0.0", "5"),
-    "--warmup-lr": ("warmup_lr", options.non_negative_float, "rate that the warm-up starts from", "1e-06", "1e-06"),
-    "--weight-decay": ("weight_decay", options.non_negative_float, "not of biases and norms", "0.05", "0.05"),
-    "--clip-grad": ("clip_grad", options.positive_float, "largest norm of the gradient", "None", "None"),
-    "--aa": ("aa", str, "augmentation policy, or none", "rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1"),
-    "--hflip": ("hflip", options.non_negative_float, "probability of a horizontal flip", "0.5", "0.5"),
-    "--color-jitter": ("color_jitter", options.non_negative_float, "where --aa is none", "0.3", "0.3"),
-    "--reprob": ("reprob", options.non_negative_float, "probability of random erasing", "0.0", "0.25"),
-    "--aug-repeats": ("repeated_aug", options.positive_int, "copies of an image, each augmented by itself", "1", "3"),
-    "--smoothing": ("smoothing", options.non_negative_float, "label smoothing", "0.1", "0.1"),
-    "--mixup": ("mixup", options.non_negative_float, "alpha of mixup", "0.8", "0.8"),
-    "--cutmix": ("cutmix", options.non_negative_float, "alpha of cutmix", "1.0", "1.0"),
-    "--drop-path": ("drop_path", options.non_negative_float, "stochastic depth of the last block", "0.1", "0.1"),
-    "--model-ema-decay": ("model_ema_decay", options.positive_float, "of averaged weights", "None", "0.99996"),
-}
-#: Fields of the recipe that have no say with the digits, which are drawn anew each time.
-_NOT_OF_DIGITS = ("aa", "scale", "ratio", "hflip", "color_jitter", "reprob")
-_CROPS = {"--scale": "0.08 1", "--ratio": "0.75 1.33"}
+#: Fields of the recipe that have an option.
+RECIPE_FIELDS = (
+    *("epochs", "opt", "lr", "min_lr", "sched", "warmup_epochs", "warmup_lr", "weight_decay", "clip_grad"),
+    *("aa", "hflip", "color_jitter", "reprob", "repeated_aug", "smoothing", "mixup", "cutmix", "drop_path"),
+    "model_ema_decay",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "tokcomp finetune DATA [-m NAME] [--method METHOD ...] [-o DIR] [options]"
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     data = add_data_options(parser, batch_size=1024, batch_help="images in a step, over all processes; ")
-    data.add_argument("--train-split", default="train", help="part to train on (default: %(default)s)")
-    data.add_argument("--val-split", default="validation", help="part to validate on (default: %(default)s)")
+    data.add_argument("--train-split", default="train", help="part of the data set to train on (default: %(default)s)")
+    data.add_argument(
+        "--val-split", default="validation", help="part of the data set to validate on (default: %(default)s)"
+    )
     data.add_argument(
         "--held-out",
         type=options.positive_int,
         metavar="N",
-        help="validate on N of the training images, spread over the classes, that are not trained on",
+        help="validate on N of the training images, spread over the classes, and do not train on them",
     )
     options.add_model_options(parser, default="deit_small_patch16_224")
     options.add_method_options(parser)
     recipe = parser.add_argument_group("recipe (of two defaults, the second is that of --from-scratch)")
     recipe.add_argument("--from-scratch", action="store_true", help="start from random weights, by DeiT's recipe")
-    for option, (field, kind, text, *defaults) in RECIPE_OPTIONS.items():
-        default = "; ".join(dict.fromkeys(defaults))
-        recipe.add_argument(option, type=kind, dest=field, metavar="X", help=f"{text} (default: {default})")
-    for option, text in (("--scale", "share of an image that a crop takes"), ("--ratio", "width to height of a crop")):
+    lr = {"lr": f"{FINETUNE_RECIPE.lr}; 5e-4 x batch size / 512"}
+    training.add_recipe_options(recipe, RECIPE_FIELDS, FINETUNE_RECIPE, SCRATCH_RECIPE, defaults=lr)
+    for field, text in (("scale", "share of an image that a crop takes"), ("ratio", "width to height of a crop")):
+        least, most = getattr(FINETUNE_RECIPE, field)
         recipe.add_argument(
-            option,
+            f"--{field}",
             type=options.positive_float,
             nargs=2,
             metavar=("LEAST", "MOST"),
-            help=f"{text} (default: {_CROPS[option]})",
+            help=f"{text} (default: {least:.2f} {most:.2f})",
         )
-    training.add_seed_option(recipe)
     adapter = parser.add_argument_group("AdaptFormer")
     adapter.add_argument(
         "--adaptformer",
@@ -118,8 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapter.add_argument(
         "--adapter-scale", type=options.positive_float, metavar="S", help="factor on what they add (default: 0.1)"
     )
-    speed = parser.add_argument_group("precision, speed and memory")
-    speed.add_argument("--amp", action="store_true", help="automatic mixed precision")
+    speed = training.add_speed_options(parser)
     speed.add_argument(
         "--amp-dtype",
         choices=("bfloat16", "float16"),
@@ -127,43 +107,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type for --amp (default: %(default)s); float16 scales its gradients and takes a GPU",
     )
     speed.add_argument("--torchcompile", action="store_true", help="compile the model with torch.compile")
-    speed.add_argument("--grad-checkpointing", action="store_true", help="recompute each block in the backward pass")
-    training.add_accumulation_option(speed)
-    output = parser.add_argument_group("output")
-    training.add_output_option(output, "tokcomp-finetune")
+    output = training.add_output_options(
+        parser,
+        "tokcomp-finetune",
+        checkpoint=(500, "checkpoints, besides one after each epoch"),
+        log=(50, "rows of the log, besides one after each epoch"),
+    )
     output.add_argument("--json", action="store_true", help="print the summary as JSON rather than as a table")
-    output.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
-    output.add_argument(
-        "--checkpoint-interval",
-        type=options.positive_int,
-        default=500,
-        metavar="N",
-        help="steps between checkpoints, besides one after each epoch (default: %(default)s)",
-    )
-    output.add_argument(
-        "--log-interval",
-        type=options.positive_int,
-        default=50,
-        metavar="N",
-        help="steps between rows of the log (default: %(default)s)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
-    recipe = _recipe(args)
-    root = data_root(args)
-    training.check_new_run(args)
-
-    def work(device: torch.device, world: World) -> int:
-        found = _prepare(args, recipe, root, device, world)
-        return training.train_to_end(args, found, world, lambda: _report(args, found), command="finetune")
-
-    return training.among_processes(args, work)
+    recipe, root = _recipe(args), data_root(args)
+    return training.train(args, lambda job: _prepare(job, recipe, root), lambda run: _report(args, run))
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    from tokcomp.runs.recipe import ADAPTFORMER_RECIPE, FINETUNE_RECIPE, SCRATCH_RECIPE
-
     if args.from_scratch and (args.pretrained or args.checkpoint is not None):
         raise UserError("--from-scratch starts from random weights, got trained ones too; leave one of the two out")
     if not (args.from_scratch or args.pretrained or args.checkpoint is not None):
@@ -175,39 +133,22 @@ def _recipe(args: argparse.Namespace) -> Recipe:
             raise UserError(f"--{option.replace('_', '-')} belongs to --adaptformer, which is not given; add it")
     if args.adaptformer and args.from_scratch:
         raise UserError("--adaptformer leaves the model's weights as they are, got --from-scratch too; leave one out")
-    fields = ["batch_size", *(field for field, *_ in RECIPE_OPTIONS.values())]
-    given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
-    given |= {name: tuple(value) for name in ("scale", "ratio") if (value := getattr(args, name)) is not None}
+    crops = {name: tuple(value) for name in ("scale", "ratio") if (value := getattr(args, name)) is not None}
     if args.from_scratch:
-        given = {"lr": 5e-4 * args.batch_size / 512, **given}
-    training.refuse_for_digits(args, given, _NOT_OF_DIGITS)
-    if args.dataset == "digits":
-        given |= {"aa": None, "hflip": 0.0, "color_jitter": 0.0, "reprob": 0.0}
-    base = SCRATCH_RECIPE if args.from_scratch else ADAPTFORMER_RECIPE if args.adaptformer else FINETUNE_RECIPE
-    return training.changed_recipe(base, training.lower_min_lr(base, given))
+        return training.read_recipe(args, SCRATCH_RECIPE, lr=5e-4 * args.batch_size / 512, **crops)
+    return training.read_recipe(args, ADAPTFORMER_RECIPE if args.adaptformer else FINETUNE_RECIPE, **crops)
 
 
-def _prepare(
-    args: argparse.Namespace, recipe: Recipe, root: Path | None, device: torch.device, world: World
-) -> FineTuneRun:
+def _prepare(job: Job, recipe: Recipe, root: Path | None) -> FineTuneRun:
     """Everything that can be refused is refused here, with nothing written."""
-    import timm
-    import torch
-    from timm.data import resolve_model_data_config
-
-    import tokcomp
     from tokcomp.finetune.run import FineTuneRun
     from tokcomp.finetune.tuner import FineTuner
     from tokcomp.measure.evaluate import evaluate
-    from tokcomp.runs.batches import LoaderBatches, check_batch_size, held_out_batches
     from tokcomp.runs.data import Part, check_labels, training_part
     from tokcomp.runs.recipe import plain_transform
-    from tokcomp.runs.steps import seed_all
 
-    pieces = args.grad_accum_steps
-    with blame("--batch-size"):
-        check_batch_size(args.batch_size, world.size, pieces, mixes=recipe.mixes)
-    seed_all(args.seed)
+    args = job.args
+    job.begin(mixes=recipe.mixes)
     model = options.build_model(args, drop_path_rate=recipe.drop_path)
     method = options.build_method(args, model)
     plain_cost = options.gflops(model)
@@ -219,19 +160,12 @@ def _prepare(
     for part in (train, val):
         with blame("DATA" if root is not None else "--dataset"):
             check_labels(part, model.num_classes)
-    config = resolve_model_data_config(model)
-    if args.img_size is not None:
-        config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
+    config = data_config(args, model)
     with blame("--aa"):
         train_set = training_part(train, indices, recipe, config)
     val_set = Part(val, transform=plain_transform(config))
-    loading: dict[str, Any] = {"workers": args.workers, "pin_memory": device.type == "cuda"}
-    batches = LoaderBatches(
-        train_set, args.batch_size, args.seed, world=world, pieces=pieces, repeats=recipe.repeated_aug, **loading
-    )
-    share = max(1, args.batch_size // (world.size * pieces))
-    held_out = held_out_batches(val_set, min(share, 256), world=world, **loading)
-    amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    batches = job.batches(train_set, repeats=recipe.repeated_aug)
+    held_out = job.held_out(val_set)
     total_steps = max(1, round(recipe.epochs * batches.steps_per_epoch))
     with blame("recipe"):
         tuner = FineTuner(
@@ -240,46 +174,38 @@ def _prepare(
             num_classes=model.num_classes,
             total_steps=total_steps,
             steps_per_epoch=batches.steps_per_epoch,
-            device=device,
+            device=job.device,
             seed=args.seed,
-            world=world,
-            pieces=pieces,
-            amp_dtype=amp_dtype,
+            world=job.world,
+            pieces=job.pieces,
+            amp_dtype=job.amp_dtype,
             compiled=args.torchcompile,
         )
+    method_settings = repr(method) if method is not None else None
     facts = {
         "model": args.model,
         "num_classes": model.num_classes,
         "weights": options.describe_weights(args),
         "method": args.method,
-        "method_settings": repr(method) if method is not None else None,
+        "method_settings": method_settings,
         "gflops": options.gflops(model),
         "uncompressed_gflops": plain_cost,
         "adaptformer": branches,
-        "tokcomp": tokcomp.__version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
+        **training.versions(),
     }
     settings = {
         "model": args.model,
         "model_settings": model_settings(args),
-        "method": facts["method_settings"],
+        "method": method_settings,
         "adaptformer": branches,
         "img_size": config["input_size"][-1],
-        "recipe": recipe.describe(),
-        "seed": args.seed,
-        "data": args.dataset or str(root),
-        "train_images": len(train_set),
         "val_images": len(val_set),
-        "processes": world.size,
-        "grad_accum_steps": pieces,
-        "device": device.type,
-        "amp": args.amp_dtype if args.amp else None,
+        **job.settings(recipe, data=args.dataset or str(root), train_images=len(train_set)),
     }
     return FineTuneRun(
         tuner,
         batches,
-        lambda one: evaluate(one, held_out(), device=device, amp_dtype=amp_dtype, world=world),
+        lambda one: evaluate(one, held_out(), device=job.device, amp_dtype=job.amp_dtype, world=job.world),
         args.output,
         settings=settings,
         facts=facts,

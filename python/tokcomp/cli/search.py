@@ -5,21 +5,25 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokcomp.cli import options, training
 from tokcomp.cli.budgets import add_budget_options, build_targets, check_budget_options
-from tokcomp.cli.data import add_data_options, data_root, open_data
+from tokcomp.cli.data import add_data_options, data_config, data_root, open_data
 from tokcomp.cli.errors import UserError, blame
 from tokcomp.cli.model_arguments import model_settings
 from tokcomp.cli.search_report import report
+from tokcomp.cli.training import Job
+from tokcomp.runs.recipe import SEARCH_RECIPE
 
 if TYPE_CHECKING:
-    import torch
+    from torch import nn
     from torch.utils.data import Dataset
 
-    from tokcomp.runs.distributed import World
+    from tokcomp.budgets import Budget
+    from tokcomp.search.run import SearchRun
     from tokcomp.search.settings import SearchSettings
 
 DESCRIPTION = """\
@@ -49,27 +53,11 @@ examples:
       go on with a run that was stopped; the other options as they were
 """
 
-#: field of the recipe -> (what parses it, what it says, its default); the options' names are timm's.
-RECIPE_OPTIONS: dict[str, tuple[Any, str, str]] = {
-    "epochs": (options.positive_float, "passes over the training images", "3"),
-    "opt": (str, "optimizer", "adamw"),
-    "lr": (options.positive_float, "highest learning rate", "0.01"),
-    "min_lr": (options.non_negative_float, "the last step's learning rate", "0.001"),
-    "sched": (str, "learning rate scheduler", "cosine"),
-    "weight_decay": (options.non_negative_float, "decay of the logits that learn", "0.0"),
-    "clip_grad": (options.positive_float, "largest norm of the gradient", "None"),
-    "aa": (str, "augmentation policy, or none", "rand-m9-mstd0.5-inc1"),
-    "hflip": (options.non_negative_float, "probability of a mirrored image", "0.5"),
-    "color_jitter": (options.non_negative_float, "where --aa is none", "0.3"),
-    "train_interpolation": (str, "resizing of training images", "bicubic"),
-    "reprob": (options.non_negative_float, "probability of random erasing", "0.0"),
-    "smoothing": (options.non_negative_float, "label smoothing", "0.1"),
-    "mixup": (options.non_negative_float, "alpha of mixup", "0.8"),
-    "cutmix": (options.non_negative_float, "alpha of cutmix", "1.0"),
-    "drop_path": (options.non_negative_float, "stochastic depth of the last block", "0.1"),
-}
-#: What has no say on the digits, which are drawn anew each time.
-_NOT_OF_DIGITS = ("aa", "hflip", "color_jitter", "train_interpolation", "reprob")
+#: Fields of the recipe that have an option.
+RECIPE_FIELDS = (
+    *("epochs", "opt", "lr", "min_lr", "sched", "weight_decay", "clip_grad", "aa", "hflip", "color_jitter"),
+    *("train_interpolation", "reprob", "smoothing", "mixup", "cutmix", "drop_path"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,14 +85,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what happens in which order (default: prune_merge; merge for CAFormers)",
     )
     search.add_argument(
-        "--match-inference", action="store_true", help="let a merged token's size count in search as it does afterwards"
+        "--match-inference",
+        action="store_true",
+        help="let a merged token's size count in the search as it does in the compressed model",
     )
     search.add_argument(
         "--budget-warmup-epochs",
         type=options.non_negative_float,
         default=0.0,
         metavar="X",
-        help="epochs at first without the budget (default: %(default)s)",
+        help="epochs at the beginning in which the budget does not count (default: %(default)s)",
     )
     recipe = parser.add_argument_group(
         "recipe (defaults are the paper's, its Table 5; names and meanings as in timm's scripts)"
@@ -112,16 +102,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument(
         "--steps", type=options.positive_int, metavar="N", help="length of the search, in place of --epochs"
     )
-    for field, (kind, text, default) in RECIPE_OPTIONS.items():
-        flag = "--" + field.replace("_", "-")
-        recipe.add_argument(flag, type=kind, dest=field, metavar="X", help=f"{text} (default: {default})")
-    training.add_seed_option(recipe)
-    _add_run_options(parser)
+    says = {"weight_decay": "decay of the logits that learn"}
+    training.add_recipe_options(recipe, RECIPE_FIELDS, SEARCH_RECIPE, says=says)
+    training.add_speed_options(parser, checkpointing=False)
+    intervals = {"checkpoint": (50, "checkpoints"), "log": (10, "rows of the log")}
+    output = training.add_output_options(parser, "tokcomp-search", **intervals)
+    output.add_argument(
+        "--eval-interval",
+        type=options.non_negative_int,
+        metavar="N",
+        help="steps between looks at the accuracy (default: ten over the search; 0: at its end alone)",
+    )
+    output.add_argument("--json", action="store_true", help="print the summary as JSON rather than as a table")
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     data = add_data_options(parser, batch_size=1024, batch_help="images in a step, over all processes; ")
-    data.add_argument("--train-split", default="train", metavar="NAME", help="part to search on (default: %(default)s)")
+    data.add_argument(
+        "--train-split",
+        default="train",
+        metavar="NAME",
+        help="part of the data set to search on (default: %(default)s)",
+    )
     data.add_argument(
         "--images",
         type=options.positive_int,
@@ -135,29 +137,9 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         help="training images kept to watch the accuracy on (default: a tenth of them, 1000 at most)",
     )
     data.add_argument("--val-data", type=Path, metavar="DIR", help="watch the accuracy on this data set instead")
-    data.add_argument("--val-split", metavar="NAME", help="or on this part of the data set: validation, say")
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    speed = parser.add_argument_group("precision and memory")
-    speed.add_argument("--amp", action="store_true", help="automatic mixed precision (bfloat16)")
-    training.add_accumulation_option(speed, "; the same search in less memory")
-    output = parser.add_argument_group("output")
-    training.add_output_option(output, "tokcomp-search")
-    output.add_argument("--resume", action="store_true", help="go on with the search in the output folder")
-    output.add_argument(
-        "--log-interval", type=options.positive_int, default=10, metavar="N", help="steps between rows of the log"
+    data.add_argument(
+        "--val-split", metavar="NAME", help="watch it on this part of the data set instead, validation say"
     )
-    output.add_argument(
-        "--eval-interval",
-        type=options.non_negative_int,
-        metavar="N",
-        help="steps between looks at the accuracy (default: ten over the search; 0: at its end alone)",
-    )
-    output.add_argument(
-        "--checkpoint-interval", type=options.positive_int, default=50, metavar="N", help="steps between checkpoints"
-    )
-    output.add_argument("--json", action="store_true", help="print the summary as JSON rather than as a table")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -167,24 +149,17 @@ def run(args: argparse.Namespace) -> int:
     root = data_root(args)
     if args.val_data is not None and not args.val_data.exists():
         raise UserError(f"--val-data must be a folder or archive of images, got '{args.val_data}', which is not there")
-    training.check_new_run(args, *TRACES)
     settings = _settings(args)
-    return training.among_processes(args, lambda device, world: _run(args, settings, root, device, world))
+    return training.train(args, lambda job: _prepare(job, settings, root), lambda run: report(args, run), traces=TRACES)
 
 
 def _settings(args: argparse.Namespace) -> SearchSettings:
-    from tokcomp.runs.recipe import SEARCH_RECIPE
     from tokcomp.search.settings import SearchSettings
 
-    given = {field: getattr(args, field) for field in RECIPE_OPTIONS if getattr(args, field) is not None}
-    if args.steps is not None and "epochs" in given:
+    if args.steps is not None and args.epochs is not None:
         raise UserError("--steps and --epochs are both the length of the search, got both; keep one")
-    training.refuse_for_digits(args, given, _NOT_OF_DIGITS)
-    if args.dataset == "digits":
-        given.update(aa=None, hflip=0.0, color_jitter=0.0)
-    recipe = training.changed_recipe(SEARCH_RECIPE, {"batch_size": args.batch_size, **given})
     return SearchSettings(
-        recipe=recipe,
+        recipe=training.read_recipe(args, SEARCH_RECIPE),
         steps=args.steps,
         granularity=args.granularity,
         metric=args.metric,
@@ -199,28 +174,18 @@ def _settings(args: argparse.Namespace) -> SearchSettings:
     )
 
 
-def _run(
-    args: argparse.Namespace, settings: SearchSettings, root: Path | None, device: torch.device, world: World
-) -> int:
+def _prepare(job: Job, settings: SearchSettings, root: Path | None) -> SearchRun:
     """Everything that can be refused is refused before the first step, with nothing written."""
-    from timm.data import resolve_model_data_config
-
     from tokcomp import UnsupportedModelError
-    from tokcomp.budgets import MeasurementStopped
     from tokcomp.data import num_images
-    from tokcomp.runs.batches import LoaderBatches, check_batch_size, held_out_batches
     from tokcomp.runs.data import training_part
-    from tokcomp.runs.steps import DivergedError, StopRequest, seed_all
     from tokcomp.search.model import DiffRateSearch
-    from tokcomp.search.run import run_searches
+    from tokcomp.search.run import SearchRun
 
-    with blame("--batch-size"):
-        check_batch_size(args.batch_size, world.size, args.grad_accum_steps, mixes=settings.recipe.mixes)
-    seed_all(args.seed)  # of random weights, where neither --pretrained nor --checkpoint is given
-    model = options.build_model(args, drop_path_rate=settings.recipe.drop_path).to(device)
-    config = resolve_model_data_config(model)
-    if args.img_size is not None:
-        config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
+    args = job.args
+    job.begin(mixes=settings.recipe.mixes)
+    model = options.build_model(args, drop_path_rate=settings.recipe.drop_path).to(job.device)
+    config = data_config(args, model)
     try:
         DiffRateSearch(model, args.granularity, metric=args.metric, pipeline=args.pipeline)
     except UnsupportedModelError as error:
@@ -228,22 +193,8 @@ def _run(
     except ValueError as error:
         raise UserError(f"the search does not fit {args.model}: {error}") from error
     dataset, indices, watched, epoch_images = _parts(args, root, model.num_classes, config)
-    loading: dict[str, Any] = {"workers": args.workers, "pin_memory": device.type == "cuda"}
     with blame("--aa"):
-        training = training_part(dataset, indices, settings.recipe, config)
-    batches = LoaderBatches(
-        training,
-        args.batch_size,
-        args.seed,
-        epoch_images=epoch_images,
-        world=world,
-        pieces=args.grad_accum_steps,
-        **loading,
-    )
-    held_out = None
-    if watched is not None:
-        share = max(1, args.batch_size // (world.size * args.grad_accum_steps))
-        held_out = held_out_batches(watched, min(share, 256), world=world, **loading)
+        images = training_part(dataset, indices, settings.recipe, config)
     facts = {
         "model": args.model,
         "model_settings": model_settings(args),
@@ -252,45 +203,46 @@ def _run(
         "img_size": config["input_size"][-1],
         "held_out_images": 0 if watched is None else num_images(watched),
     }
-    if world.is_main and facts["weights"] == "random weights":
+    if job.world.is_main and facts["weights"] == "random weights":
         print(
             "note: the weights are random, so there is nothing to find; pass --pretrained or --checkpoint",
             file=sys.stderr,
         )
-    with StopRequest() as stop:
+    targets = _targets(job, model)
+    try:
+        return SearchRun(
+            model,
+            job.batches(images, epoch_images=epoch_images),
+            targets,
+            settings,
+            held_out=None if watched is None else job.held_out(watched),
+            output=args.output,
+            facts=facts,
+            command=_command(),
+            world=job.world,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _targets(job: Job, model: nn.Module) -> dict[str, list[Budget]]:
+    """The budgets of each target; a latency may have to be measured first, which a signal stops."""
+    from tokcomp.budgets import MeasurementStopped
+    from tokcomp.runs.steps import StopRequest
+
+    targets = None
+    with StopRequest() as stop, suppress(MeasurementStopped):
         try:
-            targets = build_targets(args, model, device, world, lambda: stop.wanted)
-            results = run_searches(
-                model,
-                batches,
-                targets,
-                settings,
-                held_out=held_out,
-                output=args.output,
-                resume=args.resume,
-                facts=facts,
-                command=_command(),
-                world=world,
-                stop=stop,
-                show_progress=True,
-            )
-        except MeasurementStopped:
-            if world.is_main:
-                print("stopped while the latency was measured; nothing was written", file=sys.stderr)
-            return stop.exit_status or 1
-        except DivergedError as error:
-            if world.is_main:
-                print(f"tokcomp search: error: {error}", file=sys.stderr)
-            return 1
-        except ValueError as error:
-            raise UserError(str(error)) from error
+            targets = build_targets(job.args, model, job.device, job.world, lambda: stop.wanted)
         except OSError as error:
             raise UserError(
-                f"--output must be writable, got '{args.output}' ({error}); choose another folder"
+                f"--output must be writable, got '{job.args.output}' ({error}); choose another folder"
             ) from error
-    if world.is_main:
-        report(args, dict(zip(targets, results, strict=True)))
-    return 0 if results[0].complete else stop.exit_status or 1
+    if targets is None or stop.wanted:
+        if job.world.is_main:
+            print("stopped while the latency was measured; nothing was written", file=sys.stderr)
+        raise SystemExit(stop.exit_status or 1)
+    return targets
 
 
 def _parts(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,21 +13,18 @@ from tokcomp.cli.table import table
 
 if TYPE_CHECKING:
     from tokcomp.search.folder import SearchFolder
+    from tokcomp.search.run import SearchRun
     from tokcomp.search.settings import SearchResult
 
 #: Share of a target by which a cost may miss it before that is worth a line.
 _WORTH_A_LINE = 0.02
 
 
-def report(args: argparse.Namespace, results: dict[str, SearchResult]) -> None:
-    """Print the table of what was found, or where a stopped search stands."""
-    from tokcomp.search.folder import SearchFolder
-
-    folder = SearchFolder(args.output, list(results))
-    if not next(iter(results.values())).complete:
-        steps = next(iter(results.values())).steps
-        print(f"stopped after step {steps}; the same command with --resume goes on from there", file=sys.stderr)
-        return
+def report(args: argparse.Namespace, run: SearchRun) -> None:
+    """Print the table of what was found."""
+    folder = run.folder
+    assert folder is not None
+    results = dict(zip(folder.targets, run.results, strict=True))
     if args.json:
         print(folder.summary.read_text(encoding="utf-8"), end="")
         return

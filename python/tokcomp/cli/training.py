@@ -1,132 +1,291 @@
-"""What the commands that train share: the recipe's options, the processes, stopping and going on."""
+"""What the commands that train share: their options, this process among those of the run, and the run to its end."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tokcomp.cli import options
-from tokcomp.cli.errors import UserError, blame, check_output_folder
+from tokcomp.cli.errors import RunFailed, UserError, blame, check_output_folder
+from tokcomp.runs.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+    from torch.utils.data import Dataset
 
+    from tokcomp.runs.batches import LoaderBatches
     from tokcomp.runs.distributed import World
-    from tokcomp.runs.recipe import Recipe
-    from tokcomp.runs.steps import StopRequest
+    from tokcomp.runs.loop import Run
+
+R = TypeVar("R", bound="Run")
+
+#: field of the recipe -> (what parses it, what it says); the options' names are timm's.
+_RECIPE_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "epochs": (options.positive_float, "passes over the training images"),
+    "opt": (str, "optimizer, by timm's name"),
+    "lr": (options.positive_float, "highest learning rate"),
+    "min_lr": (options.non_negative_float, "learning rate of the last step; a hundredth of an --lr that is below it"),
+    "sched": (str, "learning rate scheduler, by timm's name"),
+    "warmup_epochs": (options.non_negative_float, "epochs in which the learning rate rises"),
+    "warmup_lr": (options.non_negative_float, "learning rate that the warm-up starts from"),
+    "weight_decay": (options.non_negative_float, "weight decay; biases and norms have none"),
+    "clip_grad": (options.positive_float, "largest norm of the gradient, to which a larger one is scaled down"),
+    "aa": (str, "augmentation policy, by timm's name, or none"),
+    "hflip": (options.non_negative_float, "probability that an image is mirrored"),
+    "color_jitter": (options.non_negative_float, "strength of colour jitter, which is used where --aa is none"),
+    "train_interpolation": (str, "how training images are resized"),
+    "reprob": (options.non_negative_float, "probability of random erasing"),
+    "repeated_aug": (options.positive_int, "copies of an image in a row, each augmented on its own"),
+    "smoothing": (options.non_negative_float, "label smoothing"),
+    "mixup": (options.non_negative_float, "alpha of mixup; 0 leaves it out"),
+    "cutmix": (options.non_negative_float, "alpha of cutmix; 0 leaves it out"),
+    "drop_path": (options.non_negative_float, "stochastic depth: probability of dropping the last block's branches"),
+    "model_ema_decay": (options.positive_float, "decay of a moving average of the weights, which is trained along"),
+}
+_FLAGS = {"repeated_aug": "--aug-repeats"}
+#: What has no say on the digits, which are drawn anew each time, and what the recipe then says.
+_AUGMENTATION = ("aa", "scale", "ratio", "hflip", "color_jitter", "train_interpolation", "reprob")
+_NO_AUGMENTATION = {"aa": None, "hflip": 0.0, "color_jitter": 0.0, "reprob": 0.0}
 
 
-class Run(Protocol):
-    """A training run whose checkpoint is in its output folder."""
-
-    total_steps: int
-
-    @property
-    def step_number(self) -> int: ...
-
-    def train(self, stop: StopRequest, *, resumed: bool = False) -> bool: ...
+def _flag(field: str) -> str:
+    return _FLAGS.get(field, "--" + field.replace("_", "-"))
 
 
-def add_seed_option(group: Any) -> None:
-    group.add_argument("--seed", type=options.non_negative_int, default=0, metavar="N", help="default: %(default)s")
+# ---- options
 
 
-def add_accumulation_option(group: Any, more: str = "") -> None:
+def add_recipe_options(
+    group: Any,
+    fields: Iterable[str],
+    *recipes: Recipe,
+    says: Mapping[str, str] | None = None,
+    defaults: Mapping[str, str] | None = None,
+) -> None:
+    """Options for fields of the recipe, and the seed; the help states each recipe's default.
+
+    Args:
+        group: to add them to.
+        fields: which.
+        recipes: whose defaults to state.
+        says: field -> what it says, where not the usual.
+        defaults: field -> its default, where not the recipes'.
+    """
+    for field in fields:
+        kind, text = _RECIPE_OPTIONS[field]
+        values = ["none" if value is None else str(value) for value in (getattr(one, field) for one in recipes)]
+        default = (defaults or {}).get(field) or "; ".join(dict.fromkeys(values))
+        text = (says or {}).get(field, text)
+        group.add_argument(_flag(field), type=kind, dest=field, metavar="X", help=f"{text} (default: {default})")
     group.add_argument(
+        "--seed",
+        type=options.non_negative_int,
+        default=0,
+        metavar="N",
+        help="seed of all that is drawn at random: order, augmentation, mixing, drop path (default: %(default)s)",
+    )
+
+
+def add_speed_options(parser: argparse.ArgumentParser, *, amp_on_gpu: bool = False, checkpointing: bool = True) -> Any:
+    """Options of precision and memory; returns their group. ``amp_on_gpu``: --amp is the default there."""
+    speed = parser.add_argument_group("precision, speed and memory")
+    if amp_on_gpu:
+        action: Any = argparse.BooleanOptionalAction
+        speed.add_argument("--amp", action=action, help="automatic mixed precision in bfloat16 (default: on a GPU)")
+    else:
+        speed.add_argument("--amp", action="store_true", help="automatic mixed precision in bfloat16")
+    if checkpointing:
+        text = "recompute each block in the backward pass, which takes less memory"
+        speed.add_argument("--grad-checkpointing", action="store_true", help=text)
+    speed.add_argument(
         "--grad-accum-steps",
         type=options.positive_int,
         default=1,
         metavar="N",
-        help=f"compute a process's part of the batch in N pieces{more} (default: %(default)s)",
+        help="compute a process's part of the batch in N pieces, which takes less memory (default: %(default)s)",
     )
+    return speed
 
 
-def add_output_option(group: Any, default: str) -> None:
-    group.add_argument("-o", "--output", type=Path, default=Path(default), metavar="DIR", help="default: %(default)s")
+def add_output_options(parser: argparse.ArgumentParser, folder: str, **intervals: tuple[int, str]) -> Any:
+    """Options of the folder, of resuming, and of what is written how often: name -> (steps, between what)."""
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path(folder),
+        metavar="DIR",
+        help="folder for all that the run writes (default: %(default)s)",
+    )
+    output.add_argument(
+        "--resume", action="store_true", help="go on with the run in the output folder; the other options as they were"
+    )
+    for name, (steps, text) in intervals.items():
+        output.add_argument(
+            f"--{name}-interval",
+            type=options.positive_int,
+            default=steps,
+            metavar="N",
+            help=f"steps between {text} (default: %(default)s)",
+        )
+    return output
 
 
-def refuse_for_digits(args: argparse.Namespace, given: Mapping[str, Any], fields: Iterable[str]) -> None:
-    """Refuse augmentation of the digits, which are drawn anew each time."""
-    for field in fields:
-        if args.dataset == "digits" and field in given:
-            flag = "--" + field.replace("_", "-")
-            raise UserError(f"{flag} has no say with --dataset digits, which are drawn anew each time; leave it out")
-
-
-def changed_recipe(base: Recipe, given: Mapping[str, Any]) -> Recipe:
-    """A recipe with the fields that the user gave."""
-    given = {**given}
-    if given.get("aa") in ("none", "None", ""):
-        given["aa"] = None
+def read_recipe(args: argparse.Namespace, base: Recipe, **more: Any) -> Recipe:
+    """``base`` with ``more`` fields of this run's own, and over both those that the user gave."""
+    given = {field: getattr(args, field, None) for field in ("batch_size", *_RECIPE_OPTIONS)}
+    fields = {**more, **{field: value for field, value in given.items() if value is not None}}
+    if fields.get("aa") in ("none", "None", ""):
+        fields["aa"] = None
+    if getattr(args, "dataset", None) == "digits":
+        for field in _AUGMENTATION:
+            if fields.get(field) is not None:
+                raise UserError(
+                    f"{_flag(field)} has no say with --dataset digits, which are drawn anew each time; leave it out"
+                )
+        fields |= _NO_AUGMENTATION
+    if fields.get("lr", base.lr) < base.min_lr:
+        fields = {"min_lr": fields["lr"] / 100, **fields}
     with blame("recipe"):
-        recipe = replace(base, **given)
+        recipe = replace(base, **fields)
     if recipe.min_lr > recipe.lr:
         raise UserError(f"--min-lr must not be above --lr, got {recipe.min_lr:g} and {recipe.lr:g}")
     return recipe
 
 
-def lower_min_lr(base: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given``, with a lowest rate that suits an ``lr`` below the recipe's own lowest."""
-    if given.get("lr", base.lr) < base.min_lr:
-        return {"min_lr": given["lr"] / 100, **given}
-    return {**given}
+# ---- the run
 
 
-def check_new_run(args: argparse.Namespace, *more: str) -> None:
-    """Refuse a folder that cannot be written, or that holds a run where none is to be resumed."""
+@dataclass(frozen=True)
+class Job:
+    """A command's options, and this process among those of its run."""
+
+    args: argparse.Namespace
+    device: torch.device
+    world: World
+
+    @property
+    def pieces(self) -> int:
+        pieces: int = self.args.grad_accum_steps
+        return pieces
+
+    @property
+    def amp(self) -> str | None:
+        """The type of mixed precision, by name."""
+        wanted = self.device.type == "cuda" if self.args.amp is None else self.args.amp
+        return getattr(self.args, "amp_dtype", "bfloat16") if wanted else None
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        import torch
+
+        return None if self.amp is None else getattr(torch, self.amp)
+
+    def begin(self, *, mixes: bool) -> None:
+        """Refuse a batch that does not divide, and seed what random weights are drawn from."""
+        from tokcomp.runs.batches import check_batch_size
+        from tokcomp.runs.steps import seed_all
+
+        with blame("--batch-size"):
+            check_batch_size(self.args.batch_size, self.world.size, self.pieces, mixes=mixes)
+        seed_all(self.args.seed)
+
+    def batches(self, dataset: Dataset, **more: Any) -> LoaderBatches:
+        """The batches to train on; ``more`` is :class:`LoaderBatches`' own."""
+        from tokcomp.runs.batches import LoaderBatches
+
+        shared: dict[str, Any] = {"world": self.world, "pieces": self.pieces, **self._loading}
+        return LoaderBatches(dataset, self.args.batch_size, self.args.seed, **shared, **more)
+
+    def held_out(self, dataset: Dataset) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+        """Starts a pass over this process's part of the images to validate on."""
+        from tokcomp.runs.batches import held_out_batches
+
+        share = max(1, self.args.batch_size // (self.world.size * self.pieces))
+        return held_out_batches(dataset, min(share, 256), world=self.world, **self._loading)
+
+    def settings(self, recipe: Recipe, *, data: str, train_images: int) -> dict[str, Any]:
+        """What every resumed run has to share with its beginning."""
+        return {
+            "recipe": recipe.describe(),
+            "seed": self.args.seed,
+            "data": data,
+            "train_images": train_images,
+            "processes": self.world.size,
+            "grad_accum_steps": self.pieces,
+            "device": self.device.type,
+            "amp": self.amp,
+        }
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        return {"workers": self.args.workers, "pin_memory": self.device.type == "cuda"}
+
+
+def versions() -> dict[str, Any]:
+    """What summaries say of the software."""
+    from tokcomp.measure.info import package_versions
+
+    found = package_versions()
+    return {name: found[name] for name in ("tokcomp", "torch", "timm")}
+
+
+def train(
+    args: argparse.Namespace, prepare: Callable[[Job], R], report: Callable[[R], None], *, traces: Iterable[str] = ()
+) -> int:
+    """Prepare a run, take it to its end or to where it is stopped, and say so: the exit status.
+
+    Args:
+        args: the options.
+        prepare: makes the run; what can be refused is refused there, with nothing written.
+        report: what the main process prints of a run that has reached its end.
+        traces: files, besides the usual, by which the output folder is known to hold a run.
+    """
+    from tokcomp.runs.distributed import join, leave, local_device
     from tokcomp.runs.loop import Run, check_free
 
     check_output_folder("--output", args.output)
     if not args.resume:
         with blame("--output"):
-            check_free(args.output, (*Run.traces, *more))
-
-
-def among_processes(args: argparse.Namespace, work: Callable[[torch.device, World], int]) -> int:
-    """``work`` on this process's device, among the processes that torchrun started."""
-    from tokcomp.runs.distributed import join, leave, local_device
-
+            check_free(args.output, (*Run.traces, *traces))
     device = local_device(options.chosen_device(args.device))
     try:
         world = join(device)
     except RuntimeError as error:
         raise UserError(str(error)) from error
     try:
-        return work(device, world)
+        return _to_its_end(args, prepare(Job(args, device, world)), report)
     finally:
         leave()
 
 
-def train_to_end(
-    args: argparse.Namespace, found: Run, world: World, report: Callable[[], None], *, command: str
-) -> int:
-    """Resume where asked, train, and say how it ended: the exit status."""
+def _to_its_end(args: argparse.Namespace, run: R, report: Callable[[R], None]) -> int:
     from tokcomp.runs.checkpoint import CheckpointError
     from tokcomp.runs.steps import DivergedError, StopRequest
 
     with StopRequest() as stop:
         try:
-            finished = found.train(stop, resumed=args.resume)
+            finished = run.train(stop, resumed=args.resume)
         except DivergedError as error:
-            if world.is_main:
-                print(f"tokcomp {command}: error: {error}", file=sys.stderr)
-            return 1
+            raise RunFailed(str(error)) from error
         except CheckpointError as error:
-            raise UserError(f"--resume: {error}") from error
+            raise UserError(f"{'--resume' if args.resume else '--output'}: {error}") from error
         except OSError as error:
             raise UserError(
                 f"--output must be writable, got '{args.output}' ({error}); choose another folder"
             ) from error
-    if world.is_main and finished:
-        report()
-    elif world.is_main:
+    if run.world.is_main and finished:
+        report(run)
+    elif run.world.is_main:
         print(
-            f"stopped after step {found.step_number} of {found.total_steps}; the same command with --resume goes on "
-            "from there",
+            f"stopped after step {run.step_number} of {run.total_steps}; the same command with --resume goes on from "
+            "there",
             file=sys.stderr,
         )
     return 0 if finished else stop.exit_status or 1

@@ -17,25 +17,9 @@ from tokcomp.dense.metrics import Scores
 from tokcomp.dense.segmenter import Segmenter
 from tokcomp.finetune.tuner import FineTuner
 from tokcomp.runs.batches import Batches
-from tokcomp.runs.recipe import Recipe
 from tokcomp.runs.training import TrainingRun
 
 WEIGHTS = "segmenter.safetensors"
-
-#: AdamW from scratch; nothing is mixed, and masks are augmented with their images.
-DENSE_RECIPE = Recipe(
-    lr=2e-3,
-    min_lr=1e-5,
-    weight_decay=0.05,
-    epochs=1,
-    batch_size=16,
-    clip_grad=1.0,
-    aa=None,
-    smoothing=0.0,
-    mixup=0.0,
-    cutmix=0.0,
-    drop_path=0.0,
-)
 
 
 class SegmenterTuner(FineTuner):

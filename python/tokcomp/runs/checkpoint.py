@@ -14,7 +14,7 @@ VERSION = 1
 
 
 class CheckpointError(ValueError):
-    """A run cannot be resumed: its checkpoint is missing, damaged, or of other settings."""
+    """A run's folder holds another run, or its checkpoint is missing, damaged or of other settings."""
 
 
 def save_checkpoint(path: Path, kind: str, state: Mapping[str, Any]) -> None:

@@ -168,7 +168,7 @@ class Run(ABC):
             resumed: go on from the checkpoint in the output folder.
 
         Raises:
-            ValueError: the folder holds a run that is not to be resumed, or (a CheckpointError) none that can be.
+            CheckpointError: a ValueError; the folder holds a run that is not to be resumed, or none that can be.
             OSError: the folder cannot be written, or another run is writing into it.
             DivergedError: a loss or what is learned stopped being finite; the checkpoint before that is kept.
         """
@@ -283,10 +283,10 @@ def check_free(folder: Path, traces: Sequence[str] = Run.traces) -> None:
     """Refuse a folder that holds a run, known by files that fit one of ``traces``.
 
     Raises:
-        ValueError: it does.
+        CheckpointError: a ValueError; it does.
     """
     if folder.is_dir() and any(any(folder.glob(pattern)) for pattern in traces):
-        raise ValueError(
+        raise CheckpointError(
             f"the output folder must not hold another run, got '{folder}'; go on with it by --resume, or choose "
             "another folder"
         )

@@ -1,16 +1,17 @@
-"""Recipes: the settings of an optimization, the papers' own as defaults, and timm's parts made from them."""
+"""Recipes: the settings of an optimization, the papers' own as defaults, and timm's parts made from them.
+
+The command line's help states their defaults, so nothing slow is imported until a part is made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from tokcomp.runs.steps import MIXING, seeded
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,21 @@ ADAPTFORMER_RECIPE = Recipe(
 #: ToCom, Table 13: the plugin's self-distillation. The labels that it smooths are not looked at.
 TOCOM_RECIPE = Recipe(lr=1e-3, min_lr=1e-5, weight_decay=0.05, epochs=10, reprob=0.25, repeated_aug=3)
 
+#: Segmenters: AdamW from scratch; nothing is mixed, and masks are augmented with their images.
+DENSE_RECIPE = Recipe(
+    lr=2e-3,
+    min_lr=1e-5,
+    weight_decay=0.05,
+    epochs=1,
+    batch_size=16,
+    clip_grad=1.0,
+    aa=None,
+    smoothing=0.0,
+    mixup=0.0,
+    cutmix=0.0,
+    drop_path=0.0,
+)
+
 
 def make_optimizer(recipe: Recipe, parameters: nn.Module | Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """timm's optimizer of that name; of a module, biases and norms are not decayed.
@@ -116,6 +132,7 @@ def make_optimizer(recipe: Recipe, parameters: nn.Module | Iterable[nn.Parameter
         ValueError: timm knows no optimizer of that name.
     """
     from timm.optim import create_optimizer_v2
+    from torch import nn
 
     what: Any = parameters if isinstance(parameters, nn.Module) else list(parameters)
     try:
@@ -189,6 +206,8 @@ class Targets:
         """images [b, 3, H, W] (overwritten) and labels [b] -> mixed images and targets [b, classes] of their type."""
         from timm.data.mixup import mixup_target
 
+        from tokcomp.runs.steps import MIXING, seeded
+
         if self._mixup is None:
             targets = mixup_target(labels, self._num_classes, 1.0, self._smoothing)
         else:
@@ -199,6 +218,9 @@ class Targets:
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy of logits [b, classes] under soft targets [b, classes], in float32 or better."""
+    import torch
+    import torch.nn.functional as F
+
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(wide), targets.to(wide))
 

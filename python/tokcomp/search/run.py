@@ -81,18 +81,25 @@ def run_searches(
         DivergedError: a loss was not finite; the last checkpoint is older than that.
         OSError: the folder cannot be written, or another run is writing into it, found before the first step.
     """
-    if not targets or not all(targets.values()):
-        raise ValueError(f"targets must have at least one budget each, got {dict(targets)!r}")
-    check_batch_size(batches.batch_size, world.size, batches.pieces, settings.recipe.mixes)
     with kept_generators():
-        folder = None if output is None else SearchFolder(output, list(targets), command)
-        run = SearchRun(model, batches, targets, settings, held_out, folder, world, dict(facts or {}), show_progress)
+        run = SearchRun(
+            model,
+            batches,
+            targets,
+            settings,
+            held_out=held_out,
+            output=output,
+            facts=facts,
+            command=command,
+            world=world,
+            show_progress=show_progress,
+        )
         run.train(stop or StopRequest(), resumed=resume)
         return run.results
 
 
 class SearchRun(Run):
-    """The search of :func:`run_searches`, whose arguments these are."""
+    """The run of :func:`run_searches`, which explains the arguments and what they raise. It draws random numbers."""
 
     kind = label = "search"
     traces = TRACES
@@ -103,13 +110,19 @@ class SearchRun(Run):
         batches: Batches,
         targets: Mapping[str, Sequence[Budget]],
         settings: SearchSettings,
-        held_out: HeldOut | None,
-        folder: SearchFolder | None,
-        world: World,
-        facts: dict[str, Any],
-        show_progress: bool,
+        *,
+        held_out: HeldOut | None = None,
+        output: Path | None = None,
+        facts: Mapping[str, Any] | None = None,
+        command: str | None = None,
+        world: World = ALONE,
+        show_progress: bool = True,
     ) -> None:
-        self.model, self.told, self.held_out, self.folder = model, settings, held_out, folder
+        if not targets or not all(targets.values()):
+            raise ValueError(f"targets must have at least one budget each, got {dict(targets)!r}")
+        check_batch_size(batches.batch_size, world.size, batches.pieces, settings.recipe.mixes)
+        self.model, self.told, self.held_out = model, settings, held_out
+        self.folder = None if output is None else SearchFolder(output, list(targets), command)
         recipe = settings.recipe
         device, self.dtype = _place_of(model)
         steps = settings.steps or max(1, round(recipe.epochs * batches.steps_per_epoch))
@@ -152,12 +165,12 @@ class SearchRun(Run):
             "processes": world.size,
             "device": device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
-            **facts,
+            **(facts or {}),
         }
         interval = max(1, steps // 10) if settings.eval_interval is None else settings.eval_interval
         super().__init__(
             batches,
-            None if folder is None else folder.path,
+            output,
             settings=shared,
             device=device,
             world=world,

@@ -29,7 +29,7 @@ ACTIONS = {
 }
 
 DESCRIPTION = """\
-Semantic segmentation whose tokens are merged for each MLP and given back behind it (ToMeMLP). Degree d merges
+Semantic segmentation whose tokens are merged for each MLP and given back after it (ToMeMLP). Degree d merges
 d x --tokens-per-degree tokens. Without DATA the pictures are generated: textured shapes on photographs, no download.
 """
 
@@ -72,24 +72,31 @@ def add_data_options(parser: argparse.ArgumentParser, *, batch_size: int, train:
         metavar="DATA",
         help="folder with images/SPLIT/*.jpg and annotations/SPLIT/*.png, as ADE20k has them (default: generated)",
     )
-    group.add_argument("--reduce-zero-label", action="store_true", help="label 0 is none, as in ADE20k; needs DATA")
+    group.add_argument("--reduce-zero-label", action="store_true", help="label 0 of DATA means no label, as in ADE20k")
     if train:
-        group.add_argument("--train-split", default="training", help="default: %(default)s")
+        group.add_argument("--train-split", default="training", help="part of DATA to train on (default: %(default)s)")
         group.add_argument(
             "--train-images",
             type=options.positive_int,
             metavar="N",
-            help="generated pictures to train on (default: 1200); the first N of DATA",
+            help="train on the first N pictures of DATA, or on N generated ones (default: all; 1200)",
         )
     if held_out:
-        group.add_argument("--split", default="validation", help="part that is not trained on (default: %(default)s)")
+        group.add_argument("--split", default="validation", help="part of DATA to score (default: %(default)s)")
         group.add_argument(
             "--num-samples",
             type=options.positive_int,
             metavar="N",
-            help="generated pictures to score (default: 120); the first N of DATA",
+            help="score the first N pictures of DATA, or N generated ones (default: all; 120)",
         )
-    group.add_argument("-b", "--batch-size", type=options.positive_int, default=batch_size, metavar="N")
+    group.add_argument(
+        "-b",
+        "--batch-size",
+        type=options.positive_int,
+        default=batch_size,
+        metavar="N",
+        help="images in a step, over all processes (default: %(default)s)" if train else "images in a batch",
+    )
     group.add_argument(
         "-j", "--workers", type=options.non_negative_int, default=0, metavar="N", help="loader processes (default: 0)"
     )
@@ -120,7 +127,7 @@ def add_degree_options(parser: argparse.ArgumentParser) -> Any:
     group.add_argument(
         "--merge-residual",
         action="store_true",
-        help="merged positions share one token behind the MLP, rather than the MLP's output alone",
+        help="merged positions share one token after the MLP, rather than the MLP's output alone",
     )
     return group
 
@@ -176,6 +183,11 @@ def open_data(args: argparse.Namespace, settings: SegmenterSettings, size: tuple
             dataset = Subset(dataset, range(min(count, num_images(dataset))))
     augment = train and args.data_dir is not None  # generated pictures vary as they are
     return Prepared(dataset, size, settings.mean, settings.std, augment=augment)
+
+
+def data_name(args: argparse.Namespace) -> str:
+    """What a run's settings call the data."""
+    return str(args.data_dir) if args.data_dir else "generated"
 
 
 def method_of(args: argparse.Namespace) -> Callable[[int], Method]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tokcomp.cli import dense, options, training
 from tokcomp.cli.errors import blame
+from tokcomp.cli.training import Job
+from tokcomp.runs.recipe import TOCOM_RECIPE
 
 if TYPE_CHECKING:
-    import torch
-
-    from tokcomp.runs.distributed import World
     from tokcomp.tocom.train import TocomRun
 
 DESCRIPTION = """\
@@ -41,77 +41,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="kl",
         help="divergence of the patches' classes, or L1 of the encoder's tokens (default: %(default)s)",
     )
-    plugin.add_argument("--max-degree", type=options.positive_int, default=16, metavar="D", help="default: 16")
-    plugin.add_argument("--rank", type=options.positive_int, default=2, metavar="H", help="of one step (default: 2)")
-    plugin.add_argument("--scale", type=options.positive_float, default=0.1, metavar="S", help="default: 0.1")
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--steps", type=options.positive_int, default=500, metavar="N", help="default: %(default)s")
-    recipe.add_argument("--lr", type=options.positive_float, default=1e-3, metavar="X", help="default: 0.001")
-    training.add_seed_option(recipe)
-    recipe.add_argument("--amp", action="store_true", help="automatic mixed precision in bfloat16")
-    output = parser.add_argument_group("output")
-    training.add_output_option(output, "tokcomp-dense-tocom")
-    output.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
-    output.add_argument(
-        "--checkpoint-interval", type=options.positive_int, default=100, metavar="N", help="default: 100 steps"
+    plugin.add_argument(
+        "--max-degree",
+        type=options.positive_int,
+        default=16,
+        metavar="D",
+        help="degrees are 0 to D (default: %(default)s)",
     )
+    plugin.add_argument(
+        "--rank", type=options.positive_int, default=2, metavar="H", help="rank of one step (default: %(default)s)"
+    )
+    plugin.add_argument(
+        "--scale",
+        type=options.positive_float,
+        default=0.1,
+        metavar="S",
+        help="factor on the plugin (default: %(default)s)",
+    )
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument(
+        "--steps", type=options.positive_int, default=500, metavar="N", help="length of the run (default: %(default)s)"
+    )
+    training.add_recipe_options(recipe, ("lr",), TOCOM_RECIPE)
+    training.add_speed_options(parser, checkpointing=False)
+    intervals = {"checkpoint": (100, "checkpoints"), "log": (10, "rows of the log")}
+    training.add_output_options(parser, "tokcomp-dense-tocom", **intervals)
 
 
 def run(args: argparse.Namespace) -> int:
+    return training.train(args, _prepare, lambda run: _report(args, run))
+
+
+def _report(args: argparse.Namespace, found: TocomRun) -> None:
     from tokcomp.tocom.train import PLUGIN
 
-    training.check_new_run(args)
-
-    def work(device: torch.device, world: World) -> int:
-        found = _prepare(args, device, world)
-
-        def report() -> None:
-            summary = found.summary()
-            print(f"degrees 0 to {args.max_degree} of {args.tokens_per_degree} tokens each")
-            print(f"loss {summary['loss']:.4g} after {summary['steps']} steps")
-            print(f"written: {args.output / PLUGIN}")
-
-        return training.train_to_end(args, found, world, report, command="dense")
-
-    return training.among_processes(args, work)
+    summary = found.summary()
+    print(f"degrees 0 to {args.max_degree} of {args.tokens_per_degree} tokens each")
+    print(f"loss {summary['loss']:.4g} after {summary['steps']} steps")
+    print(f"written: {args.output / PLUGIN}")
 
 
-def _prepare(args: argparse.Namespace, device: torch.device, world: World) -> TocomRun:
+def _prepare(job: Job) -> TocomRun:
     """Everything that can be refused is refused here, with nothing written."""
-    from dataclasses import replace
-
-    import torch
-
     import tokcomp
-    from tokcomp.runs.batches import LoaderBatches, check_batch_size
-    from tokcomp.runs.recipe import TOCOM_RECIPE
-    from tokcomp.runs.steps import seed_all
     from tokcomp.tocom.distill import Distiller
     from tokcomp.tocom.train import TocomRun
 
-    with blame("--batch-size"):
-        check_batch_size(args.batch_size, world.size, 1, mixes=False)
+    args = job.args
+    job.begin(mixes=False)
     segmenter, settings, size = dense.open_segmenter(args)
-    segmenter.requires_grad_(False).to(device)
+    segmenter.requires_grad_(False).to(job.device)
     dense.compress_encoder(args, segmenter, args.max_degree)
     tokcomp.restore(segmenter.encoder)
-    seed_all(args.seed)
     plugin = tokcomp.ToCom(segmenter.encoder, args.rank, args.max_degree)
     plugin.method = tokcomp.ToMeMLP.name
     data = dense.open_data(args, settings, size, train=True)
-    batches = LoaderBatches(
-        data, args.batch_size, args.seed, world=world, workers=args.workers, pin_memory=device.type == "cuda"
-    )
-    recipe = replace(
-        TOCOM_RECIPE,
-        lr=args.lr,
-        min_lr=min(TOCOM_RECIPE.min_lr, args.lr / 100),
+    batches = job.batches(data)
+    recipe = training.read_recipe(
+        args,
+        replace(TOCOM_RECIPE, mixup=0.0, cutmix=0.0, drop_path=0.0, repeated_aug=1),
+        min_lr=min(TOCOM_RECIPE.min_lr, (args.lr or TOCOM_RECIPE.lr) / 100),
         epochs=args.steps / batches.steps_per_epoch,
-        batch_size=args.batch_size,
-        mixup=0.0,
-        cutmix=0.0,
-        drop_path=0.0,
-        repeated_aug=1,
     )
     with blame("--amp"):
         distiller = Distiller(
@@ -121,11 +111,12 @@ def _prepare(args: argparse.Namespace, device: torch.device, world: World) -> To
             recipe,
             total_steps=args.steps,
             steps_per_epoch=batches.steps_per_epoch,
-            device=device,
+            device=job.device,
             scale=args.scale,
             seed=args.seed,
-            world=world,
-            amp_dtype=torch.bfloat16 if args.amp else None,
+            world=job.world,
+            pieces=job.pieces,
+            amp_dtype=job.amp_dtype,
             read=segmenter.patch_answers if args.loss == "kl" else None,
         )
     facts = {"segmenter": str(args.segmenter), "model": settings.model, "method": plugin.method}
@@ -140,13 +131,7 @@ def _prepare(args: argparse.Namespace, device: torch.device, world: World) -> To
         "rank": args.rank,
         "scale": args.scale,
         "steps": args.steps,
-        "recipe": recipe.describe(),
-        "seed": args.seed,
-        "data": str(args.data_dir) if args.data_dir else "generated",
-        "train_images": len(data),
-        "processes": world.size,
-        "device": device.type,
-        "amp": "bfloat16" if args.amp else None,
+        **job.settings(recipe, data=dense.data_name(args), train_images=len(data)),
     }
     return TocomRun(
         distiller,
@@ -156,5 +141,5 @@ def _prepare(args: argparse.Namespace, device: torch.device, world: World) -> To
         facts=facts,
         total_steps=args.steps,
         checkpoint_steps=args.checkpoint_interval,
-        log_steps=10,
+        log_steps=args.log_interval,
     )

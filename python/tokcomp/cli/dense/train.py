@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 from tokcomp.cli import dense, options, training
 from tokcomp.cli.errors import UserError, blame
 from tokcomp.cli.model_arguments import add_model_kwargs
+from tokcomp.cli.training import Job
+from tokcomp.runs.recipe import DENSE_RECIPE, Recipe
 
 if TYPE_CHECKING:
-    import torch
-
     from tokcomp.dense.train import DenseRun
-    from tokcomp.runs.distributed import World
-    from tokcomp.runs.recipe import Recipe
 
 DESCRIPTION = """\
 Train a segmenter: any plain timm vision transformer, from scratch or pre-trained, with a linear head or Segmenter's
@@ -40,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     dense.add_data_options(parser, batch_size=16, train=True, held_out=True)
     model = parser.add_argument_group("model (names and meanings as in timm's scripts)")
-    model.add_argument("-m", "--model", default="vit_tiny_patch16_224", metavar="NAME", help="default: %(default)s")
+    model.add_argument(
+        "-m", "--model", default="vit_tiny_patch16_224", metavar="NAME", help="timm model name (default: %(default)s)"
+    )
     add_model_kwargs(model)
     model.add_argument("--pretrained", action="store_true", help="start from timm's pretrained weights")
     model.add_argument(
@@ -50,57 +50,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N[,N]",
         help="image side, or height and width (default: 512)",
     )
-    model.add_argument("--head", choices=("linear", "mask_transformer"), default="mask_transformer")
-    model.add_argument("--num-classes", type=options.positive_int, metavar="K", help="of DATA")
+    model.add_argument(
+        "--head", choices=("linear", "mask_transformer"), default="mask_transformer", help="head (default: %(default)s)"
+    )
+    model.add_argument("--num-classes", type=options.positive_int, metavar="K", help="number of classes of DATA")
     model.add_argument(
         "--r",
         type=options.listed(options.non_negative_int),
         metavar="R",
-        help="train with so many tokens merged for each MLP",
+        help="tokens to merge for each MLP while training, or one number per block: 8,8,4,...",
     )
     model.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--steps", type=options.positive_int, default=1000, metavar="N", help="default: %(default)s")
-    for name, kind, text in (
-        ("opt", str, "adamw"),
-        ("lr", options.positive_float, "0.002"),
-        ("min_lr", options.non_negative_float, "1e-05"),
-        ("weight_decay", options.non_negative_float, "0.05"),
-        ("clip_grad", options.positive_float, "1.0"),
-        ("drop_path", options.non_negative_float, "0.0"),
-    ):
-        flag = "--" + name.replace("_", "-")
-        recipe.add_argument(flag, type=kind, metavar="X", help=f"default: {text}")
     recipe.add_argument(
-        "--warmup-steps", type=options.non_negative_int, metavar="N", help="default: a tenth of the steps"
+        "--steps", type=options.positive_int, default=1000, metavar="N", help="length of the run (default: %(default)s)"
     )
-    training.add_seed_option(recipe)
-    speed = parser.add_argument_group("precision, speed and memory")
-    speed.add_argument("--amp", action="store_true", help="automatic mixed precision in bfloat16")
-    speed.add_argument("--grad-checkpointing", action="store_true", help="recompute each block in the backward pass")
-    training.add_accumulation_option(speed)
-    output = parser.add_argument_group("output")
-    training.add_output_option(output, "tokcomp-segmenter")
-    output.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
-    for flag, steps, text in (
-        ("--checkpoint-interval", 200, "steps between checkpoints"),
-        ("--log-interval", 20, "steps between rows of the log"),
-        ("--validate-interval", 500, "steps between scores on the held-out images"),
-    ):
-        output.add_argument(
-            flag, type=options.positive_int, default=steps, metavar="N", help=f"{text} (default: %(default)s)"
-        )
+    recipe.add_argument(
+        "--warmup-steps",
+        type=options.non_negative_int,
+        metavar="N",
+        help="steps in which the learning rate rises (default: a tenth of them)",
+    )
+    fields = ("opt", "lr", "min_lr", "weight_decay", "clip_grad", "drop_path")
+    training.add_recipe_options(recipe, fields, DENSE_RECIPE)
+    training.add_speed_options(parser)
+    training.add_output_options(
+        parser,
+        "tokcomp-segmenter",
+        checkpoint=(200, "checkpoints"),
+        log=(20, "rows of the log"),
+        validate=(500, "scores on the held-out images"),
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     options.check_model_name(args.model)
-    training.check_new_run(args)
-
-    def work(device: torch.device, world: World) -> int:
-        found = _prepare(args, device, world)
-        return training.train_to_end(args, found, world, lambda: _report(args, found), command="dense")
-
-    return training.among_processes(args, work)
+    return training.train(args, _prepare, lambda run: _report(args, run))
 
 
 def _report(args: argparse.Namespace, found: DenseRun) -> None:
@@ -115,19 +100,14 @@ def _report(args: argparse.Namespace, found: DenseRun) -> None:
 
 
 def _recipe(args: argparse.Namespace, steps_per_epoch: int) -> Recipe:
-    from tokcomp.dense.train import DENSE_RECIPE
-
-    fields = ("batch_size", "opt", "lr", "min_lr", "weight_decay", "clip_grad", "drop_path")
-    given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
     warmup = args.steps // 10 if args.warmup_steps is None else args.warmup_steps
-    given |= {"epochs": args.steps / steps_per_epoch, "warmup_epochs": warmup / steps_per_epoch}
-    return training.changed_recipe(DENSE_RECIPE, training.lower_min_lr(DENSE_RECIPE, given))
+    epochs = {"epochs": args.steps / steps_per_epoch, "warmup_epochs": warmup / steps_per_epoch}
+    return training.read_recipe(args, DENSE_RECIPE, **epochs)
 
 
-def _prepare(args: argparse.Namespace, device: torch.device, world: World) -> DenseRun:
+def _prepare(job: Job) -> DenseRun:
     """Everything that can be refused is refused here, with nothing written."""
     import timm
-    import torch
 
     import tokcomp
     from tokcomp.dense.evaluate import evaluate_segmenter
@@ -136,9 +116,9 @@ def _prepare(args: argparse.Namespace, device: torch.device, world: World) -> De
     from tokcomp.dense.segmenter import Segmenter
     from tokcomp.dense.shapes import CLASSES
     from tokcomp.dense.train import DenseRun, SegmenterTuner
-    from tokcomp.runs.batches import LoaderBatches, check_batch_size, held_out_batches
-    from tokcomp.runs.steps import seed_all
+    from tokcomp.runs.batches import held_out_batches
 
+    args = job.args
     size = dense.image_size(args.img_size)
     assert size is not None
     if args.data_dir is None and args.num_classes not in (None, len(CLASSES)):
@@ -151,10 +131,7 @@ def _prepare(args: argparse.Namespace, device: torch.device, world: World) -> De
     build = SegmenterSettings(
         args.model, size, args.head, classes, tuple(mean), tuple(std), model_kwargs=dict(args.model_kwargs)
     )
-    pieces = args.grad_accum_steps
-    with blame("--batch-size"):
-        check_batch_size(args.batch_size, world.size, pieces, mixes=False)
-    seed_all(args.seed)
+    job.begin(mixes=False)
     segmenter = _build(args, build)
     if args.r is not None:
         with blame("--r"):
@@ -163,15 +140,7 @@ def _prepare(args: argparse.Namespace, device: torch.device, world: World) -> De
     held_out = dense.open_data(args, build, size, train=False)
     with blame("--img-size"):
         segmenter(train_data[0][0][None])
-    batches = LoaderBatches(
-        train_data,
-        args.batch_size,
-        args.seed,
-        world=world,
-        pieces=pieces,
-        workers=args.workers,
-        pin_memory=device.type == "cuda",
-    )
+    batches = job.batches(train_data)
     recipe = _recipe(args, batches.steps_per_epoch)
     with blame("recipe"):
         tuner = SegmenterTuner(
@@ -180,24 +149,22 @@ def _prepare(args: argparse.Namespace, device: torch.device, world: World) -> De
             num_classes=len(classes),
             total_steps=args.steps,
             steps_per_epoch=batches.steps_per_epoch,
-            device=device,
+            device=job.device,
             seed=args.seed,
-            world=world,
-            pieces=pieces,
-            amp_dtype=torch.bfloat16 if args.amp else None,
+            world=job.world,
+            pieces=job.pieces,
+            amp_dtype=job.amp_dtype,
         )
     held_out_start = held_out_batches(held_out, args.batch_size, workers=args.workers)
 
     def validate(model: Segmenter) -> Scores:
-        return evaluate_segmenter(model, held_out_start(), device=device).scores
+        return evaluate_segmenter(model, held_out_start(), device=job.device).scores
 
     facts = {
         "model": args.model,
         "classes": len(classes),
         "weights": "pretrained encoder" if args.pretrained else "from scratch",
-        "tokcomp": tokcomp.__version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
+        **training.versions(),
     }
     settings = {
         "model": args.model,
@@ -207,14 +174,7 @@ def _prepare(args: argparse.Namespace, device: torch.device, world: World) -> De
         "img_size": list(size),
         "r": args.r,
         "steps": args.steps,
-        "recipe": recipe.describe(),
-        "seed": args.seed,
-        "data": str(args.data_dir) if args.data_dir else "generated",
-        "train_images": len(train_data),
-        "processes": world.size,
-        "grad_accum_steps": pieces,
-        "device": device.type,
-        "amp": "bfloat16" if args.amp else None,
+        **job.settings(recipe, data=dense.data_name(args), train_images=len(train_data)),
     }
     return DenseRun(
         tuner,

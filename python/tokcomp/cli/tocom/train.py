@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokcomp.cli import options, training
-from tokcomp.cli.data import add_data_options, data_root, open_data
+from tokcomp.cli.data import add_data_options, data_config, data_root, open_data
 from tokcomp.cli.degrees import add_degree_options, build_degrees
 from tokcomp.cli.errors import UserError, blame
 from tokcomp.cli.model_arguments import model_settings
+from tokcomp.cli.training import Job
+from tokcomp.runs.recipe import TOCOM_RECIPE, Recipe
 
 if TYPE_CHECKING:
-    import torch
-
-    from tokcomp.runs.distributed import World
-    from tokcomp.runs.recipe import Recipe
     from tokcomp.tocom.train import TocomRun
 
 DESCRIPTION = """\
@@ -42,32 +40,17 @@ examples:
       between DiffRate schedules
 """
 
-#: field of the recipe -> (what parses it, what it says, its default); the options' names are timm's.
-RECIPE_OPTIONS: dict[str, tuple[Any, str, str]] = {
-    "epochs": (options.positive_float, "passes over the training images", "10"),
-    "opt": (str, "optimizer", "adamw"),
-    "lr": (options.positive_float, "highest learning rate", "0.001"),
-    "min_lr": (options.non_negative_float, "the last step's learning rate", "1e-05"),
-    "sched": (str, "learning rate scheduler", "cosine"),
-    "warmup_epochs": (options.non_negative_float, "epochs in which the rate rises", "0.0"),
-    "weight_decay": (options.non_negative_float, "decay of the plugin's matrices", "0.05"),
-    "clip_grad": (options.positive_float, "largest norm of the gradient", "None"),
-    "aa": (str, "augmentation policy, or none", "rand-m9-mstd0.5-inc1"),
-    "hflip": (options.non_negative_float, "probability of a horizontal flip", "0.5"),
-    "color_jitter": (options.non_negative_float, "where --aa is none", "0.3"),
-    "reprob": (options.non_negative_float, "probability of random erasing", "0.25"),
-    "repeated_aug": (options.positive_int, "copies of an image, each augmented by itself", "3"),
-    "mixup": (options.non_negative_float, "alpha of mixup", "0.8"),
-    "cutmix": (options.non_negative_float, "alpha of cutmix", "1.0"),
-    "drop_path": (options.non_negative_float, "stochastic depth of the student's last block", "0.1"),
-}
-_FLAGS = {"repeated_aug": "--aug-repeats"}
+#: Fields of the recipe that have an option.
+RECIPE_FIELDS = (
+    *("epochs", "opt", "lr", "min_lr", "sched", "warmup_epochs", "weight_decay", "clip_grad", "aa", "hflip"),
+    *("color_jitter", "reprob", "repeated_aug", "mixup", "cutmix", "drop_path"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     data = add_data_options(parser, batch_size=1024, batch_help="images in a step, over all processes; ")
-    data.add_argument("--train-split", default="train", help="part to train on (default: %(default)s)")
+    data.add_argument("--train-split", default="train", help="part of the data set to train on (default: %(default)s)")
     options.add_model_options(parser, default="deit_base_patch16_224")
     add_degree_options(parser)
     plugin = parser.add_argument_group("plugin")
@@ -75,10 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-degree",
         type=options.positive_int,
         metavar="D",
-        help="degrees are 0 to D (default: 16, or the schedules)",
+        help="degrees are 0 to D (default: 16, or the number of --schedules)",
     )
     plugin.add_argument(
-        "--rank", type=options.positive_int, default=2, metavar="H", help="of one step (default: %(default)s)"
+        "--rank", type=options.positive_int, default=2, metavar="H", help="rank of one step (default: %(default)s)"
     )
     plugin.add_argument(
         "--scale",
@@ -88,40 +71,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="factor on the plugin (default: %(default)s)",
     )
     recipe = parser.add_argument_group("recipe")
-    for field, (kind, text, default) in RECIPE_OPTIONS.items():
-        flag = _FLAGS.get(field, "--" + field.replace("_", "-"))
-        recipe.add_argument(flag, type=kind, dest=field, metavar="X", help=f"{text} (default: {default})")
-    training.add_seed_option(recipe)
-    speed = parser.add_argument_group("precision, speed and memory")
-    speed.add_argument(
-        "--amp",
-        action=argparse.BooleanOptionalAction,
-        help="automatic mixed precision in bfloat16 (default: on a GPU)",
-    )
-    speed.add_argument("--grad-checkpointing", action="store_true", help="recompute each block in the backward pass")
-    training.add_accumulation_option(speed)
-    output = parser.add_argument_group("output")
-    training.add_output_option(output, "tokcomp-tocom")
-    output.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
-    for name, steps, text in (
-        ("--checkpoint-interval", 500, "steps between checkpoints"),
-        ("--log-interval", 50, "steps between rows of the log"),
-    ):
-        output.add_argument(
-            name, type=options.positive_int, default=steps, metavar="N", help=f"{text} (default: %(default)s)"
-        )
+    says = {"weight_decay": "decay of the plugin's matrices"}
+    says |= {"drop_path": "stochastic depth: probability of dropping the branches of the student's last block"}
+    training.add_recipe_options(recipe, RECIPE_FIELDS, TOCOM_RECIPE, says=says)
+    training.add_speed_options(parser, amp_on_gpu=True)
+    intervals = {"checkpoint": (500, "checkpoints"), "log": (50, "rows of the log")}
+    training.add_output_options(parser, "tokcomp-tocom", **intervals)
 
 
 def run(args: argparse.Namespace) -> int:
-    recipe = _recipe(args)
-    root = data_root(args)
-    training.check_new_run(args)
-
-    def work(device: torch.device, world: World) -> int:
-        found = _prepare(args, recipe, root, device, world)
-        return training.train_to_end(args, found, world, lambda: _report(args, found), command="tocom")
-
-    return training.among_processes(args, work)
+    if not (args.pretrained or args.checkpoint):
+        raise UserError("a plugin is trained on a trained model, got none; pass --pretrained or --checkpoint FILE")
+    recipe, root = training.read_recipe(args, TOCOM_RECIPE), data_root(args)
+    return training.train(args, lambda job: _prepare(job, recipe, root), lambda run: _report(args, run))
 
 
 def _report(args: argparse.Namespace, found: TocomRun) -> None:
@@ -134,42 +96,18 @@ def _report(args: argparse.Namespace, found: TocomRun) -> None:
     print(f"written: {args.output / PLUGIN}")
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
-    from tokcomp.runs.recipe import TOCOM_RECIPE
-
-    if not (args.pretrained or args.checkpoint):
-        raise UserError("a plugin is trained on a trained model, got none; pass --pretrained or --checkpoint FILE")
-    fields = ["batch_size", *RECIPE_OPTIONS]
-    given = {field: getattr(args, field) for field in fields if getattr(args, field) is not None}
-    return training.changed_recipe(TOCOM_RECIPE, training.lower_min_lr(TOCOM_RECIPE, given))
-
-
-def _mixed_precision(args: argparse.Namespace, device: torch.device) -> bool:
-    amp: bool | None = args.amp
-    return device.type == "cuda" if amp is None else amp
-
-
-def _prepare(
-    args: argparse.Namespace, recipe: Recipe, root: Path | None, device: torch.device, world: World
-) -> TocomRun:
+def _prepare(job: Job, recipe: Recipe, root: Path | None) -> TocomRun:
     """Everything that can be refused is refused here, with nothing written."""
-    import timm
-    import torch
-    from timm.data import resolve_model_data_config
     from torch.utils.data import IterableDataset
 
     import tokcomp
     from tokcomp.data import num_images
-    from tokcomp.runs.batches import LoaderBatches, check_batch_size
     from tokcomp.runs.data import training_part
-    from tokcomp.runs.steps import seed_all
     from tokcomp.tocom.distill import Distiller
     from tokcomp.tocom.train import TocomRun
 
-    pieces, amp = args.grad_accum_steps, _mixed_precision(args, device)
-    with blame("--batch-size"):
-        check_batch_size(args.batch_size, world.size, pieces, mixes=recipe.mixes)
-    seed_all(args.seed)
+    args = job.args
+    job.begin(mixes=recipe.mixes)
     model = options.build_model(args, drop_path_rate=recipe.drop_path)
     try:
         method_at, highest = build_degrees(args, model)
@@ -187,21 +125,10 @@ def _prepare(
             "DATA must hold images and give any by its number, got a stream or nothing; use a folder of images, "
             "torch/... or hfds/..."
         )
-    config = resolve_model_data_config(model)
-    if args.img_size is not None:
-        config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
+    config = data_config(args, model)
     with blame("--aa"):
         part = training_part(dataset, None, recipe, config)
-    batches = LoaderBatches(
-        part,
-        args.batch_size,
-        args.seed,
-        world=world,
-        pieces=pieces,
-        repeats=recipe.repeated_aug,
-        workers=args.workers,
-        pin_memory=device.type == "cuda",
-    )
+    batches = job.batches(part, repeats=recipe.repeated_aug)
     total_steps = max(1, round(recipe.epochs * batches.steps_per_epoch))
     try:
         distiller = Distiller(
@@ -211,12 +138,12 @@ def _prepare(
             recipe,
             total_steps=total_steps,
             steps_per_epoch=batches.steps_per_epoch,
-            device=device,
+            device=job.device,
             scale=args.scale,
             seed=args.seed,
-            world=world,
-            pieces=pieces,
-            amp_dtype=torch.bfloat16 if amp else None,
+            world=job.world,
+            pieces=job.pieces,
+            amp_dtype=job.amp_dtype,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"--model '{args.model}', --method {args.method}: {error}") from error
@@ -226,9 +153,7 @@ def _prepare(
         "num_classes": model.num_classes,
         "weights": options.describe_weights(args),
         "method": args.method,
-        "tokcomp": tokcomp.__version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
+        **training.versions(),
     }
     settings = {
         "model": args.model,
@@ -239,14 +164,7 @@ def _prepare(
         "rank": plugin.rank,
         "scale": args.scale,
         "img_size": config["input_size"][-1],
-        "recipe": recipe.describe(),
-        "seed": args.seed,
-        "data": args.dataset or str(root),
-        "train_images": len(part),
-        "processes": world.size,
-        "grad_accum_steps": pieces,
-        "device": device.type,
-        "amp": "bfloat16" if amp else None,
+        **job.settings(recipe, data=args.dataset or str(root), train_images=len(part)),
     }
     return TocomRun(
         distiller,
