@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 #: Lowest first.
 ROOMS = re.findall(r"^(\w+) ", re.search(r"```rooms\n(.*?)```", PAGE, re.S)[1], re.M)
-PACKAGES = re.search(r"^    (tokcomp_kernels <- .*)$", PAGE, re.M)[1].split(" <- ")
-FOLDERS = {name: ROOT / ("python/tokcomp" if name == "tokcomp" else name) for name in PACKAGES}
+#: Lowest first; what stands at one level may use each other.
+LEVELS = [level.split(", ") for level in re.search(r"^    (tokcomp_kernels <- .*)$", PAGE, re.M)[1].split(" <- ")]
+FOLDERS = {name: ROOT / ("python/tokcomp" if name == "tokcomp" else name) for level in LEVELS for name in level}
 
 
 def imported(source: str, package: str) -> Iterator[str]:
@@ -45,10 +46,11 @@ def package_of(path: Path, folder: Path, name: str) -> str:
     return ".".join([name, *path.parent.relative_to(folder).parts])
 
 
-def upward(order: list[str], start: str, names: Iterator[str], place: int) -> list[str]:
+def upward(order: list[list[str]], start: str, names: Iterator[str], place: int) -> list[str]:
     """Of the imported names, those of a later package or room (the part at ``place``) than ``start``."""
     parts = [name.split(".") for name in names]
-    later = order[order.index(start) + 1 :]
+    own = next(number for number, level in enumerate(order) if start in level)
+    later = {name for level in order[own + 1 :] for name in level}
     return [".".join(part) for part in parts if len(part) > place and part[place] in later]
 
 
@@ -68,17 +70,21 @@ def test_a_room_imports_only_those_above_it(room):
             names = (
                 name for name in imported(source, package_of(path, folder, "tokcomp")) if name.startswith("tokcomp.")
             )
-            assert upward(ROOMS, room, names, 1) == [], path
+            assert upward([[one] for one in ROOMS], room, names, 1) == [], path
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", FOLDERS)
 def test_a_package_imports_only_those_before_it(package):
     for path, source in modules(FOLDERS[package]):
-        assert upward(PACKAGES, package, imported(source, package), 0) == [], path
+        assert upward(LEVELS, package, imported(source, package), 0) == [], path
 
 
 def test_what_points_up_is_found():
     source = "import tokcomp\nfrom tokcomp import ToMe\nfrom ..search import run\ndef f():\n    tokcomp.compress(1)\n"
     names = list(imported(source, "tokcomp.runs"))
-    assert upward(ROOMS, "schedule", iter(names), 1) == ["tokcomp.methods", "tokcomp.search.run", "tokcomp.api"]
-    assert upward(PACKAGES, "tokcomp_kernels", iter(names), 0) == ["tokcomp", *names[1:]]
+    assert upward([[one] for one in ROOMS], "schedule", iter(names), 1) == [
+        "tokcomp.methods",
+        "tokcomp.search.run",
+        "tokcomp.api",
+    ]
+    assert upward(LEVELS, "tokcomp_kernels", iter(names), 0) == ["tokcomp", *names[1:]]
