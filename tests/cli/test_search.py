@@ -3,9 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,6 @@ from PIL import Image
 from tokcomp import CompressionSchedule
 from tokcomp.cli.search_report import _miss
 from tokcomp.runs.checkpoint import load_checkpoint
-from tokcomp.runs.log import read_log
 from tokcomp.runs.recipe import SEARCH_RECIPE
 
 SHORT = ("-b", "8", "--steps", "6", "--log-interval", "1", "--checkpoint-interval", "2", "--eval-interval", "0")
@@ -290,19 +286,7 @@ def test_mistakes_are_named_and_nothing_is_written(run, tmp_path, options, messa
 def test_unfit_folders_are_named(run, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
-    options = (
-        "search",
-        "-m",
-        "tokcomp_digits_vit",
-        "--device",
-        "cpu",
-        "-j",
-        "0",
-        *TARGET,
-        *SHORT,
-        "-o",
-        tmp_path / "run",
-    )
+    options = ("search", *MODEL, *TARGET, *SHORT, "-o", tmp_path / "run")
     status, _, err = run(*options, flat)
     assert status == 2 and f"DATA '{flat}' could not be opened as a data set" in err
     Image.new("RGB", (32, 32)).save(flat / "0.png")  # a picture, in no class's folder
@@ -353,86 +337,3 @@ def test_weights_that_are_no_numbers_stop_the_search(run, tmp_path):
     assert status == 1 and out == ""
     assert f"not finite at step 1; the last good checkpoint is {folder / 'checkpoint.pt'}" in err
     assert load_checkpoint(folder / "checkpoint.pt", "search")["step"] == 0
-
-
-def command(folder: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "tokcomp", *DIGITS, *TARGET, "-o", str(folder), *options]
-
-
-def wait_for_row(folder: Path, process: subprocess.Popen, step: int) -> None:
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        rows = read_log(folder / "log.csv")
-        if rows and rows[-1]["step"] >= step:
-            return
-        time.sleep(0.02)
-    pytest.fail(f"the search ended or hung: {process.poll()}")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("search") / "whole"
-    subprocess.run(command(folder, "--steps", "40"), check=True, capture_output=True, timeout=300)
-    return folder
-
-
-def assert_goes_on_as_if_nothing_had_happened(folder: Path, uninterrupted: Path) -> None:
-    subprocess.run(command(folder, "--steps", "40", "--resume"), check=True, capture_output=True, timeout=300)
-    assert (folder / "log.csv").read_bytes() == (uninterrupted / "log.csv").read_bytes()
-    schedules = [CompressionSchedule.load(one / "schedule.json") for one in (folder, uninterrupted)]
-    assert schedules[0] == schedules[1] and schedules[0].provenance["top1"] == schedules[1].provenance["top1"]
-
-
-def test_a_killed_search_loses_no_more_than_its_checkpoint_interval(uninterrupted, tmp_path):
-    folder = tmp_path / "killed"
-    process = subprocess.Popen(command(folder, "--steps", "40"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_for_row(folder, process, 5)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
-    reached = read_log(folder / "log.csv")[-1]["step"]
-    saved = load_checkpoint(folder / "checkpoint.pt", "search")["step"]
-    assert reached >= 5 and reached - saved <= 2  # --checkpoint-interval 2
-    assert not (folder / "summary.json").exists()
-    assert_goes_on_as_if_nothing_had_happened(folder, uninterrupted)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_search_loses_nothing(uninterrupted, tmp_path, number):
-    folder = tmp_path / "stopped"
-    process = subprocess.Popen(
-        command(folder, "--steps", "40"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        wait_for_row(folder, process, 3)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 128 + number, err
-    reached = read_log(folder / "log.csv")[-1]["step"]
-    assert load_checkpoint(folder / "checkpoint.pt", "search")["step"] == reached < 40
-    assert out == "" and f"stopped after step {reached} of 40; the same command with --resume goes on from there" in err
-    assert_goes_on_as_if_nothing_had_happened(folder, uninterrupted)
-
-
-def test_two_processes_find_the_schedule_of_one(tmp_path):
-    """Mixup on: each process holds whole pairs of the batch. Drop path, which each draws for itself, off."""
-    options = ("--steps", "8", "--drop-path", "0", "--eval-interval", "4")
-    subprocess.run(command(tmp_path / "one", *options), check=True, capture_output=True, timeout=300)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tokcomp"]
-    argv = [sys.executable, *launcher, *command(tmp_path / "two", *options)[3:]]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written:") == 1 and done.stderr.count("step 4/8: top-1") == 1
-    schedules = [CompressionSchedule.load(tmp_path / name / "schedule.json") for name in ("one", "two")]
-    assert schedules[0] == schedules[1]
-    assert schedules[0].provenance["top1"] == schedules[1].provenance["top1"]
-    logs = [read_log(tmp_path / name / "log.csv") for name in ("one", "two")]
-    for row, other in zip(*logs, strict=True):
-        # The mean of two float32 means against the mean of all: a few roundings of a number below 4.
-        assert row["cross_entropy"] == pytest.approx(other["cross_entropy"], abs=1e-5)
-        assert row["kept_3"] == other["kept_3"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -164,13 +162,6 @@ def test_mistakes_in_use_are_named(run, trained, tmp_path, arguments, message): 
     if arguments[0] == "tocom":
         status, _, err = run("dense", *(files.get(one, one) for one in arguments), "-o", tmp_path / "plugin")
     assert status == 2 and message in err
-
-
-def test_as_a_command(tmp_path):
-    command = [sys.executable, "-m", "tokcomp", *TRAIN, "--train-images", "2", "--num-samples", "1", "--steps", "1"]
-    done = subprocess.run([*command, "-o", str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "mIoU" in done.stdout and (tmp_path / "run" / "segmenter.safetensors").is_file()
 
 
 def test_help_teaches(run):  # noqa: F811

@@ -24,7 +24,7 @@ from tests.search.runs import (
 )
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+@pytest.mark.parametrize("stop_at", [1, 5])
 def test_a_resumed_search_is_the_uninterrupted_one(tmp_path, stop_at):
     whole = search(tmp_path / "whole", held_out=held_out)
     first = search(tmp_path / "parts", held_out=held_out, stop=StopAfter(stop_at))
@@ -62,22 +62,19 @@ def test_resuming_nothing_starts(tmp_path):
     assert search(tmp_path / "new", resume=True).schedule == search().schedule
 
 
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
+def test_other_settings_are_refused_by_name(tmp_path):
+    search(tmp_path, stop=StopAfter(2))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for change, name in (
         ({"granularity": 2}, "granularity"),
         ({"seed": 1}, "seed"),
         ({"match_inference": True}, "match_inference"),
         ({"recipe": replace(RECIPE, lr=0.2)}, "lr"),
         ({"recipe": replace(RECIPE, mixup=0.5)}, "mixup"),
         ({"log_interval": 3}, "log_interval"),
-    ],
-)
-def test_other_settings_are_refused_by_name(tmp_path, change, name):
-    search(tmp_path, stop=StopAfter(2))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=rf"a resumed run must keep its settings, got {name} = "):
-        search(tmp_path, resume=True, settings=replace(SETTINGS, **change))
+    ):
+        with pytest.raises(ValueError, match=rf"a resumed run must keep its settings, got {name} = "):
+            search(tmp_path, resume=True, settings=replace(SETTINGS, **change))
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 

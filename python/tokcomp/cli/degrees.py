@@ -44,7 +44,7 @@ def add_degree_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="diffrate: schedules saved as JSON; degree 0 keeps every token, 1, 2, ... are these, the dearest first",
+        help="diffrate: schedules saved as JSON; degree 0 keeps every token, 1, 2, ... are these, most expensive first",
     )
     group.add_argument(
         "--metric",
@@ -63,7 +63,7 @@ def add_degree_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--merge-residual",
         action="store_true",
-        help="tome_mlp: merged positions share one token behind the MLP, rather than the MLP's output alone",
+        help="tome_mlp: merged positions share one token after the MLP, rather than the MLP's output alone",
     )
 
 

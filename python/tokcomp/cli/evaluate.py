@@ -14,6 +14,7 @@ from tokcomp.cli.data import (
     add_data_options,
     add_strict_option,
     check_classes,
+    data_config,
     data_root,
     marking,
     open_data,
@@ -92,7 +93,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, root: Path | None, device: torch.device, world: World) -> int:
     import torch
-    from timm.data import resolve_model_data_config
 
     model = options.build_model(args)
     dataset = _open_dataset(args, root, world)
@@ -103,9 +103,7 @@ def _run(args: argparse.Namespace, root: Path | None, device: torch.device, worl
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
     model.to(device, dtype)
     runner = torch.compile(model) if args.torchcompile else model
-    config = resolve_model_data_config(model)
-    if args.img_size is not None:
-        config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
+    config = data_config(args, model)
     found = _evaluate(args, runner, dataset, config, device, dtype, world)
     if world.is_main or found.unreadable:
         report_oddities(dataset, found, model.num_classes)

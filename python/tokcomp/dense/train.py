@@ -35,7 +35,7 @@ class SegmenterTuner(FineTuner):
 
 
 class DenseRun(TrainingRun):
-    """Trains a segmenter, and scores it every so many steps.
+    """Trains a segmenter, and scores it every ``validate_steps``.
 
     Args:
         tuner: what is trained; its model is a :class:`Segmenter`.

@@ -123,7 +123,7 @@ class Progress:
         self._bar.update()
 
     def status(self, text: str) -> None:
-        """What stands behind the bar from now on."""
+        """The text beside the bar from now on."""
         self._bar.set_postfix_str(text, refresh=False)
 
     def note(self, step: int, text: str) -> None:

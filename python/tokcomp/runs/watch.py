@@ -18,7 +18,7 @@ class LossWatch:
     """
 
     def __init__(self, world: World, device: torch.device) -> None:
-        self._world, self._lag = world, 1 if device.type == "cuda" else 0
+        self._world, self._device, self._lag = world, device, 1 if device.type == "cuda" else 0
         self._under_way: deque[tuple[int, Tensor, Any]] = deque()
         self.stop_wanted = False
 
@@ -31,7 +31,7 @@ class LossWatch:
             # Copied now, among this step's own work: a copy asked for later would wait for the next step.
             report = torch.empty(report.shape, dtype=report.dtype, pin_memory=True).copy_(report, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))  # which need not be the current device's
         self._under_way.append((step, report, event))
 
     def settle(self, *, wait: bool) -> list[tuple[int, list[float]]]:

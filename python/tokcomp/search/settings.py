@@ -24,7 +24,7 @@ class SearchSettings:
         granularity, metric, pipeline, match_inference: as for :class:`DiffRateSearch`. The published code's granularity
             is 4.
         seed: of the mixing, of drop path and of the ``random`` metric.
-        budget_warmup_epochs: at first, learn from the images alone for so many epochs.
+        budget_warmup_epochs: epochs at the beginning that learn from the images alone, without the budget.
         amp: autocast to bfloat16.
         log_interval: steps between two rows of the log. On a GPU nothing waits for it in between.
         eval_interval: steps between two looks at the held-out accuracy; None: ten over the run; 0: at its end alone.

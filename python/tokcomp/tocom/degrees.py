@@ -54,7 +54,7 @@ def method_at(degrees: Degrees, degree: int) -> Method:
 def diffrate_degrees(
     model: nn.Module, schedules: Iterable[CompressionSchedule | DiffRate], metric: str | None = None
 ) -> dict[int, Method]:
-    """DiffRate schedules as degrees: 0 keeps every token, 1, 2, ... are the schedules from the dearest to the cheapest.
+    """DiffRate schedules as degrees: 0 keeps every token, 1, 2, ... are the schedules, most expensive first.
 
     Args:
         model: what they are for; it is not changed.
