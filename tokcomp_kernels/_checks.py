@@ -89,11 +89,18 @@ def _require_prefix(op: str, num_prefix_tokens: int, num_tokens: int) -> None:
         refuse(op, "num_prefix_tokens", f"be between 0 and the number of tokens ({num_tokens})", num_prefix_tokens)
 
 
+def _require_width(op: str, argument: str, tensor: Tensor) -> None:
+    """Heads [B, H, N, D] that are no numbers wide have no scale of their own, D ** -0.5."""
+    if tensor.shape[3] < 1:
+        refuse(op, argument, "have heads of at least one number (D >= 1)", f"a tensor of shape {_shape(tensor.shape)}")
+
+
 def _require_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> None:
     _require_dim(op, "q", q, "[B, H, N, D]")
     _require_floating(op, "q", q)
     if q.shape[2] < 1:
         refuse(op, "q", "hold at least one token", f"a tensor of shape {_shape(q.shape)}")
+    _require_width(op, "q", q)
     for name, tensor in (("k", k), ("v", v)):
         _require_shape(op, name, tensor, "[B, H, N, D]", q.shape)
         _require_like(op, name, tensor, "q", q)
@@ -107,6 +114,7 @@ def check_class_attention_sort(
     op = "class_attention_sort"
     _require_dim(op, "k", k, "[B, H, N, D]")
     _require_floating(op, "k", k)
+    _require_width(op, "k", k)
     batch, heads, num_tokens, width = k.shape
     _require_shape(op, "q_cls", q_cls, "[B, H, D]", (batch, heads, width))
     _require_like(op, "q_cls", q_cls, "k", k)

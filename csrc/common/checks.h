@@ -117,11 +117,19 @@ inline void positive_eps(const char* op, double eps) {
   TORCH_CHECK_VALUE(eps > 0, op, ": eps must be positive, got ", eps);
 }
 
+// Heads [B, H, N, D] that are no numbers wide have no scale of their own, D ** -0.5.
+inline void head_width(const char* op, const char* argument, const Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.size(3) >= 1, op, ": ", argument,
+                    " must have heads of at least one number (D >= 1), got a tensor of shape ",
+                    shape_name(tensor.sizes()));
+}
+
 inline void qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& size) {
   dim(op, "q", q, "[B, H, N, D]");
   floating(op, "q", q);
   TORCH_CHECK_VALUE(q.size(2) >= 1, op, ": q must hold at least one token, got a tensor of shape ",
                     shape_name(q.sizes()));
+  head_width(op, "q", q);
   shape(op, "k", k, "[B, H, N, D]", q.sizes());
   like(op, "k", k, "q", q);
   shape(op, "v", v, "[B, H, N, D]", q.sizes());
@@ -136,6 +144,7 @@ inline void check_class_attention_sort(const Tensor& q_cls, const Tensor& k, con
   const char* op = "class_attention_sort";
   checks::dim(op, "k", k, "[B, H, N, D]");
   checks::floating(op, "k", k);
+  checks::head_width(op, "k", k);
   checks::shape(op, "q_cls", q_cls, "[B, H, D]", {k.size(0), k.size(1), k.size(3)});
   checks::like(op, "q_cls", q_cls, "k", k);
   checks::per_token(op, "size", size, "k", k, {k.size(0), k.size(2)});

@@ -1,6 +1,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <cmath>
+
 #include "../common/checks.h"
 #include "../common/cpu_rows.h"
 #include "../common/dispatch.h"
@@ -39,7 +41,7 @@ Tensor merge_backward_cpu(const Tensor& grad, const Tensor& source, const Option
           }
           const scalar_t* row = grad_image + slots[n] * grad_rows.stride(1);
           const acc_t own = weight(n);
-          if (own == total[slots[n]]) {
+          if (own == total[slots[n]] && std::isfinite(own)) {  // of an infinite size no share is known: NaN
             rows::copy(row, row_out, width);
           } else {
             rows::combine<scalar_t>(&row, &own, 1, total[slots[n]], width, row_out);

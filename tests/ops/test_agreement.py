@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.backends import Target, all_samples, all_targets, find
+from tests.ops.backends import Target, all_samples, all_targets, find, targets
 from tokcomp_kernels.compare import assert_right
 from tokcomp_kernels.testing import Sample, samples
 
@@ -66,6 +66,16 @@ def test_same_bits_on_any_number_of_threads(target: Target) -> None:
                     assert _same_bits(have, again), f"{sample.id}: depends on the number of threads"
         finally:
             torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("target", targets("_merge_backward"), ids=lambda target: target.backend)
+def test_no_share_of_an_infinite_size_is_known(target: Target) -> None:
+    """Slots of an infinite token alone, of two, and of one and a finite one, whose share is zero."""
+    size = torch.tensor([[float("inf"), float("inf"), float("inf"), float("inf"), 1.0, 2.0]], device=target.device)
+    source = torch.tensor([[0, 1, 1, 2, 2, 3]], device=target.device)
+    grad = target.call(torch.ones(1, 4, 3, device=target.device), source, size)[0, :, 0]
+    assert grad.isnan().tolist() == [True, True, True, True, False, False]
+    assert grad[4:].tolist() == [0.0, 1.0]
 
 
 def _tensors(sample: Sample) -> list[torch.Tensor]:

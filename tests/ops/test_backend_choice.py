@@ -124,3 +124,22 @@ print("no error")
 """
     assert _python(code) == "no error"
     assert message in _run(code, TOKCOMP_CHECK="1").stderr
+
+
+def test_shapes_are_checked_before_values() -> None:
+    """What is ill-shaped is refused in the same words with value checks as without."""
+    code = """
+import torch, tokcomp_kernels as tk
+x, one = torch.randn(2, 21, 8), torch.ones(2, 21)
+for call in (
+    lambda: tk.masked_merge(x, one, torch.ones(2, 20), torch.tensor([15, 9])),
+    lambda: tk.unmerge(torch.randn(8), torch.zeros(2, 30, dtype=torch.int64)),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+    wanted = _python(code)
+    assert wanted.count("got a tensor of shape") == 2
+    assert _run(code, TOKCOMP_CHECK="1").stdout.strip() == wanted

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from tokcomp_kernels import _checks
 from tokcomp_kernels._library import LIBRARY, native_kernels
 from tokcomp_kernels._schema import BY_NAME, NAMESPACE
 from tokcomp_kernels.ops._backends import Implementation
@@ -91,19 +92,22 @@ def _give_key(implementation: Implementation, device: str) -> None:
     """Make the chosen backend answer on a device, unless it does already."""
     name = implementation.name
     backend = implementation.backend(device)
-    value_check = VALUE_CHECKS.get(name) if os.environ.get("TOKCOMP_CHECK", "0") == "1" else None
+    checks_values = name in VALUE_CHECKS and os.environ.get("TOKCOMP_CHECK", "0") == "1"
     # A compiled CPU kernel has registered itself; elsewhere the reference answers from below every key.
     answers_now = "cpp" if device == "cpu" and name in native_kernels()["cpu"] else "reference"
-    if backend == answers_now and value_check is None:
+    if backend == answers_now and not checks_values:
         return
     run = implementation.callable(backend)
-    if value_check is not None:
-        run = _checked(value_check, run)
+    if checks_values:
+        run = _checked(name, run)
     LIBRARY.impl(name, run, _DISPATCH_KEYS[device], allow_override=True)
 
 
-def _checked(value_check: Callable[..., None], run: Callable[..., Any]) -> Callable[..., Any]:
+def _checked(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    check, value_check = getattr(_checks, f"check_{name}"), VALUE_CHECKS[name]
+
     def checked(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)  # values can be looked at once the shapes are right
         value_check(*args, **kwargs)
         return run(*args, **kwargs)
 
@@ -129,13 +133,20 @@ def _autograd_kernel(
         if torch.is_grad_enabled():
             if function is not None and any(flat[i] is not None and flat[i].requires_grad for i in differentiable):
                 return function.apply(keyset, *flat)
-            if not operator.public and any(isinstance(value, torch.Tensor) and value.requires_grad for value in flat):
-                raise RuntimeError(
-                    f"{name}: gradients of gradients are not available; call backward without create_graph=True"
-                )
+            if not operator.public:
+                refuse_second_order(name, *flat)
         return arguments.redispatch(keyset, flat)
 
     return autograd
+
+
+def refuse_second_order(name: str, *values: Any) -> None:
+    """Raise RuntimeError where a backward pass is itself to be differentiated: with grad mode on, in one of its inputs.
+
+    Called by an operator's backward that is made of PyTorch's own operators, which would let it pass.
+    """
+    if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in values):
+        raise RuntimeError(f"{name}: gradients of gradients are not available; call backward without create_graph=True")
 
 
 def _has_tangent(value: Any) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_add_layer_norm
-from tokcomp_kernels.ops._register import Arguments, register
+from tokcomp_kernels.ops._register import Arguments, refuse_second_order, register
 from tokcomp_kernels.reference.add_layer_norm import add_layer_norm_reference
 
 
@@ -65,6 +65,7 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None, grad_normalized: Tensor | None) -> tuple[Tensor | None, ...]:
             total, weight, bias = ctx.saved_tensors
+            refuse_second_order("add_layer_norm", grad, grad_normalized, total, weight, bias)
             needs = ctx.needs_input_grad[1:]
             grad_weight = grad_bias = None
             if grad_normalized is not None:

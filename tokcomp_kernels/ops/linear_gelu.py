@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_linear_gelu
-from tokcomp_kernels.ops._register import Arguments, register
+from tokcomp_kernels.ops._register import Arguments, refuse_second_order, register
 from tokcomp_kernels.product_types import widened
 from tokcomp_kernels.reference.linear_gelu import linear_gelu_reference
 
@@ -27,7 +27,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     Returns:
         GELU(x @ weight.T + bias), [..., F], contiguous. Differentiable in x, weight and bias; the backward computes the
-        values before the GELU again instead of keeping them.
+        values before the GELU again instead of keeping them. A row's last
+        bits may depend on how many rows there are.
 
     Raises:
         ValueError: Shapes that do not match. TypeError: Dtypes that differ or are not floating.
@@ -50,6 +51,7 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             x, weight, bias = ctx.saved_tensors
+            refuse_second_order("linear_gelu", grad, x, weight, bias)
             needs_x, needs_weight, needs_bias = ctx.needs_input_grad[1:]
             with widened(x):
                 before = torch.ops.aten.gelu_backward(grad, F.linear(x, weight, bias))  # [..., F]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokcomp_kernels._checks import check_prune_merge_norm
 from tokcomp_kernels.ops._fake import accumulate_dtype
-from tokcomp_kernels.ops._register import Arguments, register
+from tokcomp_kernels.ops._register import Arguments, refuse_second_order, register
 from tokcomp_kernels.ops.add_layer_norm import layer_norm_grads
 from tokcomp_kernels.reference.prune_merge_norm import prune_merge_norm_reference
 
@@ -119,6 +119,7 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
             ctx: Any, grad: Tensor | None, grad_normalized: Tensor | None, *_: Any
         ) -> tuple[Tensor | None, ...]:
             kept, weight, bias, source = ctx.saved_tensors
+            refuse_second_order("prune_merge_norm", grad, grad_normalized, kept, weight, bias)
             needs = ctx.needs_input_grad[1:]
             grad_weight = grad_bias = None
             if grad_normalized is not None:
