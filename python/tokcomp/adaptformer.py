@@ -19,14 +19,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from tokcomp.adapters import UnsupportedModelError, find_adapter
 from tokcomp.adapters.swap import Swapped, restore_class, swap_class
 from tokcomp.adapters.timm_vit.adapter import TimmVisionTransformer
 from tokcomp.files import write_whole
+from tokcomp.reading import read_metadata, read_tensors, tensors_to_bytes
 
 FORMAT = "tokcomp.adaptformer"
 VERSION = 1
@@ -178,8 +177,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, facts: dict[str, Any
     about = metadata(model)
     if facts is not None:
         about["tokcomp"] = json.dumps(facts)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state(model).items()}
-    write_whole(Path(path), serialize(tensors, about))
+    write_whole(Path(path), tensors_to_bytes(state(model), about))
 
 
 @torch.no_grad()
@@ -202,6 +200,8 @@ def load(path: str | os.PathLike[str], model: ModelT) -> ModelT:
     try:
         bottleneck, depth, width = (int(about[name]) for name in ("bottleneck", "depth", "width"))
         scale = float(about["scale"])
+        if not 0 < depth <= len(tensors):  # before anything is made as long as the file says
+            raise ValueError(f"{depth} blocks in {len(tensors)} tensors")
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: the metadata must say bottleneck, scale, depth and width ({error})") from error
     if widths != [width] * depth:
@@ -233,22 +233,13 @@ def load(path: str | os.PathLike[str], model: ModelT) -> ModelT:
 
 def is_saved(path: Path) -> bool:
     """Whether :func:`save` wrote this file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (SafetensorError, OSError, ValueError):
-        return False
+    return read_metadata(path).get("format") == FORMAT
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            about = file.metadata() or {}
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: must be an AdaptFormer file, got one that does not load ({error})") from error
+    tensors, about = read_tensors(path, "an AdaptFormer file")
     if about.get("format") != FORMAT:
         raise ValueError(f"{path}: must be an AdaptFormer file, got a file of {len(tensors)} other tensors")
     if about.get("version") != str(VERSION):

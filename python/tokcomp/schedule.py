@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tokcomp.files import write_whole
+from tokcomp.reading import parse_json, read_json
 
 FORMAT = "tokcomp.CompressionSchedule"
 VERSION = 1
@@ -158,10 +159,7 @@ class CompressionSchedule:
                 names the file.
         """
         path = Path(path)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from error
+        data = read_json(path)
         try:
             if _is_table(data):
                 return _pick(data, model, gflops)
@@ -338,4 +336,4 @@ def _listed(counts: Any) -> Any:
     """A list of counts; the published file has them as text, and ``"None"`` for none."""
     if not isinstance(counts, str):
         return counts
-    return None if counts == "None" else json.loads(counts)
+    return None if counts == "None" else parse_json(counts)

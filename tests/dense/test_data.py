@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -167,12 +168,12 @@ def test_wrong_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="which is not there"):
         load_segmenter(path)
     path.write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="got no safetensors"):
+    with pytest.raises(ValueError, match="got a file that does not load"):
         load_segmenter(path)
     segmenter = SETTINGS.build()
     save_segmenter(path, segmenter, SETTINGS)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="got no safetensors"):
+    with pytest.raises(ValueError, match="got a file that does not load"):
         load_segmenter(path)
     from safetensors.torch import save_file
 
@@ -183,6 +184,29 @@ def test_wrong_files_are_refused(tmp_path):
     save_segmenter(path, segmenter, shallow)
     with pytest.raises(ValueError, match="does not fit the model that it names, vit_tiny_patch16_224"):
         load_segmenter(path)
+
+
+HOSTILE = {
+    "a hub": ({"model": "hf-hub:somebody/model"}, "model must be one of timm's own, got 'hf-hub:somebody/model'"),
+    "a folder": ({"model": "local-dir:/tmp/x"}, "model must be one of timm's own"),
+    "another file": ({"model_kwargs": {"checkpoint_path": "x.pth"}}, "model_kwargs must describe the model alone"),
+    "depth": ({"model_kwargs": {"depth": 10**6}}, "model_kwargs must be those of the weights"),
+    "patches": ({"model_kwargs": {"patch_size": [10**9, 10**9]}}, "model_kwargs must be those of the weights"),
+    "size": ({"img_size": (10**6, 10**6)}, "img_size must be that of the weights"),
+    "types": ({"img_size": ("a", None)}, "the metadata must say how the segmenter is built"),
+    "name": ({"model": 3}, "model must be one of timm's own, got 3"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_segmenter_reaches_for_nothing(tmp_path, monkeypatch, case):
+    """Neither the network nor another file, nor more memory than its own weights take."""
+    changes, message = HOSTILE[case]
+    segmenter = SETTINGS.build()
+    save_segmenter(tmp_path / "one.safetensors", segmenter, SegmenterSettings(**{**vars(SETTINGS), **changes}))
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("a model was built"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_segmenter(tmp_path / "one.safetensors")
 
 
 def test_masks_as_pictures():

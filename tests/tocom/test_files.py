@@ -11,6 +11,7 @@ import tokcomp
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokcomp.reading import DIGEST
 
 from tests.tocom.test_fold import wide_block
 
@@ -39,7 +40,7 @@ def test_round_trip(make_vit, make_plugin, path, dtype):
 def test_metadata(make_vit, make_plugin, path):
     make_plugin(make_vit()).save(path)
     with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {
+        assert {name: text for name, text in file.metadata().items() if name != DIGEST} == {
             **{"format": "tokcomp.tocom", "version": "1", "rank": "2", "max_degree": "4"},
             **{"depth": "4", "width": "24", "attention_width": "24"},
         }
@@ -74,7 +75,7 @@ def rewrite(path, change):
     """Save the plugin again with other tensors or metadata."""
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
-        metadata = dict(file.metadata())
+        metadata = {name: text for name, text in file.metadata().items() if name != DIGEST}
     change(tensors, metadata)
     save_file(tensors, path, metadata)
 
@@ -83,6 +84,9 @@ SPOILT = {
     "newer": (lambda tensors, metadata: metadata.update(version="2"), "version must be 1, got 2"),
     "no rank": (lambda tensors, metadata: metadata.pop("rank"), "metadata must say rank"),
     "rank": (lambda tensors, metadata: metadata.update(rank="3"), r"q_down\.0 must be \(12, 24\), got \(8, 24\)"),
+    "depth": (lambda tensors, metadata: metadata.update(depth="9999999999"), "9999999999 blocks in 16 tensors"),
+    "deep": (lambda tensors, metadata: metadata.update(provenance="[" * 10**5), "must be nested 64 deep at most"),
+    "nan": (lambda tensors, metadata: tensors["q_up.1"].fill_(float("nan")), r"q_up\.1 must be finite, got values"),
     "zero": (lambda tensors, metadata: metadata.update(rank="0"), "rank and max_degree must be at least 1, got 0"),
     "words": (lambda tensors, metadata: metadata.update(max_degree="four"), "metadata must say rank, max_degree"),
     "widths": (lambda tensors, metadata: metadata.update(width="[24, 24]"), "one for each of 4 blocks"),

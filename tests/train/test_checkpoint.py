@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokcomp.runs.checkpoint import check_same_settings, load_checkpoint, save_checkpoint
+from tokcomp.runs.checkpoint import CheckpointError, check_same_settings, load_checkpoint, save_checkpoint
 
 STATE = {"step": 3, "logits": {"prune.0.logits": torch.arange(4.0)}, "settings": {"lr": 0.01, "aa": None}}
 
@@ -57,6 +57,37 @@ def test_no_code_of_a_checkpoint_runs(tmp_path):
     torch.save({"format": "tokcomp.search", "version": 1, "state": _Evil()}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="does not load"):
         load_checkpoint(tmp_path / "checkpoint.pt", "search")
+
+
+def test_any_damage_is_a_checkpoint_error(tmp_path):
+    """Of the pickle, of the archive around it and of the tensors' own data, which torch just reads."""
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, "search", {**STATE, "logits": torch.arange(300.0)})
+    whole = path.read_bytes()
+    loaded = 0
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x20]) + whole[place + 1 :])
+        try:
+            state = load_checkpoint(path, "search")
+        except CheckpointError:
+            continue
+        loaded += 1  # a byte that says nothing: padding, a time stamp
+        assert torch.equal(state["logits"], torch.arange(300.0)) and state["settings"] == STATE["settings"]
+    assert loaded < len(whole) / 7 / 2
+
+
+def test_checkpoints_without_a_digest_are_read(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"format": "tokcomp.search", "version": 1, "state": STATE}, path)
+    assert load_checkpoint(path, "search")["step"] == 3
+
+
+@pytest.mark.parametrize("state", [{**STATE, 3: 4}, {**STATE, "settings": {1: 2}}, {**STATE, "settings": 5}, [STATE]])
+def test_states_of_another_kind_are_refused(tmp_path, state):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"format": "tokcomp.search", "version": 1, "state": state}, path)
+    with pytest.raises(CheckpointError, match="must hold a run's state and settings"):
+        load_checkpoint(path, "search")
 
 
 @pytest.mark.parametrize(

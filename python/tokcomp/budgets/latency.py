@@ -18,6 +18,7 @@ from tokcomp.budgets.staircase import Staircase
 from tokcomp.budgets.vit_parts import PARTS, uniform_blocks
 from tokcomp.cost import TokenCounts, counts_of
 from tokcomp.files import write_whole
+from tokcomp.reading import read_json
 
 FORMAT = "tokcomp.LatencyTable"
 VERSION = 1
@@ -76,10 +77,7 @@ class LatencyTable:
             ValueError: not JSON, not a latency table, or written by a newer version; the message names the file.
         """
         path = Path(path)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from error
+        data = read_json(path)
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ValueError(f"{path}: not a latency table; `tokcomp search --target-ms` writes one")
         version = data.pop("version", None)

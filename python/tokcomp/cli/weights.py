@@ -6,9 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokcomp.reading import read_pickle, read_tensors
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+WHAT = "tensors and plain data alone, a model's state_dict() in safetensors for one"
 #: Where training scripts keep the weights, in the order of preference: averaged ones first, as timm has it.
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 #: What DistributedDataParallel and torch.compile put before a name.
@@ -38,20 +41,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ValueError: as :func:`load_weights` says.
     """
     import torch
-    from safetensors.torch import load_file
 
     if path.suffix == ".safetensors":
-        found: Any = load_file(path)
+        found: Any = read_tensors(path, WHAT)[0]
     else:
-        try:
-            # Training scripts keep their options beside the weights; a namespace of plain data runs nothing.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                found = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file may raise anything
-            raise ValueError(
-                f"it must hold tensors and plain data, and nothing else is loaded ({_first_line(error)}); save the "
-                "model's state_dict(), as safetensors for one"
-            ) from error
+        # Training scripts keep their options beside the weights; a namespace of plain data runs nothing.
+        found = read_pickle(path, WHAT, [argparse.Namespace])
     if isinstance(found, dict):
         found = next((found[key] for key in _KEYS if found.get(key) is not None), found)
     if not isinstance(found, dict) or not found or not all(isinstance(value, torch.Tensor) for value in found.values()):
@@ -63,9 +58,3 @@ def _plain_name(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.removeprefix(wrapper)
     return name
-
-
-def _first_line(error: Exception) -> str:
-    # PyTorch's own advice, to load the file unsafely, comes first; what is in the way stands after it.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "GLOBAL" in line), lines[0] if lines else type(error).__name__)[:200]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from tokcomp.dense.segmenter import Segmenter
-from tokcomp.files import replacing
+from tokcomp.files import write_whole
+from tokcomp.reading import parse_json, read_tensors, tensors_to_bytes
 
 FORMAT, VERSION = "tokcomp.segmenter", 1
+#: Arguments of timm's that would have it read something besides this file.
+_OUTSIDE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,9 @@ def save_segmenter(
     path: Path, segmenter: Segmenter, settings: SegmenterSettings, facts: Mapping[str, Any] | None = None
 ) -> None:
     """Write weights, settings and ``facts`` (JSON data); the file is there whole or as it was before."""
-    from safetensors.torch import save
-
     metadata = {"format": FORMAT, "version": str(VERSION), "settings": json.dumps(asdict(settings))}
     metadata["facts"] = json.dumps(dict(facts or {}))
-    tensors = {key: value.detach().cpu().contiguous() for key, value in segmenter.state_dict().items()}
-    with replacing(path) as file:
-        file.write(save(tensors, metadata=metadata))
+    write_whole(path, tensors_to_bytes(segmenter.state_dict(), metadata))
 
 
 def load_segmenter(
@@ -65,33 +66,69 @@ def load_segmenter(
         img_size: run it at another size than it was trained at.
         more: goes to timm, ``drop_path_rate`` say.
 
-    Raises:
-        ValueError: the file is not there, is not a segmenter's, or does not fit what it says.
-    """
-    from safetensors import SafetensorError, safe_open
+    Nothing is fetched for it: the file names one of timm's own models, and holds all of its weights.
 
+    Raises:
+        ValueError: the file is not there, is not a segmenter's, is damaged, or does not fit what it says.
+    """
     if not path.is_file():
         raise ValueError(f"the segmenter must be a file, got '{path}', which is not there")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: must be a segmenter of tokcomp dense train, got no safetensors ({error})") from error
+        weights, metadata = read_tensors(path, "a segmenter of tokcomp dense train")
+    except OSError as error:
+        raise ValueError(
+            f"{path}: must be a segmenter of tokcomp dense train, got no readable file ({error})"
+        ) from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: must be a segmenter of tokcomp dense train, got another kind of safetensors")
     if metadata.get("version") != str(VERSION):
         version = metadata.get("version")
         raise ValueError(f"{path}: version must be {VERSION}, got {version!r}; another tokcomp wrote it")
-    data = json.loads(metadata["settings"])
-    tuples = {name: tuple(data[name]) for name in ("img_size", "classes", "mean", "std")}
-    settings = SegmenterSettings(**{**data, **tuples})
+    try:
+        settings = _settings(parse_json(metadata["settings"]), weights)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the metadata must say how the segmenter is built ({error})") from error
     try:
         segmenter = settings.build(**more)
         segmenter.load_state_dict(weights)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError, LookupError) as error:
         raise ValueError(f"{path}: does not fit the model that it names, {settings.model}: {error}") from error
     if img_size is not None and img_size != settings.img_size:
         encoder: Any = segmenter.encoder
         encoder.set_input_size(img_size)
     return segmenter, settings
+
+
+def _settings(data: Any, weights: Mapping[str, Tensor]) -> SegmenterSettings:
+    """Settings that a file may have: of timm's own models, and of nothing larger than the weights beside them."""
+    tuples = {name: tuple(data[name]) for name in ("img_size", "classes", "mean", "std")}
+    settings = SegmenterSettings(**{**data, **tuples})
+    options = settings.model_kwargs
+    if not is_timms_own(settings.model):
+        raise ValueError(f"model must be one of timm's own, got {settings.model!r}")
+    if not isinstance(options, dict) or _OUTSIDE & options.keys():
+        raise ValueError(f"model_kwargs must describe the model alone, got {options!r}")
+    # Before memory is taken for them.
+    largest = max((size for tensor in weights.values() for size in tensor.shape), default=0)
+    if options.get("depth", 0) > len(weights) or any(number > largest for number in _numbers(options)):
+        raise ValueError(f"model_kwargs must be those of the weights, got {options!r}")
+    positions, patch = (weights.get(f"encoder.{name}") for name in ("pos_embed", "patch_embed.proj.weight"))
+    pixels = positions.shape[1] * patch[0, 0].numel() if positions is not None and patch is not None else largest**2
+    if len(settings.img_size) != 2 or settings.img_size[0] * settings.img_size[1] > pixels:
+        raise ValueError(f"img_size must be that of the weights, got {settings.img_size}")
+    return settings
+
+
+def is_timms_own(model: Any) -> bool:
+    """Whether a model's name needs no hub, which is asked in the network, and no folder."""
+    import timm
+
+    return isinstance(model, str) and not set(model) & set(":/\\") and timm.is_model(model)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inner)
+    elif isinstance(value, (int, float)):
+        yield value

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokcomp import adaptformer
-from tokcomp.files import replacing
+from tokcomp.files import write_whole
 from tokcomp.finetune.plot import draw_curves
 from tokcomp.finetune.tuner import FineTuner
 from tokcomp.measure.evaluate import Evaluation
+from tokcomp.reading import tensors_to_bytes
 from tokcomp.runs.batches import Batches
 from tokcomp.runs.log import read_log
 from tokcomp.runs.loop import LOG
@@ -133,15 +134,12 @@ class FineTuneRun(TrainingRun):
                     self._save_weights(BEST, model, self._last[name])
 
     def _save_weights(self, name: str, model: nn.Module, top1: float | None) -> None:
-        from safetensors.torch import save
-
         facts = {**self.facts, "step": self.step_number, "top1": top1}
         if adaptformer.is_attached(model):
             adaptformer.save(model, self.folder / name, facts=facts)
             return
-        tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        with replacing(self.folder / name) as file:
-            file.write(save(tensors, metadata={"tokcomp": json.dumps(facts)}))
+        about = {"tokcomp": json.dumps(facts)}
+        write_whole(self.folder / name, tensors_to_bytes(model.state_dict(), about))
 
 
 def _accuracies(found: Mapping[str, float]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tokcomp.files import replacing
+from tokcomp.reading import DIGEST, digest, read_pickle, require_digest
 
 VERSION = 1
 
@@ -30,7 +31,8 @@ def save_checkpoint(path: Path, kind: str, state: Mapping[str, Any]) -> None:
     """
     try:
         with replacing(path) as file:
-            torch.save({"format": f"tokcomp.{kind}", "version": VERSION, "state": dict(state)}, file)
+            data = {"format": f"tokcomp.{kind}", "version": VERSION, "state": dict(state)}
+            torch.save({**data, DIGEST: digest(data)}, file)
     except RuntimeError as error:
         if isinstance(error.__context__, OSError):  # torch's writer hides what the file said
             raise error.__context__ from None
@@ -41,17 +43,17 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
     """The state that :func:`save_checkpoint` wrote, on the CPU.
 
     Raises:
-        CheckpointError: the file is not there, is no checkpoint, or is one of another kind or version; the message
-            names it.
+        CheckpointError: the file is not there, is no checkpoint, is damaged, or is one of another kind or version;
+            the message names it.
     """
     if not path.is_file():
         raise CheckpointError(f"the checkpoint must be a file, got '{path}', which is not there")
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file may raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        message = f"{path}: must be a checkpoint of tokcomp {kind}, got a file that does not load ({reason})"
-        raise CheckpointError(message) from error
+        data = read_pickle(path, f"a checkpoint of tokcomp {kind}")
+        if isinstance(data, dict):
+            require_digest(path, data)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     found = data.get("format") if isinstance(data, dict) else None
     if found != f"tokcomp.{kind}":
         raise CheckpointError(f"{path}: must be a checkpoint of tokcomp {kind}, got {found or 'another kind of file'}")
@@ -59,9 +61,13 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
         found = data.get("version")
         raise CheckpointError(f"{path}: version must be {VERSION}, got {found!r}; another tokcomp wrote it")
     state = data.get("state")
-    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
+    if not (isinstance(state, dict) and _is_named(state) and _is_named(state.get("settings"))):
         raise CheckpointError(f"{path}: must hold a run's state and settings, got neither; another program wrote it")
     return state
+
+
+def _is_named(data: Any) -> bool:
+    return isinstance(data, dict) and all(isinstance(name, str) for name in data)
 
 
 def check_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> None:

@@ -155,8 +155,11 @@ class Run(ABC):
     def _take_up(self, state: Mapping[str, Any]) -> None:
         try:
             self.load_state(state)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise CheckpointError(f"{self._folder / CHECKPOINT}: does not fit this run ({error})") from error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # parts that are missing, or of other shapes and types
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{self._folder / CHECKPOINT}: does not fit this run ({reason})") from error
 
     # ---- the loop
 

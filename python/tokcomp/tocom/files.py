@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from tokcomp.files import write_whole
+from tokcomp.reading import parse_json, read_pickle, read_tensors, tensors_to_bytes
 from tokcomp.tocom.layers import Width
 
 FORMAT = "tokcomp.tocom"
 VERSION = 1
+WHAT = "a ToCom plugin"
 _PARTS = ("q_down", "q_up", "v_down", "v_up")
 _PUBLISHED = re.compile(r"(?:module\.|model\.)*blocks\.(\d+)\.attn\.([qv])_tocom\.adapter_(down|up)\.weight")
 _PUBLISHED_RANK = 2
@@ -58,8 +58,7 @@ def write_plugin(path: Path, contents: Contents) -> None:
             metadata["provenance"] = json.dumps(contents.provenance, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise TypeError(f"provenance must be JSON data, got {contents.provenance!r} ({error})") from error
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in contents.tensors.items()}
-    write_whole(path, _ordered(save(tensors, metadata)))
+    write_whole(path, tensors_to_bytes(contents.tensors, metadata))
 
 
 def read_plugin(path: Path) -> Contents:
@@ -67,11 +66,12 @@ def read_plugin(path: Path) -> Contents:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a plugin, truncated, of another version, or of tensors that do not fit together.
+        ValueError: not a plugin, truncated, damaged, of another version, or of tensors that do not fit together or are
+            not finite.
     """
     with path.open("rb") as file:
         start = file.read(2)
-    tensors, metadata = _read_torch(path) if start in (b"PK", b"\x80\x02") else _read_safetensors(path)
+    tensors, metadata = _read_torch(path) if start in (b"PK", b"\x80\x02") else read_tensors(path, WHAT)
     if metadata.get("format") == FORMAT:
         return _read_ours(path, tensors, metadata)
     published = {match.groups(): tensors[name] for name in tensors if (match := _PUBLISHED.fullmatch(name))}
@@ -80,22 +80,8 @@ def read_plugin(path: Path) -> Contents:
     return _read_published(path, published)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return tensors, file.metadata() or {}
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: must be a ToCom plugin, got a file that does not load ({error})") from error
-
-
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with path.open("rb") as file:  # given a path, torch goes by the suffix
-            data = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a truncated or damaged file: OSError, KeyError, struct.error, AssertionError, ...
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: must be a ToCom plugin, got a file that does not load ({reason})") from error
+    data = read_pickle(path, WHAT)
     for wrapper in ("state_dict", "model"):
         if isinstance(data, Mapping) and isinstance(data.get(wrapper), Mapping):
             data = data[wrapper]
@@ -109,8 +95,10 @@ def _read_ours(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
         raise ValueError(f"{path}: version must be {VERSION}, got {metadata.get('version')}; another tokcomp wrote it")
     try:
         rank, max_degree, depth = (int(metadata[name]) for name in ("rank", "max_degree", "depth"))
-        tokens, attention = (_per_block(json.loads(metadata[name]), depth) for name in ("width", "attention_width"))
-        provenance = json.loads(metadata["provenance"]) if "provenance" in metadata else None
+        if depth > len(tensors):  # before anything is made as long as the file says
+            raise ValueError(f"{depth} blocks in {len(tensors)} tensors")
+        tokens, attention = (_per_block(parse_json(metadata[name]), depth) for name in ("width", "attention_width"))
+        provenance = parse_json(metadata["provenance"]) if "provenance" in metadata else None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: the metadata must say rank, max_degree, depth and widths ({error})") from error
     widths = [Width(*width) for width in zip(tokens, attention, strict=True)]
@@ -153,16 +141,8 @@ def _require_shapes(path: Path, contents: Contents) -> None:
             raise ValueError(f"{path}: {name} must be {wanted.get(name, 'absent')}, got {shape or 'nothing'}")
         if not contents.tensors[name].is_floating_point():
             raise ValueError(f"{path}: {name} must be of a floating-point type, got {contents.tensors[name].dtype}")
-
-
-def _ordered(data: bytes) -> bytes:
-    """The same safetensors file with its metadata in order, so that equal plugins are equal files."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors stay aligned
-    return len(text).to_bytes(8, "little") + text + data[start:]
+        if not torch.isfinite(contents.tensors[name].double()).all():
+            raise ValueError(f"{path}: {name} must be finite, got values that are not; train the plugin again")
 
 
 def _one_if_equal(values: list[int]) -> int | list[int]:

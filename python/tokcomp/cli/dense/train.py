@@ -84,7 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from tokcomp.dense.files import is_timms_own
+
     options.check_model_name(args.model)
+    if not is_timms_own(args.model):
+        raise UserError(
+            f"--model must be one of timm's own, whose segmenter can be opened without a network, got '{args.model}'; "
+            "name one of timm.list_models('*vit*', pretrained=True)"
+        )
     return training.train(args, _prepare, lambda run: _report(args, run))
 
 

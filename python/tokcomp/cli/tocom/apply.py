@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("a plugin goes into trained weights, got none; pass --checkpoint FILE or --pretrained")
     check_output_file("--output", args.output)
     _check_source(args)
-    from safetensors.torch import save
+    from tokcomp.reading import tensors_to_bytes
 
     model = options.build_model(args)
     plugin = load_plugin(args, model)
@@ -55,9 +55,8 @@ def run(args: argparse.Namespace) -> int:
         "tocom": {"plugin": str(args.plugin), "source": args.source, "target": args.target, "scale": args.scale},
         "method": plugin.method,
     }
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     try:
-        write_whole(args.output, save(tensors, metadata={"tokcomp": json.dumps(facts)}))
+        write_whole(args.output, tensors_to_bytes(model.state_dict(), {"tokcomp": json.dumps(facts)}))
     except OSError as error:
         raise UserError(f"--output '{args.output}' could not be written ({error})") from error
     print(f"written: {args.output} (degree {args.source} to {args.target} at scale {args.scale:g})")
@@ -66,15 +65,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_source(args: argparse.Namespace) -> None:
     """Refuse a checkpoint that this command made for another degree than --source."""
-    from safetensors import SafetensorError, safe_open
+    from tokcomp.reading import parse_json, read_metadata
 
-    if args.checkpoint is None or not args.checkpoint.is_file():
+    if args.checkpoint is None:
         return
     try:
-        with safe_open(args.checkpoint, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("tokcomp", "{}"))
-        degree = facts["tocom"]["target"]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        degree = parse_json(read_metadata(args.checkpoint).get("tokcomp", "{}"))["tocom"]["target"]
+    except (ValueError, KeyError, TypeError):
         return  # not such a checkpoint
     if degree != args.source:
         raise UserError(
