@@ -25,6 +25,7 @@ from tokcomp.adapters import UnsupportedModelError, find_adapter
 from tokcomp.adapters.swap import Swapped, restore_class, swap_class
 from tokcomp.adapters.timm_vit.adapter import TimmVisionTransformer
 from tokcomp.files import write_whole
+from tokcomp.in_flight import require_idle
 from tokcomp.reading import read_metadata, read_tensors, tensors_to_bytes
 
 FORMAT = "tokcomp.adaptformer"
@@ -103,6 +104,7 @@ def attach(model: ModelT, bottleneck: int = 32, scale: float = 0.1) -> ModelT:
     for mlp, width in zip(mlps, _widths(model), strict=True):
         weight = next(mlp.parameters())
         branches.append(Branch(width, bottleneck, float(scale), weight.dtype, weight.device).train(mlp.training))
+    require_idle(model)
     for mlp, branch in zip(mlps, branches, strict=True):
         swap_class(mlp, Adapted)
         mlp.add_module(_BRANCH, branch)
@@ -111,7 +113,9 @@ def attach(model: ModelT, bottleneck: int = 32, scale: float = 0.1) -> ModelT:
 
 def detach(model: ModelT) -> ModelT:
     """Undo :func:`attach`, in place. A model without branches stays as it is; ``requires_grad`` is left alone."""
-    for mlp in _mlps(model):
+    mlps = _mlps(model)
+    require_idle(model)
+    for mlp in mlps:
         if isinstance(mlp, Adapted):
             restore_class(mlp)
             del mlp._modules[_BRANCH]

@@ -7,9 +7,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from tokcomp.adapters import find_adapter
+from tokcomp.adapters import Adapter, find_adapter
 from tokcomp.blocks.state import compose_sources
 from tokcomp.folded import fold_of, require_same_method
+from tokcomp.in_flight import require_idle
 from tokcomp.methods import Method
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -19,7 +20,8 @@ def compress(model: ModelT, method: Method) -> ModelT:
     """Make a model compress its tokens by ``method``, in place.
 
     Parameters, state_dict keys, hooks and training flags stay as they are. A model that is compressed already changes
-    to the new method. Everything is checked first: if this raises, the model is unchanged.
+    to the new method. Everything is checked first: if this raises, the model is unchanged. No other thread may call the
+    model meanwhile; :class:`tokcomp.Switchable` is for models that serve.
 
     Args:
         model: a timm VisionTransformer, VisionTransformerDistilled or CAFormer.
@@ -32,6 +34,7 @@ def compress(model: ModelT, method: Method) -> ModelT:
         TypeError: ``method`` is no Method; or (UnsupportedModelError) the model, or a module in it, is not understood.
         ValueError: the method does not fit the model: number of blocks, prefix tokens, class token; or a ToCom plugin
             that was trained with another method is folded in.
+        RuntimeError: another thread is in a call of the model.
     """
     if not isinstance(method, Method):
         got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
@@ -40,21 +43,44 @@ def compress(model: ModelT, method: Method) -> ModelT:
     adapter.validate(model, method)
     method.validate(adapter.geometry(model))
     require_same_method(fold_of(model), method.name)
-    adapter.unpatch(model)
-    adapter.patch(model, method)
+    require_idle(model)
+    _change(adapter, model, method)
     return model
 
 
 def restore(model: ModelT) -> ModelT:
-    """Undo :func:`compress`, in place: the model is exactly what it was. A plain model stays as it is."""
+    """Undo :func:`compress`, in place: the model is exactly what it was. A plain model stays as it is.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        RuntimeError: another thread is in a call of the model, which is left compressed.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     from tokcomp.adapters import ADAPTERS
 
     for adapter in ADAPTERS:
-        if adapter.claims(model):
-            adapter.unpatch(model)
+        if adapter.claims(model) and adapter.method(model) is not None:
+            require_idle(model)
+            _change(adapter, model, None)
     return model
+
+
+def _change(adapter: Adapter, model: nn.Module, method: Method | None) -> None:
+    """Change to a method, None for a plain model; back to what it was where a call began meanwhile."""
+    before = adapter.method(model)
+    _set(adapter, model, method)
+    try:
+        require_idle(model)
+    except RuntimeError:
+        _set(adapter, model, before)
+        raise
+
+
+def _set(adapter: Adapter, model: nn.Module, method: Method | None) -> None:
+    adapter.unpatch(model)
+    if method is not None:
+        adapter.patch(model, method)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokcomp import fastpath
 from tokcomp.folded import RECORD, Fold, fold_of
+from tokcomp.in_flight import require_idle
 from tokcomp.tocom.layers import read_rows, write_rows
 
 _ORIGINAL = "_tokcomp_unfolded"  # buffer of a packed layer: rows of q and v before the fold
@@ -83,7 +84,8 @@ def _forget(model: nn.Module, layers: Sequence[nn.Module]) -> None:
 
 @contextmanager
 def _whole(model: nn.Module, layers: Sequence[nn.Linear]) -> Iterator[None]:
-    """Writing to the layers, all undone if the block, or anything after it here, raises."""
+    """Writing to the layers, all undone if the block, or anything after it here, raises: a call in flight, for one."""
+    require_idle(model)
     record, marks = fold_of(model), [_marks(layer) for layer in layers]
     inference = _inference(layers)
     with torch.inference_mode(inference), torch.no_grad():
@@ -92,6 +94,7 @@ def _whole(model: nn.Module, layers: Sequence[nn.Linear]) -> Iterator[None]:
         with torch.inference_mode(inference), torch.no_grad():
             yield
         fastpath.forget(model)
+        require_idle(model)
     except BaseException:
         with torch.inference_mode(inference), torch.no_grad():
             for layer, rows, mark in zip(layers, before, marks, strict=True):

@@ -85,7 +85,8 @@ class ToCom(nn.Module):
         """Turn the weights of a model trained at degree ``source`` into weights for degree ``target``, in place.
 
         Only the values of the q and v weights change. A second fold of this plugin replaces the first. If this raises,
-        the model is as it was.
+        the model is as it was. No other thread may call the model meanwhile; :class:`tokcomp.Switchable` is for models
+        that serve.
 
         Args:
             model: plain or compressed, with the depth and widths that the plugin was made for.
@@ -96,7 +97,8 @@ class ToCom(nn.Module):
             TypeError: a degree is no integer, or the model is not understood.
             ValueError: a degree out of range, a scale that is not finite, a plugin for another width, depth or method,
                 or one whose values are not finite.
-            RuntimeError: another plugin is folded in already, or the weights changed since this one was.
+            RuntimeError: another plugin is folded in already, the weights changed since this one was, or another thread
+                is in a call of the model.
         """
         self._steps(source, target, scale)
         layers = self._layers_of(model)
@@ -119,7 +121,7 @@ class ToCom(nn.Module):
 
         Raises:
             TypeError: ``model`` is no module.
-            RuntimeError: the weights changed since the fold.
+            RuntimeError: the weights changed since the fold, or another thread is in a call of the model.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
