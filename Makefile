@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= gpu-check
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: build rebuild setup demo test test-fast oracle race-mutations bench results kernel-report lint gpu-check clean
+.PHONY: build rebuild setup demo test test-fast oracle race-mutations bench cpu-records results kernel-report lint gpu-check clean
 
 build:  ## The compiled kernels, in place, for PYTHON as it stands
 	$(PYTHON) build_backend/native.py
@@ -38,6 +38,15 @@ race-mutations: .venv/installed  ## The CUDA kernels under the race detector, th
 
 bench: rebuild
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# The same CPU twice: as it is, and held to AVX2, for which kernels of every level are built. MKL knows no such setting.
+RECORD := $(BIN)/python -m pytest benchmarks/test_models.py --benchmark-only --device cpu -p no:cacheprovider
+cpu-records: .venv/installed  ## DeiT-S against every rival with and without AVX-512; needs an idle machine, some 15 minutes
+	$(BIN)/python -m pip install 'onnx>=1.16' 'onnxruntime>=1.20' 'openvino>=2024.6'
+	TOKCOMP_BUILD_CUDA=0 TOKCOMP_CPU_ARCH=dispatch $(BIN)/python build_backend/native.py
+	$(RECORD) $(ARGS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 TOKCOMP_CPU_CAPABILITY=avx2 $(RECORD) $(ARGS)
+	$(BIN)/python -m benchmarks.page
 
 results: .venv/installed  ## docs/results.md and its pictures from the records in benchmarks/results
 	$(BIN)/python -m benchmarks.page

@@ -103,9 +103,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         dest="compiled",
         action="store_const",
         const="all",
-        help="time every competitor under torch.compile as well (default: on a GPU timm, on a CPU none)",
+        help="time every competitor under torch.compile as well (default: timm alone)",
     )
     group.addoption("--no-compile", dest="compiled", action="store_const", const="none", help="time none compiled")
+    group.addoption("--no-rivals", action="store_true", help="leave out runtimes other than PyTorch")
     group.addoption(
         "--published-code",
         action="append",

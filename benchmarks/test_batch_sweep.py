@@ -10,7 +10,7 @@ from tokcomp.bench.models import Entry, create_model, keep_everything
 from tokcomp.measure.provenance import find_device
 
 from benchmarks.shapes import SUBJECTS, Subject
-from benchmarks.whole_model import STACKS, add_rows, baseline_of, batches, measure
+from benchmarks.whole_model import STACKS, add_rows, batches, measure
 
 TABLE = "batch sweep: images per second, speed over the published pipeline (median, least, most of the rounds)"
 #: The largest batch; on a GPU whoever runs out of memory below it is recorded so.
@@ -59,16 +59,6 @@ def test_batch(subject: Subject, batch: int, precision: str, timed: Any, results
     for stack in STACKS if results.device.type == "cuda" else STACKS[:1]:
         entries[f"{stack}-uncompressed"] = Entry(stack, keep_everything(model))
         entries[stack] = Entry(stack, method)
-    rows = measure(
-        model,
-        entries,
-        batch,
-        precision,
-        timed,
-        results,
-        suite="batch-sweep",
-        name=subject.name,
-        baseline=baseline_of(entries),
-    )
+    rows = measure(model, entries, batch, precision, timed, results, suite="batch-sweep", name=subject.name)
     label = {"model": subject.name, "budget": subject.budget}
     add_rows(results, TABLE, "batch-sweep", model, label, rows, entries)

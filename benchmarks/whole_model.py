@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokcomp.bench.entries import PRECISIONS, Entry
+from tokcomp.bench.entries import FLOAT32, PRECISIONS, Entry, uncompressed_rivals
 from tokcomp.bench.models import Row, compare_models, keep_everything
 from tokcomp.bench.published_code import find_clones
+from tokcomp.bench.ratios import Ratios
 from tokcomp.bench.static_slice import StaticSlice
 from tokcomp.methods import DiffRate, Method, ToMe
 from torch import nn
@@ -23,12 +24,13 @@ STACKS = ("tokcomp", "tokcomp-graph")
 
 @dataclass(frozen=True)
 class Choice:
-    """What the command line asks for. ``compiled``: "all", "timm" (whose blocks are all alike and compile in seconds; a
-    compressed model's have shapes of their own) or "none"."""
+    """What the command line asks for. ``compiled``: "all", "timm" (whose blocks are all alike and compile in less than a
+    minute; a compressed model's have shapes of their own) or "none". ``rivals``: whether other runtimes take part."""
 
     device: torch.device
     compiled: str
     clones: tuple[Path, ...] = ()
+    rivals: bool = True
 
     @classmethod
     def of(cls, config: Any, device: torch.device) -> Choice:
@@ -39,8 +41,7 @@ class Choice:
         """
         clones = tuple(Path(folder) for folder in config.getoption("--published-code"))
         find_clones(clones)
-        compiled = config.getoption("compiled") or ("timm" if device.type == "cuda" else "none")
-        return cls(device, compiled, clones)
+        return cls(device, config.getoption("compiled") or "timm", clones, not config.getoption("--no-rivals"))
 
 
 def batches(config: Any, own: Sequence[int]) -> Sequence[int]:
@@ -62,15 +63,15 @@ def all_entries(model: Any, method: Method, precision: str, choice: Choice) -> d
     """Everyone who can run ``model`` under ``method``: those who are compared closely take turns next to each other."""
     entries = {"published": Entry("published", method)}
     if choice.device.type == "cpu" and precision != "float32":
-        # Half precision is a choice of ours here: the published pipeline's best on CPU may be float32.
-        entries["published-float32"] = Entry("published", method, precision="float32")
+        # On a CPU the published pipeline may be the faster in float32, which its users would then choose.
+        entries[f"published{FLOAT32}"] = Entry("published", method, precision="float32")
     if choice.clones and isinstance(method, (DiffRate, ToMe)):
         entries["published-code"] = Entry("published-code", method, code=choice.clones)
     if choice.compiled == "all":
         entries["published-compiled"] = Entry("published-compiled", method)
-    entries["timm"] = Entry("timm")
-    if choice.compiled != "none":
-        entries["timm-compiled"] = Entry("timm-compiled")
+    entries |= uncompressed_rivals(
+        choice.device, precision, compiled=choice.compiled != "none", others=choice.rivals
+    )
     if choice.compiled == "all":
         entries["tokcomp-compiled"] = Entry("tokcomp-compiled", method)
     sliced, whole = StaticSlice.like(method, model), keep_everything(model)
@@ -79,11 +80,6 @@ def all_entries(model: Any, method: Method, precision: str, choice: Choice) -> d
         entries[f"{stack}-slice"] = Entry(stack, sliced)
         entries[stack] = Entry(stack, method)
     return entries
-
-
-def baseline_of(entries: Mapping[str, Entry]) -> str:
-    """The entry that speed-ups are quoted over: the published pipeline, in float32 on a CPU."""
-    return "published-float32" if "published-float32" in entries else "published"
 
 
 def measure(
@@ -97,7 +93,7 @@ def measure(
     suite: str,
     name: str,
     shown: str = "tokcomp",
-    baseline: str | None = None,
+    baseline: str = "published",
 ) -> dict[str, Row]:
     """The entries' rows by name, those not measured left out and recorded with their reason; empty without timing."""
     # No gate here: compare_models has checked every entry by the time it calls measure.
@@ -107,7 +103,7 @@ def measure(
         batch_sizes=[batch],
         precision=precision,
         device=results.device,
-        baseline=baseline_of(entries) if baseline is None else baseline,
+        baseline=baseline,
         measure=lambda calls: timed(calls, shown=shown),
         report=lambda line: print(line, flush=True),
     )
@@ -118,26 +114,32 @@ def measure(
 
 @dataclass(frozen=True)
 class Figures:
-    """What a row says beside the others of its run; None where the run has nothing to compare with."""
+    """What a row says beside the others of its run; None where the run has nothing to compare with.
 
-    share_of_matrix_rate: float
-    share_of_ideal: float
+    The shares of rates are None for products in int8, whose rate is not measured.
+    """
+
+    share_of_matrix_rate: float | None
+    share_of_ideal: float | None
     over_timm: tuple[float, float, float] | None
     over_timm_compiled: tuple[float, float, float] | None
     efficiency: tuple[float, float, float] | None
     tax: tuple[float, float, float] | None
 
     @classmethod
-    def of(
-        cls, row: Row, rows: Mapping[str, Row], entry: Entry, model: nn.Module, rates: Mapping[str, float]
-    ) -> Figures:
-        """``rates``: the device's in the row's precision, measured in the same run."""
-        dtype = PRECISIONS[row.precision]
+    def of(cls, row: Row, rows: Mapping[str, Row], entry: Entry, model: nn.Module, results: Any) -> Figures:
+        """``results.rates_of(dtype)``: the device's rates, measured in the same run."""
+        share_of_matrix_rate = share_of_ideal = None
+        if not entry.in_int8:
+            dtype = PRECISIONS[row.precision]
+            rates = results.rates_of(dtype)
+            share_of_matrix_rate = 2e9 * row.gflops * row.images_per_second / rates["matrix_flops_per_s"]
+            share_of_ideal = row.share_of(ideal_seconds(model, entry.method, row.batch, dtype, rates))
         others = {name: rows.get(name) for name in ("timm", "timm-compiled")}
         whole, sliced = rows.get(f"{row.name}-uncompressed"), rows.get(f"{row.name}-slice")
         return cls(
-            share_of_matrix_rate=2e9 * row.gflops * row.images_per_second / rates["matrix_flops_per_s"],
-            share_of_ideal=row.share_of(ideal_seconds(model, entry.method, row.batch, dtype, rates)),
+            share_of_matrix_rate=share_of_matrix_rate,
+            share_of_ideal=share_of_ideal,
             over_timm=None if others["timm"] is None else row.speed_over(others["timm"]),
             over_timm_compiled=None if others["timm-compiled"] is None else row.speed_over(others["timm-compiled"]),
             efficiency=None if whole is None else row.efficiency(whole),
@@ -146,7 +148,7 @@ class Figures:
 
 
 HEAD = ["model", "batch", "precision", "entry", "GFLOPs", "img/s", "over published", "least", "most"]
-HEAD += ["over timm", "over compiled", "of ideal", "efficiency", "tax"]
+HEAD += ["over its float32", "over best rival", "which", "of ideal", "efficiency", "tax"]
 
 
 def add_rows(
@@ -162,12 +164,13 @@ def add_rows(
     and "budget" with it."""
     title = str(label["model"]) + (f" {label['budget']}G" if "budget" in label else "")
     for name, row in rows.items():
-        figures = Figures.of(row, rows, entries[name], model, results.rates_of(PRECISIONS[row.precision]))
+        figures, ratios = Figures.of(row, rows, entries[name], model, results), Ratios.of(row, rows)
         cells = [title, str(row.batch), row.precision, name, f"{row.gflops:.2f}", f"{row.images_per_second:.1f}"]
-        cells += [f"{ratio:.2f}x" for ratio in row.speedup or ()] or [""] * 3
-        cells += [times(figures.over_timm), times(figures.over_timm_compiled), f"{figures.share_of_ideal:.0%}"]
+        cells += [f"{ratio:.2f}x" for ratio in ratios.over_published or ()] or [""] * 3
+        cells += [times(ratios.over_published_float32), times(ratios.over_best_rival), ratios.best_rival or ""]
+        cells += ["" if figures.share_of_ideal is None else f"{figures.share_of_ideal:.0%}"]
         cells += [share(figures.efficiency), share(figures.tax)]
-        results.add({"suite": suite, **label, **row.to_json(), **vars(figures)}, table, HEAD, cells)
+        results.add({"suite": suite, **label, **row.to_json(), **vars(figures), **vars(ratios)}, table, HEAD, cells)
 
 
 def times(ratio: tuple[float, float, float] | None) -> str:

@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokcomp.bench.entries import FLOAT32
+
 _COLOURS = {
     "published": "#8c8c8c",
     "published-float32": "#5f5f5f",
     "published-compiled": "#b5a642",
     "timm": "#4c72b0",
     "timm-compiled": "#1f3f77",
+    "onnxruntime": "#55a868",
+    "onnxruntime-int8": "#a3d0ae",
+    "openvino": "#8172b3",
     "tokcomp-uncompressed": "#dd9a9c",
     "tokcomp-slice": "#8f6f9f",
     "tokcomp": "#c44e52",
@@ -38,8 +43,14 @@ def _figure(columns: int, width: float = 5.2, height: float = 3.8) -> tuple[Any,
 
 
 def draw_models(rows: Sequence[Mapping[str, Any]], device: str, path: Path) -> None:
-    """Bars of images per second: a panel per precision, a group per model and batch, the range of the rounds on top."""
-    rows = [row for row in rows if row["name"] != "published-float32"]
+    """Bars of images per second: a panel per precision, a group per model and batch, the range of the rounds on top.
+
+    Products in int8 stand in the panel of float32, the precision of what they stand for."""
+    rows = [
+        {**row, "precision": "float32"} if row["precision"] == "int8" else row
+        for row in rows
+        if not row["name"].endswith(FLOAT32)
+    ]
     precisions = list(dict.fromkeys(row["precision"] for row in rows))
     figure, panels = _figure(len(precisions))
     for axes, precision in zip(panels, precisions, strict=True):
@@ -65,7 +76,7 @@ def draw_models(rows: Sequence[Mapping[str, Any]], device: str, path: Path) -> N
 
 def draw_batches(rows: Sequence[Mapping[str, Any]], device: str, path: Path) -> None:
     """Images per second against the batch size: a panel per precision, a line per model and entry."""
-    precisions = list(dict.fromkeys(row["precision"] for row in rows if row["name"] != "published-float32"))
+    precisions = list(dict.fromkeys(row["precision"] for row in rows if not row["name"].endswith(FLOAT32)))
     figure, panels = _figure(len(precisions))
     for axes, precision in zip(panels, precisions, strict=True):
         lines: dict[tuple[str, str], list[tuple[int, float]]] = {}

@@ -1,4 +1,4 @@
-"""docs/results.md and its pictures, drawn from the records in benchmarks/results.
+"""docs/results.md, its pictures and README's table of speed, drawn from the records in benchmarks/results.
 
 ``python -m benchmarks.page`` draws them. It also works out benchmarks/results/predictions.json
 again. A record is any JSON file in benchmarks/results/<device>/ with ``provenance`` and ``rows``; what a later one
@@ -13,11 +13,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokcomp.files import write_whole
+
 from benchmarks.model.predictions import predictions
 from benchmarks.page.figures import draw_batches, draw_models, draw_predictions
 from benchmarks.page.kernels import kernels_section
 from benchmarks.page.predicted import predicted_section
-from benchmarks.page.tables import SUITES, Record, markdown, paragraph, read_records, rows_by_suite, suite_table
+from benchmarks.page.speed import replace_speed
+from benchmarks.page.tables import (
+    SUITES,
+    Record,
+    markdown,
+    not_measured,
+    paragraph,
+    read_records,
+    rows_by_suite,
+    suite_table,
+)
 
 COMMAND = "python -m benchmarks.page"
 #: Suites with a picture, and who draws it.
@@ -71,14 +83,17 @@ def _head(records: Sequence[Record], gpus: Sequence[Record]) -> str:
         "bound by the",
         "rates measured in the same run (`benchmarks.model.roofline`). *Of matrix rate*, *of copy rate*: of what a large",
         "product, a copy reached. *Efficiency*: the speed-up over our own uncompressed model, over the ratio of the",
-        "GFLOPs. *Tax*: the time above a static slice to the same token counts. Changes and their outcomes are in the",
-        "[performance log](performance-log.md).",
+        "GFLOPs. *Tax*: the time above a static slice to the same token counts. *Over published*: over the published",
+        "pipeline in the same precision, *over its float32* over that pipeline in float32. *Over the best rival*: over the",
+        "fastest of those that were measured on the uncompressed model, in the same precision or a finer one; int8 is a",
+        "precision of its own. *Same answers*: the images of nine, under random weights, that keep their top-1 class.",
+        "Changes and their outcomes are in the [performance log](performance-log.md).",
     )
     return f"# Results\n\n{origin}\n\n{terms}"
 
 
 def _names(records: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(str(record.provenance["device"]) for record in records))
+    return list(dict.fromkeys(record.machine for record in records))
 
 
 def _runs(records: Sequence[Record]) -> str:
@@ -96,7 +111,7 @@ def _runs(records: Sequence[Record]) -> str:
 
     columns = [
         ("record", lambda record: f"[{record.path}](../benchmarks/results/{record.path})"),
-        ("device", lambda record: record.provenance["device"]),
+        ("device", lambda record: record.machine),
         ("date", lambda record: record.provenance["date"][:16].replace("T", " ")),
         ("commit", lambda record: (record.provenance["commit"] or "unknown")[:9]),
         ("versions", versions),
@@ -107,17 +122,17 @@ def _runs(records: Sequence[Record]) -> str:
 
 def _device(device: str, records: Sequence[Record]) -> str:
     own = [record for record in records if record.device == device]
-    parts = [f"## Measured on {own[-1].provenance['device']}"]
+    parts = [f"## Measured on {own[-1].machine}"]
     for suite, found in rows_by_suite(own).items():
         heading, caption = SUITES.get(suite, (suite.replace("-", " ").capitalize(), ""))
         files = ", ".join(dict.fromkeys(record.path.split("/")[1] for record, _ in found))
         rows = [row for _, row in found]
         parts.append(f"### {heading}\n\n{paragraph(*filter(None, [caption]), f'From {files}.')}")
         if suite in _FIGURES:
-            alternative = f"{heading} on {own[-1].provenance['device']}: images per second."
+            alternative = f"{heading} on {own[-1].machine}: images per second."
             parts.append(f"![{alternative}](images/{figure_name(device, suite)})")
         parts.append(suite_table(suite, rows))
-        missing = [one for record in own for one in record.data.get("not_measured", []) if one.get("suite") == suite]
+        missing = not_measured(own, suite)
         parts += ["\n".join(["Not measured:", "", *map(_not_measured, missing)])] if missing else []
     return "\n\n".join(parts)
 
@@ -145,7 +160,7 @@ def draw_figures(results: Path, images: Path) -> list[Path]:
         for suite, found in rows_by_suite(own).items():
             if suite in _FIGURES:
                 path = images / figure_name(device, suite)
-                _FIGURES[suite]([row for _, row in found], str(own[-1].provenance["device"]), path)
+                _FIGURES[suite]([row for _, row in found], own[-1].machine, path)
                 drawn.append(path)
     path = images / "results-predicted.png"
     draw_predictions(_read(results / "predictions.json"), path)
@@ -153,10 +168,11 @@ def draw_figures(results: Path, images: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: predictions, pictures, page."""
+    """The command: predictions, pictures, page, README's table."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="default: %(default)s")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="default: %(default)s")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     if not options.results.is_dir():
         raise ValueError(f"--results must be a folder of records, got {options.results}; run this from the checkout")
@@ -164,5 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     drawn = draw_figures(options.results, options.docs / "images")
     path = options.docs / "results.md"
     path.write_text(page(options.results), encoding="utf-8")
-    print(f"wrote {path} and {', '.join(one.name for one in drawn)}")
+    readme = replace_speed(options.readme.read_text(encoding="utf-8"), read_records(options.results))
+    write_whole(options.readme, readme)
+    print(f"wrote {path}, the table in {options.readme} and {', '.join(one.name for one in drawn)}")
     return 0

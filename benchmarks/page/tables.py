@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tokcomp.measure.instruction_sets import in_words
+
+from benchmarks.page.ratios import with_ratios
 
 #: Suite -> heading and what its table shows. A suite that is not here is shown under its own name.
 SUITES = {
     "models": (
         "Whole models",
-        "Everyone in one run, in turns. On a CPU, half precision is set against the published pipeline in float32.",
+        "Everyone in one run, in turns; each precision against its own kind, the published pipeline's float32 beside.",
     ),
     "table-1": (
         "The rows of DiffRate's Table 1",
@@ -21,7 +26,7 @@ SUITES = {
     ),
     "batch-sweep": (
         "Batch sizes",
-        "DiffRate's published schedules from one image up, against the published pipeline (on a CPU that in float32).",
+        "DiffRate's published schedules from one image up, against the published pipeline in the same precision.",
     ),
     "training": ("Training steps", "Whole steps of the fine-tuning recipe (the paper's Table 11)."),
     "tocom": ("ToCom: inference against r", "ToMe at every degree, with the plugin folded into the weights."),
@@ -32,6 +37,8 @@ SUITES = {
         "Through the dispatcher, against the chain of eager PyTorch calls of the published code, block by block.",
     ),
 }
+#: Suites of whole models, whose ratios are worked out here from the rounds.
+_OF_MODELS = ("models", "batch-sweep")
 #: What a row's ``speedup`` is over, where that is not the published pipeline.
 _SPEEDUP_OVER = {"table-1": "over timm", "tocom": "over timm"}
 #: Columns in the order of tables: keys (the first that a row has), heading, how a value is written.
@@ -56,7 +63,11 @@ COLUMNS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("speedup_over_eager",), "over eager", _TIMES),
     (("speedup_over_timm", "over_timm"), "over timm", _TIMES),
     (("over_timm_compiled",), "over timm compiled", _TIMES),
-    (("speedup_over_published",), "over published", _TIMES),
+    (("over_published", "speedup_over_published"), "over published", _TIMES),
+    (("over_published_float32",), "over its float32", _TIMES),
+    (("over_best_rival",), "over the best rival", _TIMES),
+    (("best_rival",), "which is", "text"),
+    (("same_answers",), "same answers", _SHARE),
     (("speedup_over_uncompressed", "speedup_over_r0"), "over ours, uncompressed", _TIMES),
     (("paper_speedup",), "paper", _TIMES),
     (("share_of_ideal",), "of ideal", _SHARE),
@@ -94,6 +105,17 @@ class Record:
     def on_gpu(self) -> bool:
         return "gpu" in self.provenance
 
+    @property
+    def machine(self) -> str:
+        """The device, and of a CPU the instructions that it was allowed, where the record knows."""
+        words = "" if self.on_gpu else in_words(self.provenance["host"].get("instruction_sets", {}))
+        return ", ".join(filter(None, [str(self.provenance["device"]), words]))
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        """Its rows, those of whole models with their ratios."""
+        for suite, rows in itertools.groupby(self.data["rows"], suite_of):
+            yield from with_ratios(list(rows)) if suite in _OF_MODELS else rows
+
 
 def read_records(folder: Path) -> list[Record]:
     """Every run's record under a folder of results, oldest first.
@@ -127,7 +149,7 @@ def rows_by_suite(records: Iterable[Record]) -> dict[str, list[tuple[Record, Map
     """Suite -> the latest of every row with the record that it is from, in the order of :data:`SUITES`."""
     latest: dict[tuple[str, ...], tuple[Record, Mapping[str, Any]]] = {}
     for record in records:
-        for row in record.data["rows"]:
+        for row in record.rows():
             identity = (suite_of(row), *(json.dumps(row.get(key)) for key in _IDENTITY))
             latest.pop(identity, None)
             latest[identity] = (record, row)
@@ -135,6 +157,17 @@ def rows_by_suite(records: Iterable[Record]) -> dict[str, list[tuple[Record, Map
     for identity, found in latest.items():
         suites.setdefault(identity[0], []).append(found)
     return {name: rows for name, rows in suites.items() if rows}
+
+
+def not_measured(records: Iterable[Record], suite: str) -> list[Mapping[str, Any]]:
+    """A suite's entries without a figure, as the latest record that tried says."""
+    latest: dict[tuple[str, ...], Mapping[str, Any] | None] = {}
+    for record in records:
+        tried = [(row, None) for row in record.data["rows"] if suite_of(row) == suite]
+        tried += [(one, one) for one in record.data.get("not_measured", []) if one.get("suite") == suite]
+        for row, missing in tried:
+            latest[tuple(json.dumps(row.get(key)) for key in ("model", "name", "batch", "precision"))] = missing
+    return [missing for missing in latest.values() if missing is not None]
 
 
 def suite_table(suite: str, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -101,9 +101,9 @@ def test_the_gate_stops_what_does_not(fault: Callable[[Tensor], Tensor], words: 
 
 def test_entries_are_checked() -> None:
     with pytest.raises(ValueError, match="competitor must be one of"):
-        models.Entry("tensorrt")
+        models.Entry("somebody")
     for competitor, method in (("timm", tokcomp.ToMe(2)), ("tokcomp", None)):
-        with pytest.raises(ValueError, match="a method must be given for all but timm"):
+        with pytest.raises(ValueError, match="a method must be given for all but uncompressed rivals"):
             models.Entry(competitor, method)
 
 
@@ -123,10 +123,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "2",
         "--device",
         "cpu",
+        "--no-rivals",
     ]
     assert main([*command, "--results", str(tmp_path / "results")]) == 0
     text = capsys.readouterr().out
-    assert "test_vit, DiffRate plan.json, float32" in text
+    assert "test_vit, DiffRate plan.json, float32" in text.splitlines()[0]
+    first = text.splitlines()[1]
+    assert first.startswith("batch 1: tokcomp (float32) at ") and "x the best uncompressed rival, timm (float32)" in first
     [record_path] = (tmp_path / "results").glob("*.json")
     record = json.loads(record_path.read_text())
     assert [(row["name"], row["batch"]) for row in record["rows"]] == [
@@ -166,7 +169,7 @@ def test_command_goes_on_without_what_does_not_compile(
         "--device",
         "cpu",
     ]
-    assert main([*command, "--torchcompile", "--results", str(tmp_path)]) == 0
+    assert main([*command, "--torchcompile", "--no-rivals", "--results", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     compiled = ("published-compiled", "timm-compiled", "tokcomp-compiled")
     for name in compiled:

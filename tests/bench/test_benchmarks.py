@@ -58,6 +58,6 @@ def test_a_wrong_option_is_a_mistake_in_usage(options: dict[str, Any], message: 
     from benchmarks.conftest import pytest_configure
 
     values = {"--device": "cpu", "--published-code": [], "--batches": None, "--rounds": 5, "--results": None}
-    values |= {"compiled": None, **options}
+    values |= {"compiled": None, "--no-rivals": False, **options}
     with pytest.raises(pytest.UsageError, match=message):
         pytest_configure(SimpleNamespace(getoption=values.get, stash={}, invocation_params=SimpleNamespace(args=())))

@@ -15,6 +15,7 @@ import pytest
 from benchmarks.model.predictions import ENTRIES, SUBJECTS, predictions
 from benchmarks.model.stacks import GPUS, STACKS
 from benchmarks.page import page as results_page
+from benchmarks.page import speed
 from benchmarks.page import tables as results_tables
 from benchmarks.page.predicted import Predicted
 
@@ -33,6 +34,8 @@ def test_the_page_is_drawn_from_the_records() -> None:
     assert text == results_page.page(RESULTS), AGAIN
     for picture in re.findall(r"\]\((images/[^)]+)\)", text):
         assert (ROOT / "docs" / picture).stat().st_size > 1000
+    readme = (ROOT / "README.md").read_text()
+    assert readme == speed.replace_speed(readme, results_tables.read_records(RESULTS)), AGAIN
 
 
 def test_predictions_are_of_this_code(fresh: dict[str, Any]) -> None:
@@ -191,7 +194,11 @@ def test_the_command(
     monkeypatch.setattr(results_page, "predictions", lambda: copy.deepcopy(fresh))
     add_gpu_record(results, suite="batch-sweep", images_per_second=5.0)
     docs = tmp_path / "docs"
-    assert results_page.main(["--results", str(results), "--docs", str(docs)]) == 0
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{speed.BEGIN}\nold\n{speed.END}\nafter\n")
+    assert results_page.main(["--results", str(results), "--docs", str(docs), "--readme", str(readme)]) == 0
+    assert readme.read_text() == speed.replace_speed(readme.read_text(), results_tables.read_records(results))
+    assert readme.read_text().startswith("before\n") and "old" not in readme.read_text()
     drawn = re.findall(r"\]\((images/[^)]+)\)", (docs / "results.md").read_text())
     assert len(drawn) >= 3 and all((docs / picture).read_bytes()[:4] == b"\x89PNG" for picture in drawn)
     assert "results.md" in capsys.readouterr().out

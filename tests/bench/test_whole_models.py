@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import tokcomp
 import torch
+from tokcomp.bench import entries as entries_module
+from tokcomp.bench.rivals import RivalError
 from tokcomp.schedule import published_budgets
 
 from benchmarks import test_batch_sweep, test_models, test_tocom, test_training, training_steps, whole_model
@@ -22,8 +25,16 @@ TOY = Subject("toy", 1.0)
 
 
 def config(**options: Any) -> Any:
-    given = {"--batches": None, "--published-code": [], "compiled": None, **options}
+    given = {"--batches": None, "--published-code": [], "--no-rivals": False, "compiled": None, **options}
     return SimpleNamespace(getoption=given.__getitem__)
+
+
+def fake_rival(name: str, model: torch.nn.Module, dtype: torch.dtype, device: torch.device, batch: int) -> Any:
+    """timm under the rival's name; ONNX Runtime is not installed."""
+    if name == "onnxruntime":
+        raise RivalError("not installed")
+    own = copy.deepcopy(model).to(dtype)
+    return lambda images: own(images.to(dtype))
 
 
 def test_who_takes_part() -> None:
@@ -34,12 +45,17 @@ def test_who_takes_part() -> None:
 
     ours = ["tokcomp-uncompressed", "tokcomp-slice", "tokcomp"]
     graphs = [name.replace("tokcomp", "tokcomp-graph") for name in ours]
-    assert names("float32", Choice.of(config(), CPU)) == ["published", "timm", *ours]
-    assert names("bfloat16", Choice.of(config(), CPU)) == ["published", "published-float32", "timm", *ours]
-    assert names("float16", Choice.of(config(), CUDA)) == ["published", "timm", "timm-compiled", *ours, *graphs]
-    assert names("float16", Choice.of(config(compiled="none"), CUDA)) == ["published", "timm", *ours, *graphs]
-    compiled = ["published", "published-compiled", "timm", "timm-compiled", "tokcomp-compiled", *ours]
-    assert names("float32", Choice.of(config(compiled="all"), CPU)) == compiled
+    alone = {"--no-rivals": True, "compiled": "none"}
+    assert names("float32", Choice.of(config(**alone), CPU)) == ["published", "timm", *ours]
+    timm, others = ["timm", "timm-compiled"], ["onnxruntime", "onnxruntime-int8", "openvino"]
+    assert names("float32", Choice.of(config(), CPU)) == ["published", *timm, *others, *ours]
+    half = ["published", "published-float32", *timm, "openvino", "openvino-float32", *ours]
+    assert names("bfloat16", Choice.of(config(), CPU)) == half
+    on_gpu = ["timm-cudnn", "timm-max-autotune", "onnxruntime", "tensorrt"]
+    assert names("float16", Choice.of(config(), CUDA)) == ["published", *timm, *on_gpu, *ours, *graphs]
+    assert names("float16", Choice.of(config(**alone), CUDA)) == ["published", "timm", *ours, *graphs]
+    compiled = ["published", "published-compiled", *timm, "tokcomp-compiled", *ours]
+    assert names("float32", Choice.of(config(**{"--no-rivals": True, "compiled": "all"}), CPU)) == compiled
 
 
 def test_options_are_checked(tmp_path: Path) -> None:
@@ -52,10 +68,10 @@ def test_options_are_checked(tmp_path: Path) -> None:
         Choice.of(config(**{"--published-code": [str(tmp_path)]}), CPU)
 
 
-@pytest.mark.parametrize("compiled", [None, "all"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("precision", "compiled"), [("float32", "all"), ("bfloat16", None)])
 def test_rows_of_a_model(monkeypatch: pytest.MonkeyPatch, precision: str, compiled: str | None) -> None:
     """Every entry has a row with its figures, or a reason."""
+    monkeypatch.setattr(entries_module, "build_rival", fake_rival)
 
     def fail(*args: object, **options: object) -> None:
         raise RuntimeError("no compiler")
@@ -66,14 +82,23 @@ def test_rows_of_a_model(monkeypatch: pytest.MonkeyPatch, precision: str, compil
     results = FakeResults(Choice.of(config(compiled=compiled), CPU))
     test_models.test_model(TOY, 2, precision, timed, results)
     rows = {row["name"]: row for row in results.rows}
-    assert list(rows) == list(all_entries(make_vit(), METHOD, precision, Choice.of(config(), CPU)))
-    assert {one.name for one in results.missing} == (
-        {"published-compiled", "timm-compiled", "tokcomp-compiled"} if compiled else set()
-    )
+    asked = all_entries(make_vit(), METHOD, precision, Choice.of(config(compiled="none"), CPU))
+    assert list(rows) == [name for name in asked if name != "onnxruntime"]
+    absent = {"timm-compiled", *(["onnxruntime"] if precision == "float32" else [])}
+    absent |= {"published-compiled", "tokcomp-compiled"} if compiled else set()
+    assert {one.name for one in results.missing} == absent
+    assert "RivalError: not installed" in {one.reason for one in results.missing} or precision != "float32"
     ours, whole = rows["tokcomp"], rows["tokcomp-uncompressed"]
     assert ours["suite"] == "models" and ours["budget"] == 1.0 and ours["precision"] == precision
     assert ours["efficiency"] == pytest.approx([ours["gflops"] / whole["gflops"]] * 3) and ours["tax"] == (0, 0, 0)
     assert rows["timm"]["efficiency"] is None and rows["timm"]["tax"] is None
+    # Every time is one second: the first of the rivals is the best, in like precision and in a finer one.
+    assert ours["best_rival"] == "timm" and ours["over_best_rival"] == ours["over_published"] == (1, 1, 1)
+    assert ours["over_published_float32"] == (None if precision == "float32" else (1, 1, 1))
+    if precision == "float32":
+        quantised = rows["onnxruntime-int8"]
+        assert quantised["precision"] == "int8" and quantised["same_answers"] == 1 and ours["same_answers"] is None
+        assert quantised["over_published"] is None and quantised["share_of_ideal"] is None
     rates, dtype = results.rates_of(torch.float32), getattr(torch, precision)
     assert ours["share_of_ideal"] == pytest.approx(ideal_seconds(make_vit(), METHOD, 2, dtype, rates))
     assert ours["share_of_matrix_rate"] == pytest.approx(2e9 * ours["gflops"] * 2 / 1e12)
@@ -82,7 +107,7 @@ def test_rows_of_a_model(monkeypatch: pytest.MonkeyPatch, precision: str, compil
 def test_rows_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_batch_sweep, "create_model", lambda *args, **options: make_vit())
     monkeypatch.setattr(tokcomp.DiffRate, "published", lambda *args: METHOD)
-    results = FakeResults(Choice.of(config(), CPU))
+    results = FakeResults(Choice.of(config(compiled="none"), CPU))
     test_batch_sweep.test_batch(TOY, 4, "bfloat16", timed, results)
     assert [row["name"] for row in results.rows] == [
         "published",

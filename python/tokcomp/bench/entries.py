@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import tokcomp
 from tokcomp.bench.published import PublishedPipeline
 from tokcomp.bench.published_code import patch_with_published_code
+from tokcomp.bench.rivals import build_rival
 from tokcomp.methods import Method
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,17 +28,28 @@ COMPETITORS = {
     "timm": "timm as it is: uncompressed, with scaled_dot_product_attention",
     "timm-compiled": "the same under torch.compile",
     "timm-reduce-overhead": "the same with CUDA graphs (torch.compile's mode reduce-overhead)",
+    "timm-max-autotune": "the same with its kernels chosen by measuring (torch.compile's mode max-autotune)",
+    "timm-cudnn": "timm with cuDNN's attention",
+    "onnxruntime": "timm's model in ONNX Runtime",
+    "onnxruntime-int8": "the same with its products in int8, by dynamic quantisation",
+    "openvino": "timm's model in OpenVINO",
+    "tensorrt": "timm's model in TensorRT, by ONNX Runtime",
     "tokcomp": "the compressed model",
     "tokcomp-compiled": "the same under torch.compile",
     "tokcomp-graph": "the same under tokcomp.compile: a CUDA graph for the batch size",
 }
+#: Rivals on the whole model: they take no method.
+UNCOMPRESSED = tuple(name for name in COMPETITORS if not name.startswith(("published", "tokcomp")))
+#: Of these, what other libraries run.
+OTHER_RUNTIMES = ("onnxruntime", "onnxruntime-int8", "openvino", "tensorrt")
+#: What the name of an entry ends in that runs in float32 beside others in half precision.
+FLOAT32 = "-float32"
 #: Entries whose preparation may fail, which is then a row with the reason: what compiles, and what is not ours.
 MAY_FAIL = (
     "published-compiled",
     "published-code",
     "published-tocom",
-    "timm-compiled",
-    "timm-reduce-overhead",
+    *(name for name in UNCOMPRESSED if name != "timm"),
     "tokcomp-compiled",
     "tokcomp-graph",
 )
@@ -49,8 +61,8 @@ _RECOMPILE_LIMIT = 256
 
 @dataclass(frozen=True)
 class Entry:
-    """Who runs the model (a key of :data:`COMPETITORS`), how it compresses (timm takes no method), in what precision
-    where that is not the comparison's, and for :data:`FROM_CLONES` the folders of the clones."""
+    """Who runs the model (a key of :data:`COMPETITORS`), how it compresses (:data:`UNCOMPRESSED` take no method), in what
+    precision where that is not the comparison's, and for :data:`FROM_CLONES` the folders of the clones."""
 
     competitor: str
     method: Method | None = None
@@ -60,8 +72,11 @@ class Entry:
     def __post_init__(self) -> None:
         if self.competitor not in COMPETITORS:
             raise ValueError(f"competitor must be one of {', '.join(COMPETITORS)}, got {self.competitor!r}")
-        if (self.method is None) != self.competitor.startswith("timm"):
-            raise ValueError(f"a method must be given for all but timm, got {self.method!r} for {self.competitor}")
+        if (self.method is None) != (self.competitor in UNCOMPRESSED):
+            raise ValueError(
+                f"a method must be given for all but uncompressed rivals ({', '.join(UNCOMPRESSED)}), got "
+                f"{self.method!r} for {self.competitor}"
+            )
         if bool(self.code) != (self.competitor in FROM_CLONES):
             raise ValueError(
                 f"code must be given for {' and '.join(FROM_CLONES)} alone, got {self.code!r} for {self.competitor}"
@@ -69,8 +84,13 @@ class Entry:
 
     @property
     def autocasts(self) -> bool:
-        """Whether it takes float32 images and runs half precision under autocast."""
-        return self.competitor.startswith("published")
+        """Whether it takes float32 images and reaches half precision by itself."""
+        return self.competitor.startswith("published") or self.competitor == "openvino"
+
+    @property
+    def in_int8(self) -> bool:
+        """Whether its products are in int8, which is a precision of its own whatever its images are."""
+        return self.competitor.endswith("-int8")
 
     @property
     def may_fail(self) -> bool:
@@ -89,8 +109,9 @@ def build_runner(
     Compiled entries compile in their first call. ``model`` is copied where an entry would change it.
     """
     kind = entry.competitor
-    if entry.autocasts:
-        assert entry.method is not None
+    if kind in OTHER_RUNTIMES:
+        return build_rival(kind, model, dtype, device, batch)
+    if entry.method is not None and kind.startswith("published"):
         pipeline: nn.Module
         if kind in FROM_CLONES:
             plugin = kind == "published-tocom"
@@ -109,9 +130,52 @@ def build_runner(
         tokcomp.compress(own, entry.method)
     if kind == "tokcomp-graph":
         return tokcomp.compile(own, batch=batch)
-    if kind == "timm-reduce-overhead":
-        return _compiled(own, device, mode="reduce-overhead")
+    if kind in ("timm-reduce-overhead", "timm-max-autotune"):
+        return _compiled(own, device, mode=kind.removeprefix("timm-"))
+    if kind == "timm-cudnn":
+        return _with_cudnn_attention(own)
     return _compiled(own, device) if kind.endswith("-compiled") else own
+
+
+def uncompressed_rivals(
+    device: torch.device, precision: str, *, compiled: bool = True, others: bool = True
+) -> dict[str, Entry]:
+    """Everyone who may run the whole model there, by name, installed or not.
+
+    Args:
+        device: where.
+        precision: a name in :data:`PRECISIONS`. In half precision on a CPU OpenVINO takes part in float32 as well, for
+            a CPU without such products.
+        compiled: whether timm is compiled, which takes up to a minute a batch size.
+        others: whether what is not PyTorch takes part.
+    """
+    names = ["timm", *(["timm-compiled"] if compiled else [])]
+    if device.type == "cuda":
+        names += ["timm-cudnn", *(["timm-max-autotune"] if compiled else [])] if others else []
+        names += ["onnxruntime", "tensorrt"] if others and precision != "bfloat16" else []
+        return {name: Entry(name) for name in names}
+    if others:
+        names += ["onnxruntime", "onnxruntime-int8"] if precision == "float32" else []
+        names += ["openvino"] if precision in ("float32", "bfloat16") else []
+    entries = {name: Entry(name) for name in names}
+    if others and precision != "float32":
+        entries[f"openvino{FLOAT32}"] = Entry("openvino", precision="float32")
+    return entries
+
+
+def rank_of(precision: str) -> int:
+    """How fine a row's precision is: int8, half, float32 from 0 up."""
+    return 0 if precision == "int8" else 2 if precision == "float32" else 1
+
+
+def _with_cudnn_attention(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def run(images: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return model(images)
+
+    return run
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:

@@ -43,7 +43,8 @@ _REASON = 300
 @dataclass(frozen=True)
 class Row:
     """One entry at one batch size. ``speedup``: over the baseline entry; median, least and most of the rounds.
-    ``ready_seconds``: from a plain model to the first checked logits, compiling included."""
+    ``precision``: "int8" where the products are in it. ``ready_seconds``: from a plain model to the first checked logits,
+    compiling included. ``same_answers``: of int8, the share of the gate's images with the model's own top-1 class."""
 
     name: str
     batch: int
@@ -55,6 +56,7 @@ class Row:
     speedup: tuple[float, float, float] | None
     seconds: tuple[float, ...]
     ready_seconds: float = 0.0
+    same_answers: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -127,8 +129,8 @@ def compare_models(
 ) -> Comparison:
     """Time a model's entries on random images in turns, batch size by batch size.
 
-    Every entry with a method is checked in the very batch that is timed. One that runs out of memory gets a reason in
-    place of a figure, and so does one that compiles or runs a clone and fails in any way.
+    Every entry but the references is checked in the very batch that is timed. One that runs out of memory gets a reason
+    in place of a figure, and so does one that compiles, or is not ours, and is not installed or fails in any way.
 
     Args:
         model: a plain timm VisionTransformer in float32; it is copied and stays as it is.
@@ -157,43 +159,51 @@ def compare_models(
             images = [torch.randn(batch, *image_shape(model), device=device) for _ in range(2)]
             calls: dict[str, Callable[[], Any]] = {}
             ready: dict[str, float] = {}
+            same: dict[str, float | None] = {}
             for name, entry in entries.items():
                 own = entry.precision or precision
                 report(f"batch {batch}: {name}")
                 begin = time.perf_counter()
                 try:
-                    calls[name] = _prepare(entry, model, gates[own], images, batch)
+                    calls[name], same[name] = _prepare(entry, model, gates[own], images, batch)
                 except Exception as error:
                     wrong = isinstance(error, DisagreementError) and entry.is_ours
                     if wrong or not (entry.may_fail or isinstance(error, torch.OutOfMemoryError)):
                         raise
                     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_REASON]
                     report(f"batch {batch}: {name} is not measured: {reason}")
-                    not_measured.append(NotMeasured(name, batch, own, reason))
+                    not_measured.append(NotMeasured(name, batch, _shown(entry, precision), reason))
                     _free(device)
                 ready[name] = time.perf_counter() - begin
             report(f"batch {batch}: {rounds} rounds of {len(calls)} entries")
             samples = measure(calls) if measure else interleave(calls, stopwatch(device), rounds=rounds)
             against = samples.get(baseline)
-            rows += [
-                _row(name, batch, entries[name].precision or precision, cost[name], one, against, ready[name])
-                for name, one in samples.items()
-            ]
+            for name, one in samples.items():
+                shown, over = _shown(entries[name], precision), None if against is None else one.speedup_over(against)
+                rows.append(_row(name, batch, shown, cost[name], one, over, ready[name], same[name]))
             calls.clear()
             _free(device)
     return Comparison(rows, not_measured)
 
 
-def _prepare(entry: Entry, model: nn.Module, gate: Gate, images: list[torch.Tensor], batch: int) -> Callable[[], Any]:
-    """The call to time: made ready, checked and warm."""
+def _shown(entry: Entry, precision: str) -> str:
+    """What a row says of its precision."""
+    return "int8" if entry.in_int8 else entry.precision or precision
+
+
+def _prepare(
+    entry: Entry, model: nn.Module, gate: Gate, images: list[torch.Tensor], batch: int
+) -> tuple[Callable[[], Any], float | None]:
+    """The call to time, made ready, checked and warm; of int8 the share of images with the same answer."""
     dtype = PRECISIONS[gate.precision]
     with torch.inference_mode(False), torch.no_grad():  # its weights are to be what a user's are
         run = build_runner(entry, model, dtype, gate.device, batch)
     call = rotating(run, [(one if entry.autocasts else one.to(dtype),) for one in images])
     call()
-    if entry.method is not None and entry.competitor != "published":
-        gate.check(run, entry.method, batch=batch, entry=entry)
-    return call
+    if entry.competitor in ("published", "timm"):  # the references that the gate measures by
+        return call, None
+    found = gate.check(run, entry.method, batch=batch, entry=entry)
+    return call, found["same_answers"] if entry.in_int8 else None
 
 
 def _free(device: torch.device) -> None:
@@ -213,8 +223,9 @@ def _row(
     precision: str,
     gflops: float,
     samples: Samples,
-    baseline: Samples | None,
+    speedup: tuple[float, float, float] | None,
     ready_seconds: float,
+    same_answers: float | None,
 ) -> Row:
     return Row(
         name=name,
@@ -224,7 +235,8 @@ def _row(
         images_per_second=batch / samples.median,
         least_images_per_second=batch / samples.most,
         most_images_per_second=batch / samples.least,
-        speedup=None if baseline is None else samples.speedup_over(baseline),
+        speedup=speedup,
         seconds=samples.seconds,
         ready_seconds=round(ready_seconds, 2),
+        same_answers=same_answers,
     )

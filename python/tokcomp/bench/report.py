@@ -1,4 +1,4 @@
-"""What a comparison of models looks like: a table, a picture."""
+"""What a comparison of models looks like: a headline, a table, a picture."""
 
 from __future__ import annotations
 
@@ -7,27 +7,69 @@ from pathlib import Path
 from typing import Any
 
 from tokcomp.bench.models import Row
+from tokcomp.bench.ratios import Ratios, best_rival
 
 _COLOURS = {
     "published": "#8c8c8c",
     "published-compiled": "#5a5a5a",
     "timm": "#4c72b0",
     "timm-compiled": "#1f3f77",
+    "onnxruntime": "#55a868",
+    "onnxruntime-int8": "#8fc79b",
+    "openvino": "#8172b3",
     "tokcomp": "#c44e52",
     "tokcomp-compiled": "#7a1f2b",
     "tokcomp-graph": "#4a0f18",
 }
 
 
+def headline(rows: Sequence[Row]) -> str:
+    """A line per batch size: the fastest entry of ours against the best uncompressed rival, whoever it is."""
+    lines = []
+    for batch, run in _runs(rows).items():
+        ours = [row for name, row in run.items() if name.startswith("tokcomp")]
+        if not ours:
+            continue
+        fastest = max(ours, key=lambda row: row.images_per_second)
+        best = best_rival(fastest.precision, run.values())
+        over = "no uncompressed rival was measured"
+        if best is not None:
+            over = f"{fastest.speed_over(best)[0]:.2f}x the best uncompressed rival, {_named(best)}"
+        lines.append(f"batch {batch}: {_named(fastest)}, {over}")
+    return "\n".join(lines)
+
+
 def table(rows: Sequence[Row]) -> str:
-    """One line per entry and batch size, as text."""
-    head = ("batch", "model", "GFLOPs", "img/s", "least", "most", "vs published", "least", "most")
+    """One line per entry and batch size, as text. A ratio is of like precision; the best rival's may be finer."""
+    runs = _runs(rows)
+    ratios = [Ratios.of(row, runs[row.batch]) for row in rows]
+    half = any(one.over_published_float32 for one in ratios)
+    head = ["batch", "model", "precision", "GFLOPs", "img/s", "least", "most", "vs published", "least", "most"]
+    head += [*(["vs its float32"] if half else []), "vs best rival"]
     lines: list[Sequence[str]] = [head]
-    for row in rows:
-        speedup = ("", "", "") if row.speedup is None else tuple(f"{ratio:.2f}x" for ratio in row.speedup)
+    for row, one in zip(rows, ratios, strict=True):
         rates = (row.images_per_second, row.least_images_per_second, row.most_images_per_second)
-        lines.append((str(row.batch), row.name, f"{row.gflops:.2f}", *(f"{rate:.1f}" for rate in rates), *speedup))
+        cells = [str(row.batch), row.name, row.precision, f"{row.gflops:.2f}", *(f"{rate:.1f}" for rate in rates)]
+        cells += [f"{ratio:.2f}x" for ratio in one.over_published or ()] or [""] * 3
+        cells += [_times(one.over_published_float32)] if half else []
+        lines.append([*cells, _times(one.over_best_rival)])
     return format_columns(lines)
+
+
+def _runs(rows: Sequence[Row]) -> dict[int, dict[str, Row]]:
+    """Batch size -> the rows that took turns, by entry."""
+    runs: dict[int, dict[str, Row]] = {}
+    for row in rows:
+        runs.setdefault(row.batch, {})[row.name] = row
+    return runs
+
+
+def _named(row: Row) -> str:
+    return f"{row.name} ({row.precision}) at {row.images_per_second:.1f} images/s"
+
+
+def _times(ratio: tuple[float, float, float] | None) -> str:
+    return "" if ratio is None else f"{ratio[0]:.2f}x"
 
 
 def format_columns(lines: Sequence[Sequence[str]]) -> str:

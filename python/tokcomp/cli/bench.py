@@ -17,17 +17,15 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from tokcomp.bench.entries import Entry
     from tokcomp.methods import Method
 
-#: Who runs, in the order of the table; compiled ones where asked for.
-EAGER = ("published", "timm", "tokcomp")
-COMPILED = ("published-compiled", "timm-compiled", "tokcomp-compiled")
-
 DESCRIPTION = """\
-Times a timm vision transformer on random images: the method's published pipeline in eager PyTorch, timm as it is, and
-tokcomp; with --torchcompile each of them compiled as well, and on a GPU tokcomp as a CUDA graph. All take turns in one
-process; a figure is the median over the rounds with the least and the most beside it. Nothing is timed unless the
-logits agree and two runs give the same bits."""
+Times a timm vision transformer on random images: the method's published pipeline in eager PyTorch, the uncompressed
+model in timm, ONNX Runtime and OpenVINO (pip install 'tokcomp[bench]'), and tokcomp; with --torchcompile PyTorch's
+compiled as well, and on a GPU tokcomp as a CUDA graph. All take turns in one process; a figure is the median over the
+rounds with the least and the most beside it. Nothing is timed unless the logits agree and two runs of tokcomp give the
+same bits. The first lines say how fast tokcomp is over the best uncompressed rival, whoever that is here."""
 
 EXAMPLES = """\
 examples:
@@ -60,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", "-b", type=int, nargs="+", default=[1, 16], metavar="N", help="default: 1 16")
     group.add_argument("--precision", choices=tuple(PRECISIONS), default="float32", help="default: %(default)s")
     group.add_argument("--torchcompile", action="store_true", help="time each of them under torch.compile as well")
+    group.add_argument("--no-rivals", action="store_true", help="of uncompressed rivals, time timm alone")
     group.add_argument("--rounds", type=int, default=MIN_ROUNDS, help="turns per competitor (default: %(default)s)")
     group.add_argument("--results", type=Path, metavar="DIR", help="add a JSON record and a picture to this folder")
 
@@ -86,8 +85,8 @@ def _run(args: argparse.Namespace, model: Any, device: torch.device) -> int:
     from timm.models.vision_transformer import VisionTransformer
 
     from tokcomp.adapters import find_adapter
-    from tokcomp.bench.models import Entry, compare_models
-    from tokcomp.bench.report import draw, table
+    from tokcomp.bench.models import compare_models
+    from tokcomp.bench.report import draw, headline, table
     from tokcomp.measure.provenance import device_name, provenance, save_record
 
     if min(args.batch_size) < 1 or args.rounds < 1:
@@ -99,15 +98,7 @@ def _run(args: argparse.Namespace, model: Any, device: torch.device) -> int:
             "tokcomp evaluate measures other families"
         )
     method = _method(args, model, geometry.depth)
-    competitors: tuple[str, ...] = EAGER
-    if args.torchcompile:
-        competitors += (*COMPILED, "tokcomp-graph") if device.type == "cuda" else COMPILED
-    entries = {name: Entry(name, None if name.startswith("timm") else method) for name in competitors}
-    baseline = "published"
-    if device.type == "cpu" and args.precision != "float32":
-        # Half precision is a choice of ours here: the published pipeline's best on CPU may be float32.
-        baseline = "published-float32"
-        entries = {baseline: Entry("published", method, precision="float32"), **entries}
+    entries = _entries(args, method, device)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     title = f"{args.model}, {_method_name(args)}, {args.precision}, {device_name(device)}{threads}"
     print(title)
@@ -117,10 +108,10 @@ def _run(args: argparse.Namespace, model: Any, device: torch.device) -> int:
         batch_sizes=args.batch_size,
         precision=args.precision,
         device=device,
-        baseline=baseline,
         rounds=args.rounds,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )
+    print(headline(rows))
     print(table(rows))
     for missing in not_measured:
         print(f"not measured: {missing.name}, batch {missing.batch}: {missing.reason}")
@@ -138,6 +129,22 @@ def _run(args: argparse.Namespace, model: Any, device: torch.device) -> int:
         draw(rows, title, path.with_suffix(".png"))
         print(f"saved {path} and {path.with_suffix('.png').name}")
     return 0
+
+
+def _entries(args: argparse.Namespace, method: Method, device: torch.device) -> dict[str, Entry]:
+    """Who runs, in the order of the table."""
+    from tokcomp.bench.entries import FLOAT32, Entry, uncompressed_rivals
+
+    entries = {"published": Entry("published", method)}
+    if device.type == "cpu" and args.precision != "float32":
+        # On a CPU the published pipeline may be the faster in float32, which its users would then choose.
+        entries[f"published{FLOAT32}"] = Entry("published", method, precision="float32")
+    if args.torchcompile:
+        entries["published-compiled"] = Entry("published-compiled", method)
+    entries |= uncompressed_rivals(device, args.precision, compiled=args.torchcompile, others=not args.no_rivals)
+    stacks = ["tokcomp", *(["tokcomp-compiled"] if args.torchcompile else [])]
+    stacks += ["tokcomp-graph"] if args.torchcompile and device.type == "cuda" else []
+    return entries | {name: Entry(name, method) for name in stacks}
 
 
 def _method(args: argparse.Namespace, model: nn.Module, depth: int) -> Method:

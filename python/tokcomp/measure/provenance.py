@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tokcomp.measure.info import cpu_name, package_versions
+from tokcomp.measure.instruction_sets import folder_suffix, instruction_sets
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
+            "instruction_sets": instruction_sets(),
             "load": os.getloadavg()[0],  # of the last minute: what else ran beside the measurement
             "system": platform.platform(),
         },
@@ -69,8 +71,9 @@ def device_name(device: torch.device) -> str:
 
 
 def device_slug(device: torch.device) -> str:
-    """The device's name as a folder's: ``nvidia-h200``, ``amd-epyc``."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    """The device's name as a folder's: ``nvidia-h200``, ``amd-epyc``; ``amd-epyc-avx2`` with AVX-512 switched off."""
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return name + ("" if device.type == "cuda" else folder_suffix(instruction_sets()))
 
 
 def save_record(folder: Path, record: dict[str, Any], path: Path | None = None) -> Path:

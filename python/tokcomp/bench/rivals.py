@@ -1,0 +1,155 @@
+"""What a user would run in place of tokcomp: other runtimes on the uncompressed model, each as its makers advise.
+
+All take the model through ONNX, its shape fixed to the batch that is timed, and as many threads as PyTorch has. They
+come with ``pip install 'tokcomp[bench]'``; one that is absent or does not fit says so in a :class:`RivalError`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokcomp.adapters.timm_vit.embedding import image_shape
+from tokcomp.measure.instruction_sets import instruction_sets, level_in_force
+
+#: Opset from which LayerNormalization is one operator, which all of these have.
+_OPSET = 17
+#: ONNX Runtime's name of who runs, by rival and device type.
+_PROVIDERS = {
+    ("onnxruntime", "cpu"): "CPUExecutionProvider",
+    ("onnxruntime-int8", "cpu"): "CPUExecutionProvider",
+    ("onnxruntime", "cuda"): "CUDAExecutionProvider",
+    ("tensorrt", "cuda"): "TensorrtExecutionProvider",
+}
+
+
+class RivalError(RuntimeError):
+    """A rival is not installed, or cannot do here what it would be compared with."""
+
+
+def build_rival(
+    name: str, model: nn.Module, dtype: torch.dtype, device: torch.device, batch: int
+) -> Callable[[Tensor], Tensor]:
+    """Images [batch, C, H, W] to logits [batch, classes].
+
+    Args:
+        name: "onnxruntime", "onnxruntime-int8" (dynamic quantisation, a scale per output channel), "openvino",
+            "tensorrt" (ONNX Runtime's provider).
+        model: the plain model in float32. It stays as it is.
+        dtype: what it computes in. OpenVINO takes float32 images and computes in bfloat16 itself.
+        device: where to run.
+        batch: images per call.
+
+    Raises:
+        RivalError: it is not installed, or has no such dtype or device.
+    """
+    if name == "openvino":
+        return _openvino(model, dtype, device, batch)
+    provider = _PROVIDERS.get((name, device.type))
+    if provider is None or dtype == torch.bfloat16 or (device.type == "cpu" and dtype != torch.float32):
+        raise RivalError(f"{name} does not run a ViT in {str(dtype).removeprefix('torch.')} on {device.type}")
+    found = instruction_sets()
+    if device.type == "cpu" and found and level_in_force(found) != found["cpu"]:
+        raise RivalError(f"ONNX Runtime cannot be kept from {found['cpu']}, which is switched off for all others")
+    runtime = _imported("onnxruntime")
+    exported = to_onnx(model, dtype, device, batch)
+    if name == "onnxruntime-int8":
+        exported = _quantised(exported)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors alone
+    settings: dict[str, str] = {}
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        settings = {"device_id": str(stream.device_index), "user_compute_stream": str(stream.cuda_stream)}
+        if name == "tensorrt":
+            settings["trt_fp16_enable"] = str(dtype == torch.float16)
+    session = runtime.InferenceSession(exported, options, providers=[(provider, settings)])
+    if provider not in session.get_providers():  # which it replaces by the CPU without an error
+        raise RivalError(f"the installed onnxruntime has no {provider}")
+    shape = tuple(session.get_outputs()[0].shape)
+
+    def run(images: Tensor) -> Tensor:
+        images = images.contiguous()
+        logits = torch.empty(shape, dtype=dtype, device=device)
+        binding = session.io_binding()
+        for bind, label, tensor in ((binding.bind_input, "images", images), (binding.bind_output, "logits", logits)):
+            element = str(tensor.dtype).removeprefix("torch.")
+            bind(label, device.type, device.index or 0, element, tuple(tensor.shape), tensor.data_ptr())
+        session.run_with_iobinding(binding)
+        return logits
+
+    return run
+
+
+def to_onnx(model: nn.Module, dtype: torch.dtype, device: torch.device, batch: int) -> bytes:
+    """The model as an ONNX file's bytes: input "images" of a fixed shape, output "logits".
+
+    Raises:
+        RivalError: onnx is not installed.
+    """
+    _imported("onnx")
+    images = torch.zeros(batch, *image_shape(model), dtype=dtype, device=device)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter that needs no more than onnx is called the older one
+        torch.onnx.export(
+            copy.deepcopy(model).to(dtype).eval(),
+            (images,),
+            buffer,
+            dynamo=False,
+            opset_version=_OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+        )
+    return buffer.getvalue()
+
+
+def _quantised(exported: bytes) -> bytes:
+    """Its products in int8: weights beforehand, a scale per output channel; activations by their range in each call."""
+    quantization = _imported("onnxruntime.quantization")
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        source.write_bytes(exported)
+        # Not the patch embedding: ONNX Runtime's int8 convolution is the slower one.
+        quantization.quantize_dynamic(
+            source, target, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"],
+            weight_type=quantization.QuantType.QInt8,
+        )  # fmt: skip
+        return target.read_bytes()
+
+
+def _openvino(model: nn.Module, dtype: torch.dtype, device: torch.device, batch: int) -> Callable[[Tensor], Tensor]:
+    hints = {torch.float32: "f32", torch.bfloat16: "bf16"}
+    if device.type != "cpu" or dtype not in hints:
+        raise RivalError(f"openvino does not run in {str(dtype).removeprefix('torch.')} on {device.type} here")
+    core = _imported("openvino").Core()
+    if dtype == torch.bfloat16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise RivalError("openvino has no bfloat16 on this CPU")
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": hints[dtype],
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = core.compile_model(core.read_model(to_onnx(model, torch.float32, device, batch)), "CPU", settings)
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(compiled([images.contiguous().numpy()], share_inputs=True)[0])
+
+    return run
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise RivalError(f"{name} cannot be imported: pip install 'tokcomp[bench]' ({error})") from error
