@@ -15,8 +15,8 @@ from torch import nn
 from benchmarks.shapes import SUBJECTS, TABLE_1, PaperModel, PaperRow, Subject
 from benchmarks.whole_model import add_rows, all_entries, batches, measure
 
-TABLE = "models: images per second, speed over the published pipeline in the same precision (median, least, most of the "
-TABLE += "rounds), over its float32, over the best uncompressed rival"
+TABLE = "models: images per second, speed over the published pipeline in the same precision (median, least, most of"
+TABLE += " the rounds), over its float32, over the best uncompressed rival"
 PAPER_TABLE = "DiffRate's Table 1: batch 1024, float16; the paper's images/s are an A100's, the others this GPU's"
 PAPER_HEAD = [
     "model",

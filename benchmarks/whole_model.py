@@ -24,8 +24,8 @@ STACKS = ("tokcomp", "tokcomp-graph")
 
 @dataclass(frozen=True)
 class Choice:
-    """What the command line asks for. ``compiled``: "all", "timm" (whose blocks are all alike and compile in less than a
-    minute; a compressed model's have shapes of their own) or "none". ``rivals``: whether other runtimes take part."""
+    """What the command line asks for. ``compiled``: "all", "timm" (whose blocks are all alike and compile in less than
+    a minute; a compressed model's have shapes of their own) or "none". ``rivals``: whether other runtimes take part."""
 
     device: torch.device
     compiled: str
@@ -69,10 +69,11 @@ def all_entries(model: Any, method: Method, precision: str, choice: Choice) -> d
         entries["published-code"] = Entry("published-code", method, code=choice.clones)
     if choice.compiled == "all":
         entries["published-compiled"] = Entry("published-compiled", method)
+    compiled, all_of_it = choice.compiled != "none", choice.compiled == "all"
     entries |= uncompressed_rivals(
-        choice.device, precision, compiled=choice.compiled != "none", others=choice.rivals
+        choice.device, precision, compiled=compiled, autotuned=all_of_it, others=choice.rivals
     )
-    if choice.compiled == "all":
+    if all_of_it:
         entries["tokcomp-compiled"] = Entry("tokcomp-compiled", method)
     sliced, whole = StaticSlice.like(method, model), keep_everything(model)
     for stack in STACKS if choice.device.type == "cuda" else STACKS[:1]:

@@ -81,12 +81,14 @@ def _head(records: Sequence[Record], gpus: Sequence[Record]) -> str:
         "reference in the",
         "same run. GFLOPs are 1e9 multiply-adds an image (DiffRate's Alg. 2). *Of ideal*: the share of the",
         "bound by the",
-        "rates measured in the same run (`benchmarks.model.roofline`). *Of matrix rate*, *of copy rate*: of what a large",
+        "rates measured in the same run (`benchmarks.model.roofline`).",
+        "*Of matrix rate*, *of copy rate*: of what a large",
         "product, a copy reached. *Efficiency*: the speed-up over our own uncompressed model, over the ratio of the",
         "GFLOPs. *Tax*: the time above a static slice to the same token counts. *Over published*: over the published",
-        "pipeline in the same precision, *over its float32* over that pipeline in float32. *Over the best rival*: over the",
-        "fastest of those that were measured on the uncompressed model, in the same precision or a finer one; int8 is a",
-        "precision of its own. *Same answers*: the images of nine, under random weights, that keep their top-1 class.",
+        "pipeline in the same precision, *over its float32* over that pipeline in float32. *Over the best rival*: over",
+        "the fastest of those that were measured on the uncompressed model, in the same precision or a finer one; int8",
+        "is a precision of its own.",
+        "*Same answers*: the images of nine, under random weights, that keep their top-1 class.",
         "Changes and their outcomes are in the [performance log](performance-log.md).",
     )
     return f"# Results\n\n{origin}\n\n{terms}"

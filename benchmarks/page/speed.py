@@ -45,9 +45,10 @@ def speed_section(records: Sequence[Record]) -> str:
         ("**over the best rival**", lambda line: f"**{_ratio(line['ours'], 'over_best_rival')}**"),
     ]
     legend = paragraph(
-        "*Over published*: over the published pipeline in the same precision; *over its float32*: over that pipeline in",
-        "float32, which takes turns with bfloat16. *Best uncompressed rival*: the fastest of those that were measured",
-        "on the whole model in the same precision or a finer one. Products in int8 are a precision of their own.",
+        "*Over published*: over the published pipeline in the same precision; *over its float32*: over that pipeline",
+        "in float32, which takes turns with bfloat16.",
+        "*Best uncompressed rival*: the fastest of those that were measured on the whole model in the same precision",
+        "or a finer one. Products in int8 are a precision of their own.",
     )
     return "\n\n".join([_headline(lines), markdown(columns, lines), legend])
 
@@ -57,7 +58,8 @@ def _headline(lines: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for machine in dict.fromkeys(line["machine"] for line in lines):
         own = [line for line in lines if line["machine"] == machine]
-        ratios = [line["ours"]["over_best_rival"][0] for line in own if line["ours"] and line["ours"]["over_best_rival"]]
+        ours = [line["ours"] for line in own if line["ours"] is not None]
+        ratios = [row["over_best_rival"][0] for row in ours if row["over_best_rival"]]
         if ratios:
             who = ", ".join(dict.fromkeys(name for line in own for name in line["rivals"]))
             parts.append(f"**{min(ratios):.1f}x to {max(ratios):.1f}x** on {machine} (measured there: {who})")

@@ -113,8 +113,9 @@ class Record:
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
         """Its rows, those of whole models with their ratios."""
-        for suite, rows in itertools.groupby(self.data["rows"], suite_of):
-            yield from with_ratios(list(rows)) if suite in _OF_MODELS else rows
+        for suite, group in itertools.groupby(self.data["rows"], suite_of):
+            rows = list(group)
+            yield from with_ratios(rows) if suite in _OF_MODELS else rows
 
 
 def read_records(folder: Path) -> list[Record]:

@@ -51,7 +51,7 @@ def test_who_takes_part() -> None:
     assert names("float32", Choice.of(config(), CPU)) == ["published", *timm, *others, *ours]
     half = ["published", "published-float32", *timm, "openvino", "openvino-float32", *ours]
     assert names("bfloat16", Choice.of(config(), CPU)) == half
-    on_gpu = ["timm-cudnn", "timm-max-autotune", "onnxruntime", "tensorrt"]
+    on_gpu = ["timm-cudnn", "onnxruntime", "tensorrt"]
     assert names("float16", Choice.of(config(), CUDA)) == ["published", *timm, *on_gpu, *ours, *graphs]
     assert names("float16", Choice.of(config(**alone), CUDA)) == ["published", "timm", *ours, *graphs]
     compiled = ["published", "published-compiled", *timm, "tokcomp-compiled", *ours]

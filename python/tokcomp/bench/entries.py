@@ -61,8 +61,8 @@ _RECOMPILE_LIMIT = 256
 
 @dataclass(frozen=True)
 class Entry:
-    """Who runs the model (a key of :data:`COMPETITORS`), how it compresses (:data:`UNCOMPRESSED` take no method), in what
-    precision where that is not the comparison's, and for :data:`FROM_CLONES` the folders of the clones."""
+    """Who runs the model (a key of :data:`COMPETITORS`), how it compresses (:data:`UNCOMPRESSED` take no method), in
+    what precision where that is not the comparison's, and for :data:`FROM_CLONES` the folders of the clones."""
 
     competitor: str
     method: Method | None = None
@@ -138,7 +138,7 @@ def build_runner(
 
 
 def uncompressed_rivals(
-    device: torch.device, precision: str, *, compiled: bool = True, others: bool = True
+    device: torch.device, precision: str, *, compiled: bool = True, autotuned: bool = False, others: bool = True
 ) -> dict[str, Entry]:
     """Everyone who may run the whole model there, by name, installed or not.
 
@@ -147,11 +147,13 @@ def uncompressed_rivals(
         precision: a name in :data:`PRECISIONS`. In half precision on a CPU OpenVINO takes part in float32 as well, for
             a CPU without such products.
         compiled: whether timm is compiled, which takes up to a minute a batch size.
+        autotuned: whether a GPU also tries every tile of every product for it, which takes minutes.
         others: whether what is not PyTorch takes part.
     """
     names = ["timm", *(["timm-compiled"] if compiled else [])]
     if device.type == "cuda":
-        names += ["timm-cudnn", *(["timm-max-autotune"] if compiled else [])] if others else []
+        names += ["timm-max-autotune"] if autotuned else []
+        names += ["timm-cudnn"] if others else []
         names += ["onnxruntime", "tensorrt"] if others and precision != "bfloat16" else []
         return {name: Entry(name) for name in names}
     if others:

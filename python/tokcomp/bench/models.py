@@ -43,8 +43,8 @@ _REASON = 300
 @dataclass(frozen=True)
 class Row:
     """One entry at one batch size. ``speedup``: over the baseline entry; median, least and most of the rounds.
-    ``precision``: "int8" where the products are in it. ``ready_seconds``: from a plain model to the first checked logits,
-    compiling included. ``same_answers``: of int8, the share of the gate's images with the model's own top-1 class."""
+    ``precision``: "int8" where the products are in it. ``ready_seconds``: from a plain model to the first checked
+    logits, compiling included. ``same_answers``: of int8, the share of the gate's images that keep their class."""
 
     name: str
     batch: int

@@ -49,4 +49,3 @@ def best_rival(precision: str, rows: Iterable[Row]) -> Row | None:
         if row.name.removesuffix(FLOAT32) in UNCOMPRESSED and rank_of(row.precision) >= rank_of(precision)
     ]
     return max(rivals, key=lambda row: row.images_per_second, default=None)
-

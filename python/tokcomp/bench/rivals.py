@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import io
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -61,6 +60,8 @@ def build_rival(
     if device.type == "cpu" and found and level_in_force(found) != found["cpu"]:
         raise RivalError(f"ONNX Runtime cannot be kept from {found['cpu']}, which is switched off for all others")
     runtime = _imported("onnxruntime")
+    if provider not in runtime.get_available_providers():
+        raise RivalError(f"the installed onnxruntime has no {provider}")
     exported = to_onnx(model, dtype, device, batch)
     if name == "onnxruntime-int8":
         exported = _quantised(exported)
@@ -75,7 +76,7 @@ def build_rival(
             settings["trt_fp16_enable"] = str(dtype == torch.float16)
     session = runtime.InferenceSession(exported, options, providers=[(provider, settings)])
     if provider not in session.get_providers():  # which it replaces by the CPU without an error
-        raise RivalError(f"the installed onnxruntime has no {provider}")
+        raise RivalError(f"onnxruntime cannot use its {provider} here")
     shape = tuple(session.get_outputs()[0].shape)
 
     def run(images: Tensor) -> Tensor:
@@ -99,30 +100,31 @@ def to_onnx(model: nn.Module, dtype: torch.dtype, device: torch.device, batch: i
     """
     _imported("onnx")
     images = torch.zeros(batch, *image_shape(model), dtype=dtype, device=device)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter that needs no more than onnx is called the older one
+        path = Path(folder) / "model.onnx"
         torch.onnx.export(
             copy.deepcopy(model).to(dtype).eval(),
             (images,),
-            buffer,
+            path,
             dynamo=False,
             opset_version=_OPSET,
             input_names=["images"],
             output_names=["logits"],
         )
-    return buffer.getvalue()
+        return path.read_bytes()
 
 
 def _quantised(exported: bytes) -> bytes:
     """Its products in int8: weights beforehand, a scale per output channel; activations by their range in each call."""
     quantization = _imported("onnxruntime.quantization")
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        source, ready, target = (Path(folder) / f"{name}.onnx" for name in ("float", "ready", "int8"))
         source.write_bytes(exported)
+        _imported("onnxruntime.quantization.shape_inference").quant_pre_process(str(source), str(ready))
         # Not the patch embedding: ONNX Runtime's int8 convolution is the slower one.
         quantization.quantize_dynamic(
-            source, target, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"],
+            ready, target, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"],
             weight_type=quantization.QuantType.QInt8,
         )  # fmt: skip
         return target.read_bytes()

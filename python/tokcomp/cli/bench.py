@@ -141,7 +141,10 @@ def _entries(args: argparse.Namespace, method: Method, device: torch.device) -> 
         entries[f"published{FLOAT32}"] = Entry("published", method, precision="float32")
     if args.torchcompile:
         entries["published-compiled"] = Entry("published-compiled", method)
-    entries |= uncompressed_rivals(device, args.precision, compiled=args.torchcompile, others=not args.no_rivals)
+    compiled: bool = args.torchcompile
+    entries |= uncompressed_rivals(
+        device, args.precision, compiled=compiled, autotuned=compiled, others=not args.no_rivals
+    )
     stacks = ["tokcomp", *(["tokcomp-compiled"] if args.torchcompile else [])]
     stacks += ["tokcomp-graph"] if args.torchcompile and device.type == "cuda" else []
     return entries | {name: Entry(name, method) for name in stacks}

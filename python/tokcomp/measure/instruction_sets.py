@@ -1,4 +1,4 @@
-"""What instructions the CPU has, and up to which level each library may use them: a figure is a machine's and a level's.
+"""What instructions the CPU has, and up to which level each library may use them: a figure is of both.
 
 Levels are "default" (below AVX2), "avx2" and "avx512". ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and
 TOKCOMP_CPU_CAPABILITY lower them for PyTorch, oneDNN and tokcomp; together they are the same CPU without AVX-512.
@@ -20,7 +20,7 @@ _LIBRARIES = ("torch", "onednn", "tokcomp")
 
 
 def instruction_sets() -> dict[str, str]:
-    """"cpu": the best that the CPU has; "torch", "onednn", "tokcomp": what each may use. Empty but on x86-64."""
+    """The level that the CPU has ("cpu"), and what "torch", "onednn", "tokcomp" may use. Empty but on x86-64."""
     best = _cpu_level(_flags())
     if best is None:
         return {}
@@ -53,7 +53,8 @@ def in_words(found: Mapping[str, str]) -> str:
     if level is None:
         return ""
     if level == "mixed":
-        return "libraries at different levels: " + ", ".join(f"{name} {found[name]}" for name in _LIBRARIES)
+        differing = ", ".join(f"{name} {found[name]}" for name in _LIBRARIES if name in found)
+        return f"libraries at different levels: {differing}"
     name = {"avx512": "AVX-512", "avx2": "AVX2", "default": "no AVX2"}[level]
     if level == found["cpu"]:
         return name if level == "avx512" else f"{name} at most"
