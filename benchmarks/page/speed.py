@@ -42,7 +42,7 @@ def speed_section(records: Sequence[Record]) -> str:
         ("tokcomp", lambda line: _rate(line["ours"])),
         ("over published", lambda line: _ratio(line["ours"], "over_published")),
         ("over its float32", lambda line: _ratio(line["ours"], "over_published_float32")),
-        ("**over the best rival**", lambda line: f"**{_ratio(line['ours'], 'over_best_rival')}**"),
+        ("over the best rival", lambda line: _ratio(line["ours"], "over_best_rival")),
     ]
     legend = paragraph(
         "*Over published*: over the published pipeline in the same precision; *over its float32*: over that pipeline",
@@ -65,7 +65,7 @@ def _headline(lines: Sequence[Mapping[str, Any]]) -> str:
             parts.append(f"**{min(ratios):.1f}x to {max(ratios):.1f}x** on {machine} (measured there: {who})")
     if not parts:
         return "Not measured yet."
-    return paragraph(f"Over the best uncompressed rival on the same machine: {'; '.join(parts)}.")
+    return paragraph(f"Over the best uncompressed rival of like precision on the same machine: {'; '.join(parts)}.")
 
 
 def _lines(device: str, records: Sequence[Record]) -> Iterator[dict[str, Any]]:

@@ -128,7 +128,9 @@ def command_of(plan: Plan, work: Path, device: str, clones: Sequence[str]) -> li
     if plan.arguments[0].startswith("tests"):
         return test_command(plan.arguments[0], report)
     options = ["--benchmark-only", "-s", f"--results={records}", f"--junitxml={report}", f"--device={device}"]
-    arguments = (plan.rehearsal or plan.arguments) + ("--rounds=1", "--no-compile", "--no-rivals") if device == "cpu" else plan.arguments
+    arguments = plan.arguments
+    if device == "cpu":
+        arguments = (*(plan.rehearsal or arguments), "--rounds=1", "--no-compile", "--no-rivals")
     return pytest_command(*arguments, *options, *(f"--published-code={folder}" for folder in clones))
 
 
