@@ -1,11 +1,12 @@
 """AdaptFormer: a narrow branch beside each MLP, trained while the backbone stays as it is (NeurIPS 2022).
 
 A block's ``MLP(LN(x))`` becomes ``MLP(LN(x)) + scale * up(ReLU(down(LN(x))))`` (ToCom, Eq. 10): the branch reads what
-the MLP reads, and its result goes the MLP's way, through LayerScale and stochastic depth where the block has them.
-``up`` starts at zero, so a new branch changes nothing.
+the MLP reads, and its result takes the same path as the MLP's, through LayerScale and stochastic depth if the block has
+them. ``up`` starts at zero, so a new branch changes nothing.
 
-The branch lives in the MLP itself, under a class that is swapped in. So everything works on the model as it did:
-:func:`tokcomp.compress` by any method, :class:`tokcomp.ToCom`, :class:`tokcomp.Switchable`, copies, pickles, ``.to()``.
+The branch lives in the MLP itself, whose class is swapped. So everything works on the model as before:
+:func:`tokcomp.compress` with any method, :class:`tokcomp.ToCom`, :class:`tokcomp.Switchable`, copies, pickles,
+``.to()``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tokcomp.reading import read_metadata, read_tensors, tensors_to_bytes
 
 FORMAT = "tokcomp.adaptformer"
 VERSION = 1
-#: Where an MLP keeps its branch.
+#: The attribute of an MLP that holds its branch.
 _BRANCH = "adapter"
 _HEADS = ("head", "head_dist")
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -40,8 +41,8 @@ class Branch(nn.Module):
     """``scale * up(ReLU(down(x)))`` for tokens x [..., width].
 
     Args:
-        width: of the tokens.
-        bottleneck: of what is between.
+        width: width of the tokens.
+        bottleneck: width between the two layers.
         scale: factor on the result.
     """
 
@@ -73,21 +74,21 @@ class Adapted(Swapped):
 
 
 def attach(model: ModelT, bottleneck: int = 32, scale: float = 0.1) -> ModelT:
-    """Give every block's MLP a branch, in place. Its logits stay what they were until the branches are trained.
+    """Give every block's MLP a branch, in place. The logits do not change until the branches are trained.
 
     The parameters are named ``blocks.{i}.mlp.adapter.{down,up}.{weight,bias}``; all others keep their names.
 
     Args:
         model: a timm VisionTransformer or VisionTransformerDistilled, plain or compressed.
         bottleneck: width of the branches, 1 or more.
-        scale: factor on what they add; the ToCom paper chooses among 0.01, 0.1, 1, 10 and 100.
+        scale: factor on the branches' output; the ToCom paper chooses among 0.01, 0.1, 1, 10 and 100.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        TypeError: (UnsupportedModelError) the model is not understood; or an argument is of another type.
-        ValueError: bottleneck or scale out of range, or the model has branches already.
+        TypeError: (UnsupportedModelError) the model is not understood; or an argument has the wrong type.
+        ValueError: bottleneck or scale is out of range, or the model already has branches.
     """
     mlps = _mlps(model)
     if isinstance(bottleneck, bool) or not isinstance(bottleneck, int):
@@ -128,7 +129,7 @@ def is_attached(model: nn.Module) -> bool:
 
 
 def freeze(model: nn.Module) -> list[str]:
-    """Let only branches and classifier be trained, by ``requires_grad``; the names of their parameters.
+    """Make only branches and classifier trainable (``requires_grad``), and return the names of their parameters.
 
     Raises:
         ValueError: the model has no branches.
@@ -150,7 +151,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def metadata(model: nn.Module) -> dict[str, str]:
-    """What a file of :func:`save` says about itself.
+    """The metadata of a file that :func:`save` writes.
 
     Raises:
         ValueError: the model has no branches.
@@ -168,12 +169,12 @@ def metadata(model: nn.Module) -> dict[str, str]:
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, facts: dict[str, Any] | None = None) -> None:
-    """Write branches and classifier as safetensors; the file is there whole or as it was before.
+    """Write branches and classifier as safetensors; the file is written whole or left as it was.
 
     Args:
-        model: with branches.
+        model: a model with branches.
         path: the file.
-        facts: JSON data about it, kept under ``tokcomp`` in the file's metadata.
+        facts: JSON data about the model, kept under ``tokcomp`` in the file's metadata.
 
     Raises:
         ValueError: the model has no branches.
@@ -196,7 +197,7 @@ def load(path: str | os.PathLike[str], model: ModelT) -> ModelT:
     Raises:
         FileNotFoundError: no such file.
         TypeError: (UnsupportedModelError) the model is not understood.
-        ValueError: the file is truncated, is of another kind, or for another depth, width or number of classes.
+        ValueError: the file is truncated, of another kind, or for another depth, width or number of classes.
     """
     tensors, about = _read(Path(path))
     _mlps(model)
@@ -275,7 +276,7 @@ def _branches(model: nn.Module) -> list[Branch]:
 
 
 def _own_names(model: nn.Module) -> set[str]:
-    """Names in the state_dict of branches and classifier."""
+    """Names of branches and classifier in the state_dict."""
     ids = {id(branch) for branch in _branches(model)}
     prefixes = [name for name, module in model.named_modules() if id(module) in ids]
     prefixes += [name for name in _HEADS if hasattr(model, name)]

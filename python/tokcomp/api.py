@@ -31,8 +31,9 @@ def compress(model: ModelT, method: Method) -> ModelT:
         ``model`` itself.
 
     Raises:
-        TypeError: ``method`` is no Method; or (UnsupportedModelError) the model, or a module in it, is not understood.
-        ValueError: the method does not fit the model: number of blocks, prefix tokens, class token; or a ToCom plugin
+        TypeError: ``method`` is not a Method; or (UnsupportedModelError) the model, or a module in it, is not
+            understood.
+        ValueError: the method does not fit the model (number of blocks, prefix tokens, class token), or a ToCom plugin
             that was trained with another method is folded in.
         RuntimeError: another thread is in a call of the model.
     """
@@ -88,12 +89,12 @@ def trace(model: nn.Module, images: Tensor) -> list[Tensor]:
     """Where each original token is after each block.
 
     Args:
-        model: compressed, or plain (every token then stays where it is).
+        model: compressed, or plain (then every token stays where it is).
         images: [B, 3, H, W].
 
     Returns:
-        One int64 map per block, each [B, P + prefix]: the slot of that block's output that each original token is in,
-        -1 where it was pruned. Tokens that EViT fused are in the fused token's slot.
+        One int64 map per block, each [B, P + prefix]: for each original token, the slot of that block's output that
+        holds it, or -1 if it was pruned. Tokens that EViT fused are in the fused token's slot.
     """
     adapter = find_adapter(model)
     x, sources = adapter.sources(model, images)

@@ -1,4 +1,4 @@
-"""What a model costs: multiply-adds of one image (DiffRate, Alg. 2), from the tokens of every block."""
+"""What a model costs: multiply-adds per image (DiffRate, Alg. 2), from the token counts of every block."""
 
 from __future__ import annotations
 
@@ -41,17 +41,18 @@ def counts_of(model: nn.Module, method: Method | None = None, img_size: tuple[in
 def flops(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> int:
     """Multiply-adds of one image, compressed or not (DiffRate, Alg. 2).
 
-    Patch embedding and classifier included (no classifier where ``num_classes`` is 0); norms, softmax, residuals and
+    Patch embedding and classifier are included (no classifier if ``num_classes`` is 0); norms, softmax, residuals and
     compression itself are not counted.
 
     Args:
         model: a model that :func:`tokcomp.compress` understands.
-        img_size: pixels of the image, one number or height and width; by default the model's own. A model that takes
-            other images than these is counted as if it were built for them.
+        img_size: pixels of the image, one number or height and width; by default the model's own. A model built for
+            other images is counted as if it were built for these.
 
     Raises:
         TypeError: (UnsupportedModelError) the model is not understood.
-        ValueError: the model's schedule is for another number of tokens, or the size makes no whole patches.
+        ValueError: the model's schedule is for another number of tokens, or the size does not divide into whole
+            patches.
     """
     adapter = find_adapter(model)
     size = None if img_size is None else _pair(img_size)
@@ -81,12 +82,12 @@ def flops_of(cost: Cost, counts: TokenCounts, num_tokens: int) -> Tensor:
     """Multiply-adds of one image (Alg. 2, patch embedding and head included): 0-dim float64, differentiable.
 
     Args:
-        cost: of the model, from its adapter.
-        counts: [L] tokens of each block, any floating type. Integers give the exact integer.
+        cost: the model's cost coefficients, from its adapter.
+        counts: [L] tokens of each block, of any floating type. Integers give the exact integer.
         num_tokens: tokens that the patch embedding makes, prefix included.
 
     Raises:
-        ValueError: the counts are not one per block.
+        ValueError: there is not one count per block.
     """
     num_in, num_out = counts.num_in.double(), counts.num_out.double()
     shape = (len(cost.blocks),)
@@ -102,7 +103,7 @@ def flops_of(cost: Cost, counts: TokenCounts, num_tokens: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _coefficients(cost: Cost, device: torch.device) -> tuple[Tensor, ...]:
-    """Multiply-adds per token in, per token in squared and per token out, each [L]; copied to a device but once."""
+    """Multiply-adds per token in, per token in squared and per token out, each [L]; copied to a device only once."""
     rows = [[block.projections, 2 * block.width, block.mlp] for block in cost.blocks]
     with torch.inference_mode(False):  # the copy serves later calls too, which may want gradients
         return torch.tensor(rows, dtype=torch.float64).T.to(device).unbind(0)

@@ -44,7 +44,7 @@ def digits_split() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 def render_digits(ink: Tensor, generator: torch.Generator, *, augment: bool = False, spread: float = 1.0) -> Tensor:
     """Draw 8x8 digits in coloured ink somewhere on coloured paper: [n, 1, 8, 8] -> [n, 3, 32, 32], both in 0..1.
 
-    Most of a picture is paper, which is what token compression lives on. ``augment`` also turns, shears and scales the
+    Most of a picture is paper, which is what token compression exploits. ``augment`` also turns, shears and scales the
     digits more; ``spread`` (0..1) says how far from the centre they may lie.
     """
     count = ink.shape[0]
@@ -76,7 +76,7 @@ def held_out_digits() -> tuple[Tensor, Tensor]:
 
 
 class DigitsDataset(Dataset):
-    """The digits as pictures, as timm's data sets give them: (PIL image, label), with ``transform`` to set.
+    """The digits as pictures, in the form of timm's data sets: (PIL image, label), with a settable ``transform``.
 
     Args:
         train: the 1437 training digits, drawn anew each time they are asked for, turned, sheared and moved by torch's
@@ -113,7 +113,7 @@ def _as_picture(image: Tensor) -> Image.Image:
 
 
 class _Subset(Dataset):
-    """Some images of a data set, with its transform to set, as timm's loader does."""
+    """Some images of a data set, whose transform can be set, as timm's loader does."""
 
     def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
         self.dataset, self.indices = dataset, indices
@@ -134,7 +134,7 @@ class _Subset(Dataset):
 
 
 class SpreadSubset(_Subset):
-    """``num_samples`` of a data set, evenly spread: the first ones of a sorted folder would all be of one class."""
+    """``num_samples`` of a data set, evenly spread: the first ones in a sorted folder would all be of one class."""
 
     def __init__(self, dataset: Dataset, num_samples: int) -> None:
         total = num_images(dataset)
@@ -150,12 +150,12 @@ class EveryNth(_Subset):
 
 
 def num_images(dataset: Dataset) -> int:
-    """Images of a data set that knows their number, as every one that gives any image by its number does."""
+    """The number of images in a data set that knows it, as every map-style data set does."""
     return len(cast(Sized, dataset))
 
 
 def count_classes(dataset: Dataset) -> int | None:
-    """Classes of a data set where it knows them without being read through."""
+    """The number of classes in a data set, if it is known without reading the whole set."""
     while isinstance(dataset, _Subset):
         dataset = dataset.dataset
     if hasattr(dataset, "num_classes"):
@@ -165,21 +165,21 @@ def count_classes(dataset: Dataset) -> int | None:
 
 
 def list_images(path: Path) -> list[Path]:
-    """A picture itself, or the pictures in a folder (not below it), by name."""
+    """The picture itself, or the pictures in a folder (not in its subfolders), by name."""
     if path.is_dir():
         return sorted(child for child in path.iterdir() if child.suffix.lower() in IMAGE_SUFFIXES)
     return [path]
 
 
 class UnreadableImageError(OSError):
-    """A file that is no picture, is damaged, or would unpack to more pixels than Pillow allows."""
+    """A file that is not a picture, is damaged, or would unpack to more pixels than Pillow allows."""
 
 
 def load_image(source: Any, name: object = None) -> Image.Image:
     """A picture as RGB, upright.
 
     Args:
-        source: a path, a binary file or a picture that is open already.
+        source: a path, a binary file, or a picture that is already open.
         name: what to call it in an error; by default its path.
 
     Raises:
@@ -189,13 +189,13 @@ def load_image(source: Any, name: object = None) -> Image.Image:
         picture = source if isinstance(source, Image.Image) else Image.open(source)
         with picture:
             return as_rgb(ImageOps.exif_transpose(picture))
-    except Exception as error:  # Pillow's decoders raise what they like: SyntaxError, struct.error, a bomb's own
+    except Exception as error:  # Pillow's decoders raise anything: SyntaxError, struct.error, a bomb's own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnreadableImageError(f"'{source if name is None else name}' ({reason})") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture as RGB. One of 16 bits keeps its high byte, where Pillow makes white of all that is above 255."""
+    """A picture as RGB. A 16-bit picture keeps its high byte; Pillow would turn every value above 255 white."""
     if image.mode.startswith("I"):
         deep = np.asarray(image)
         if image.mode != "I" or deep.max(initial=0) > 255:
@@ -203,7 +203,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-#: Labels from here downwards say that image ``-2 - label`` of a set could not be read; -1 is an image without a label.
+#: Labels from here down say that image ``-2 - label`` of a set could not be read; -1 is an image without a label.
 _FIRST_UNREADABLE = -2
 
 
@@ -213,14 +213,14 @@ def unreadable_indices(labels: Tensor) -> list[int]:
 
 
 class ReadableImages(Dataset):
-    """timm's data set of image files, which knows its pictures from what cannot be read: (image, label).
+    """timm's data set of image files, made to recognise files that cannot be read: (image, label).
 
-    timm itself puts an image's neighbour in its place, unnoticed, and ends with a traceback at a decompression bomb.
+    timm itself silently substitutes a neighbouring image, and fails with a traceback on a decompression bomb.
 
     Args:
         dataset: a ``timm.data.ImageDataset``.
-        unreadable: what to do with an image that cannot be read: "raise", take the "next" one that can with a warning,
-            or "mark" it by a label that :func:`unreadable_indices` knows, beside a black picture.
+        unreadable: what to do about an image that cannot be read: "raise"; take the "next" readable one, with a
+            warning; or "mark" it: a black picture with a label that :func:`unreadable_indices` recognises.
     """
 
     def __init__(self, dataset: Any, unreadable: str = "next") -> None:

@@ -35,7 +35,7 @@ _PHOTO_BLOCKS = (2, 4, 6, 9)
 
 @dataclass(frozen=True)
 class DigitsRow:
-    """One way of running the digits model. Accuracy in per cent, cost in 1e6 multiply-adds an image."""
+    """One way of running the digits model. Accuracy in per cent, cost in 1e6 multiply-adds per image."""
 
     method: str
     settings: str
@@ -58,7 +58,7 @@ class SpeedRow:
 
 
 def digits_methods(model: nn.Module) -> dict[str, Method | None]:
-    """The uncompressed model, DiffRate by the schedule in the package, ToMe and EViT at the cost of that schedule."""
+    """The uncompressed model, DiffRate with the schedule in the package, and ToMe and EViT at that schedule's cost."""
     diffrate = DiffRate(CompressionSchedule.load(DIGITS_SCHEDULE))
     budget = flops(compress(model, diffrate))
     restore(model)
@@ -128,7 +128,7 @@ def photo_model(pretrained: bool) -> nn.Module:
 
 
 def photo_methods(model: nn.Module, pretrained: bool) -> dict[str, Method]:
-    """What photographs are drawn under. Random weights know similarity, not importance: there DiffRate only merges."""
+    """The methods to draw photographs with. Random weights know similarity, not importance: DiffRate only merges."""
     schedule = DiffRate.published(PHOTO_MODEL, PHOTO_GFLOPS).schedule
     tome = tome_for_budget(model, PHOTO_GFLOPS * 1e9)
     if not pretrained:
@@ -181,7 +181,7 @@ def _png(image: Image.Image) -> bytes:
 def time_speed_up(
     model: nn.Module, device: torch.device, dtype: torch.dtype, *, batch_size: int = 4, rounds: int = 5
 ) -> SpeedRow:
-    """DeiT-S at the published schedule against timm's own forward, in alternating rounds."""
+    """DeiT-S with the published schedule against timm's own forward, in alternating rounds."""
     plain = copy.deepcopy(model).to(device, dtype)
     compressed = compress(copy.deepcopy(plain), DiffRate.published(PHOTO_MODEL, PHOTO_GFLOPS))
     images = torch.randn(batch_size, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(device, dtype)

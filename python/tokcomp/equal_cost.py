@@ -26,7 +26,7 @@ def _cost(model: nn.Module, method: Method) -> int:
 
 
 def _last_at_least(holds: Callable[[int], bool], end: int) -> int:
-    """The last index in 0 .. end for which a predicate that is true up to some point holds."""
+    """The last index in 0 .. end at which a predicate that is true up to some point holds."""
     low, high = 0, end
     while low < high:
         middle = (low + high + 1) // 2
@@ -35,7 +35,7 @@ def _last_at_least(holds: Callable[[int], bool], end: int) -> int:
 
 
 def _nearest(model: nn.Module, budget: float, candidate: Callable[[int], Method], end: int) -> Method:
-    """Of candidates 0 .. end, which cost less and less, the one that costs nearest to the budget."""
+    """Of candidates 0 .. end, in order of falling cost, the one whose cost is nearest to the budget."""
     above = _last_at_least(lambda index: _cost(model, candidate(index)) >= budget, end)
     choices = [candidate(index) for index in range(above, min(above + 1, end) + 1)]
     best = min(choices, key=lambda method: abs(_cost(model, method) - budget))
@@ -49,7 +49,7 @@ def _nearest(model: nn.Module, budget: float, candidate: Callable[[int], Method]
 
 
 def tome_for_budget(model: nn.Module, budget: float) -> ToMe:
-    """ToMe with r + 1 in the first blocks and r in the others, at a cost nearest to ``budget`` multiply-adds.
+    """ToMe with r + 1 in the first blocks and r in the others, at the cost nearest to ``budget`` multiply-adds.
 
     ``model`` must be plain (not compressed) and is left so.
 
@@ -71,7 +71,7 @@ def evit_blocks(depth: int) -> list[int]:
 
 
 def evit_for_budget(model: nn.Module, budget: float, *, fuse: bool = True) -> EViT:
-    """EViT in three blocks, spread as published (4, 7 and 10 of 12), at a cost nearest to ``budget`` multiply-adds.
+    """EViT in three blocks, spread as published (4, 7 and 10 of 12), at the cost nearest to ``budget`` multiply-adds.
 
     Same terms as :func:`tome_for_budget`.
     """

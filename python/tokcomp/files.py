@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and folders that one process at a time writes into."""
+"""Files that are written whole or not at all, and folders that only one process at a time writes into."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import BinaryIO, cast
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write in place of ``path``, which it replaces if the block ends well; otherwise ``path`` is as it was.
+    """A file to write in place of ``path``: replaces it if the block succeeds, and otherwise leaves it as it was.
 
-    Makes the folder. A process that is killed leaves at most a hidden ``.<name>.*.tmp`` beside it.
+    Creates the folder. A process that is killed leaves at most a hidden ``.<name>.*.tmp`` beside it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, file)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; a result is an ordinary one.
+        # mkstemp makes private files; results get ordinary permissions.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -34,25 +34,25 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Remove what killed processes left of :func:`replacing` in a folder. For whoever is its only writer."""
+    """Remove the drafts of :func:`replacing` that killed processes left. Only for the folder's sole writer."""
     for draft in folder.glob(".*.tmp"):
         draft.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there complete or, whatever interrupts, as it was before. Makes its folder."""
+    """Write a file so that, whatever interrupts, it is either complete or as it was before. Creates its folder."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder against other runs while the block runs. Makes it, and takes it away again if it stays empty.
+    """Lock a folder against other runs while the block runs. Creates it, and removes it again if it stays empty.
 
-    The system lets go of it however the process ends. Where it has no such locks (Windows) nothing is held.
+    The system releases the lock however the process ends. On systems without such locks (Windows) nothing is locked.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds the lock.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def _locked(path: Path) -> int | None:
         try:
             # Unlike flock's, this lock is not shared with forked loader processes, which may outlive a killed run.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held it may have taken the file away between the two calls.
+            # Whoever held it may have removed the file between the two calls.
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 return handle
         except OSError as error:

@@ -12,16 +12,16 @@ RECORD = "_tokcomp_fold"
 
 @dataclass(frozen=True)
 class Fold:
-    """What is folded into a model: the degrees, and whose rows they are."""
+    """What is folded into a model: the degrees, and the plugin that the rows come from."""
 
     source: int
     target: int
     scale: float
-    #: Names of the plugin: of the object, and of what its parameters were.
+    #: Identities of the plugin: of the object, and of its parameters' values.
     plugin: tuple[str, str]
-    #: Name of the method that the plugin was trained with, where it says.
+    #: Name of the method that the plugin was trained with, if it says.
     method: str | None = None
-    #: Hashes of the rows as written and of a sample of them, per layer.
+    #: Per layer, hashes of the rows as written and of a sample of them.
     written: tuple[tuple[int, int], ...] = ()
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ def fold_of(model: nn.Module) -> Fold | None:
 
 
 def require_same_method(record: Fold | None, name: str) -> None:
-    """Raise ValueError if what is folded in is for models compressed by another method than ``name``."""
+    """Raise ValueError if what is folded in was made for models compressed by a method other than ``name``."""
     if record is not None and record.method not in (None, name):
         raise ValueError(
             f"method must be {record.method}, which the plugin folded into the model ({record}) was trained with, got "

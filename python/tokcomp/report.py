@@ -6,7 +6,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 
-#: Colours that stay apart for colour-blind readers and on light and dark pages (Okabe and Ito, slightly darkened).
+#: Colours distinct for colour-blind readers and on light and dark pages (Okabe and Ito, slightly darkened).
 SERIES_COLOURS = ("#6b7280", "#0072b2", "#c2570c", "#018a66", "#a0437e")
 
 _STYLE = """
@@ -80,7 +80,7 @@ def _figure(svg: str, caption: str) -> str:
 def bars(
     values: Mapping[str, float], *, caption: str, unit: str, digits: int = 1, colours: Sequence[str] = SERIES_COLOURS
 ) -> str:
-    """Horizontal bars from 0, in the order given; the colours repeat."""
+    """Horizontal bars starting at 0, in the order given; the colours repeat."""
     label, chart, row = 120, 250, 34
     top = max(values.values())
     parts = []
@@ -122,7 +122,7 @@ def steps(series: Mapping[str, Sequence[float]], *, caption: str, x_label: str, 
     x = float(left)
     for index, (name, values) in enumerate(series.items()):
         colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
-        # Attention sees what the block before left, so a level lasts through its block.
+        # Attention sees what the previous block kept, so a level lasts through its block.
         path = f"M{x_at(0):.1f},{y_at(values[0]):.1f}"
         path += "".join(f"H{x_at(i):.1f}V{y_at(value):.1f}" for i, value in enumerate(values) if i)
         parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2.5"/>')

@@ -17,7 +17,7 @@ from tokcomp.reading import parse_json, read_json
 
 FORMAT = "tokcomp.CompressionSchedule"
 VERSION = 1
-#: What a schedule may say of the method that it is for: arguments of DiffRate, and their types.
+#: The arguments of DiffRate that a schedule may record, and their types.
 METHOD_SETTINGS = {"metric": str, "pipeline": str, "seed": int, "similarity_weighted_size": bool}
 
 
@@ -25,7 +25,7 @@ METHOD_SETTINGS = {"metric": str, "pipeline": str, "seed": int, "similarity_weig
 class CompressionSchedule:
     """Tokens left after pruning and after merging in each block, prefix tokens (class, distillation, ...) included.
 
-    A count that is not below the tokens that arrive leaves them as they are, so counts need not fall monotonically.
+    A count at or above the number of tokens that arrive changes nothing, so counts need not decrease monotonically.
 
     Args:
         num_prune_kept: one count per block, or None for a method that does not prune (CAFormer's schedules).
@@ -33,17 +33,18 @@ class CompressionSchedule:
         provenance: where the counts come from, as JSON data (model, budget, search settings); not compared by ``==``
             and not shown by ``repr``.
         num_tokens: tokens that enter block 0 of the models it is for, prefix included: 197 for 224 x 224 pixels in
-            patches of 16. A model with another count is refused. None: not known, and any model of this depth is
-            accepted; nothing is inferred from the counts.
-        num_prefix_tokens: how many of ``num_tokens`` are no patches; only :meth:`rescaled` asks.
-        method: arguments of :class:`tokcomp.DiffRate` that the counts were found with, of :data:`METHOD_SETTINGS`:
-            ``{"metric": "image_attn", "pipeline": "merge"}``. DiffRate takes what is in it, and refuses to be told
-            otherwise. None, or a name left out: not said.
+            patches of 16. A model with another count is refused. None: unknown, so any model of this depth is accepted;
+            nothing is inferred from the counts.
+        num_prefix_tokens: how many of ``num_tokens`` are not patches; only :meth:`rescaled` uses it.
+        method: the arguments of :class:`tokcomp.DiffRate`, among :data:`METHOD_SETTINGS`, that the counts were found
+            with: ``{"metric": "image_attn", "pipeline": "merge"}``. DiffRate adopts them and refuses arguments that
+            contradict them. None, or a name left out: unspecified.
 
     Raises:
         ValueError: the lists differ in length, are both missing, or hold a count below 1; ``num_tokens`` is not above
             ``num_prefix_tokens``; ``method`` has an unknown name.
-        TypeError: a count is not an integer, the provenance or the method is not a dict, or a setting of another type.
+        TypeError: a count is not an integer, the provenance or the method is not a dict, or a setting has the wrong
+            type.
     """
 
     num_prune_kept: list[int] | None
@@ -77,24 +78,25 @@ class CompressionSchedule:
         return len(counts or ())
 
     def rescaled(self, num_tokens: int, num_prefix_tokens: int | None = None) -> CompressionSchedule:
-        """The same shares of the patches for models with another number of tokens: at another resolution, say.
+        """The same shares of the patches for models with another number of tokens, for instance at another resolution.
 
-        A count of k of p patches becomes k q / p of q patches, rounded (halves up) and at least one where it was; the
-        prefix tokens stay apart. ``schedule.rescaled(577)`` takes 224 x 224 pixels in patches of 16 to 384 x 384.
+        A count of k of p patches becomes k q / p of q patches, rounded (halves up), and stays at least one if it was;
+        prefix tokens are not scaled. ``schedule.rescaled(577)`` takes 224 x 224 pixels in patches of 16 to 384 x 384.
 
         Args:
-            num_tokens: what is to enter block 0, prefix included.
-            num_prefix_tokens: how many of those are no patches; by default as many as here.
+            num_tokens: tokens that will enter block 0, prefix included.
+            num_prefix_tokens: how many of those are not patches; by default as many as in this schedule.
 
         Returns:
-            A new schedule, whose provenance holds this one's under ``rescaled``; one for the same tokens as it is.
+            A new schedule whose provenance holds this one's under ``rescaled``; this one if the number of tokens is the
+            same.
 
         Raises:
             ValueError: this schedule does not know its own ``num_tokens``, or the new one is not above the prefix.
         """
         if self.num_tokens is None:
             raise ValueError(
-                "the schedule must know its num_tokens to be rescaled, got None; say what it is for: "
+                "the schedule must know its num_tokens to be rescaled, got None; state what it is for: "
                 "dataclasses.replace(schedule, num_tokens=197)"
             )
         prefix = self.num_prefix_tokens if num_prefix_tokens is None else num_prefix_tokens
@@ -147,12 +149,12 @@ class CompressionSchedule:
         """Read what :meth:`save` wrote, a JSON object with just the two lists, or one entry of a published table.
 
         A published table is DiffRate's ``compression_rate.json``: model -> GFLOPs -> prune_kept_num and merge_kept_num.
-        Models that DiffRate published get the ``num_tokens`` of their image size; of others it is not known.
+        Models that DiffRate published get the ``num_tokens`` of their image size; for others it is unknown.
 
         Args:
             path: the file.
-            model: which of a table's models, by the table's name or timm's; not looked at where there is only one.
-            gflops: which of the model's budgets; needed where there are several.
+            model: which of a table's models, by the table's name or timm's; ignored if there is only one.
+            gflops: which of the model's budgets; required if there are several.
 
         Raises:
             ValueError: not JSON, not a schedule, written by a newer version, or a table without that entry; the message
@@ -253,16 +255,17 @@ def published_budgets() -> dict[str, list[float]]:
 def published_schedule(name: str, gflops: float) -> CompressionSchedule:
     """The schedule that the DiffRate paper's authors published for a model and a budget.
 
-    They are those of its repository. The paper's Table 10 prints the same counts but for DeiT-T at 1.0 G, whose last
-    block keeps 3 and 3 tokens there and 21 and 21 here: 0.9983 for 1.0036 GFLOPs. The logits are the same, since only
-    the last block's MLP sees the difference, and a class-token model reads nothing but its class token after that.
+    The counts are those of the paper's repository. Its Table 10 prints the same except for DeiT-T at 1.0 G, whose last
+    block keeps 3 and 3 tokens in the table and 21 and 21 here: 0.9983 instead of 1.0036 GFLOPs. The logits are the
+    same, since only the last block's MLP sees the difference, and a class-token model reads only its class token after
+    that.
 
     Args:
         name: timm's model name; a pretrained tag after a DeiT name or ``caformer_s36`` is ignored.
         gflops: the budget as published, for example 2.3.
 
     Raises:
-        TypeError: the name is no string.
+        TypeError: the name is not a string.
         ValueError: nothing was published for that name or budget; the message lists what was.
     """
     tables = _published_tables()
@@ -278,7 +281,7 @@ def published_schedule(name: str, gflops: float) -> CompressionSchedule:
 
 
 def _known_name(name: str) -> str | None:
-    """The key of PUBLISHED_MODELS that a name of timm's stands for."""
+    """The key of PUBLISHED_MODELS that one of timm's names stands for."""
     return next((one for one in (name, str(name).split(".", 1)[0]) if one in PUBLISHED_MODELS), None)
 
 
@@ -301,7 +304,7 @@ def _is_table(data: Any) -> bool:
 
 
 def _pick(tables: Mapping[str, Any], model: str | None, gflops: float | None) -> CompressionSchedule:
-    """The entry of a table that :meth:`CompressionSchedule.load` is asked for."""
+    """The entry of a table that :meth:`CompressionSchedule.load` was asked for."""
     names = list(tables)
     if len(names) > 1:
         known = None if model is None else PUBLISHED_MODELS.get(_known_name(model) or "", model)
@@ -323,7 +326,7 @@ def _entry(name: str, budgets: Mapping[str, Any], gflops: float | None, *, what:
         if found:
             prune, merge = (_listed(counts.get(f"{step}_kept_num")) for step in ("prune", "merge"))
             num_tokens, num_prefix_tokens = _PUBLISHED_TOKENS.get(name, (None, 1))
-            # Without pruning it is the published method for hierarchical models; else DiffRate's own defaults.
+            # Without pruning, this is the published method for hierarchical models; otherwise DiffRate's own defaults.
             method = {"metric": "image_attn", "pipeline": "merge", "similarity_weighted_size": False}
             provenance = {"model": name, "gflops": float(budget)}
             return CompressionSchedule(
@@ -333,7 +336,7 @@ def _entry(name: str, budgets: Mapping[str, Any], gflops: float | None, *, what:
 
 
 def _listed(counts: Any) -> Any:
-    """A list of counts; the published file has them as text, and ``"None"`` for none."""
+    """A list of counts; the published file stores them as text, and ``"None"`` for none."""
     if not isinstance(counts, str):
         return counts
     return None if counts == "None" else parse_json(counts)

@@ -22,14 +22,14 @@ _GOLDEN_RATIO = 0.6180339887498949
 def paint_groups(
     image: Tensor, source: Tensor, grid: tuple[int, int], *, cell: int = 24, outline: int = 2
 ) -> Image.Image:
-    """Every patch in the mean colour of its group, a merged group outlined in a colour of its own.
+    """Every patch in the mean colour of its group; each merged group is outlined in its own colour.
 
     Args:
         image: [3, H, W] in 0..1, or [1, H, W].
         source: [P] the group (slot) of each patch in row order, -1 = pruned: painted black.
-        grid: patches down and across; H and W are their multiples.
-        cell: pixels of the picture that a patch measures.
-        outline: width of the outlines in those pixels.
+        grid: patches down and across; H and W are multiples of these.
+        cell: side of a patch in the picture, in pixels.
+        outline: width of the outlines, in the same pixels.
 
     Raises:
         ValueError: the source does not have one entry per patch.
@@ -77,7 +77,7 @@ def _outline(pixels: np.ndarray, labels: np.ndarray, cell: int, width: int) -> N
         square = pixels[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
         colour = palette[slot]
         if colour is None:
-            # A patch that stands for itself needs no colour to be told by: a hairline marks its edge.
+            # A patch that stands for itself needs no colour to be recognised: a hairline marks its edge.
             square[:1] = square[:, :1] = square[-1, -1] // 4 * 3 + 32
             continue
         for side, edge in (
@@ -97,7 +97,7 @@ def _group_colour(first_patch: int) -> tuple[int, int, int]:
 
 
 def choose_blocks(sources: Sequence[Tensor], shares: Sequence[float] = (3 / 4, 1 / 2, 1 / 3, 1 / 6)) -> list[int]:
-    """The first blocks that leave at most these shares of the tokens; the last block where none does."""
+    """For each share, the first block that keeps at most that share of the tokens; the last block if none does."""
     counts = [_num_groups(source[0]) for source in sources]
     total = sources[0].shape[1]
     chosen = {next((block for block, count in enumerate(counts) if count <= share * total), None) for share in shares}
@@ -118,16 +118,16 @@ def draw_blocks(
     outline: int = 2,
     label: str | None = None,
 ) -> Image.Image:
-    """One row: the input, then a column per block with what its patches have become.
+    """One row: the input, then one column per block showing what became of the patches.
 
     Args:
         model: compressed, or plain.
         image: [3, H, W], as the model takes it.
         picture: the same image as people see it, [3, H, W] in 0..1.
         blocks: blocks to draw, from 0; by default those of :func:`choose_blocks`.
-        cell: pixels that a patch measures; by default what makes a column about 320 pixels wide.
+        cell: side of a patch in pixels; by default chosen so that a column is about 320 pixels wide.
         outline: width of the outlines in pixels.
-        label: title of the first column, in place of "input".
+        label: title of the first column, instead of "input".
 
     Raises:
         ValueError: a block that the model does not have.
@@ -167,7 +167,7 @@ def join_columns(columns: Sequence[tuple[str, Image.Image]], *, gap: int = 10) -
 
 
 def join_rows(rows: Sequence[Image.Image], *, gap: int = 14) -> Image.Image:
-    """Pictures below each other."""
+    """Pictures one below another."""
     sheet = Image.new(
         "RGB", (max(row.width for row in rows), sum(row.height for row in rows) + gap * (len(rows) - 1)), _PAGE
     )

@@ -105,7 +105,10 @@ def test_tocom_evaluate(run, tmp_path, adapter):
             ("finetune", "--dataset", "digits", "-m", "resnet18", "--checkpoint", "RESNET", "--adaptformer"),
             "--model 'resnet18': a timm.models.resnet.ResNet is not a model that tokcomp understands",
         ),
-        (("evaluate", *DIGITS, "--adapter", "nothing"), "--adapter must be a file, got 'nothing', which is not there"),
+        (
+            ("evaluate", *DIGITS, "--adapter", "nothing"),
+            "--adapter must be a file, got 'nothing', which does not exist",
+        ),
         (("evaluate", *DIGITS, "--adapter", "OTHER"), "must be an AdaptFormer file, got a file of 1 other tensors"),
         (
             ("evaluate", *MODEL, "--dataset", "digits", "--checkpoint", "ADAPTER"),

@@ -8,7 +8,7 @@ import tokcomp
     ("options", "message"),
     [
         (("-m", "deit_smal_patch16_224"), "--model must be a name that timm knows, got 'deit_smal_patch16_224'"),
-        (("--schedule", "nowhere.json"), "--schedule must be a JSON file, got 'nowhere.json', which is not there"),
+        (("--schedule", "nowhere.json"), "--schedule must be a JSON file, got 'nowhere.json', which does not exist"),
         (("--gflops", "9"), "gflops for deit_small_patch16_224 must be one of 2.3"),
         (("-m", "vit_tiny_patch16_224"), "--schedule is needed: no schedule was published for vit_tiny_patch16_224"),
         (("--device", "abacus"), "--device must be a device of this machine, got 'abacus'"),

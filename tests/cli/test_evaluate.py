@@ -76,7 +76,7 @@ def test_samples_are_spread_over_the_classes(run, image_folder):
     ("options", "message"),
     [
         ((), "DATA must be a folder of images, got nothing; name one, or try --dataset digits"),
-        (("nowhere",), "DATA must be a folder or archive of images, got 'nowhere', which is not there"),
+        (("nowhere",), "DATA must be a folder or archive of images, got 'nowhere', which does not exist"),
         (("a", "--data-dir", "b"), "DATA and --data-dir are the same thing, got both"),
         (("-b", "0"), "argument -b/--batch-size: must be a whole number above 0, got '0'"),
         (
@@ -102,7 +102,7 @@ def test_samples_are_spread_over_the_classes(run, image_folder):
         ),
         (("--method", "diffrate", "--gflops", "2.3"), "--gflops: name must be one of deit_tiny_patch16_224"),
         (("--method", "diffrate", "--schedule", "nowhere.json"), "--schedule must be a JSON file, got 'nowhere.json'"),
-        (("--checkpoint", "nowhere.pth"), "--checkpoint must be a file, got 'nowhere.pth', which is not there"),
+        (("--checkpoint", "nowhere.pth"), "--checkpoint must be a file, got 'nowhere.pth', which does not exist"),
         (("--checkpoint", __file__, "--pretrained"), "--pretrained and --checkpoint exclude each other"),
         (("--device", "abacus"), "--device must be a device of this machine, got 'abacus'"),
         (("--num-classes", "3"), "the model must have a class for each of the data set's 10, got a model of 3"),

@@ -89,7 +89,7 @@ def test_a_signal_stops_and_resume_goes_on_exactly(run, tmp_path, few_images, mo
     assert (
         again == 2
         and "must not hold another run, got '" in err
-        and "go on with it by --resume, or choose another folder" in err
+        and "continue that run with --resume, or choose another folder" in err
     )
     status, _, err = run(*command, "-o", tmp_path / "parts", "--resume")
     assert status == 0, err

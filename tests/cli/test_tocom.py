@@ -76,7 +76,7 @@ def test_a_signal_stops_and_resume_goes_on_exactly(run, tmp_path, monkeypatch, n
     assert (
         again == 2
         and "must not hold another run, got '" in err
-        and "go on with it by --resume, or choose another folder" in err
+        and "continue that run with --resume, or choose another folder" in err
     )
     status, _, err = run(*command, "-o", tmp_path / "parts", "--resume")
     assert status == 0, err
@@ -250,7 +250,7 @@ def test_evaluate(run, tmp_path, digits_vit, plugin):
         (("evaluate", *DIGITS, "--plugin", "TOME", "--method", "evit"), "--method must be tome, which the plugin was"),
         (
             (*("evaluate", "-m", "tokcomp_digits_vit", "--dataset", "digits", "--plugin", "PLUGIN"), "--source", "2=x"),
-            "--source 2 must name a file, got 'x', which is not there",
+            "--source 2 must name a file, got 'x', which does not exist",
         ),
         (("evaluate", *DIGITS, "--plugin", "WEIGHTS"), "must be a ToCom plugin, got a file of"),
     ],

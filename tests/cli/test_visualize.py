@@ -137,7 +137,7 @@ def test_unreadable_picture_is_named_and_the_rest_drawn(run, image_folder, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("nowhere.png", *TOME), "IMAGE must be a picture or a folder, got 'nowhere.png', which is not there"),
+        (("nowhere.png", *TOME), "IMAGE must be a picture or a folder, got 'nowhere.png', which does not exist"),
         (("PICTURE", *TOME, "--columns", "0,6"), "--columns must be blocks of tokcomp_digits_vit, 0 to 5, got 6"),
         (("PICTURE", "--method", "diffrate"), "--method diffrate needs --gflops or --schedule, got none of them"),
         (("FOLDER", *TOME, "-o", "one.png"), "--output must be a folder for a folder of pictures, got 'one.png'"),

@@ -62,7 +62,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run, trained, tmp_path, monkeypa
     status, _, err = run(*TRAIN, *FEW, "-o", tmp_path / "run")
     assert status == 143 and "stopped after step 2 of 4" in err
     status, _, err = run(*TRAIN, *FEW, "-o", tmp_path / "run")
-    assert status == 2 and "must not hold another run, got '" in err and "go on with it by --resume" in err
+    assert status == 2 and "must not hold another run, got '" in err and "continue that run with --resume" in err
     status, _, err = run(*TRAIN, *FEW, "--lr", "0.1", "-o", tmp_path / "run", "--resume")
     assert status == 2 and "--resume: a resumed run must keep its settings" in err
     status, out, _ = run(*TRAIN, *FEW, "-o", tmp_path / "run", "--resume")

@@ -42,7 +42,7 @@ def test_scores_are_what_counting_gives(seed):
 
 def test_wrong_counts_are_refused():
     matrix = ConfusionMatrix(3, ignore_index=9)
-    with pytest.raises(ValueError, match=r"of one shape, got \[2\] and \[3\]"):
+    with pytest.raises(ValueError, match=r"the same shape, got \[2\] and \[3\]"):
         matrix.update(torch.zeros(2), torch.zeros(3))
     with pytest.raises(ValueError, match="truth must be classes from 0 to 2, got 0 to 255; ignore_index is 9"):
         matrix.update(torch.tensor([0, 1]), torch.tensor([0, 255]))
@@ -165,7 +165,7 @@ def test_files_of_segmenters(tmp_path):
 
 def test_wrong_files_are_refused(tmp_path):
     path = tmp_path / "one.safetensors"
-    with pytest.raises(ValueError, match="which is not there"):
+    with pytest.raises(ValueError, match="which does not exist"):
         load_segmenter(path)
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="got a file that does not load"):

@@ -106,7 +106,7 @@ def test_refusals(model, tmp_path):
         (lambda: model, dict(batch=0), ValueError, "batch must be at least 1"),
         (lambda: model, dict(batch=9, max_batch=8), ValueError, "batch must be at most max_batch, 8, got 9"),
         (lambda: model, dict(max_batch=0), ValueError, "max_batch must be at least 1"),
-        (lambda: model, dict(path=tmp_path / "no" / "m.pt2"), ValueError, "path must be a file in a folder that is"),
+        (lambda: model, dict(path=tmp_path / "no" / "m.pt2"), ValueError, "path must be a file in an existing folder"),
         (lambda: model, dict(path=tmp_path), ValueError, "path must be a file"),
     ):
         with pytest.raises(error, match=message):
@@ -117,7 +117,7 @@ def test_refusals(model, tmp_path):
 def test_files_that_are_no_packages(tmp_path, package):
     import zipfile
 
-    with pytest.raises(FileNotFoundError, match="which is not there"):
+    with pytest.raises(FileNotFoundError, match="which does not exist"):
         tokcomp.load_exported(tmp_path / "m.pt2")
     (tmp_path / "m.pt2").write_text("no package")
     with pytest.raises(ValueError, match="must be a package written by"):
@@ -135,5 +135,5 @@ def test_a_package_for_cuda_says_so(package, monkeypatch):
     from tokcomp.deploy import exported
 
     monkeypatch.setattr(exported, "_facts_of", lambda path: {"device": "cuda"})
-    with pytest.raises(RuntimeError, match="was exported for CUDA, and there is none here"):
+    with pytest.raises(RuntimeError, match="was exported for CUDA, which is not available here"):
         tokcomp.load_exported(package)

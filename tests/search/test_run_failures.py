@@ -62,7 +62,7 @@ def test_weights_that_are_no_numbers_stop_at_once():
 def test_an_output_folder_that_holds_a_run_is_refused(tmp_path):
     search(tmp_path)
     for name in ("checkpoint.pt", "summary.json", "schedule.json"):
-        with pytest.raises(ValueError, match=r"must not hold another run, got '.*'; go on with it by --resume"):
+        with pytest.raises(ValueError, match=r"must not hold another run, got '.*'; continue that run with --resume"):
             search(tmp_path)
         (tmp_path / name).unlink()
     with pytest.raises(ValueError, match="must not hold another run"):

@@ -63,7 +63,7 @@ def test_the_csv_holds_what_the_summary_is_made_of(run):
 
 
 def test_nothing_answered():
-    with pytest.raises(ValueError, match="answers must be at least one, got none"):
+    with pytest.raises(ValueError, match="answers must hold at least one, got none"):
         collect("fixed 0", 0.0, [], np.array([], dtype=int), LABELS)
 
 

@@ -70,7 +70,9 @@ def test_two_plugins(make_vit, make_plugin):
     plain = qkv_weights(model)
     first.fold(model, 0, 2)
     before = qkv_weights(model)
-    with pytest.raises(RuntimeError, match=r"another plugin is folded .* \(degree 0 to 2 at scale 0\.1\): unfold"):
+    with pytest.raises(
+        RuntimeError, match=r"another plugin is already folded .* \(degree 0 to 2 at scale 0\.1\): unfold"
+    ):
         second.fold(model, 0, 2)
     assert same_bits(qkv_weights(model), before)
     second.unfold(model)

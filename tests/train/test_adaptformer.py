@@ -387,6 +387,6 @@ def test_wrong_input(make_vit, tmp_path):  # noqa: F811
         adaptformer.attach(adaptformer.attach(model))
     with pytest.raises(tokcomp.UnsupportedModelError, match="branches are for timm's VisionTransformer, got a"):
         adaptformer.attach(caformer())
-    with pytest.raises(FileNotFoundError, match="none is not there"):
+    with pytest.raises(FileNotFoundError, match="none does not exist"):
         adaptformer.load(tmp_path / "none", model)
     assert not list(tmp_path.iterdir())

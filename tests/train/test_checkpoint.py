@@ -32,7 +32,7 @@ def test_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 def test_other_files_are_refused_by_name(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    with pytest.raises(ValueError, match=r"must be a file, got '.*checkpoint\.pt', which is not there"):
+    with pytest.raises(ValueError, match=r"must be a file, got '.*checkpoint\.pt', which does not exist"):
         load_checkpoint(path, "search")
     path.write_text("not a checkpoint")
     with pytest.raises(ValueError, match=r"checkpoint\.pt: must be a checkpoint of tokcomp search, got a file that"):
@@ -93,9 +93,9 @@ def test_states_of_another_kind_are_refused(tmp_path, state):
 @pytest.mark.parametrize(
     ("now", "message"),
     [
-        ({"lr": 0.1, "seed": 0}, r"got lr = 0\.1 where out was started with 0\.01; restore it, or choose another"),
-        ({"lr": 0.01}, "got seed = None where out was started with 0"),
-        ({"lr": 0.01, "seed": 0, "aa": "v0"}, "got aa = 'v0' where out was started with None"),
+        ({"lr": 0.1, "seed": 0}, r"got lr = 0\.1, but out was started with 0\.01; restore it, or choose another"),
+        ({"lr": 0.01}, "got seed = None, but out was started with 0"),
+        ({"lr": 0.01, "seed": 0, "aa": "v0"}, "got aa = 'v0', but out was started with None"),
     ],
 )
 def test_other_settings_are_refused_by_name(now, message):

@@ -176,7 +176,7 @@ def test_bfloat16_autocast_trains_on_float32_weights():
 
 
 def test_float16_is_refused_on_cpu():
-    with pytest.raises(ValueError, match="mixed precision in float16 must run on cuda, got cpu; take bfloat16"):
+    with pytest.raises(ValueError, match="mixed precision in float16 must run on cuda, got cpu; use bfloat16"):
         make_tuner(PLAIN, amp_dtype=torch.float16)
 
 

@@ -145,7 +145,7 @@ def test_folders_are_refused(tmp_path):
     assert not (tmp_path / "new").exists()
     Walk(tmp_path, stop_after=2).go()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"must not hold another run, got '.*'; go on with it by --resume"):
+    with pytest.raises(ValueError, match=r"must not hold another run, got '.*'; continue that run with --resume"):
         Walk(tmp_path).go()
     other = Walk(tmp_path)
     other.settings = {"lr": 2}

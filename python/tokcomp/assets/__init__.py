@@ -1,4 +1,4 @@
-"""The digits model that comes with the package, so that everything can be tried with no download.
+"""The digits model that comes with the package, so that everything can be tried without a download.
 
 Importing this module registers ``tokcomp_digits_vit`` with timm; ``pretrained=True`` reads the weights beside this
 file, which ``python -m tools.assets.train_digits`` made.

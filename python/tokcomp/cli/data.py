@@ -65,7 +65,7 @@ def data_root(args: argparse.Namespace) -> Path | None:
     if root is None and not args.dataset:
         raise UserError("DATA must be a folder of images, got nothing; name one, or try --dataset digits")
     if root is not None and not root.exists() and not args.dataset_download:
-        raise UserError(f"DATA must be a folder or archive of images, got '{root}', which is not there")
+        raise UserError(f"DATA must be a folder or archive of images, got '{root}', which does not exist")
     return root
 
 

@@ -123,7 +123,7 @@ def load_plugin(args: argparse.Namespace, model: nn.Module) -> ToCom:
     from tokcomp import ToCom, UnsupportedModelError
 
     if not args.plugin.is_file():
-        raise UserError(f"--plugin must be a file, got '{args.plugin}', which is not there")
+        raise UserError(f"--plugin must be a file, got '{args.plugin}', which does not exist")
     try:
         with blame("--plugin"):
             return ToCom.load(args.plugin, model)

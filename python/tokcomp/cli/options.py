@@ -208,7 +208,7 @@ def build_model(args: argparse.Namespace, **more: Any) -> Any:
     import tokcomp.assets  # noqa: F401  registers the digits model with timm
 
     if args.checkpoint is not None and not args.checkpoint.is_file():
-        raise UserError(f"--checkpoint must be a file, got '{args.checkpoint}', which is not there")
+        raise UserError(f"--checkpoint must be a file, got '{args.checkpoint}', which does not exist")
     if args.checkpoint is not None and args.pretrained:
         raise UserError("--pretrained and --checkpoint exclude each other; keep the one that names your weights")
     check_model_name(args.model)
@@ -241,7 +241,7 @@ def _load_adapter(args: argparse.Namespace, model: nn.Module) -> None:
     from tokcomp import UnsupportedModelError, adaptformer
 
     if not args.adapter.is_file():
-        raise UserError(f"--adapter must be a file, got '{args.adapter}', which is not there")
+        raise UserError(f"--adapter must be a file, got '{args.adapter}', which does not exist")
     try:
         with blame("--adapter"):
             adaptformer.load(args.adapter, model)

@@ -27,7 +27,7 @@ def load_schedule(path: Path, option: str, *, model: str, gflops: float | None =
     from tokcomp import CompressionSchedule
 
     if not path.is_file():
-        raise UserError(f"{option} must be a JSON file, got '{path}', which is not there")
+        raise UserError(f"{option} must be a JSON file, got '{path}', which does not exist")
     with blame(option):
         return CompressionSchedule.load(path, model=model, gflops=gflops)
 

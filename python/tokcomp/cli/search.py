@@ -148,7 +148,9 @@ def run(args: argparse.Namespace) -> int:
     check_budget_options(args)
     root = data_root(args)
     if args.val_data is not None and not args.val_data.exists():
-        raise UserError(f"--val-data must be a folder or archive of images, got '{args.val_data}', which is not there")
+        raise UserError(
+            f"--val-data must be a folder or archive of images, got '{args.val_data}', which does not exist"
+        )
     settings = _settings(args)
     return training.train(args, lambda job: _prepare(job, settings, root), lambda run: report(args, run), traces=TRACES)
 

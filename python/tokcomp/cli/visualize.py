@@ -138,7 +138,7 @@ def _pictures(args: argparse.Namespace) -> list[Path]:
     from tokcomp.data import list_images
 
     if not args.image.exists():
-        raise UserError(f"IMAGE must be a picture or a folder, got '{args.image}', which is not there")
+        raise UserError(f"IMAGE must be a picture or a folder, got '{args.image}', which does not exist")
     pictures = list_images(args.image)
     if not pictures:
         raise UserError(

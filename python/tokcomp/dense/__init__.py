@@ -1,4 +1,4 @@
-"""Dense prediction: segmentation with a vision transformer whose tokens are merged and given back."""
+"""Dense prediction: segmentation with a vision transformer whose tokens are merged and unmerged again."""
 
 from __future__ import annotations
 

@@ -19,15 +19,15 @@ IGNORE = 255
 class MaskFolder(Dataset):
     """ADE20k's layout: ``images/SPLIT/NAME.jpg`` and ``annotations/SPLIT/NAME.png``, a grey picture of class numbers.
 
-    Gives (PIL image, mask [H, W] uint8); 255 is no class.
+    Gives (PIL image, mask [H, W] uint8); 255 means no class.
 
     Args:
-        root: folder with ``images`` and ``annotations`` in it.
-        split: "training" or "validation", say.
+        root: folder that contains ``images`` and ``annotations``.
+        split: such as "training" or "validation".
         reduce_zero_label: class 0 is "none" and the others count from 1 (ADE20k): 0 becomes 255, n becomes n - 1.
 
     Raises:
-        ValueError: a folder is not there, is empty, or an image has no mask.
+        ValueError: a folder is missing or empty, or an image has no mask.
     """
 
     def __init__(self, root: Path, split: str, *, reduce_zero_label: bool = False) -> None:
@@ -66,10 +66,10 @@ class Prepared(Dataset):
 
     Args:
         dataset: gives (PIL image, mask).
-        size: (H, W) of what comes out; both are resized to it (images bilinear, masks nearest).
-        mean, std: of the model, per channel.
-        augment: first cut out a random piece of half to twice the size, and mirror half of them, as Segmenter does;
-            drawn by torch's global generator.
+        size: (H, W) to which both are resized (images bilinear, masks nearest).
+        mean, std: the model's, per channel.
+        augment: first cut out a random piece of half to twice the size, and mirror half of the pairs, as Segmenter
+            does; drawn from torch's global generator.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Prepared(Dataset):
 
 
 class InMemory(Dataset):
-    """A data set read once: for generated pictures, which take longer to draw than a small model to train on."""
+    """A data set read once: for generated pictures, which take longer to draw than a small model takes to train on."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.pairs = [cast("tuple[Any, np.ndarray]", dataset[index]) for index in range(num_images(dataset))]

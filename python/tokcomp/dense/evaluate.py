@@ -16,7 +16,7 @@ from tokcomp.measure.timing import now
 
 @dataclass(frozen=True)
 class DenseEvaluation:
-    """What :func:`evaluate_segmenter` found. Speed is the whole segmenter's, upsampling included, without loading."""
+    """What :func:`evaluate_segmenter` found. The speed includes upsampling but not loading."""
 
     scores: Scores
     num_images: int
@@ -29,10 +29,10 @@ def evaluate_segmenter(
 ) -> DenseEvaluation:
     """Segment every batch: images [B, 3, H, W], normalised, and masks [B, H, W] with 255 for no label.
 
-    The first batch warms up: its time counts where it is alone.
+    The first batch is a warm-up: its time counts only if it is the only one.
 
     Raises:
-        ValueError: no batch, or a label that the segmenter has no class for.
+        ValueError: there is no batch, or a label for which the segmenter has no class.
     """
     counts = ConfusionMatrix(segmenter.num_classes, IGNORE)
     seen = timed = 0

@@ -1,4 +1,4 @@
-"""A segmenter as a file: safetensors that say how to build it again."""
+"""A segmenter as a file: safetensors that say how to rebuild it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OUTSIDE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoin
 class SegmenterSettings:
     """How a segmenter is built; JSON data.
 
-    ``img_size`` is (height, width); ``model_kwargs`` are timm's, ``{"depth": 4}`` say.
+    ``img_size`` is (height, width); ``model_kwargs`` are timm's, such as ``{"depth": 4}``.
     """
 
     model: str
@@ -35,7 +35,7 @@ class SegmenterSettings:
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, *, pretrained: bool = False, **more: Any) -> Segmenter:
-        """A new segmenter in evaluation mode, whose encoder gives every token; ``more`` goes to timm too.
+        """A new segmenter in evaluation mode, whose encoder returns every token; ``more`` is also passed to timm.
 
         Args:
             pretrained: load timm's weights into the encoder, their position embeddings resampled to ``img_size``.
@@ -62,9 +62,9 @@ def load_segmenter(
     """The segmenter of a file, in evaluation mode.
 
     Args:
-        path: of :func:`save_segmenter`.
+        path: a file written by :func:`save_segmenter`.
         img_size: run it at another size than it was trained at.
-        more: goes to timm, ``drop_path_rate`` say.
+        more: passed to timm, such as ``drop_path_rate``.
 
     Nothing is fetched for it: the file names one of timm's own models, and holds all of its weights.
 
@@ -72,7 +72,7 @@ def load_segmenter(
         ValueError: the file is not there, is not a segmenter's, is damaged, or does not fit what it says.
     """
     if not path.is_file():
-        raise ValueError(f"the segmenter must be a file, got '{path}', which is not there")
+        raise ValueError(f"the segmenter must be a file, got '{path}', which does not exist")
     try:
         weights, metadata = read_tensors(path, "a segmenter of tokcomp dense train")
     except OSError as error:

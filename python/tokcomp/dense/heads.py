@@ -31,13 +31,13 @@ class LinearHead(nn.Module):
 class MaskTransformerHead(nn.Module):
     """Transformer blocks over patch tokens and one embedding per class; a patch's logit is their scalar product.
 
-    Both are projected and brought to length 1 before the product, whose K values a LayerNorm scales.
+    Both are projected and normalised to length 1 before the product; a LayerNorm scales its K values.
 
     Args:
         width: C of the encoder's tokens.
         num_classes: K.
-        depth: blocks.
-        num_heads: of their attention; by default heads of 64 channels where the width has such, else one head.
+        depth: number of blocks.
+        num_heads: heads of their attention; by default of 64 channels each if the width allows, otherwise one head.
     """
 
     def __init__(self, width: int, num_classes: int, depth: int = 2, num_heads: int | None = None) -> None:
@@ -70,7 +70,7 @@ class MaskTransformerHead(nn.Module):
         return logits
 
 
-#: By the names that Segmenter takes.
+#: The heads by the names that Segmenter takes.
 HEADS: dict[str, type[LinearHead] | type[MaskTransformerHead]] = {
     "linear": LinearHead,
     "mask_transformer": MaskTransformerHead,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """Per cent. A class that is in neither truth nor prediction has no IoU (NaN) and does not count in the mean."""
+    """In per cent. A class in neither truth nor prediction has no IoU (NaN) and is left out of the mean."""
 
     pixel_accuracy: float
     mean_iou: float
@@ -24,8 +24,8 @@ class ConfusionMatrix:
 
     Args:
         num_classes: K.
-        ignore_index: pixels of this label do not count.
-        device: where the counts are kept.
+        ignore_index: pixels with this label are not counted.
+        device: the device that holds the counts.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | None = None) -> None:
@@ -35,14 +35,14 @@ class ConfusionMatrix:
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, predicted: Tensor, truth: Tensor) -> None:
-        """Add pixels: both of one shape, integers; classes of ``predicted`` are 0 .. K-1.
+        """Add pixels: integers, both of the same shape; classes of ``predicted`` are 0 .. K-1.
 
         Raises:
-            ValueError: other shapes, or a class out of range.
+            ValueError: the shapes differ, or a class is out of range.
         """
         if predicted.shape != truth.shape:
             raise ValueError(
-                f"predicted and truth must be of one shape, got {list(predicted.shape)} and {list(truth.shape)}"
+                f"predicted and truth must have the same shape, got {list(predicted.shape)} and {list(truth.shape)}"
             )
         counted = truth != self.ignore_index
         predicted, truth = predicted[counted].long(), truth[counted].long()
@@ -56,7 +56,7 @@ class ConfusionMatrix:
         self.counts += pairs.view_as(self.counts).to(self.counts.device)
 
     def scores(self) -> Scores:
-        """Of all pixels so far.
+        """The scores over all pixels so far.
 
         Raises:
             ValueError: there are none.

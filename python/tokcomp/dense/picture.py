@@ -12,7 +12,8 @@ _FIRST = (30, 32, 40)
 
 
 def paint_mask(mask: np.ndarray, num_classes: int) -> Any:
-    """A PIL picture of a mask [H, W]: class 0 dark, the others in colours of their own, grey where no label is."""
+    """A PIL picture of a mask [H, W]: class 0 dark, each other class in its own colour, grey where there is no
+    label."""
     palette = np.full((256, 3), _NO_LABEL, np.uint8)
     palette[0] = _FIRST
     for index in range(1, min(num_classes, 256)):

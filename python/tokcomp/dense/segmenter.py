@@ -17,8 +17,8 @@ from tokcomp.dense.heads import HEADS
 def position_tokens(encoder: nn.Module, images: Tensor) -> Tensor:
     """Normalised tokens of an encoder, one per position: [B, P + prefix, C] in the order of the patches.
 
-    Plain models and those compressed by ``ToMeMLP`` have them. Where a method drops tokens for good, each position
-    takes the token that it was merged into, and zeros if it was pruned.
+    Plain models and models compressed by ``ToMeMLP`` have them. If a method drops tokens for good, each position takes
+    the token that it was merged into, or zeros if it was pruned.
     """
     adapter = find_adapter(encoder)
     method = adapter.method(encoder)
@@ -38,20 +38,20 @@ def position_tokens(encoder: nn.Module, images: Tensor) -> Tensor:
 
 
 class Segmenter(nn.Module):
-    """A vision transformer and a head that says for every pixel which class it is (Segmenter, ICCV 2021).
+    """A vision transformer and a head that classifies every pixel (Segmenter, ICCV 2021).
 
-    The encoder is any plain timm VisionTransformer, pre-trained or not; ``num_classes=0`` spares it its classifier. It
-    may be compressed before or later: ``tokcomp.compress(segmenter.encoder, tokcomp.ToMeMLP(r))``.
+    The encoder is any plain timm VisionTransformer, pre-trained or not; ``num_classes=0`` leaves out its classifier. It
+    may be compressed before or after: ``tokcomp.compress(segmenter.encoder, tokcomp.ToMeMLP(r))``.
 
     Args:
-        encoder: images [B, 3, H, W] -> tokens. It takes its own image size alone, unless it was made with
+        encoder: images [B, 3, H, W] -> tokens. It takes only its own image size, unless it was created with
             ``dynamic_img_size=True``.
         num_classes: K.
         head: "linear", "mask_transformer", or a module that turns patch tokens [B, P, C] into logits [B, P, K].
 
     Raises:
         TypeError: (UnsupportedModelError) the encoder is not understood; or the head is neither a name nor a module.
-        ValueError: an unknown head, or fewer than two classes.
+        ValueError: the head is unknown, or there are fewer than two classes.
     """
 
     def __init__(self, encoder: nn.Module, num_classes: int, head: str | nn.Module = "mask_transformer") -> None:
@@ -83,13 +83,13 @@ class Segmenter(nn.Module):
         return self.read(position_tokens(self.encoder, images), grid)
 
     def read(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What the head makes of normalised tokens [B, h w + prefix, C], prefix first: [B, K, h, w]."""
+        """The head's logits [B, K, h, w] for normalised tokens [B, h w + prefix, C], prefix first."""
         encoder: Any = self.encoder
         logits = self.head(tokens[:, encoder.num_prefix_tokens :])  # [B, P, K]
         return logits.transpose(1, 2).unflatten(2, grid)
 
     def patch_answers(self, tokens: Tensor) -> Tensor:
-        """Logits [B P, K] of every patch on its own, for the encoder's normalised tokens [B, P + prefix, C]."""
+        """Logits [B P, K], one row per patch, for the encoder's normalised tokens [B, P + prefix, C]."""
         encoder: Any = self.encoder
         answers: Tensor = self.head(tokens[:, encoder.num_prefix_tokens :]).flatten(0, 1)
         return answers

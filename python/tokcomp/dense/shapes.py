@@ -1,6 +1,6 @@
-"""A generated segmentation set: textured shapes on photographs, with no download. Everything follows from seeds.
+"""A generated segmentation set: textured shapes on photographs, without a download. Seeds determine everything.
 
-The photographs are the two that come with scikit-learn; what is held out shows another part of them.
+The photographs are the two that come with scikit-learn; held-out pictures show another part of them.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class ShapesDataset(Dataset):
     """Pictures with five kinds of shapes in five textures: (PIL image, mask [H, W] uint8), one per index and seed.
 
     A shape's radius is 20 to 46 pixels whatever the picture's size, so larger pictures hold more of them. Shapes may
-    hide each other and reach over the edge; the photograph under them is background. A shape's colour hints at its
+    overlap each other and the picture's edge; the photograph under them is background. A shape's colour hints at its
     kind: hues spread by 0.08 about their kind's own, which are 0.2 apart. So a small model learns something within
-    minutes, but has to look at more than a colour.
+    minutes, but has to look at more than colour.
 
     Args:
         size: (height, width) in pixels, each 32 or more.
-        count: pictures there are.
-        train: drawn on the parts of the photographs for training; otherwise on the others.
+        count: number of pictures.
+        train: draw on the training parts of the photographs; otherwise on the held-out parts.
         seed: another one gives other pictures.
 
     Raises:
-        ValueError: a size or count out of range.
-        ImportError: scikit-learn or Pillow is not there.
+        ValueError: size or count is out of range.
+        ImportError: scikit-learn or Pillow is not installed.
     """
 
     classes = CLASSES
@@ -99,7 +99,7 @@ def _background(draw: np.random.Generator, size: tuple[int, int], train: bool) -
 
 
 def _put_shape(draw: np.random.Generator, pixels: np.ndarray, mask: np.ndarray) -> None:
-    """Draw one shape over what is there."""
+    """Draw one shape over the picture."""
     height, width = mask.shape
     radius, angle = draw.uniform(*_RADIUS), draw.uniform(0, 2 * math.pi)
     y, x = draw.uniform(0, height), draw.uniform(0, width)

@@ -1,4 +1,4 @@
-"""Training a segmenter: its loss, the scores of its run, and the weights that come out."""
+"""Training a segmenter: its loss, the scores of its run, and the resulting weights."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class DenseRun(TrainingRun):
     """Trains a segmenter, and scores it every ``validate_steps``.
 
     Args:
-        tuner: what is trained; its model is a :class:`Segmenter`.
-        batches: where its images and masks come from.
-        validate: scores of the segmenter on the held-out images.
+        tuner: the training; its model is a :class:`Segmenter`.
+        batches: the images and masks.
+        validate: returns the segmenter's scores on the held-out images.
         output: folder for everything that the run writes.
-        build: how the segmenter is built, for the file that comes out.
+        build: how the segmenter is built, for the resulting file.
         settings, facts: as for :class:`TrainingRun`.
-        total_steps: of the whole run.
+        total_steps: steps of the whole run.
         checkpoint_steps: steps between checkpoints.
         log_steps: steps between rows of the log.
-        validate_steps: steps between validations; the last step has one as well.
+        validate_steps: steps between validations; there is also one at the last step.
     """
 
     kind = label = "dense"
@@ -99,7 +99,7 @@ class DenseRun(TrainingRun):
         return {**found}
 
     def outcome(self) -> dict[str, Any]:
-        """A class with no IoU has null."""
+        """The scores; null for a class without an IoU."""
         scores = self.scores
         if scores is None:
             return {"loss": self.last_loss, "mean_iou": None, "pixel_accuracy": None, "iou": None}

@@ -1,4 +1,4 @@
-"""tokcomp.compile: a model for serving, one CUDA graph per size of batch."""
+"""tokcomp.compile: a model for serving, captured as one CUDA graph per batch size."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tokcomp.deploy.inputs import check_images, checked_batch, inputs_of
 from tokcomp.deploy.watch import Watch
 
 _KEY = "model"
-_CALLER = 6  # frames from a warning up to who called the model: forward, no_grad's wrapper, two of nn.Module's
+_CALLER = 6  # frames from a warning up to the model's caller: forward, no_grad's wrapper, two of nn.Module's
 
 
 class Memory(NamedTuple):
     """Bytes that a compiled model holds beyond the model itself."""
 
-    #: By size of batch: what its graph added to the pool that all share, and its input.
+    #: By batch size: what its graph added to the pool that all share, and its input buffer.
     graphs: dict[int, int]
     #: Copies of the weights in oneDNN's layout, on CPU.
     packed: int
@@ -42,28 +42,28 @@ def compile(
 ) -> CompiledModel:
     """Make a model ready to serve batches of known sizes.
 
-    On CUDA the whole model becomes one CUDA graph per size of batch: one launch instead of hundreds. Batches of other
-    sizes run without a graph, which is said once, or through the next larger graph with ``pad=True``. On other devices
-    there are no graphs; the model runs once per size, so that weights are packed and memory is there.
+    On CUDA the whole model is captured as one CUDA graph per batch size: one launch instead of hundreds. Batches of
+    other sizes run without a graph, with a single warning, or with ``pad=True`` through the next larger graph. On other
+    devices there are no graphs; the model runs once per size, so that weights are packed and memory is allocated.
 
     The model itself is not changed, and not copied: its weights serve both. Values written into them
-    (``load_state_dict``, ``ToCom.fold``) count from the next batch on; where they are replaced, the model is compressed
-    differently, or a module is exchanged, the next batch has everything captured again, with a warning.
+    (``load_state_dict``, ``ToCom.fold``) take effect from the next batch on; if they are replaced, the model is
+    compressed differently, or a module is exchanged, the next batch captures everything again, with a warning.
 
     Args:
-        model: in evaluation mode, compressed or plain, on the device where it is to run; its logits one tensor. What
-            ``torch.compile`` returned will do as well.
-        batch: number of images, or several.
-        dtype: compute in this type by autocast, whatever autocast says around the calls. None: in the weights' own,
-            which is faster where the model was converted (``model.half()``).
+        model: in evaluation mode, compressed or plain, on the device where it is to run; it must return one tensor of
+            logits. What ``torch.compile`` returns will do as well.
+        batch: number of images, or several such numbers.
+        dtype: compute in this type by autocast, whatever autocast is active around the calls. None: in the weights' own
+            type, which is faster if the model was converted (``model.half()``).
         img_size: side, or (height, width), of the images; None: the model's own.
-        pad: on CUDA, let every batch run through graphs: in pieces as large as the largest, the last one padded up to
-            the next. An image's logits do not depend on what else is in its batch.
+        pad: on CUDA, run every batch through graphs: in pieces of the largest size, the last one padded up to the next
+            size. An image's logits do not depend on what else is in its batch.
 
     Raises:
-        TypeError: ``model`` is no module, or its output no tensor; ``batch`` no whole number; ``dtype`` no float16,
-            bfloat16 or the weights' own.
-        ValueError: the model is in training mode, on the meta device, on several devices or has no image size;
+        TypeError: ``model`` is not a module, or its output not a tensor; ``batch`` is not a whole number; ``dtype`` is
+            not float16, bfloat16 or the weights' own.
+        ValueError: the model is in training mode, on the meta device or on several devices, or has no image size;
             ``batch`` is below 1 or empty.
     """
     return CompiledModel(model, batch, dtype=dtype, img_size=img_size, pad=pad)
@@ -72,9 +72,9 @@ def compile(
 class CompiledModel(nn.Module):
     """What :func:`compile` returns: call it with images [B, C, H, W] for their logits.
 
-    The images are of the model's type, on its device. The logits are the caller's, in memory of their own, and carry no
-    gradient. Any thread may call it, on any stream: batches that have graphs take turns. Copies and pickles are of the
-    model and its settings, and are compiled anew. ``model`` is the model itself: take ``state_dict`` of that.
+    The images are of the model's type, on its device. The logits belong to the caller, in their own memory, and carry
+    no gradient. Any thread may call it, on any stream: batches that have graphs take turns. Copies and pickles hold the
+    model and its settings, and are compiled anew. ``model`` is the model itself: call ``state_dict`` on that.
     """
 
     model: nn.Module
@@ -98,7 +98,7 @@ class CompiledModel(nn.Module):
         sizes = [batch] if isinstance(batch, int) else list(batch)
         if not sizes:
             raise ValueError("batch must name at least one size, got none")
-        # The largest first: the others find their memory in the pool.
+        # The largest first: the others then reuse its memory in the pool.
         for size in sorted({checked_batch("batch", size) for size in sizes}, reverse=True):
             self.capture(size)
 
@@ -107,11 +107,11 @@ class CompiledModel(nn.Module):
 
     @property
     def batches(self) -> list[int]:
-        """The sizes of batches that it is ready for."""
+        """The batch sizes that it is ready for."""
         return sorted(self._batches)
 
     def capture(self, batch: int) -> None:
-        """Make one more size of batch ready; does nothing where it is."""
+        """Make one more batch size ready; does nothing if it already is."""
         checked_batch("batch", batch)
         with self._lock:
             self._refresh()
@@ -130,8 +130,8 @@ class CompiledModel(nn.Module):
         """Logits [B, classes] of images [B, C, H, W].
 
         Raises:
-            TypeError, ValueError: the images are none, of another type or on another device than the model; or, by the
-                model itself, of a size that it does not take.
+            TypeError, ValueError: the images are not a tensor [B, C, H, W], or not of the model's type and device; or
+                the model itself refuses their size.
         """
         if isinstance(images, Tensor) and not self._inputs.accepts(images):
             self._refresh()  # the model may have been moved or converted
@@ -145,7 +145,7 @@ class CompiledModel(nn.Module):
             if logits is None:
                 self._say_once(images)
                 return self.model(images)
-        # Asked while the GPU is at work. A graph of what the model was has read memory that is still there.
+        # Checked while the GPU is at work. A graph of the model's former state has read memory that is still allocated.
         return self.forward(images) if self._refresh() else logits
 
     def train(self, mode: bool = True) -> CompiledModel:
@@ -163,7 +163,7 @@ class CompiledModel(nn.Module):
         return torch.autocast(self._inputs.device.type, self._autocast, enabled=enabled, cache_enabled=False)
 
     def _replay(self, images: Tensor) -> Tensor | None:
-        """Logits through one or more graphs, None where there is none for such a batch."""
+        """Logits through one or more graphs, or None if there is no graph for such a batch."""
         if tuple(images.shape[1:]) != self._inputs.shape or not len(images):
             return None
         batches = self._batches
@@ -192,7 +192,7 @@ class CompiledModel(nn.Module):
                 self._graphs.capture(_KEY, self.model, images)
 
     def _refresh(self) -> bool:
-        """Start anew if the model is not what it was; whether it was so."""
+        """Start anew if the model has changed; returns whether it has."""
         with self._lock:
             change = self._watch.change()
             if change is None:
@@ -237,7 +237,7 @@ def _compiled(
 
 
 def _autocast_dtype(dtype: torch.dtype | None, own: torch.dtype) -> torch.dtype | None:
-    """What to autocast to, None for nothing."""
+    """The type to autocast to, or None not to autocast."""
     if dtype is None or dtype == own:
         return None
     if dtype not in (torch.float16, torch.bfloat16) or own != torch.float32:

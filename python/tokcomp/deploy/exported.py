@@ -15,10 +15,10 @@ from tokcomp.adapters.swap import original_class
 from tokcomp.deploy.inputs import Inputs, check_images, checked_batch, inputs_of
 from tokcomp.deploy.watch import method_of
 from tokcomp.files import replacing
-from tokcomp_kernels._version import __version__  # and so registers the operators that packages call
+from tokcomp_kernels._version import __version__  # importing this registers the operators that packages call
 from tokcomp_kernels.product_types import widened
 
-#: Beginning of our keys in a package's metadata.
+#: Prefix of our keys in a package's metadata.
 _PREFIX = "tokcomp_"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -35,38 +35,38 @@ def export(
 ) -> Path:
     """Compile a model ahead of time (``torch.export`` and AOTInductor) into one file, weights included.
 
-    What runs it needs neither timm nor this library: in Python ``import tokcomp_kernels`` and
-    ``torch._inductor.aoti_load_package``, or :func:`load_exported`, which checks its images; in C++ LibTorch and
-    libtokcomp. Needs a C++ compiler; the package is for the type, device and kind of processor that the model has now.
-    The model is not changed.
+    Running it needs neither timm nor this library: in Python, ``import tokcomp_kernels`` and
+    ``torch._inductor.aoti_load_package``, or :func:`load_exported`, which checks its images; in C++, LibTorch and
+    libtokcomp. Exporting needs a C++ compiler; the package is for the model's current type and device, and for this
+    kind of processor. The model is not changed.
 
     Args:
         model: in evaluation mode, compressed or plain, on the device where the package is to run, in the type in which
-            it is to compute; its logits one tensor.
-        path: the file to write, ``.pt2`` by custom; replaced if it is there.
-        batch: number of images; with ``dynamic_batch`` the number to tune for.
+            it is to compute; it must return one tensor of logits.
+        path: the file to write, by convention ``.pt2``; replaced if it exists.
+        batch: number of images; with ``dynamic_batch``, the number to tune for.
         dynamic_batch: take any number of images from 1 to ``max_batch``.
         max_batch: the largest batch.
         img_size: side, or (height, width), of the images; None: the model's own.
-        inductor_configs: further settings of ``torch._inductor.config``, ``{"max_autotune": True}`` say. On CPU
+        inductor_configs: further settings of ``torch._inductor.config``, such as ``{"max_autotune": True}``. On CPU
             ``freezing`` is set, which packs the weights for oneDNN.
 
     Returns:
         The path.
 
     Raises:
-        TypeError: ``model`` is no module, or of another type than float32, float16 and bfloat16.
-        ValueError: it is in training mode, on the meta device, on several devices or has no image size; ``batch`` is
-            below 1 or above ``max_batch``; ``path`` is in no folder.
+        TypeError: ``model`` is not a module, or of a type other than float32, float16 and bfloat16.
+        ValueError: it is in training mode, on the meta device or on several devices, or has no image size; ``batch`` is
+            below 1 or above ``max_batch``; the folder of ``path`` does not exist.
     """
     inputs = inputs_of(model, img_size)
     if inputs.dtype not in _DTYPES.values():
-        raise TypeError(f"model must be of {', '.join(_DTYPES)}, got {inputs.dtype}: convert it, model.float() say")
+        raise TypeError(f"model must be of {', '.join(_DTYPES)}, got {inputs.dtype}: convert it, as by model.float()")
     if checked_batch("batch", batch) > checked_batch("max_batch", max_batch) and dynamic_batch:
         raise ValueError(f"batch must be at most max_batch, {max_batch}, got {batch}")
     path = Path(path)
     if not path.parent.is_dir() or path.is_dir():
-        raise ValueError(f"path must be a file in a folder that is there, got '{path}'")
+        raise ValueError(f"path must be a file in an existing folder, got '{path}'")
     model = getattr(model, "_orig_mod", model)
     lowest, highest = (1, max_batch) if dynamic_batch else (batch, batch)
     facts = {
@@ -85,7 +85,7 @@ def export(
     configs: dict[str, Any] = {"freezing": inputs.device.type == "cpu"}
     configs |= {"aot_inductor.metadata": {_PREFIX + name: str(value) for name, value in facts.items()}}
     if hasattr(torch._inductor.config.aot_inductor, "check_lowerbound"):
-        # torch.export reckons with two images or more, but what it makes serves one as well.
+        # torch.export assumes two images or more, but the program it makes serves one as well.
         configs["aot_inductor.check_lowerbound"] = False
     configs |= inductor_configs or {}
     program = _program(model, inputs, batch, lowest, highest)
@@ -109,7 +109,7 @@ def _program(model: nn.Module, inputs: Inputs, batch: int, lowest: int, highest:
 
 
 class ExportedModel:
-    """A package as :func:`load_exported` opened it: call it with images [B, C, H, W] for their logits.
+    """A package opened by :func:`load_exported`: call it with images [B, C, H, W] for their logits.
 
     Any thread may call it, and batches take turns. The logits carry no gradient.
     """
@@ -118,7 +118,7 @@ class ExportedModel:
         device = torch.device(facts["device"])
         if device.type == "cuda":
             device = torch.device("cuda", device_index if device_index >= 0 else torch.cuda.current_device())
-        #: What the package was made of: model, method, versions, ...
+        #: What the package was made from: model, method, versions, ...
         self.facts = dict(facts)
         shape = int(facts["channels"]), int(facts["height"]), int(facts["width"])
         self._inputs = Inputs(shape, _DTYPES[facts["dtype"]], device)
@@ -138,40 +138,40 @@ class ExportedModel:
         """Logits [B, classes].
 
         Raises:
-            TypeError, ValueError: the images are none, of another type, size or device than the package was made for,
-                or more or fewer than it takes.
+            TypeError, ValueError: the images are not a tensor of the type, size, device and number that the package was
+                made for.
         """
         check_images(images, self._inputs)
         if tuple(images.shape[1:]) != self._inputs.shape or len(images) not in self._batches:
             low, high = self._batches[0], self._batches[-1]
             count = f"{low}" if low == high else f"{low} to {high}"
             raise ValueError(f"images must be {count} of {list(self._inputs.shape)}, got {list(images.shape)}")
-        # Our operators would obey autocast, the code around them does not.
+        # Our operators would obey autocast, but the code around them does not.
         with torch.autocast(images.device.type, enabled=False):
             logits: Tensor = self._run(images.contiguous())
         return logits
 
 
 def load_exported(path: str | os.PathLike[str], *, device_index: int = -1) -> ExportedModel:
-    """Open what :func:`export` wrote. A package is a program: open none from people you do not trust.
+    """Open what :func:`export` wrote. A package is a program: do not open one from a source you do not trust.
 
-    Unlike ``torch._inductor.aoti_load_package``, which reads out of bounds where images have another size than they had
-    at the export, it checks every batch.
+    Unlike ``torch._inductor.aoti_load_package``, which reads out of bounds if images have a different size than at the
+    export, it checks every batch.
 
     Args:
         path: the package.
         device_index: the GPU to run on; -1: the current one.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it is no package of :func:`export`.
-        RuntimeError: the package is for CUDA, which is not to be had here; or PyTorch cannot open it.
+        FileNotFoundError, ValueError: there is no such file, or it is not a package written by :func:`export`.
+        RuntimeError: the package is for CUDA, which is not available; or PyTorch cannot open it.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"path must be a package written by tokcomp.export, got '{path}', which is not there")
+        raise FileNotFoundError(f"path must be a package written by tokcomp.export, got '{path}', which does not exist")
     facts = _facts_of(path)
     if facts["device"] == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"'{path}' was exported for CUDA, and there is none here: export the model on the CPU")
+        raise RuntimeError(f"'{path}' was exported for CUDA, which is not available here: export the model on the CPU")
     try:
         return ExportedModel(path, facts, device_index)
     except RuntimeError as error:
@@ -181,7 +181,7 @@ def load_exported(path: str | os.PathLike[str], *, device_index: int = -1) -> Ex
 
 
 def _facts_of(path: Path) -> dict[str, str]:
-    """What :func:`export` wrote about a package."""
+    """The facts that :func:`export` wrote about a package."""
     try:
         loader: Any = torch._C._aoti.AOTIModelPackageLoader
         metadata = loader.load_metadata_from_package(str(path), "model")

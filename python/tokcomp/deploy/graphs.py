@@ -1,4 +1,4 @@
-"""CUDA graphs of models, for batches of shapes that are known in advance."""
+"""CUDA graphs of models, for batch shapes that are known in advance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WARM_UP = 3  # runs before a capture: cuBLAS workspaces, Triton's compilation, 
 
 
 class _Shape(NamedTuple):
-    """What a graph is captured for."""
+    """The kind of batch that a graph is captured for."""
 
     size: tuple[int, ...]
     dtype: torch.dtype
@@ -32,15 +32,15 @@ class _Captured(NamedTuple):
 
 
 def serve(device: torch.device) -> bool:
-    """Whether there are graphs on this device."""
+    """Whether this device has CUDA graphs."""
     return device.type == "cuda"
 
 
 class Graphs:
-    """One graph per model, by a key of the caller's, and shape of batch.
+    """One graph per model, identified by a key of the caller's, and batch shape.
 
-    They share one memory pool, so only one may run at a time: all replays are queued, under a lock, to one stream. It
-    waits for the caller's stream, and that for it.
+    They share one memory pool, so only one may run at a time: all replays are queued, under a lock, on one stream,
+    which waits for the caller's stream, which in turn waits for it.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Graphs:
         self._pool: Any = None
 
     def nbytes(self, key: Hashable, batch: int | None = None) -> int:
-        """Bytes that capturing this model's graphs took, or those of batches of one size; their input not counted."""
+        """Bytes that capturing this model's graphs took, in total or for one batch size; input buffers not counted."""
         return sum(
             captured.nbytes
             for (of, shape), captured in self._graphs.items()
@@ -70,10 +70,10 @@ class Graphs:
             self._graphs, self._images, self._stream, self._pool = {}, {}, None, None
 
     def capture(self, key: Hashable, model: nn.Module, images: Tensor) -> None:
-        """Capture ``model`` for batches like ``images``, on their device and under the autocast of now.
+        """Capture ``model`` for batches like ``images``, on their device and under the current autocast.
 
-        Does nothing where there is such a graph of that key. Batches are best captured from the largest down: the
-        later ones then find their memory in the pool.
+        Does nothing if there is such a graph for that key. Batches are best captured from the largest down: the later
+        ones then reuse the memory in the pool.
         """
         shape = _Shape.of(images)
         # Ordinary tensors even under inference_mode: batches from outside it are copied into them.
@@ -89,7 +89,7 @@ class Graphs:
     def _capture(self, model: nn.Module, shape: _Shape, images: Tensor) -> _Captured:
         stream = self._stream
         assert stream is not None
-        # Weights that autocast has cast must not be kept between graphs: they would lie in a graph's memory.
+        # Weights that autocast has cast must not be shared between graphs: they would be in one graph's memory.
         autocast = torch.autocast(
             "cuda", shape.autocast or torch.float16, enabled=shape.autocast is not None, cache_enabled=False
         )
@@ -101,7 +101,7 @@ class Graphs:
             cuda.synchronize()
             before = self._pool_bytes()
             graph = cuda.CUDAGraph()
-            # Other threads may go on using the device.
+            # Other threads may keep using the device.
             with cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 logits = model(images)
         return _Captured(graph, logits, self._pool_bytes() - before)
@@ -111,9 +111,9 @@ class Graphs:
         return sum(one["total_size"] for one in segments if tuple(one["segment_pool_id"]) == self._pool)
 
     def run(self, key: Hashable, images: Tensor, batch: int | None = None) -> Tensor | None:
-        """Logits by the model's graph, in memory of their own; None where none was captured for such a batch.
+        """Logits by the model's graph, in their own memory; None if no graph was captured for such a batch.
 
-        With ``batch``, by the graph for so many images: what stands in the places of the others does not matter.
+        With ``batch``, by the graph for that many images: what is in the places of the others does not matter.
         """
         shape = _Shape.of(images, batch)
         with self._lock, cuda.device(images.device):

@@ -17,7 +17,7 @@ class Inputs(NamedTuple):
     device: torch.device
 
     def batch(self, images: int) -> Tensor:
-        """So many black images."""
+        """A batch of this many black images."""
         return torch.zeros(images, *self.shape, dtype=self.dtype, device=self.device)
 
     def accepts(self, images: Tensor) -> bool:
@@ -25,11 +25,11 @@ class Inputs(NamedTuple):
 
 
 def inputs_of(model: nn.Module, img_size: int | Sequence[int] | None = None) -> Inputs:
-    """What a model in evaluation mode takes, the side of its images as its own configuration has it or as given.
+    """What a model in evaluation mode takes, at the given image size or the one in its own configuration.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: it is in training mode, lies on the meta device or on several, or nothing tells its image size.
+        TypeError: ``model`` is not a module.
+        ValueError: it is in training mode, on the meta device or on several devices, or its image size is unknown.
     """
     if not isinstance(model, nn.Module):
         hint = ""
@@ -50,7 +50,7 @@ def inputs_of(model: nn.Module, img_size: int | Sequence[int] | None = None) -> 
 
 
 def checked_batch(name: str, batch: Any) -> int:
-    """``batch`` if it is a number of images."""
+    """``batch``, if it is a valid number of images."""
     if isinstance(batch, bool) or not isinstance(batch, int):
         raise TypeError(f"{name} must be a whole number, got {batch!r}")
     if batch < 1:
@@ -59,7 +59,7 @@ def checked_batch(name: str, batch: Any) -> int:
 
 
 def check_images(images: Any, inputs: Inputs) -> None:
-    """Refuse what is no batch of images of the model's type on its device; their size is left to the model."""
+    """Refuse anything but a batch of images of the model's type on its device; the model checks their size."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a Tensor [B, C, H, W], got {type(images).__name__}")
     if images.ndim != 4:
@@ -101,7 +101,7 @@ def _own_size(model: Any) -> tuple[int, int]:
         config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
         size = config["input_size"][1:] if "input_size" in config else None
     if size is None:
-        raise ValueError(f"img_size must be given for a {type(model).__name__}, which has none of its own")
+        raise ValueError(f"img_size must be given for a {type(model).__name__}, which has no image size of its own")
     return size[0], size[1]
 
 

@@ -1,4 +1,4 @@
-"""Noticing that a model is no longer what was captured of it."""
+"""Noticing that a model has changed since it was captured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokcomp.methods import Method
 
 
 class _Held(NamedTuple):
-    """A parameter or buffer, where it was found, and its memory."""
+    """A parameter or buffer, the place where it was found, and its memory."""
 
     owner: dict[str, Tensor | None]
     name: str
@@ -25,10 +25,10 @@ class _Held(NamedTuple):
 
 
 class Watch:
-    """What a model's results follow from besides the values of its weights: which tensors, modules and method.
+    """What determines a model's results besides the values of its weights: its tensors, modules and method.
 
-    Holds on to the memory of every parameter and buffer, so that what reads it by address reads the old weights, never
-    something else.
+    Keeps the memory of every parameter and buffer alive, so that a graph that reads it by address reads the old
+    weights, never something else.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,7 +47,7 @@ class Watch:
                         self._tensors.append(_Held(owner, name, tensor, tensor.data_ptr(), tensor.detach(), full))
 
     def change(self) -> str | None:
-        """What is other than it was, for a message; None where a graph still computes what the model does.
+        """What has changed, for a message; None if a graph still computes what the model does.
 
         Values written in place are no change: a graph reads them where they are.
         """
@@ -60,6 +60,6 @@ class Watch:
 
 
 def method_of(model: nn.Module) -> Method | None:
-    """The method that a model, or what torch.compile made of it, is compressed by; None for any other module."""
+    """The method by which a model, or what torch.compile made of it, is compressed; None for any other module."""
     model = getattr(model, "_orig_mod", model)
     return next((adapter.method(model) for adapter in ADAPTERS if adapter.claims(model)), None)

@@ -1,4 +1,4 @@
-"""Linear layers without their modules: oneDNN's on CPU with weights that are packed once, plain ones on CUDA."""
+"""Linear layers without their modules: oneDNN's with weights packed once on CPU, plain ones on CUDA."""
 
 from tokcomp.fastpath.frozen import gelu_mlp, linear, linear_add, linear_heads
 from tokcomp.fastpath.packing import Layer, PackedWeights, forget, has_hooks, packed_now, packed_weights

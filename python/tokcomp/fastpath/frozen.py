@@ -1,8 +1,8 @@
 """Linear layers whose weights are frozen, on CPU: forward and the gradient to the input through packed weights.
 
-With no gradient to any weight a layer's input need not be kept; of an MLP only the values before its activation are.
+With no gradient to any weight, a layer's input need not be kept; an MLP keeps only the values before its activation.
 The gradient is the same kind of product with the transposed weight, which is packed as well: while a search runs, each
-layer that carries a gradient has two packed copies beside it (``PackedWeights.nbytes``).
+layer that carries a gradient has two packed copies (``PackedWeights.nbytes``).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch.autograd.function import once_differentiable
 from tokcomp.fastpath import packing
 from tokcomp.fastpath.packing import PackedWeights
 
-#: Bytes of the hidden activations of a group of images: what stays in cache between the steps of an MLP.
+#: Bytes of a group of images' hidden activations: few enough to stay in cache between the steps of an MLP.
 _HIDDEN_BYTES = 10 * 2**20
 
 
 def linear(packed: PackedWeights, layer: nn.Linear, x: Tensor) -> Tensor:
-    """``layer(x)``, differentiable in x [..., in] alone; x in ``packed.dtype``."""
+    """``layer(x)``, differentiable only in x [..., in]; x in ``packed.dtype``."""
     if not _wants_gradient(x):
         return packed.linear(layer, x)
     return _Linear.apply(x, None, packed, layer)
 
 
 def linear_heads(packed: PackedWeights, layer: nn.Linear, x: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [B, H, N, D]: views of ``layer(x)`` [B, N, 3 * H * D], differentiable in x [B, N, C] alone."""
+    """q, k, v [B, H, N, D]: views of ``layer(x)`` [B, N, 3 * H * D], differentiable only in x [B, N, C]."""
     if _wants_gradient(x):
         return _LinearHeads.apply(x, packed, layer, num_heads)
     return _split_heads(packed.linear(layer, x), num_heads)
@@ -50,10 +50,10 @@ def gelu_mlp(
     *,
     approximate: str = "none",
 ) -> Tensor:
-    """``second(F.gelu(first(x), approximate=approximate))``, plus the residual where there is one.
+    """``second(F.gelu(first(x), approximate=approximate))``, plus the residual if there is one.
 
-    Differentiable in x [B, N, in] and residual [B, N, out], both in ``packed.dtype``. Keeps the values before the GELU,
-    [B, N, hidden], where a gradient to x is wanted, and nothing else.
+    Differentiable in x [B, N, in] and residual [B, N, out], both in ``packed.dtype``. Keeps only the values before the
+    GELU, [B, N, hidden], and only if a gradient to x is wanted.
     """
     if _wants_gradient(x):
         return _GeluMlp.apply(x, residual, packed, first, second, approximate)
@@ -66,7 +66,7 @@ def _wants_gradient(*tensors: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """layer(x), plus the residual where there is one. Nothing is saved."""
+    """layer(x), plus the residual if there is one. Nothing is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, packed: PackedWeights, layer: nn.Linear) -> Tensor:
@@ -81,7 +81,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _LinearHeads(torch.autograd.Function):
-    """The packed product of q, k and v; their gradients are put side by side in one pass. Nothing is saved."""
+    """The packed product for q, k and v; their gradients are concatenated in one pass. Nothing is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: PackedWeights, layer: nn.Linear, num_heads: int) -> tuple[Tensor, ...]:
@@ -103,7 +103,7 @@ class _LinearHeads(torch.autograd.Function):
 
 
 class _GeluMlp(torch.autograd.Function):
-    """Two layers with a GELU between them, a group of images at a time; saves what goes into the GELU."""
+    """Two layers with a GELU between them, a group of images at a time; saves the GELU's input."""
 
     @staticmethod
     def forward(

@@ -2,7 +2,7 @@
 
 F.linear on float32 goes through MKL, which is slow on some CPUs, and packs the weight in every call. Here a weight is
 packed once per model. The packed copies live beside the model, never inside it: they are not in its state_dict, not
-pickled and not deep-copied, and they go when the model goes.
+pickled and not deep-copied, and they are freed with the model.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.nn.modules import module as _module
 
 from tokcomp_kernels.product_types import product_dtype
 
-#: Element types of activations and weights that this serves; product_dtype says in which the products are computed.
+#: Supported element types of activations and weights; product_dtype says in which type the products are computed.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Layers that are a matrix product: a convolution whose patches do not overlap is one on the flattened patches.
 Layer: TypeAlias = nn.Linear | nn.Conv2d
-#: None in a torch that was built without oneDNN.
+#: None if torch was built without oneDNN.
 _linear: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 _linear_binary: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "binary", None)
 #: Elements of each weight that are compared before every forward pass, to notice writes through ``Tensor.data``.
@@ -45,7 +45,7 @@ class _Packed:
 
     @classmethod
     def of(cls, layer: Layer, dtype: torch.dtype) -> _Packed:
-        """The layer's packed weight: the one that another model made of the same parameter, or else a new one."""
+        """The layer's packed weight: one that another model made from the same parameter, or else a new one."""
         weight = layer.weight
         key = (id(weight), dtype)
         entry = _shared.get(key)
@@ -57,7 +57,7 @@ class _Packed:
         return entry
 
     def is_of(self, layer: Layer) -> bool:
-        """Whether the layer's parameters are still the same tensors, at the same place and unwritten."""
+        """Whether the layer's parameters are still the same tensors, at the same addresses and not written to."""
         weight = _parameter(layer, "weight")
         return (
             weight is self.weight
@@ -70,7 +70,7 @@ class _Packed:
 class PackedWeights:
     """Packed weights of some of a model's linear layers, in one compute type.
 
-    Immutable but for the transposed weights, which a backward pass needs and which are packed when first asked for.
+    Immutable except for the transposed weights, which a backward pass needs and which are packed on first use.
     """
 
     def __init__(self, layers: Sequence[Layer], dtype: torch.dtype) -> None:
@@ -82,9 +82,9 @@ class PackedWeights:
         self._values = torch.cat(self._views)
 
     def is_current(self, layers: Sequence[Layer], weight_dtype: torch.dtype, dtype: torch.dtype | None) -> bool:
-        """Whether these are the layers, their weights and the computation of those types, and none has changed.
+        """Whether the pack is of these layers and types, and none of the weights has changed.
 
-        ``dtype`` None: nothing is to be computed now, so any type will do.
+        ``dtype`` None: nothing is about to be computed, so any type will do.
         """
         if len(layers) != len(self._layers) or weight_dtype != self._values.dtype or dtype not in (self.dtype, None):
             return False
@@ -92,7 +92,8 @@ class PackedWeights:
             entry = self._layers.get(layer)
             if entry is None or not entry.is_of(layer):
                 return False
-        # Writes through .data leave no trace but the values. NaN differs from itself: such a model is packed anew.
+        # Writes through .data show only in the values. NaN differs from itself: a model with NaN is repacked every
+        # time.
         return torch.equal(torch.cat(self._views), self._values)
 
     def __contains__(self, layer: nn.Module) -> bool:
@@ -100,7 +101,7 @@ class PackedWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the packed copies take, oneDNN's padding not counted."""
+        """Bytes that the packed copies take, not counting oneDNN's padding."""
         return self.nbytes_of(self._layers)
 
     def nbytes_of(self, layers: Iterable[nn.Module]) -> int:
@@ -165,8 +166,8 @@ def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _cache: weakref.WeakKeyDictionary[nn.Module, PackedWeights] = weakref.WeakKeyDictionary()
-#: Models that share parameters share the packed copies. By the parameter's id and the compute type; alive as long as
-#: some model's PackedWeights are, and so is the parameter.
+#: Models that share parameters share the packed copies. Keyed by the parameter's id and the compute type; an entry
+#: lives as long as some model's PackedWeights do, and keeps the parameter alive.
 _shared: weakref.WeakValueDictionary[tuple[int, torch.dtype], _Packed] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
@@ -179,19 +180,19 @@ def packed_weights(
     frozen: bool = False,
     autocast: bool = False,
 ) -> PackedWeights | None:
-    """The packed weights of ``layers`` for computing on ``x``, or None where the ordinary path has to be taken.
+    """The packed weights of ``layers`` for computing on ``x``, or None if the ordinary path has to be taken.
 
-    That is: on other devices or types than this serves, when gradients are wanted, under autocast (unless the caller
-    says that it casts), and whenever someone watches the operators (torch.compile, export, tracing, functorch, dispatch
+    That is the case on unsupported devices or types, when gradients are wanted, under autocast (unless the caller says
+    that it casts), and whenever something watches the operators (torch.compile, export, tracing, functorch, dispatch
     modes such as FLOP counters).
 
     Args:
-        model: whose layers these are; the packed copies live as long.
+        model: the model that the layers belong to; the packed copies live as long as it does.
         layers: the layers to pack.
-        x: activations of the type and on the device that will be computed on.
-        frozen: gradients may be wanted, though not for these layers' parameters: :mod:`tokcomp.fastpath.frozen` has
-            the products that carry a gradient to their input.
-        autocast: the caller casts activations to the packed weights' type, which under autocast is autocast's own.
+        x: activations of the type, and on the device, of the computation.
+        frozen: gradients may be wanted, but not for these layers' parameters: :mod:`tokcomp.fastpath.frozen` has the
+            products that carry a gradient to their input.
+        autocast: the caller casts activations to the packed weights' type, which under autocast is autocast's type.
     """
     layers = list(dict.fromkeys(layers))
     packed = _cache.get(model)
@@ -212,7 +213,7 @@ def packed_weights(
 
 
 def _compute_dtype(dtype: torch.dtype, autocast: bool) -> torch.dtype | None:
-    """The type to compute in, None where that is left to the ordinary path."""
+    """The type to compute in, or None if that is left to the ordinary path."""
     if not torch.is_autocast_enabled("cpu"):
         return product_dtype(dtype, "cpu") if dtype in DTYPES else None
     cast = torch.get_autocast_dtype("cpu")
@@ -244,7 +245,7 @@ def forget(model: nn.Module) -> None:
 
 
 def has_hooks(modules: Sequence[nn.Module]) -> bool:
-    """Whether anyone would notice that these modules' forward is not called."""
+    """Whether anything would notice that these modules' forward is not called."""
     if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         return True
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
@@ -255,7 +256,7 @@ def _available(x: Tensor) -> bool:
 
 
 def has_watchers(x: Tensor) -> bool:
-    """Whether someone takes part in what operators do to x: subclasses, modes, functorch, tracing, tangents."""
+    """Whether anything intercepts operators on x: subclasses, modes, functorch, tracing, tangents."""
     return (
         type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack() != 0

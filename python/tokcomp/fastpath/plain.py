@@ -1,4 +1,4 @@
-"""Linear layers as they stand, for devices whose own products need no packing: the same calls as PackedWeights."""
+"""Linear layers unpacked, for devices whose own products need no packing, with the interface of PackedWeights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Products(Protocol):
 
 
 class PlainWeights:
-    """Linear layers whose weights are read where they lie."""
+    """Linear layers whose weights are read in place."""
 
     def __init__(self, layers: Iterable[Layer], dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -55,10 +55,10 @@ class PlainWeights:
 
 
 def plain_weights(model: nn.Module, layers: Iterable[Layer], x: Tensor) -> PlainWeights | None:
-    """The products of ``layers`` on CUDA for computing on ``x``, or None where the ordinary path has to be taken.
+    """The products of ``layers`` on CUDA for computing on ``x``, or None if the ordinary path has to be taken.
 
-    That is: where gradients are wanted, under autocast, where the weights are of another type than x, and whenever
-    someone watches the operators.
+    That is the case if gradients are wanted, under autocast, if the weights are not of x's type, and whenever something
+    watches the operators.
     """
     layers = tuple(layers)
     if x.device.type != "cuda" or x.dtype not in DTYPES or torch.is_autocast_enabled("cuda"):

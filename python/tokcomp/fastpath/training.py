@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-#: None in a torch that was built without oneDNN.
+#: None if torch was built without oneDNN.
 _product: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
-#: Multiply-adds under which the way to oneDNN costs more than it gains.
+#: Below this many multiply-adds, calling oneDNN costs more than it gains.
 _LEAST_WORK = 1 << 22
 
 
 class FastLinear(TorchFunctionMode):
-    """While open, F.linear of float32 tensors on CPU that wants a gradient is oneDNN's; all else stays as it is.
+    """While open, F.linear of float32 tensors on CPU that needs a gradient uses oneDNN; all else is unchanged.
 
-    Not for models that recompute blocks in the backward pass: a mode is closed while that runs, so they would not be
-    computed as they were.
+    Not for models that recompute blocks in the backward pass: the mode is closed by then, so the recomputed blocks
+    would differ from the first computation.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,7 +69,7 @@ class _Linear(torch.autograd.Function):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         grad = grad.contiguous()
         rows = grad.flatten(0, -2)  # [M, out]
-        # Operands that lie as the product reads them: oneDNN is slow on transposed views of the left one.
+        # Operands laid out as the product reads them: oneDNN is slow on transposed views of the left one.
         grad_x = _product(grad, weight.t().contiguous(), None, "none", [], "") if wants_x else None
         grad_weight = None
         if wants_weight:

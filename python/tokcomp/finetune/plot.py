@@ -9,7 +9,7 @@ from tokcomp.files import replacing
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> bool:
-    """Draw the rows of a run's log as PNG; False, with nothing written, where matplotlib is not installed."""
+    """Draw the rows of a run's log as PNG; False, with nothing written, if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

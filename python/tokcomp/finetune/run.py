@@ -1,4 +1,4 @@
-"""A training run: steps, accuracy after each epoch, log, checkpoints, curves, and the weights that come out."""
+"""A training run: steps, accuracy after each epoch, log, checkpoints, curves, and the resulting weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokcomp.runs.log import read_log
 from tokcomp.runs.loop import LOG
 from tokcomp.runs.training import TrainingRun
 
-#: What a run writes into its folder, besides log, checkpoint and summary.
+#: What a run writes into its folder besides log, checkpoint and summary.
 CURVES = "curves.png"
 BEST, LAST, LAST_EMA = "best.safetensors", "last.safetensors", "last_ema.safetensors"
 
@@ -28,18 +28,18 @@ BEST, LAST, LAST_EMA = "best.safetensors", "last.safetensors", "last_ema.safeten
 class FineTuneRun(TrainingRun):
     """Trains a model, compressed or not, and validates it before the first step and after each epoch.
 
-    The weights that come out are the whole model's or, where it has AdaptFormer branches, those and its classifier.
+    The resulting weights are the whole model's or, if it has AdaptFormer branches, the branches and the classifier.
 
     Args:
-        tuner: what is trained.
-        batches: where its images come from.
+        tuner: the training.
+        batches: the images.
         validate: accuracy of a model on the validation images, over all processes.
         output: folder for everything that the run writes.
         settings, facts: as for :class:`TrainingRun`.
-        total_steps: of the whole run.
-        checkpoint_steps: steps between checkpoints, and so the most that a killed run loses; one comes after every
-            epoch as well.
-        log_steps: steps between rows of the log; one comes after every epoch as well.
+        total_steps: steps of the whole run.
+        checkpoint_steps: steps between checkpoints, and so the most that a killed run can lose; there is also one after
+            every epoch.
+        log_steps: steps between rows of the log; there is also one after every epoch.
     """
 
     kind = "finetune"
@@ -103,7 +103,7 @@ class FineTuneRun(TrainingRun):
         return {**super().state(), "before": self._before, "last": self._last, "best": self._best}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        if "last_loss" not in state:  # written when losses were kept as their sum and number
+        if "last_loss" not in state:  # from a version that kept losses as their sum and number
             total, number = state["losses"]
             state = {**state, "losses": [total, *[0.0] * number][:number], "last_loss": None}
         super().load_state(state)

@@ -21,27 +21,28 @@ class FineTuner:
     """A model in training: its weights, their moving average, the optimizer, and the number of steps done.
 
     The model may be compressed (gradients go through pruning, merging and proportional attention) or plain. What a step
-    draws follows from (seed, step), so :meth:`state` is all that a run needs to go on as if it had not been stopped.
+    draws depends only on (seed, step), so :meth:`state` is all that a run needs to continue as if it had not been
+    stopped.
 
     Args:
         model: a timm model, compressed or not; it is moved to ``device`` and trained in place.
         recipe: optimizer, learning rate, mixup, label smoothing, gradient clipping, moving average.
-        num_classes: of the targets.
-        total_steps: steps of the whole run, which the learning rate is scheduled over.
+        num_classes: classes of the targets.
+        total_steps: steps of the whole run, over which the learning rate is scheduled.
         steps_per_epoch: for the recipe's warm-up, which is in epochs.
-        device: where to train.
-        seed: of mixing and of drop path.
+        device: the device to train on.
+        seed: seeds mixing and drop path.
         world: the processes that share each batch; gradients are their mean.
-        pieces: parts that a process's share of a batch is computed in, their gradients added up. A run of W processes
-            and P pieces draws the same as any other with the same W x P.
-        amp_dtype: run under autocast with this type; gradients are scaled where it is float16.
+        pieces: number of parts in which a process's share of a batch is computed; their gradients are added up. A run
+            of W processes and P pieces draws the same as any other with the same W x P.
+        amp_dtype: run under autocast with this type; gradients are scaled if it is float16.
         compiled: run the model through torch.compile.
-        fast_linear: on CPU in float32, linear layers through oneDNN rather than PyTorch's choice, unless blocks
+        fast_linear: on CPU in float32, compute linear layers through oneDNN rather than PyTorch's choice, unless blocks
             are recomputed.
 
     Raises:
-        ValueError: the recipe names an optimizer or scheduler that timm does not know; float16 on another device than
-            CUDA.
+        ValueError: the recipe names an optimizer or scheduler that timm does not know; or float16 is used on a device
+            other than CUDA.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class FineTuner:
         fast_linear: bool = True,
     ) -> None:
         if amp_dtype == torch.float16 and device.type != "cuda":
-            raise ValueError(f"mixed precision in float16 must run on cuda, got {device.type}; take bfloat16")
+            raise ValueError(f"mixed precision in float16 must run on cuda, got {device.type}; use bfloat16")
         self.model = model.to(device).train()
         self.recipe, self.device, self.world, self.amp_dtype = recipe, device, world, amp_dtype
         self.step_number = 0
@@ -90,11 +91,11 @@ class FineTuner:
         """One optimizer step.
 
         Args:
-            images: [b, 3, H, W] normalized, this process's share of the batch, piece after piece; mixed in place.
+            images: [b, 3, H, W], normalized: this process's share of the batch, piece after piece; mixed in place.
             labels: [b] int64.
 
         Returns:
-            The loss of this process's share, before the step: 0-dim, on the device, not waited for.
+            The loss of this process's share before the step: 0-dim, on the device, without synchronizing.
         """
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.learning_rate = self._rate.set(self.step_number)
@@ -133,7 +134,7 @@ class FineTuner:
         return self._targets(images, labels, self.step_number)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """What is made small: 0-dim."""
+        """The quantity to minimise: 0-dim."""
         return soft_cross_entropy(logits, targets)
 
     def is_finite(self) -> bool:
@@ -151,7 +152,7 @@ class FineTuner:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` gave.
+        """Continue from what :meth:`state` returned.
 
         Raises:
             ValueError: it is the state of another model or recipe.
@@ -173,5 +174,5 @@ class FineTuner:
         return autocast(self.device.type, self.amp_dtype)
 
     def _held_back(self, hold: bool) -> AbstractContextManager:
-        """Gradients are exchanged with the last piece alone."""
+        """Exchange gradients only with the last piece."""
         return self._parallel.no_sync() if hold and self._parallel is not None else nullcontext()

@@ -16,12 +16,12 @@ from tokcomp_kernels.product_types import autocast
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` found. Accuracies are per cent; speed is the model's alone, without loading.
+    """What :func:`evaluate` found. Accuracies are in per cent; the speed is the model's own, without loading.
 
     Attributes:
-        num_images: that were classified.
-        unreadable: images of the data set, by number, that could not be read and are counted nowhere; of this process.
-        num_unreadable: how many those are, of all processes.
+        num_images: images that were classified.
+        unreadable: this process's images, by number in the data set, that could not be read and are not counted.
+        num_unreadable: how many images could not be read, over all processes.
         num_not_finite: images whose logits are not all finite; they count as wrong.
     """
 
@@ -49,20 +49,21 @@ def evaluate(
 
     Args:
         model: in evaluation mode, on ``device``; returns logits [B, classes].
-        batches: images [B, 3, H, W], normalized, and labels [B]; :class:`tokcomp.data.ReadableImages` marks by its
-            labels the images that are none.
-        device: where the model is.
-        dtype: type that the images are converted to.
+        batches: images [B, 3, H, W], normalized, and labels [B]; :class:`tokcomp.data.ReadableImages` marks unreadable
+            images by their labels.
+        device: the model's device.
+        dtype: type to which the images are converted.
         amp_dtype: run under autocast with this type.
         on_batch: called after each batch with the number of images so far and the top-1 accuracy so far.
-        world: where several processes have a share of the images each, all of them find what one would have found; the
-            speed is the sum of theirs.
+        world: if several processes each have a share of the images, all of them return what one process would have
+            found; the speed is the sum of theirs.
 
     Returns:
-        Top-5 counts the first min(5, classes) answers. The first batch warms up: its time counts where it is alone.
+        Top-5 counts the first min(5, classes) answers. The first batch is a warm-up: its time counts only if it is the
+        only one.
 
     Raises:
-        ValueError: no batch, or a label that the model has no class for.
+        ValueError: there is no batch, or a label for which the model has no class.
     """
     right1 = right5 = seen = timed = not_finite = 0
     unreadable: list[int] = []

@@ -1,4 +1,4 @@
-"""What this installation is and would do: versions, built kernels, devices, types, backends."""
+"""What this installation has and would use: versions, built kernels, devices, types, backends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _VARIABLES = ("TOKCOMP_BACKEND", "TOKCOMP_CHECK", "TRITON_INTERPRET")
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of tokcomp, Python and what tokcomp stands on; None for what is not installed."""
+    """Versions of tokcomp, Python and tokcomp's dependencies; None for what is not installed."""
     from tokcomp import __version__
 
     found: dict[str, str | None] = {"tokcomp": __version__, "python": platform.python_version()}
@@ -25,13 +25,13 @@ def package_versions() -> dict[str, str | None]:
             found[name] = None
     import torch
 
-    # The distribution's metadata leaves out the build ("+cu132", "+cpu").
+    # The distribution's metadata omits the build ("+cu132", "+cpu").
     found["torch"] = torch.__version__
     return found
 
 
 def machine() -> dict[str, Any]:
-    """The processors that results of this machine come from."""
+    """The processors of this machine, on which its results were measured."""
     import torch
 
     return {
@@ -54,7 +54,7 @@ def cpu_name() -> str:
 
 
 def devices() -> list[dict[str, Any]]:
-    """What torch can compute on."""
+    """The devices that torch can compute on."""
     import torch
 
     host = machine()
@@ -67,7 +67,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """Public operator -> device type -> the backend that answers there: cpp, cuda, triton or reference."""
+    """Public operator -> device type -> the backend that runs there: cpp, cuda, triton or reference."""
     from tokcomp_kernels.ops import IMPLEMENTATIONS
 
     return {
@@ -78,7 +78,7 @@ def backends() -> dict[str, dict[str, str]]:
 
 
 def cpu_products() -> list[dict[str, str]]:
-    """What a model of each type has its linear layers and convolutions computed in on this CPU, and why."""
+    """The type in which this CPU computes the linear layers and convolutions of a model of each type, and why."""
     from tokcomp_kernels.product_types import CPU_PRODUCTS
 
     return [

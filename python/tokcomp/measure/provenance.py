@@ -1,4 +1,4 @@
-"""Where a figure comes from: the machine, the versions, the commit. Stands beside every result."""
+"""Where a figure comes from: the machine, the versions, the commit. Recorded with every result."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name; by default the first GPU, or the CPU where there is none.
+    """The device of that name; by default the first GPU, or the CPU if there is none.
 
     Raises:
-        ValueError: the name is none of PyTorch's, or a GPU that is not there.
+        ValueError: PyTorch does not know the name, or there is no such GPU.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -79,7 +79,7 @@ def device_slug(device: torch.device) -> str:
 def save_record(folder: Path, record: dict[str, Any], path: Path | None = None) -> Path:
     """Add one run's record to a folder as ``<date>-<commit>.json``; no run replaces another's file.
 
-    ``path``, which an earlier call of this run returned, is replaced by the longer record, wholly or not at all.
+    If ``path``, returned by an earlier call in this run, is given, the longer record replaces it whole or not at all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
@@ -100,7 +100,7 @@ def save_record(folder: Path, record: dict[str, Any], path: Path | None = None) 
 
 
 def _claim(folder: Path, stem: str) -> Path:
-    """A new, empty file in the folder, also where another process chooses a name at the same time."""
+    """A new, empty file in the folder, safe against other processes that choose a name at the same time."""
     for number in itertools.count(1):
         path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
         with contextlib.suppress(FileExistsError):
@@ -110,7 +110,7 @@ def _claim(folder: Path, stem: str) -> Path:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, "+changes" where tracked files differ from it; None outside a checkout."""
+    """The checkout's commit, with "+changes" if tracked files differ from it; None outside a checkout."""
     folder = Path(__file__).parent
     commit = _run(["git", "-C", str(folder), "rev-parse", "HEAD"])
     if commit is None or _run(["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__]) is None:

@@ -1,4 +1,4 @@
-"""The three steps of a compression method: score the tokens, assign how many go where, reduce them."""
+"""The three steps of a compression method: score the tokens, assign how many are kept, reduce them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ EVIDENCE = ("cls_attn", "image_attn", "keys", "values")
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a method may know of a model before it sees an image."""
+    """What a method may know about a model before it sees an image."""
 
     depth: int
     num_prefix_tokens: int
     has_class_token: bool
-    #: Tokens that enter block 0, prefix included; None where they depend on the image.
+    #: Tokens that enter block 0, prefix included; None if they depend on the image.
     num_tokens: int | None
-    #: Blocks behind those, which are never compressed but for which a published list may have entries.
+    #: Blocks after those, which are never compressed but for which a published list may have entries.
     following_blocks: int = 0
-    #: Whether every position gets a token again behind the last block, as hierarchical models need.
+    #: Whether every position gets a token again after the last block, as hierarchical models need.
     spreads_tokens: bool = False
 
 
 class Evidence(NamedTuple):
-    """What one block's attention saw; only what the method's ``needs`` name is filled in."""
+    """What one block's attention saw; only the fields named in the method's ``needs`` are filled in."""
 
     cls_attn: Tensor | None = None  # [B, N] float32: the class token's row of the attention, mean over heads
     image_attn: Tensor | None = None  # [B, N] float32: attention each token receives, mean over heads and queries
@@ -39,7 +39,7 @@ class Evidence(NamedTuple):
     values: Tensor | None = None  # [B, H, N, D]
 
     def require(self, name: str) -> Tensor:
-        """The field ``name``. RuntimeError where it is not filled in: the method's ``needs`` do not name it."""
+        """The field ``name``. RuntimeError if it is not filled in: the method's ``needs`` do not name it."""
         value: Tensor | None = getattr(self, name)
         if value is None:
             raise RuntimeError(f"{name} was not computed: a method reads only the evidence that its needs name")
@@ -47,7 +47,7 @@ class Evidence(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """How many tokens (prefix included) are left in a block. Static: shapes never depend on the images."""
+    """How many tokens (prefix included) a block keeps. Static: shapes never depend on the images."""
 
     num_prune_kept: int
     num_merge_kept: int
@@ -76,16 +76,16 @@ class Reduced(NamedTuple):
 class Method(ABC):
     """A compression method: three small steps per block.
 
-    Methods are immutable once built and keep nothing between calls, so one may serve many models and threads.
+    Methods are immutable once built and keep no state between calls, so one may serve many models and threads.
     """
 
     #: Names from :data:`EVIDENCE` that :meth:`score` reads in a block that compresses.
     needs: frozenset[str] = frozenset()
     #: Whether attention adds log(size) to its scores once tokens have sizes.
     proportional_attention: bool = False
-    #: Whether every position gets a token back behind the MLP: each block then sees all tokens (:meth:`spread`).
+    #: Whether every position gets a token back after the MLP: each block then sees all tokens (:meth:`spread`).
     unmerges: bool = False
-    #: What the command line and a plugin's file call the method; by default the class's name in small letters.
+    #: What the command line and a plugin's file call the method; by default the class's name in lower case.
     name: ClassVar[str] = "method"
 
     def __init_subclass__(cls, **kwargs: object) -> None:
@@ -94,21 +94,21 @@ class Method(ABC):
 
     @abstractmethod
     def validate(self, geometry: Geometry) -> None:
-        """Raise ValueError or TypeError if a model of this geometry cannot be compressed so."""
+        """Raise ValueError or TypeError if this method cannot compress a model of this geometry."""
 
     def check_tokens(self, num_tokens: int, num_prefix_tokens: int) -> None:  # noqa: B027  most take any number
-        """Raise ValueError if a model cannot be compressed so at an image size that makes ``num_tokens`` enter block 0.
+        """Raise ValueError if a model cannot be compressed at an image size that makes ``num_tokens`` enter block 0.
 
-        Asked before the first block of every forward pass, so that images of another size are noticed.
+        Called before the first block of every forward pass, so that images of another size are noticed.
         """
 
     @abstractmethod
     def assign(self, block: int, num_tokens: int, num_prefix_tokens: int) -> Assignment | None:
-        """How many of ``num_tokens`` are left by block ``block``; None where nothing drops."""
+        """How many of ``num_tokens`` block ``block`` keeps; None if it keeps all."""
 
     @abstractmethod
     def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
-        """Importance [B, N], or whatever features :meth:`reduce` matches tokens by."""
+        """Importance [B, N], or the features by which :meth:`reduce` matches tokens."""
 
     @abstractmethod
     def reduce(
@@ -129,39 +129,39 @@ class Method(ABC):
     ) -> tuple[Reduced, Tensor]:
         """:meth:`reduce` of x + branch, both [B, N, C], and ``norm`` of the tokens that are left, [B, M, C].
 
-        For methods that an operator serves in one go: a class that defines this, ``score`` and ``reduce`` is run so
-        where nobody needs the steps apart, and its ``score`` is asked before branch is added.
+        For methods that a single operator serves: a class that defines this, ``score`` and ``reduce`` is run this way
+        if nothing needs the steps separately, and its ``score`` is called before branch is added.
         """
         reduced = self.reduce(x + branch, score, assignment, size=size, num_prefix_tokens=num_prefix_tokens)
         return reduced, norm(reduced.x)
 
     def spread(self, x: Tensor, merged: Tensor, branch: Tensor, source: Tensor) -> Tensor:
-        """What every position has behind the MLP, [B, N, C]. Asked only of a method that ``unmerges``.
+        """The tokens of all positions after the MLP, [B, N, C]. Called only for a method that ``unmerges``.
 
         Args:
             x: [B, N, C] before the MLP.
             merged: [B, M, C], what :meth:`reduce` made of it.
-            branch: [B, M, C], the MLP's output, its residual not added.
-            source: [B, N] of :meth:`reduce`.
+            branch: [B, M, C], the MLP's output, without the residual.
+            source: [B, N] from :meth:`reduce`.
         """
         return x + torch.ops.tokcomp.unmerge(branch, source)
 
 
 @functools.cache
 def reduces_in_one(method: type[Method]) -> bool:
-    """Whether a method's own class answers for :meth:`Method.reduce_norm` and for the steps that it stands for."""
+    """Whether a method's own class defines :meth:`Method.reduce_norm` and the steps that it replaces."""
     steps = ("reduce_norm", "reduce", "score")
     owners = {next(one for one in method.__mro__ if step in vars(one)) for step in steps}
     return len(owners) == 1
 
 
 def is_list(value: object) -> bool:
-    """Whether a value is one per block rather than one for all; a tensor or array of no dimension is a number."""
+    """Whether a value is one per block rather than one for all; a 0-dimensional tensor or array is a number."""
     return hasattr(value, "__iter__") and not isinstance(value, (str, bytes, dict)) and getattr(value, "ndim", 1) > 0
 
 
 def integer(name: str, value: Any, rule: str = "be an integer") -> int:
-    """``value`` as an int. TypeError where it is none; True and False are none."""
+    """``value`` as an int. TypeError if it is not one; True and False are not."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -179,7 +179,7 @@ def non_negative(name: str, value: Any, rule: str = "be an integer or one per bl
 
 
 def require_depth(name: str, entries: int, geometry: Geometry, hint: str = "") -> None:
-    """A per-block list must fit the model's depth; it may go on for the blocks behind, whose entries are not read."""
+    """A per-block list must fit the model's depth; entries for the blocks after those are allowed and ignored."""
     if entries not in (geometry.depth, geometry.depth + geometry.following_blocks):
         raise ValueError(
             f"{name} must have one entry per block, got {entries} entries for {geometry.depth} blocks{hint}"
@@ -187,6 +187,6 @@ def require_depth(name: str, entries: int, geometry: Geometry, hint: str = "") -
 
 
 def require_class_token(what: str, geometry: Geometry, instead: str) -> None:
-    """Class attention exists only where token 0 is a class token."""
+    """Class attention exists only if token 0 is a class token."""
     if not geometry.has_class_token:
         raise ValueError(f"{what} needs a class token, which this model does not have; use {instead}")

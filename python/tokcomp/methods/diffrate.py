@@ -1,4 +1,4 @@
-"""DiffRate (ICCV 2023): prune the least important tokens, merge the next ones, per a searched schedule."""
+"""DiffRate (ICCV 2023): prune the least important tokens and merge the next ones, by a searched schedule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokcomp.methods.base import (
 )
 from tokcomp.schedule import CompressionSchedule, published_schedule
 
-#: metric -> what it needs from attention.
+#: metric -> the evidence it needs from attention.
 METRICS = {
     "cls_attn": frozenset({"cls_attn"}),
     "image_attn": frozenset({"image_attn"}),
@@ -48,12 +48,13 @@ def published_settings(geometry: Geometry) -> Settings:
 class DiffRate(Method):
     """Pruning and merging by token importance.
 
-    Every step leaves the number of tokens that the schedule names for it. ``prune_merge`` prunes to ``num_prune_kept``
+    Every step keeps the number of tokens that the schedule gives for it. ``prune_merge`` prunes to ``num_prune_kept``
     and then merges to ``num_merge_kept``; ``merge_prune`` merges to ``num_merge_kept`` and then prunes to
-    ``num_prune_kept``; ``prune`` and ``merge`` read their own list only. A merged token takes the place, and so the
+    ``num_prune_kept``; ``prune`` and ``merge`` read only their own list. A merged token takes the place, and so the
     importance, of the kept token it was merged into.
 
-    The arguments after the schedule are by default what the schedule's ``method`` says, and else the first here.
+    The arguments after the schedule default to what the schedule's ``method`` says, and otherwise to the first value
+    listed here.
 
     Args:
         schedule: tokens to keep per block.
@@ -62,7 +63,7 @@ class DiffRate(Method):
             the norm of its value vector over all heads; ``random``, a fixed pseudo-random order of positions, the same
             for every image.
         pipeline: ``prune_merge``, ``merge_prune``, ``prune`` or ``merge``.
-        seed: of the ``random`` metric (default: 0).
+        seed: the seed of the ``random`` metric (default: 0).
         similarity_weighted_size: True: a merged token adds its size times its cosine similarity, as published for
             ViTs; False: its whole size.
 
@@ -205,12 +206,12 @@ class DiffRate(Method):
         return reduced, normalized[:, : reduced.x.shape[1]]
 
     def _operator_counts(self, assignment: Assignment, num_tokens: int) -> tuple[int, int]:
-        """num_prune_kept and num_merge_kept of the operator, which prunes first."""
+        """num_prune_kept and num_merge_kept for the operator, which prunes first."""
         before_merge = num_tokens if self.pipeline == "merge_prune" else assignment.num_prune_kept
         return before_merge, assignment.num_merge_kept
 
     def _pruned_last(self, reduced: Reduced, assignment: Assignment) -> Reduced:
-        """What pruning leaves of merged tokens, where it comes second."""
+        """The merged tokens that are left when pruning comes second."""
         x, size, source = reduced
         num_kept = assignment.num_prune_kept
         if self.pipeline != "merge_prune" or num_kept >= x.shape[1]:
@@ -223,7 +224,7 @@ class DiffRate(Method):
 
 
 def _setting(schedule: CompressionSchedule, name: str, given: Any, default: Any) -> Any:
-    """An argument of DiffRate: as given, as the schedule has it, or the default."""
+    """An argument of DiffRate: the one given, the schedule's, or the default."""
     carried = (schedule.method or {}).get(name)
     if given is None:
         return default if carried is None else carried
@@ -236,7 +237,7 @@ def _setting(schedule: CompressionSchedule, name: str, given: Any, default: Any)
 
 
 def _known(new_size: Tensor, size: Tensor | None, counts: tuple[int, int]) -> Tensor | None:
-    """The sizes, None while every token is one patch: pruning alone does not change that."""
+    """The sizes, or None while every token is one patch, which pruning alone does not change."""
     before_merge, num_merge_kept = counts
     return None if size is None and num_merge_kept >= before_merge else new_size
 

@@ -22,17 +22,17 @@ from tokcomp.methods.base import (
 
 
 class EViT(Method):
-    """Keep the most attended patch tokens; the dropped ones leave their attention-weighted sum behind.
+    """Keep the most attended patch tokens and fuse the dropped ones into their attention-weighted sum.
 
-    A fused token stands last, counts among the patch tokens of the next block and competes like any other. There are
+    The fused token comes last, counts among the patch tokens of the next block and competes like any other. There are
     no sizes and no proportional attention. The weights of the sum carry no gradient.
 
     Args:
         keep_rate: share of the patch tokens to keep, rounded up, in each of ``blocks``; or one per block of the model
-            (1 = keep all), and then ``blocks`` is ignored.
-        blocks: indices (from 0) of the blocks that compress by one ``keep_rate``.
+            (1 = keep all), in which case ``blocks`` is ignored.
+        blocks: indices (from 0) of the blocks in which a single ``keep_rate`` applies.
         fuse: keep the weighted sum of the dropped tokens as one more token.
-        num_pruned: instead of a keep rate: tokens to drop in every block from 0; at least one patch token stays.
+        num_pruned: instead of a keep rate: tokens to drop in every block; at least one patch token is kept.
 
     Raises:
         TypeError, ValueError: neither or both of keep_rate and num_pruned, or values outside (0, 1] and 0, 1, ...

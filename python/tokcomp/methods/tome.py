@@ -15,10 +15,10 @@ class ToMe(Method):
 
     Args:
         r: tokens merged away in each block, or one number per block; at most half of a block's patch tokens merge.
-        prop_attn: proportional attention: log(size) joins the attention scores from the first merge on.
+        prop_attn: proportional attention: add log(size) to the attention scores from the first merge on.
 
     Raises:
-        TypeError, ValueError: r is not a non-negative integer, or a list of them.
+        TypeError, ValueError: r is neither a non-negative integer nor a list of them.
     """
 
     needs = frozenset({"keys"})

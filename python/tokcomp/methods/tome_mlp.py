@@ -1,4 +1,4 @@
-"""ToMe around the MLP alone, for dense prediction (ToCom, Table 11): merge before it, unmerge after it."""
+"""ToMe around the MLP only, for dense prediction (ToCom, Table 11): merge before it, unmerge after it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tokcomp.methods.tome import ToMe
 class ToMeMLP(Method):
     """In each block, merge the r most similar pairs of tokens, run the MLP on what is left, and unmerge.
 
-    Every block sees all N tokens and the output has one per position: what segmentation and feature maps need. It
-    saves up to half of the MLPs, and nothing of attention. Pairs are ToMe's: by the keys, averaged over heads.
+    Every block sees all N tokens and the output has one per position, as segmentation and feature maps need. This saves
+    up to half of the MLPs' cost and none of attention's. Pairs are ToMe's: by the keys, averaged over heads.
 
     Args:
         r: tokens merged away for each MLP, or one number per block; at most half of the patch tokens.
@@ -23,7 +23,7 @@ class ToMeMLP(Method):
             so that merged positions stay distinct. True: its group's token, mean and MLP together.
 
     Raises:
-        TypeError, ValueError: r is not a non-negative integer, or a list of them.
+        TypeError, ValueError: r is neither a non-negative integer nor a list of them.
     """
 
     name = "tome_mlp"

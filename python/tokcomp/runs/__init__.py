@@ -1,5 +1,5 @@
 """What the search of schedules and the training of compressed models share: data, recipe, log, checkpoints, processes.
 
-Everything random in a step follows from (seed, step), so that weights, optimizer state and the number of the step are
-all that a run needs to go on exactly as if it had not been stopped.
+Everything random in a step depends only on (seed, step), so weights, optimizer state and step number are all that a run
+needs to continue exactly as if it had not been stopped.
 """

@@ -1,4 +1,4 @@
-"""Batches that follow from (seed, step) alone."""
+"""Batches that depend only on (seed, step)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tokcomp.runs.steps import ORDER, SAMPLE, derived_seed, seeded
 
 
 def part_of_batch(batch_size: int, part: int, parts: int) -> list[int]:
-    """The places of a batch that one of ``parts`` equal parts holds.
+    """The positions in a batch that one of ``parts`` equal parts holds.
 
-    A part of even size holds whole mixup pairs (i, B - 1 - i), mirrored as in the batch: mixing each part, with
-    the same draws, is mixing the batch. Parts are a process's share, or a share's pieces under gradient accumulation.
+    A part of even size holds whole mixup pairs (i, B - 1 - i), mirrored as in the batch, so mixing each part with the
+    same draws equals mixing the batch. Parts are a process's share, or a share's pieces under gradient accumulation.
     """
     size = batch_size // parts
     if size % 2:
@@ -35,7 +35,7 @@ def check_batch_size(batch_size: int, world_size: int, pieces: int, mixes: bool)
     """Refuse a batch that does not divide into equal parts for the processes and pieces.
 
     Raises:
-        ValueError: it does not, or mixing needs an even number of images in each and it is odd.
+        ValueError: it does not, or mixing needs an even number of images in each part and it is odd.
     """
     step = world_size * pieces * (2 if mixes else 1)
     if batch_size % step:
@@ -44,17 +44,17 @@ def check_batch_size(batch_size: int, world_size: int, pieces: int, mixes: bool)
 
 
 class Batches(ABC):
-    """An endless stream of batches: images in random order, every image once before any comes again.
+    """An endless stream of batches: images in random order, each image once before any is repeated.
 
     Args:
-        num_images: images there are to draw from.
-        batch_size: of the whole batch, all processes together.
-        seed: of the order and of the augmentation.
-        epoch_images: images that make an epoch; by default all there are. A small subset of a large set keeps that
-            set's number, so that an epoch stays as many steps as it was.
-        world: of whose batches a process gets its part.
-        pieces: parts of equal size, one after the other, that a process's images are ordered into.
-        repeats: times that an image comes in a row, each time augmented differently (DeiT's repeated augmentation).
+        num_images: images to draw from.
+        batch_size: images in the whole batch, over all processes.
+        seed: seeds the order and the augmentation.
+        epoch_images: images that make an epoch; by default all. A small subset of a large set can keep the large set's
+            number, so that an epoch stays the same number of steps.
+        world: the processes that share each batch.
+        pieces: equal parts, one after the other, into which a process's images are ordered.
+        repeats: how many times an image comes in a row, each time augmented differently (DeiT's repeated augmentation).
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Batches(ABC):
         return max(1, self.epoch_images // self.batch_size)
 
     def keys(self, step: int) -> list[tuple[int, int]]:
-        """This process's images at a step: (index, how often it came before). The pair seeds its augmentation."""
+        """This process's images at a step: (index, earlier occurrences). The pair seeds the image's augmentation."""
         position = step * self.batch_size + self._places  # in the endless stream
         turn, within = np.divmod(position, self.num_images * self._repeats)
         place, copy = np.divmod(within, self._repeats)
@@ -102,11 +102,11 @@ class Batches(ABC):
 
 
 class LoaderBatches(Batches):
-    """Batches of a data set, loaded by worker processes. However many there are, the images are the same.
+    """Batches of a data set, loaded by worker processes. The images do not depend on their number.
 
     Args:
-        dataset: gives (image tensor, label); what its transform draws from torch's, numpy's or random's global
-            generator is seeded anew for every image by (seed, how often it came, index).
+        dataset: gives (image tensor, label); the global generators of torch, numpy and random, from which its transform
+            may draw, are seeded for every image by (seed, earlier occurrences, index).
         workers: loader processes; 0 loads in this one.
         pin_memory: for copies to a GPU that do not wait.
         others: as for :class:`Batches`.
@@ -126,7 +126,7 @@ class LoaderBatches(Batches):
             num_workers=self._workers,
             pin_memory=self._pin_memory,
             worker_init_fn=_heed_parent_alone,
-            generator=torch.Generator(),  # else it draws from the global one, though nothing needs what it draws
+            generator=torch.Generator(),  # otherwise it draws from the global one, needlessly
         )
         return iter(loader)
 
@@ -135,7 +135,7 @@ class TensorBatches(Batches):
     """Batches of images that are in memory.
 
     Args:
-        images: [n, 3, H, W]; what the model takes, or what ``augment`` takes.
+        images: [n, 3, H, W], as the model or ``augment`` takes them.
         labels: [n] int64.
         augment: (images [B, ...] of the whole batch, generator seeded by the step) -> images for the model.
         others: as for :class:`Batches`.
@@ -177,7 +177,7 @@ def _whole(others: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Seeded(Dataset):
-    """A data set by key (index, how often it came before), each seeding what its transform draws."""
+    """A data set by key (index, earlier occurrences), which seeds what its transform draws."""
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
         self._dataset, self._seed = dataset, seed
@@ -202,13 +202,13 @@ class _Keys:
 
 
 def _heed_parent_alone(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the run itself ends its workers, after the step.
+    # Ctrl-C reaches every process of the terminal; the run itself ends its workers after the step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Still(Dataset):
-    """A data set whose images, if they are drawn at random, are drawn alike each time."""
+    """A data set whose images, if drawn at random, are the same each time."""
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
@@ -224,9 +224,9 @@ class _Still(Dataset):
 def held_out_batches(
     dataset: Dataset, batch_size: int, *, workers: int = 0, pin_memory: bool = False, world: World = ALONE
 ) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-    """A function that starts a pass over a data set in its order; each process gets every world.size-th image.
+    """A function that starts a pass over a data set in order; each process gets every world.size-th image.
 
-    An image that is drawn at random is the same in every pass.
+    Images that are drawn at random are the same in every pass.
     """
     share = EveryNth(_Still(dataset), world.rank, world.size)
 

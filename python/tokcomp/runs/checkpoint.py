@@ -1,4 +1,4 @@
-"""Checkpoints: there whole or not at all, read back without running code, and tied to the settings of their run."""
+"""Checkpoints: written whole or not at all, read back without running code, and tied to their run's settings."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ VERSION = 1
 
 
 class CheckpointError(ValueError):
-    """A run's folder holds another run, or its checkpoint is missing, damaged or of other settings."""
+    """A run's folder holds another run, or its checkpoint is missing, damaged or made with other settings."""
 
 
 def save_checkpoint(path: Path, kind: str, state: Mapping[str, Any]) -> None:
     """Write ``state`` (tensors, numbers, strings, lists, dicts) so that ``path`` is the old checkpoint or the new one.
 
     Args:
-        path: the file; its folder is made.
-        kind: what run this is, "search" or "finetune": :func:`load_checkpoint` refuses another.
-        state: what to keep.
+        path: the file; its folder is created.
+        kind: the kind of run, such as "search" or "finetune": :func:`load_checkpoint` refuses another.
+        state: what to save.
 
     Raises:
-        OSError: it could not be written, on a full disk say.
+        OSError: it could not be written, for example because the disk is full.
     """
     try:
         with replacing(path) as file:
             data = {"format": f"tokcomp.{kind}", "version": VERSION, "state": dict(state)}
             torch.save({**data, DIGEST: digest(data)}, file)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch's writer hides what the file said
+        if isinstance(error.__context__, OSError):  # torch's writer hides the file's own error
             raise error.__context__ from None
         raise
 
@@ -47,7 +47,7 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
             the message names it.
     """
     if not path.is_file():
-        raise CheckpointError(f"the checkpoint must be a file, got '{path}', which is not there")
+        raise CheckpointError(f"the checkpoint must be a file, got '{path}', which does not exist")
     try:
         data = read_pickle(path, f"a checkpoint of tokcomp {kind}")
         if isinstance(data, dict):
@@ -71,9 +71,9 @@ def _is_named(data: Any) -> bool:
 
 
 def check_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> None:
-    """Refuse to resume under other settings, since the result would be neither run's.
+    """Refuse to resume with other settings, since the result would belong to neither run.
 
-    A setting that the checkpoint does not know, from a time before there was one, must be at its empty value.
+    A setting that an older checkpoint does not have must be at its empty value.
 
     Raises:
         CheckpointError: the first setting that differs, with both values.
@@ -81,6 +81,6 @@ def check_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], *, whe
     for name in sorted({*saved, *now}):
         if saved.get(name) != now.get(name) and (name in saved or now[name] not in ({}, [])):
             raise CheckpointError(
-                f"a resumed run must keep its settings, got {name} = {now.get(name)!r} where {where} was started with "
+                f"a resumed run must keep its settings, got {name} = {now.get(name)!r}, but {where} was started with "
                 f"{saved.get(name)!r}; restore it, or choose another output folder"
             )

@@ -27,19 +27,19 @@ def open_dataset(
     batch_size: int = 1,
     unreadable: str = "next",
 ) -> Dataset:
-    """A data set of timm's, or the digits that come with tokcomp.
+    """One of timm's data sets, or the digits that come with tokcomp.
 
     Args:
         name: timm's data set type/name, "" for a folder with one sub-folder per class, or "digits".
         root: its folder.
-        split: "train", "validation", ...; of the digits, every part but "train" is the held-out one.
+        split: "train", "validation", ...; for the digits, every name but "train" gives the held-out part.
         class_map: text file of class names, in label order.
         download: let timm download it.
-        batch_size: a hint that some of timm's iterable data sets want.
-        unreadable: what becomes of image files that cannot be read, as in :class:`tokcomp.data.ReadableImages`.
+        batch_size: a hint that some of timm's iterable data sets need.
+        unreadable: what to do about image files that cannot be read, as in :class:`tokcomp.data.ReadableImages`.
 
     Raises:
-        ValueError: it cannot be opened; the message says which and why.
+        ValueError: the data set cannot be opened; the message says which one and why.
     """
     from timm.data import ImageDataset, create_dataset
 
@@ -67,11 +67,11 @@ def open_dataset(
 
 
 def labels_of(dataset: Dataset) -> Tensor | None:
-    """The labels of a data set [n], int64, where it knows them without reading its images."""
+    """The labels of a data set [n], int64, if it knows them without reading its images."""
     if isinstance(dataset, Part):
         labels = labels_of(dataset.dataset)
         return None if labels is None else labels[dataset.indices]
-    keeper: Any = getattr(dataset, "reader", dataset)  # timm's readers, or a data set of torchvision's kind
+    keeper: Any = getattr(dataset, "reader", dataset)  # timm's readers, or a torchvision-style data set
     found = next((getattr(keeper, name) for name in ("targets", "labels") if hasattr(keeper, name)), None)
     if found is None and hasattr(keeper, "samples"):
         found = [label for _, label in keeper.samples]
@@ -81,10 +81,11 @@ def labels_of(dataset: Dataset) -> Tensor | None:
 
 
 def check_labels(dataset: Dataset, num_classes: int) -> None:
-    """Refuse what cannot be trained on with a head of ``num_classes``, before anything is done with it.
+    """Refuse data that cannot train a head of ``num_classes``, before anything is done with it.
 
     Raises:
-        ValueError: no random access, no images, images without a label, or another number of classes than the head's.
+        ValueError: no random access, no images, images without a label, or a different number of classes than the
+            head's.
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
@@ -102,7 +103,7 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
             f"every training image must have a label, got {missing} of {len(labels)} without; "
             "put each class in a folder of its own"
         )
-    # A part need not hold an image of every class: the whole set says how many there are.
+    # A part may lack some classes: the whole set says how many there are.
     whole = dataset
     while isinstance(whole, Part):
         whole = whole.dataset
@@ -112,17 +113,17 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
     if classes is not None and classes != num_classes:
         raise ValueError(
             f"the data set must have as many classes as the model's head, {num_classes}, got {classes}; "
-            "pass the right --model, --checkpoint and --num-classes, or --class-map for a part of the classes"
+            "pass the right --model, --checkpoint and --num-classes, or --class-map for some of the classes"
         )
 
 
 class Part(Dataset):
-    """Some images of a data set, as RGB, through a transform of their own: (image, label).
+    """Some images of a data set, as RGB, with a transform applied: (image, label).
 
     Args:
         dataset: gives (PIL image, label); its own ``transform`` must not be set.
-        indices: which, in this order; None for all.
-        transform: PIL image -> tensor; None leaves pictures.
+        indices: which ones, in this order; None for all.
+        transform: PIL image -> tensor; None keeps the pictures.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class Part(Dataset):
 def spread_sample(dataset: Dataset, count: int, seed: int) -> list[int]:
     """``count`` indices of a data set, drawn by ``seed`` and spread over its classes as the whole set is, ascending.
 
-    Images are drawn without repetition. Where the labels are not known, they are spread over the set's order.
+    Images are drawn without repetition. If the labels are unknown, they are spread over the set's order.
     """
     total = num_images(dataset)
     if count >= total:
@@ -168,8 +169,8 @@ def split_off(dataset: Dataset, count: int, seed: int) -> tuple[list[int], list[
 
 
 def training_part(dataset: Dataset, indices: Sequence[int] | None, recipe: Recipe, config: dict[str, Any]) -> Part:
-    """Images to train on, augmented as the recipe says. The digits, which are drawn anew each time, are not: they would
-    be mirrored and cropped to something else.
+    """Images to train on, augmented as the recipe says. The digits are not, since they are drawn anew each time, and
+    mirroring and cropping would turn them into something else.
 
     Raises:
         ValueError: timm does not understand the recipe's ``aa``.

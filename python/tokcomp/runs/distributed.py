@@ -1,4 +1,4 @@
-"""Data parallel runs under ``torchrun``: who this process is, and sums and means over all of them."""
+"""Data-parallel runs under ``torchrun``: this process's place, and sums and means over all processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run; one process alone is rank 0 of 1 and every reduction leaves its input."""
+    """This process among those of the run; a single process is rank 0 of 1, and reductions leave its input as it is."""
 
     rank: int = 0
     size: int = 1
@@ -43,7 +43,7 @@ class World:
         return tensor
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns in the main process, which alone calls it; what it raises, every process raises."""
+        """What ``make`` returns in the main process, which alone calls it; if it raises, every process raises."""
         if self.size == 1:
             return make()
         found: list[Any] = [None, None]
@@ -68,29 +68,29 @@ ALONE = World()
 
 
 def launched_by_torchrun() -> bool:
-    """Whether ``torchrun`` (or what sets the same variables) started this process as one of several."""
+    """Whether ``torchrun`` (or anything that sets the same variables) started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The device of this process: the GPU of its local rank where ``device`` is ``cuda`` with no number."""
+    """The device of this process: the GPU of its local rank if ``device`` is ``cuda`` without a number."""
     if device.type == "cuda" and device.index is None and launched_by_torchrun():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
 
 
 def join(device: torch.device) -> World:
-    """Join the processes that ``torchrun`` started: over gloo on CPU, NCCL on CUDA. Alone where it started none.
+    """Join the processes that ``torchrun`` started: over gloo on CPU, NCCL on CUDA. Without torchrun, a single process.
 
     Raises:
-        RuntimeError: the processes do not find each other, or there are more on this host than GPUs.
+        RuntimeError: the processes cannot reach each other, or this host has more of them than GPUs.
     """
     if not launched_by_torchrun():
         return ALONE
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             raise RuntimeError(
-                f"torchrun must start one process per GPU at most, got process {device.index} on a host of "
+                f"torchrun must start at most one process per GPU, got process {device.index} on a host of "
                 f"{torch.cuda.device_count()} GPUs; lower --nproc-per-node"
             )
         torch.cuda.set_device(device)

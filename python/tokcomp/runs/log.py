@@ -1,4 +1,4 @@
-"""A run's log: CSV, flushed line by line, and TensorBoard's files where that is installed."""
+"""A run's log: CSV, flushed line by line, and TensorBoard's files if that is installed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tokcomp.files import write_whole
 
 
 class RunLog:
-    """Rows of numbers by step. A resumed run goes on where its checkpoint stands: later rows are taken out first.
+    """Rows of numbers by step. A resumed run continues from its checkpoint: later rows are removed first.
 
-    Numbers are written so that they read back exactly, and nothing that depends on the clock is, so that the log of a
-    resumed run is that of an uninterrupted one. A value that is None is an empty cell.
+    Numbers are written so that they read back exactly, and nothing depends on the clock, so the log of a resumed run
+    equals that of an uninterrupted one. None is written as an empty cell.
 
     Args:
         path: the CSV file.
         fields: its columns; ``step`` comes before them.
         resume_step: rows after this step are dropped; None starts a new log.
-        tensorboard: folder for TensorBoard's files; None for none. They need the package ``tensorboard``.
+        tensorboard: folder for TensorBoard's files, or None for none. Needs the package ``tensorboard``.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class RunLog:
         """Add a row. Columns that are not named stay empty.
 
         Raises:
-            ValueError: a name that is none of the columns.
+            ValueError: a name that is not one of the columns.
         """
         unknown = values.keys() - set(self.fields)
         if unknown:
@@ -72,7 +72,7 @@ class RunLog:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a CSV log: whole numbers as int, others as float, empty cells left out.
 
-    A last line without an end, which a killed run may leave, does not count. A file that is not there has no rows.
+    An incomplete last line, which a killed run may leave, is ignored. A missing file has no rows.
     """
     if not path.is_file():
         return []

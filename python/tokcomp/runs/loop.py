@@ -1,4 +1,4 @@
-"""The loop of every run: steps, logs, checkpoints, resuming, stopping, divergence, progress. What differs are hooks."""
+"""The loop of every run: steps, logs, checkpoints, resuming, stopping, divergence, progress. Hooks do the rest."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ from tokcomp.runs.log import RunLog
 from tokcomp.runs.steps import DivergedError, Progress, StopRequest
 from tokcomp.runs.watch import LossWatch
 
-#: What a run writes into its folder, besides what comes out.
+#: What a run writes into its folder besides its result.
 CHECKPOINT, LOG, SUMMARY = "checkpoint.pt", "log.csv", "summary.json"
 
 
 class Run(ABC):
-    """Takes steps until the last one or until it is asked to stop; either way it can be resumed exactly.
+    """Takes steps until the last one or until it is asked to stop; a stopped run can be resumed exactly.
 
     A folder has one run at a time. A checkpoint is written before the first step, every ``checkpoint_steps``, with each
-    evaluation, at the end, and where the run is stopped. Nothing that is not finite is written into one.
+    evaluation, at the end, and when the run is stopped. It never holds values that are not finite.
 
-    A subclass says what a step is, what a row of its log holds, what its state is, and what comes out.
+    A subclass defines a step, a row of its log, its state and its result.
 
     Args:
-        batches: where images and labels come from.
+        batches: the images and labels.
         output: folder for everything that the run writes; None writes nothing.
-        settings: JSON data that a resumed run has to share.
-        device: where the steps run.
+        settings: JSON data that must be the same when the run is resumed.
+        device: the device that runs the steps.
         world: this process among those of the run; the main one writes.
-        total_steps: of the whole run.
-        checkpoint_steps: steps between checkpoints, and so the most that a killed run loses.
-        log_steps: steps between rows of the log; each evaluation and the last step have one as well.
-        evaluate_steps: steps between evaluations; the last step has one as well. 0: that one alone; None: none.
-        show_progress: a progress line on stderr.
+        total_steps: steps of the whole run.
+        checkpoint_steps: steps between checkpoints, and so the most that a killed run can lose.
+        log_steps: steps between rows of the log; there is also one at each evaluation and at the last step.
+        evaluate_steps: steps between evaluations; there is also one at the last step. 0: only that one; None: none.
+        show_progress: whether to show a progress line on stderr.
     """
 
-    #: Of the checkpoint: what run this is.
+    #: The kind of run, as noted in the checkpoint.
     kind: ClassVar[str]
-    #: Stands before the progress line.
+    #: Comes first on the progress line.
     label: ClassVar[str] = ""
-    #: Patterns of files by which a folder is known to hold a run.
+    #: Patterns of files that mark a folder as holding a run.
     traces: ClassVar[tuple[str, ...]] = (CHECKPOINT, SUMMARY)
 
     def __init__(
@@ -84,11 +84,11 @@ class Run(ABC):
 
     @abstractmethod
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Take a step: its losses on the device, one or several, of this process's share or of all alike."""
+        """Take a step and return its losses on the device, one or several, for this process's share or for all."""
 
     @abstractmethod
     def rows(self, step: int, evaluates: bool) -> Sequence[Mapping[str, float | None]]:
-        """A row for each log, with an evaluation or without."""
+        """One row for each log, with or without an evaluation."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Run(ABC):
 
     @abstractmethod
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Continue from what :meth:`state` returned."""
 
     def log_files(self) -> Sequence[tuple[Path, Sequence[str], Path]]:
         """Each log: its CSV file, its columns, and its folder for TensorBoard."""
@@ -107,46 +107,46 @@ class Run(ABC):
         return nullcontext()
 
     def begin(self) -> Sequence[Mapping[str, float | None]]:
-        """What there is to do before the first step of a new run: rows of step 0, one for each log, or none."""
+        """Called before the first step of a new run: returns the rows for step 0, one for each log, or none."""
         return []
 
     def note(self, step: int, losses: Sequence[float]) -> None:
-        """A step's losses, once they are known; by default they are forgotten."""
+        """Called with a step's losses once they are known; by default they are ignored."""
         return
 
     def is_finite(self) -> bool:
-        """Whether everything that is learned is finite; waits for the device."""
+        """Whether everything that is being learned is finite; waits for the device."""
         return True
 
     def diverged(self, step: int, number: int, loss: float) -> DivergedError:
-        """What to raise where the loss of that number is not finite."""
+        """What to raise if the loss of that number is not finite."""
         return DivergedError(advice(f"the loss of step {step} is {loss}"), step)
 
     def saved(self, evaluated: bool) -> None:
-        """What there is to do in the main process after a checkpoint; by default nothing."""
+        """Called in the main process after a checkpoint; does nothing by default."""
         return
 
     @abstractmethod
     def finish(self) -> None:
-        """In the main process, after the last step: write what comes out."""
+        """Called in the main process after the last step: write the result."""
 
-    # ---- going on
+    # ---- resuming
 
     def resume(self) -> None:
-        """Take up the run whose checkpoint is in the output folder.
+        """Restore the run whose checkpoint is in the output folder.
 
         Raises:
-            CheckpointError: a ValueError; there is none, or it is of other settings.
+            CheckpointError: (a ValueError) there is none, or its settings differ.
         """
         state = self.read()
         if state is not None:
             self._take_up(state)
 
     def read(self) -> dict[str, Any] | None:
-        """The checkpoint, of this run's settings; None to begin anew.
+        """The checkpoint of this run; None to start anew.
 
         Raises:
-            CheckpointError: there is none, or it is of other settings.
+            CheckpointError: there is none, or its settings differ.
         """
         state = load_checkpoint(self._folder / CHECKPOINT, self.kind)
         check_same_settings(state["settings"], self.settings, where=str(self.output))
@@ -164,16 +164,16 @@ class Run(ABC):
     # ---- the loop
 
     def train(self, stop: StopRequest, *, resumed: bool = False) -> bool:
-        """Run; returns whether the last step was reached. A stopped run leaves a checkpoint.
+        """Run until the end or until asked to stop; returns whether the last step was reached. Leaves a checkpoint.
 
         Args:
-            stop: where its ``wanted`` becomes true the run ends after the step.
-            resumed: go on from the checkpoint in the output folder.
+            stop: once its ``wanted`` is true, the run ends after the current step.
+            resumed: continue from the checkpoint in the output folder.
 
         Raises:
-            CheckpointError: a ValueError; the folder holds a run that is not to be resumed, or none that can be.
+            CheckpointError: (a ValueError) the folder holds a run that is not to be resumed, or none that can be.
             OSError: the folder cannot be written, or another run is writing into it.
-            DivergedError: a loss or what is learned stopped being finite; the checkpoint before that is kept.
+            DivergedError: a loss or a learned value is no longer finite; the checkpoint from before that is kept.
         """
         with ExitStack() as held:
             state = self.world.from_main(lambda: self._open(held, resumed))
@@ -182,7 +182,7 @@ class Run(ABC):
             return self._run(stop, held, resumed=state is not None)
 
     def _open(self, held: ExitStack, resumed: bool) -> dict[str, Any] | None:
-        """Hold the folder against other runs, see that it can be written, and read what there is to go on from."""
+        """Lock the folder against other runs, check that it can be written, and read the state to continue from."""
         if self.output is None:
             return None
         held.enter_context(sole_writer(self.output))
@@ -213,7 +213,7 @@ class Run(ABC):
         return finished
 
     def open_logs(self, resume_step: int | None) -> list[RunLog]:
-        """The logs, in the main process; rows after ``resume_step`` are dropped, and all where it is None."""
+        """The logs, in the main process; rows after ``resume_step`` are dropped, or all rows if it is None."""
         if self.output is None:
             return []
         return [
@@ -272,7 +272,7 @@ class Run(ABC):
 
     @property
     def images_per_second(self) -> float | None:
-        """Images of the steps taken, over the time they took; writing and evaluating do not count."""
+        """Images per second over the steps taken; time for writing and evaluating is not counted."""
         return round(self._images / self._seconds, 2) if self._seconds else None
 
     @property
@@ -283,18 +283,18 @@ class Run(ABC):
 
 
 def check_free(folder: Path, traces: Sequence[str] = Run.traces) -> None:
-    """Refuse a folder that holds a run, known by files that fit one of ``traces``.
+    """Refuse a folder that holds a run, recognised by files that match one of ``traces``.
 
     Raises:
-        CheckpointError: a ValueError; it does.
+        CheckpointError: (a ValueError) it holds one.
     """
     if folder.is_dir() and any(any(folder.glob(pattern)) for pattern in traces):
         raise CheckpointError(
-            f"the output folder must not hold another run, got '{folder}'; go on with it by --resume, or choose "
+            f"the output folder must not hold another run, got '{folder}'; continue that run with --resume, or choose "
             "another folder"
         )
 
 
 def advice(what: str) -> str:
-    """A message for :class:`DivergedError`: what happened, what is kept, what to try."""
+    """A message for :class:`DivergedError`: what happened, what was kept, and what to try."""
     return f"{what}; the checkpoint before it is kept; lower --lr, set --clip-grad, or train without --amp"

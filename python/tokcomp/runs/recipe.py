@@ -1,4 +1,4 @@
-"""Recipes: the settings of an optimization, the papers' own as defaults, and timm's parts made from them.
+"""Recipes: the settings of an optimization, with the papers' values as defaults, and timm's parts made from them.
 
 The command line's help states their defaults, so nothing slow is imported until a part is made.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Recipe:
     """Optimizer, learning rate, augmentation and regularization; names and meanings are timm's.
 
-    ``drop_path`` is the model's: ``timm.create_model(..., drop_path_rate=recipe.drop_path)``.
+    ``drop_path`` belongs to the model: ``timm.create_model(..., drop_path_rate=recipe.drop_path)``.
     """
 
     lr: float
@@ -35,7 +35,7 @@ class Recipe:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
-    color_jitter: float = 0.3  # used where aa is None
+    color_jitter: float = 0.3  # used if aa is None
     train_interpolation: str = "bicubic"
     reprob: float = 0.0
     remode: str = "pixel"
@@ -47,7 +47,7 @@ class Recipe:
     mixup_switch_prob: float = 0.5
     mixup_mode: str = "batch"
     drop_path: float = 0.1
-    repeated_aug: int = 1  # copies of an image, each augmented by itself, in one pass
+    repeated_aug: int = 1  # copies of an image in one pass, each augmented separately
     model_ema_decay: float | None = None
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Recipe:
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a batch are mixed with each other, which takes an even number of them."""
+        """Whether images of a batch are mixed with each other, which requires an even number of them."""
         return self.mixup > 0 or self.cutmix > 0
 
     def describe(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Recipe:
 SEARCH_RECIPE = Recipe(lr=1e-2, min_lr=1e-3, weight_decay=0.0, epochs=3)
 #: DiffRate, Table 6: fine-tuning at a fixed schedule.
 FINETUNE_RECIPE = Recipe(lr=2e-5, min_lr=1e-6, weight_decay=0.05, epochs=30)
-#: DeiT's training from scratch, which DiffRate's Table 11 repeats with tokens dropped.
+#: DeiT's training from scratch, which DiffRate's Table 11 repeats with token dropping.
 SCRATCH_RECIPE = Recipe(
     lr=1e-3,
     min_lr=1e-5,
@@ -106,7 +106,7 @@ ADAPTFORMER_RECIPE = Recipe(
     cutmix=0.0,
 )
 
-#: ToCom, Table 13: the plugin's self-distillation. The labels that it smooths are not looked at.
+#: ToCom, Table 13: the plugin's self-distillation. The labels that it smooths are never used.
 TOCOM_RECIPE = Recipe(lr=1e-3, min_lr=1e-5, weight_decay=0.05, epochs=10, reprob=0.25, repeated_aug=3)
 
 #: Segmenters: AdamW from scratch; nothing is mixed, and masks are augmented with their images.
@@ -126,7 +126,7 @@ DENSE_RECIPE = Recipe(
 
 
 def make_optimizer(recipe: Recipe, parameters: nn.Module | Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """timm's optimizer of that name; of a module, biases and norms are not decayed.
+    """timm's optimizer of that name; if given a module, biases and norms get no weight decay.
 
     Raises:
         ValueError: timm knows no optimizer of that name.
@@ -142,12 +142,12 @@ def make_optimizer(recipe: Recipe, parameters: nn.Module | Iterable[nn.Parameter
 
 
 class LearningRate:
-    """timm's scheduler, stepped by updates over a run of ``total`` steps: the rate follows from the step alone.
+    """timm's scheduler, stepped by updates over a run of ``total`` steps: the rate depends only on the step.
 
     Args:
-        recipe: names the scheduler; its ``warmup_epochs`` warm up.
-        optimizer: whose groups' rates are set.
-        total: steps of the run.
+        recipe: names the scheduler, and gives its ``warmup_epochs``.
+        optimizer: the one whose groups' rates are set.
+        total: steps in the run.
         steps_per_epoch: to turn ``warmup_epochs`` into steps.
     """
 
@@ -159,7 +159,7 @@ class LearningRate:
             self._scheduler, _ = create_scheduler_v2(
                 optimizer,
                 sched=recipe.sched,
-                num_epochs=max(total, 2),  # timm warns of a cosine of one step
+                num_epochs=max(total, 2),  # timm warns about a cosine of one step
                 min_lr=recipe.min_lr,
                 warmup_lr=recipe.warmup_lr,
                 warmup_epochs=warmup,
@@ -173,7 +173,7 @@ class LearningRate:
         self._optimizer = optimizer
 
     def set(self, step: int) -> float:
-        """Set the rate of the step that comes next, counted from 0, and return it."""
+        """Set the rate for the step about to be taken, counted from 0, and return it."""
         if self._scheduler is not None:
             self._scheduler.step_update(step)
         return float(self._optimizer.param_groups[0]["lr"])
@@ -182,7 +182,7 @@ class LearningRate:
 class Targets:
     """Mixes a batch by mixup or cutmix and makes soft targets, with label smoothing: timm's Mixup, seeded by step.
 
-    What is drawn follows from (seed, step) alone. Image i is mixed with image B - 1 - i, so parts of a batch that hold
+    What is drawn depends only on (seed, step). Image i is mixed with image B - 1 - i, so parts of a batch that hold
     whole pairs (:func:`tokcomp.runs.batches.part_of_batch`) are mixed as the whole batch would be.
     """
 

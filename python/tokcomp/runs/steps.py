@@ -1,4 +1,4 @@
-"""What every step does: seed itself, heed a wish to stop, show how far the run is."""
+"""What every step needs: seeding, stop requests, a progress line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-#: What a seed is for: stands among the numbers that it is derived from, so that uses do not share their numbers.
+#: Purposes of seeds: one of the numbers that a seed is derived from, so that different uses draw different numbers.
 ORDER, SAMPLE, MIXING, MODEL, SPLIT, DEGREES, ARRIVALS = range(1, 8)
 
 
 def derived_seed(*numbers: int) -> int:
-    """A 63-bit seed that follows from whole numbers (seed, step, rank, ...), unlike for unlike numbers."""
-    # SeedSequence takes (0,) and (0, 0) for the same, so their number comes first.
+    """A 63-bit seed derived from whole numbers (seed, step, rank, ...); different numbers give different seeds."""
+    # SeedSequence treats (0,) and (0, 0) as equal, so the count comes first.
     words = np.random.SeedSequence([len(numbers), *(number % 2**64 for number in numbers)]).generate_state(2)
     return (int(words[0]) << 31 | int(words[1]) >> 1) & 0x7FFF_FFFF_FFFF_FFFF
 
@@ -35,7 +35,7 @@ def seed_all(*numbers: int) -> None:
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Seed the CPU's generators for a while, by :func:`derived_seed`, and give them back as they were."""
+    """Seed the CPU's generators by :func:`derived_seed`, and restore them at the end."""
     with kept_generators():
         seed = derived_seed(*numbers)
         torch.default_generator.manual_seed(seed)
@@ -46,7 +46,7 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """Give the CPU's generators of torch, numpy and random back as they were."""
+    """Restore the CPU's generators of torch, numpy and random at the end."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         yield
@@ -57,7 +57,7 @@ def kept_generators() -> Iterator[None]:
 
 
 class DivergedError(ArithmeticError):
-    """A loss, a gradient or the weights are no longer finite numbers. Nothing of it was kept."""
+    """A loss, a gradient or the weights are no longer finite numbers. None of them was kept."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
@@ -65,9 +65,9 @@ class DivergedError(ArithmeticError):
 
 
 class StopRequest:
-    """Notes SIGINT (Ctrl-C) and SIGTERM while it is open, so that a run can end after the step it is in.
+    """Notes SIGINT (Ctrl-C) and SIGTERM while it is open, so that a run can end after its current step.
 
-    A second Ctrl-C interrupts at once. Outside the main thread, where Python takes no signals, it notes none.
+    A second Ctrl-C interrupts at once. Outside the main thread, where Python receives no signals, it notes none.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """128 + the signal's number, as shells report it; 0 where none came."""
+        """128 + the signal's number, as shells report it; 0 if no signal came."""
         return 0 if self.signal is None else 128 + self.signal
 
     def __enter__(self) -> StopRequest:
@@ -103,12 +103,12 @@ class StopRequest:
 
 
 class Progress:
-    """A progress line on a terminal; elsewhere, a line of text at each :meth:`note` and none between.
+    """A progress line on a terminal; elsewhere, one line of text at each :meth:`note` and nothing in between.
 
     Args:
         total: steps of the whole run.
-        start: steps done before it, when resumed.
-        label: stands first.
+        start: steps done before, when resumed.
+        label: text that comes first.
         show: False for a process that prints nothing.
     """
 
@@ -123,11 +123,11 @@ class Progress:
         self._bar.update()
 
     def status(self, text: str) -> None:
-        """The text beside the bar from now on."""
+        """Set the text beside the bar."""
         self._bar.set_postfix_str(text, refresh=False)
 
     def note(self, step: int, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if not self._show:
             return
         line = f"{self._label + ' ' if self._label else ''}step {step}/{self._total}: {text}"

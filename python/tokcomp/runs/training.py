@@ -1,4 +1,4 @@
-"""A run that trains something: its losses, its log, its summary, and the weights that come out."""
+"""A run that trains something: its losses, its log, its summary, and the resulting weights."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Trainee(Protocol):
 
 
 class TrainingRun(Run):
-    """A run over one trainee. A row of its log has the mean loss of the steps since the row before.
+    """A run over one trainee. A row of its log holds the mean loss of the steps since the previous row.
 
     Args:
         trainee: what is trained.
-        batches: where its images come from.
+        batches: the images.
         output: folder for everything that the run writes.
-        settings: JSON data that a resumed run has to share.
+        settings: JSON data that must be the same when the run is resumed.
         facts: JSON data for ``summary.json`` and the weights' metadata.
         steps: ``total_steps``, ``checkpoint_steps``, ``log_steps`` and ``evaluate_steps`` of :class:`Run`.
     """
@@ -67,18 +67,18 @@ class TrainingRun(Run):
 
     @abstractmethod
     def row(self, step: int, loss: float, evaluates: bool) -> dict[str, float | None]:
-        """A row of the log, but for the loss and the learning rate; shows the progress, and evaluates where asked."""
+        """A row of the log without the loss and learning rate; shows the progress, and evaluates if asked."""
 
     @abstractmethod
     def outcome(self) -> dict[str, Any]:
-        """What the summary says of this kind of run."""
+        """The summary's entries for this kind of run."""
 
     @abstractmethod
     def write_weights(self) -> None:
-        """Write what comes out."""
+        """Write the resulting weights."""
 
     def summary(self) -> dict[str, Any]:
-        """What ``summary.json`` holds."""
+        """The contents of ``summary.json``."""
         steps = {"settings": self.settings, "steps": self.step_number}
         return {**self.facts, **steps, **self.outcome(), "images_per_second": self.images_per_second}
 

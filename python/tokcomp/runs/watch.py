@@ -1,4 +1,4 @@
-"""The losses of steps under way, and whether any process wants to stop."""
+"""The losses of steps in flight, and whether any process wants to stop."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tokcomp.runs.distributed import World
 
 
 class LossWatch:
-    """The losses of steps under way, averaged over the processes, which also agree here on when to stop.
+    """The losses of steps in flight, averaged over the processes, which also agree here on when to stop.
 
-    On a GPU a report is read when the step after it is on its way, so that the device never waits for the host.
+    On a GPU a report is read once the next step has been queued, so that the device never waits for the host.
     """
 
     def __init__(self, world: World, device: torch.device) -> None:
@@ -31,11 +31,11 @@ class LossWatch:
             # Copied now, among this step's own work: a copy asked for later would wait for the next step.
             report = torch.empty(report.shape, dtype=report.dtype, pin_memory=True).copy_(report, non_blocking=True)
             event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self._device))  # which need not be the current device's
+            event.record(torch.cuda.current_stream(self._device))  # which may not be the current device's
         self._under_way.append((step, report, event))
 
     def settle(self, *, wait: bool) -> list[tuple[int, list[float]]]:
-        """(step, losses) of the steps that are known by now and were not given before; of all where ``wait``."""
+        """(step, losses) of the steps that have become known since the last call; of all steps with ``wait``."""
         settled = []
         while len(self._under_way) > (0 if wait else self._lag):
             step, report, event = self._under_way.popleft()

@@ -1,4 +1,4 @@
-"""The folder of a search: the names of its files, and the results at its end."""
+"""The folder of a search: the names of its files, and the results written at its end."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tokcomp.runs.loop import CHECKPOINT, SUMMARY
 if TYPE_CHECKING:
     from tokcomp.search.settings import SearchResult
 
-#: Patterns of files by which a folder is known to hold a search.
+#: Patterns of files that mark a folder as holding a search.
 TRACES = (CHECKPOINT, SUMMARY, "schedule*.json", "log*.csv")
 
 
 class SearchFolder:
-    """Names and files of a run. With several targets every file but the checkpoint and the summary bears its target's.
+    """Names and files of a run. With several targets, every file except checkpoint and summary bears its target's name.
 
     Args:
         path: the folder.
-        targets: their names, unlike each other.
-        command: the command line that makes it.
+        targets: their names, all different.
+        command: the command line that started the search.
     """
 
     def __init__(self, path: Path, targets: Sequence[str], command: str | None = None) -> None:
@@ -45,13 +45,13 @@ class SearchFolder:
         return self.file("kept", target, ".png")
 
     def board(self, target: str) -> Path:
-        """Where the target's files for TensorBoard are."""
+        """The folder of the target's TensorBoard files."""
         return self.path / "tensorboard" / (target or "search")
 
     def write_results(
         self, results: Sequence[SearchResult], budgets: Sequence[Sequence[Budget]], settings: Mapping[str, Any]
     ) -> None:
-        """Schedules with their provenance, plots where matplotlib is there, and the summary of all."""
+        """Write the schedules with their provenance, plots if matplotlib is installed, and the summary of all."""
         from tokcomp.measure.info import machine, package_versions
         from tokcomp.search.plot import plot_kept
 

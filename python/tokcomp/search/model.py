@@ -21,23 +21,23 @@ _STEPS = ("prune", "merge")
 class DiffRateSearch(nn.Module):
     """Learns how many tokens each block should prune and merge (DiffRate, Alg. 1).
 
-    The model is frozen (``requires_grad`` of its parameters becomes False) and otherwise left as it is; what learns is
+    The model is frozen (``requires_grad`` of its parameters becomes False) and otherwise left as it is. What learns is
     one :class:`KeptNumber` per block for pruning and one for merging, in ``prune`` and ``merge``. No token is dropped:
-    those that the schedule so far would drop are masked in attention (Eq. 10-12), and the masks carry the gradient.
+    tokens that the current schedule would drop are masked in attention (Eq. 10-12), and the masks carry the gradient.
     Block 0 keeps every token, and so does the last block of a model whose head reads patch tokens.
 
-    Dropout on the attention map is not applied; drop path and other dropout are in ``train()`` mode.
+    Dropout on the attention map is never applied; drop path and other dropout are, in ``train()`` mode.
 
     Args:
         model: a plain timm model of a family that :func:`tokcomp.compress` understands.
         granularity: step between the candidate numbers of tokens to keep.
-        metric, pipeline: as in :class:`tokcomp.DiffRate`; ``prune`` and ``merge`` have proxies of the one kind only in
-            effect, the other ones never move. By default what was published for the family: ``cls_attn`` and
-            ``prune_merge``, for CAFormers ``image_attn`` and ``merge``.
-        match_inference: merged tokens add their size times their similarity, as inference does, and keep their own
-            size. In the published search they add at least 1, and what they add becomes their size, which their
-            mask's gradient holds.
-        seed: of the ``random`` metric.
+        metric, pipeline: as in :class:`tokcomp.DiffRate`; with ``prune`` or ``merge`` the proxies of the other kind
+            never move. By default what was published for the family: ``cls_attn`` and ``prune_merge``, and for
+            CAFormers ``image_attn`` and ``merge``.
+        match_inference: merged tokens add their size times their similarity, as in inference, and keep their own size.
+            In the published search they add at least 1, and what they add becomes their size, which enters their mask's
+            gradient.
+        seed: the seed of the ``random`` metric.
         similarity_weighted_size: as in :class:`tokcomp.DiffRate`; by default True, for CAFormers False.
 
     Raises:
@@ -105,7 +105,7 @@ class DiffRateSearch(nn.Module):
         Both are differentiable in the proxies' logits, and only in them.
 
         Raises:
-            ValueError: images of another size than the model's own.
+            ValueError: the images are not of the model's own size.
         """
         relaxed = self._relax()
         blocks = [self._block(block, relaxed) for block in range(len(self.prune))]
@@ -122,7 +122,7 @@ class DiffRateSearch(nn.Module):
 
     @torch.no_grad()
     def schedule(self) -> CompressionSchedule:
-        """The counts of each block as they are now, which need not fall monotonically, with tokens and method.
+        """The current counts of each block, which need not decrease monotonically, with token numbers and method.
 
         Raises:
             ValueError: a logit is not a number.
@@ -149,18 +149,18 @@ class DiffRateSearch(nn.Module):
         )
 
     def method(self) -> DiffRate:
-        """The compression that the search stands for now, for :func:`tokcomp.compress`."""
+        """The compression that the search has arrived at, for :func:`tokcomp.compress`."""
         return DiffRate(self.schedule())
 
     def proxy_state(self) -> dict[str, Tensor]:
-        """The logits alone, by name: all that a search has learnt."""
+        """Only the logits, by name: all that a search has learnt."""
         return {name: value.detach().clone() for name, value in self.state_dict().items() if not _is_model(name)}
 
     def load_proxy_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`proxy_state` gave.
+        """Load what :meth:`proxy_state` returned.
 
         Raises:
-            ValueError: the names or shapes are not this search's; nothing has changed then.
+            ValueError: the names or shapes are not this search's; nothing is changed.
         """
         own = {name: value for name, value in self.state_dict().items() if not _is_model(name)}
         if state.keys() != own.keys():
@@ -189,7 +189,7 @@ class DiffRateSearch(nn.Module):
         for step in relaxed.values():
             row = torch.cat([every[: self._free[0]], step.kept, every[self._free[-1] + 1 :]])  # [L]
             least = torch.minimum(least, row.detach())
-            gradient = gradient + (row - row.detach())  # to both counts, whichever is the smaller
+            gradient = gradient + (row - row.detach())  # to both counts, whichever is smaller
         num_out = least.cummin(0).values + gradient
         return TokenCounts(torch.cat([every[:1], num_out[:-1]]), num_out)
 

@@ -14,7 +14,7 @@ def plot_kept(rows: Sequence[Mapping[str, float]], path: Path, *, title: str = "
     """Draw ``kept_0``, ``kept_1``, ... of a search's log over its steps as PNG; one line per block.
 
     Returns:
-        False, with nothing written, where matplotlib is not installed or there are no rows.
+        False, with nothing written, if matplotlib is not installed or there are no rows.
     """
     if not rows or find_spec("matplotlib") is None:
         return False

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Relaxed(NamedTuple):
-    """What some proxies say, each on its first dimension."""
+    """The values of several proxies, which are the first dimension."""
 
     kept: Tensor  # [K] float64 tokens to keep, prefix included: a whole number, with the gradient of the expectation
     probability: Tensor  # [K, N] float64 probability that the token of each rank is kept (1 - pi of Eq. 8)
@@ -19,7 +19,7 @@ class KeptNumber(nn.Module):
     """A learned number of tokens to keep in one block, by pruning or by merging.
 
     The candidates are P, P - g, P - 2g, ... patch tokens, for P patches and a granularity of g tokens; rho =
-    softmax(logits) is their probability (Eq. 7). A fixed one has P for its only candidate.
+    softmax(logits) is their probability (Eq. 7). A fixed proxy's only candidate is P.
 
     Args:
         num_patches: patch tokens of the model, P.
@@ -47,13 +47,13 @@ class KeptNumber(nn.Module):
 def relax(logits: Tensor, num_patches: int, granularity: int, num_prefix_tokens: int) -> Relaxed:
     """Kept numbers and token probabilities of K proxies at once: logits [K, candidates].
 
-    In float64 whatever the logits' type, so that a whole-numbered expectation is not rounded up to the next number.
+    In float64 whatever the logits' type, so that an integral expectation is not rounded up to the next integer.
     """
     rho = logits.double().softmax(-1)  # [K, candidates], most tokens first
     steps = torch.arange(rho.shape[-1], device=rho.device, dtype=rho.dtype)
     expected = (rho * (num_patches - granularity * steps)).sum(-1) + num_prefix_tokens
     kept = expected + (expected.ceil() - expected).detach()
-    # The last rank is kept by the first candidate alone, the g ranks before it by the first two, and so on.
+    # The last rank is kept only by the first candidate, the g ranks before it by the first two, and so on.
     rising = rho.cumsum(-1).unsqueeze(-1).expand(-1, -1, granularity).flatten(1)[:, :num_patches]
     if rising.shape[1] < num_patches:  # a fixed proxy's only candidate keeps every rank
         rising = rising[:, -1:].expand(-1, num_patches)

@@ -55,30 +55,30 @@ def run_searches(
     stop: StopRequest | None = None,
     show_progress: bool = False,
 ) -> list[SearchResult]:
-    """Search one schedule per target, all on the same batches. Each is found as if it had been searched alone.
+    """Search one schedule per target, all on the same batches. Each result is as if it had been searched for alone.
 
     Args:
-        model: a plain timm model, pre-trained, on the device to use. It is frozen (``requires_grad``) and left plain.
+        model: a plain timm model, pre-trained, on the device to use. It is frozen (``requires_grad``) and stays plain.
         batches: training images as the model takes them, and labels.
         targets: name -> its budgets, which are summed. A single target may have the name "".
-        settings: see there.
-        held_out: starts a pass over images (this process's share) on which accuracy is watched, under the schedule so
-            far and with tokens really dropped; nothing is chosen by it.
+        settings: see :class:`SearchSettings`.
+        held_out: starts a pass over images (this process's share) for monitoring accuracy, with the current schedule
+            and tokens really dropped; it does not influence the search.
         output: folder for schedules, logs, plots and checkpoints; without one nothing is written.
-        resume: go on from the folder's checkpoint, where it has one.
-        facts: what to say of model, weights and data in the schedule's provenance; a resumed run must have the same.
+        resume: continue from the folder's checkpoint, if it has one.
+        facts: what the schedule's provenance says about model, weights and data; a resumed run must have the same.
         command: the command line, for the provenance.
         world: this process among those of the run; all must pass the same arguments.
-        stop: where its ``wanted`` becomes true the run ends after the step, with a checkpoint.
-        show_progress: a progress line on stderr.
+        stop: once its ``wanted`` is true, the run ends after the current step, with a checkpoint.
+        show_progress: whether to show a progress line on stderr.
 
     Returns:
-        One result per target, in their order.
+        One result per target, in order.
 
     Raises:
-        ValueError: the settings do not fit the batches or model, the folder holds another run, or one of other
-            settings that was to be resumed.
-        DivergedError: a loss was not finite; the last checkpoint is older than that.
+        ValueError: the settings do not fit the batches or model; the folder holds another run, or the run to be resumed
+            has other settings.
+        DivergedError: a loss was not finite; the last checkpoint is from before that.
         OSError: the folder cannot be written, or another run is writing into it, found before the first step.
     """
     with kept_generators():
@@ -99,7 +99,7 @@ def run_searches(
 
 
 class SearchRun(Run):
-    """The run of :func:`run_searches`, which explains the arguments and what they raise. It draws random numbers."""
+    """The run of :func:`run_searches`, which documents the arguments and errors. It draws random numbers."""
 
     kind = label = "search"
     traces = TRACES
@@ -150,7 +150,7 @@ class SearchRun(Run):
         self.uncompressed_gflops = flops(model) / 1e9
         self.uncompressed_top1: float | None = None
         self._step = 0
-        # As the budgets begin: one may learn, and then describes itself otherwise.
+        # Taken before the first step: a budget that learns changes its own description.
         described = {target.name: [budget.describe() for budget in target.budgets] for target in self.targets}
         shared = {
             **settings.describe(),
@@ -200,7 +200,7 @@ class SearchRun(Run):
             self.model.eval()
 
     def read(self) -> dict[str, Any] | None:
-        """A search of a few minutes, killed before it had a checkpoint, begins anew."""
+        """As in :class:`Run`, but a search that was killed before its first checkpoint starts anew."""
         return super().read() if (self._folder / CHECKPOINT).is_file() else None
 
     def state(self) -> dict[str, Any]:
@@ -225,7 +225,7 @@ class SearchRun(Run):
         return logs
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One update of every target; their losses [targets], of all processes, NaN where a gradient is not finite."""
+        """One update of every target; their losses [targets] over all processes, NaN where a gradient is not finite."""
         step = self._step
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
         size = len(labels) // self.batches.pieces
@@ -298,7 +298,7 @@ class SearchRun(Run):
         return row if top1 is None else {**row, "top1": top1}
 
     def _accuracy(self, target: Target | None) -> float:
-        """Top-1 on the held-out images, per cent: with tokens really dropped, or of the plain model."""
+        """Top-1 on the held-out images, per cent: with tokens really dropped, or for the plain model."""
         assert self.held_out is not None
         training = self.model.training
         if target is not None:

@@ -1,4 +1,4 @@
-"""What a search is told, what it finds, and how it fails."""
+"""A search's settings, its result, and its failure."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from tokcomp.runs.recipe import SEARCH_RECIPE, Recipe
 from tokcomp.runs.steps import DivergedError
 from tokcomp.schedule import CompressionSchedule
 
-#: Of the paper's smallest model, uncompressed.
+#: The paper's smallest model, uncompressed.
 DEIT_T_GFLOPS = 1.2538
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """All that a search's result depends on besides model, images and budgets; the defaults are the paper's.
+    """Everything that a search's result depends on besides model, images and budgets; the defaults are the paper's.
 
     Args:
-        recipe: optimizer and augmentation. Its augmentation of single images is the data's business, its drop path the
-            model's; here it mixes images and sets the learning rate.
+        recipe: optimizer and augmentation. Augmenting single images is left to the data, and drop path to the model;
+            the search uses the mixing and the learning rate.
         steps: length of the search; by default ``recipe.epochs`` of the batches' epochs.
         granularity, metric, pipeline, match_inference: as for :class:`DiffRateSearch`. The published code's granularity
             is 4.
-        seed: of the mixing, of drop path and of the ``random`` metric.
-        budget_warmup_epochs: epochs at the beginning that learn from the images alone, without the budget.
+        seed: seeds the mixing, drop path and the ``random`` metric.
+        budget_warmup_epochs: epochs at the start that learn only from the images, without the budget.
         amp: autocast to bfloat16.
-        log_interval: steps between two rows of the log. On a GPU nothing waits for it in between.
-        eval_interval: steps between two looks at the held-out accuracy; None: ten over the run; 0: at its end alone.
+        log_interval: steps between two rows of the log. On a GPU nothing waits for the device in between.
+        eval_interval: steps between two evaluations on the held-out images; None: ten over the run; 0: only at its end.
         checkpoint_interval: steps between two checkpoints.
     """
 
@@ -55,7 +55,7 @@ class SearchSettings:
                 raise ValueError(f"{name} must be 0 or more, got {value}")
 
     def describe(self) -> dict[str, Any]:
-        """The settings as flat JSON data, without those that cannot change the result."""
+        """The settings as flat JSON data, leaving out those that cannot change the result."""
         data = asdict(self)
         data.update(self.recipe.describe())
         return {name: value for name, value in data.items() if name not in ("recipe", "checkpoint_interval", "epochs")}
@@ -66,18 +66,18 @@ class SearchResult:
     """What a search found for one target."""
 
     schedule: CompressionSchedule
-    gflops: float  # of the schedule, 1e9 multiply-adds an image
+    gflops: float  # of the schedule, 1e9 multiply-adds per image
     uncompressed_gflops: float
     costs: dict[str, float]  # by budget, in its unit
-    top1: float | None  # on the held-out images, per cent; None where there are none
+    top1: float | None  # on the held-out images, per cent; None if there are none
     uncompressed_top1: float | None
     steps: int
-    complete: bool  # False where it was stopped before its last step
+    complete: bool  # False if it was stopped before its last step
     log: list[dict[str, float]] = field(repr=False, default_factory=list)  # its rows, as in the CSV
 
 
 def diverged(step: int, target: str, kept: str) -> DivergedError:
-    """What to raise when a search's loss is not finite: ``kept`` says what is left of it."""
+    """What to raise when a search's loss is not finite: ``kept`` says what was saved."""
     return DivergedError(
         f"the loss or its gradient is not finite at step {step}{target and f' of target {target}'}; {kept}. "
         "Lower --lr or the budget's weight, leave --amp out, or look for broken images or weights",
@@ -86,9 +86,9 @@ def diverged(step: int, target: str, kept: str) -> DivergedError:
 
 
 def flops_weight(uncompressed_gflops: float) -> float:
-    """The weight of a multiply-adds budget: the paper's 5 for models such as the paper's, of DeiT-T's size and more.
+    """The weight of a multiply-adds budget: the paper's 5 for models of DeiT-T's size or larger, as in the paper.
 
-    The loss counts in GFLOPs squared, so that 5 is nothing to a smaller model: there the weight is the one that pulls
-    as 5 does on DeiT-T, cost for cost.
+    The loss is in GFLOPs squared, so 5 has no effect on a smaller model: there the weight is scaled so that it pulls as
+    strongly, relative to the model's cost, as 5 does on DeiT-T.
     """
     return 5.0 * max(1.0, DEIT_T_GFLOPS / uncompressed_gflops) ** 2

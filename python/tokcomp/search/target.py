@@ -1,4 +1,4 @@
-"""One of a run's targets: its proxies, how they learn, and what is noted of them."""
+"""One of a run's targets: its proxies, how they learn, and what is logged about them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Target:
 
     @torch.no_grad()
     def budgets_learn(self, step: int) -> None:
-        """The budgets' own steps, with the counts as the step has left them."""
+        """The budgets' own steps, with the counts that the step has produced."""
         learning = [budget for budget in self.budgets if type(budget).step is not Budget.step]
         if learning:
             counts = self.search.counts()
@@ -41,7 +41,7 @@ class Target:
         return ["loss", "cross_entropy", "lr", "gflops", *self.costs_of(None), "top1", *per_block]
 
     def costs_of(self, counts: TokenCounts | None) -> dict[str, float]:
-        """The budgets' costs by name; names that come twice are numbered."""
+        """The budgets' costs by name; repeated names are numbered."""
         costs: dict[str, float] = {}
         for budget in self.budgets:
             name, number = budget.name, 2
@@ -51,7 +51,7 @@ class Target:
         return costs
 
     def flat_gradient(self, *numbers: Tensor) -> Tensor:
-        """The gradients and more numbers in one row."""
+        """The gradients and further numbers in one row."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         return torch.cat([*gradients, *(number.to(gradients[0].dtype).reshape(1) for number in numbers)])
 
@@ -64,7 +64,7 @@ class Target:
 
     @torch.no_grad()
     def values(self) -> dict[str, float]:
-        """Where the search stands: the log's row, without what the steps themselves tell."""
+        """The current state of the search: the log's row, without the figures of the steps themselves."""
         counts, schedule = self.search.counts(), self.search.schedule()
         values: dict[str, float] = {"gflops": float(self.search.flops(counts)) / 1e9, **self.costs_of(counts)}
         lists = {"kept": counts.num_out.tolist(), "prune": schedule.num_prune_kept, "merge": schedule.num_merge_kept}

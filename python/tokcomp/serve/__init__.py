@@ -1,1 +1,1 @@
-"""A queue under a load that rises and falls, served at the degree of compression that its length asks for."""
+"""A queue under a load that rises and falls, served at the degree of compression that its length calls for."""

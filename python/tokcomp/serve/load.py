@@ -1,4 +1,4 @@
-"""Requests that arrive at random, at a rate that rises and falls, and the one who sends them."""
+"""Requests that arrive at random, at a rate that rises and falls, and their sender."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor
 from tokcomp.runs.steps import ARRIVALS, SAMPLE, derived_seed
 from tokcomp.serve.server import Answer, Server
 
-#: Longest sleep of the sender in seconds, so that it notices a server that failed.
+#: Longest sleep of the sender in seconds, so that it notices when the server has failed.
 _NAP = 0.05
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A rate over time, straight between its points.
+    """A rate over time, linear between its points.
 
     Attributes:
         points: (seconds from the start, requests per second), in order of time, the first at 0.
 
     Raises:
-        ValueError: fewer than two, out of order, or a rate below 0.
+        ValueError: there are fewer than two points, they are out of order, or a rate is below 0.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -40,7 +40,7 @@ class Profile:
 
     @classmethod
     def hill(cls, seconds: float, base: float, peak: float) -> Profile:
-        """``base``, up to ``peak``, a while there, down again: rates in requests per second."""
+        """From ``base`` up to ``peak``, a while there, and down again: rates in requests per second."""
         shape = ((0.0, base), (0.1, base), (0.35, peak), (0.6, peak), (0.85, base), (1.0, base))
         return cls(tuple((part * seconds, rate) for part, rate in shape))
 
@@ -54,13 +54,13 @@ class Profile:
         return float(np.interp(moment, np.array(times), np.array(rates)))
 
     def expected(self) -> float:
-        """How many requests there are on average."""
+        """The expected number of requests."""
         return sum((b - a) * (low + high) / 2 for (a, low), (b, high) in pairwise(self.points))
 
     def arrivals(self, seed: int) -> np.ndarray:
-        """When requests arrive, rising, in seconds: a Poisson process of this rate, drawn by ``seed``."""
+        """Arrival times in seconds, ascending: a Poisson process of this rate, drawn with ``seed``."""
         draw = np.random.default_rng(derived_seed(seed, ARRIVALS))
-        # A Poisson process of rate 1, each point moved to where the integral of the rate reaches it.
+        # A Poisson process of rate 1, each point mapped to the time at which the integral of the rate reaches it.
         total = self.expected()
         count = int(total + 10 * total**0.5 + 20)
         marks = np.cumsum(draw.exponential(size=count))
@@ -90,22 +90,22 @@ def send(
 ) -> tuple[float, list[Answer]]:
     """Send requests when they are due and wait for all answers.
 
-    The load is open: nobody waits for an answer before sending the next request, and a request that is sent late, the
-    sender having been held up, still counts from when it was due.
+    The load is open: the next request is sent without waiting for an answer, and a request that is sent late, because
+    the sender was held up, still counts from the time it was due.
 
     Args:
-        server: started.
+        server: a started server.
         images: [n, 3, H, W].
         arrivals: seconds from now at which requests are due, rising.
-        chosen: the image that each sends.
+        chosen: index of the image that each request sends.
         on_progress: called now and then with the requests sent and the seconds passed.
 
     Returns:
         When it started (``time.perf_counter``), and the answers in the order of the requests.
 
     Raises:
-        RuntimeError: the server failed while requests were sent; its error is the cause.
-        Exception: it failed on one of those after the last was sent.
+        RuntimeError: the server failed while requests were being sent; its error is the cause.
+        Exception: it failed on one of them after the last was sent.
     """
     start = time.perf_counter()
     pending: list[Future[Answer]] = []
@@ -127,7 +127,7 @@ def send(
 
 def capacity(server: Server, images: Tensor, *, seconds: float = 0.5) -> float:
     """Images per second that a started server answers while its queue never runs dry: the median over bursts of 8 full
-    batches, as many as fit into ``seconds``, three at least."""
+    batches, as many as fit into ``seconds``, but at least three."""
     count = 8 * server.max_batch
     rates: list[float] = []
     begun = time.perf_counter()

@@ -20,7 +20,7 @@ def draw(runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]], profile: P
 
     Args:
         runs: one per policy, the adaptive one last.
-        summaries: theirs.
+        summaries: one per run.
         profile: the load.
         title: over the picture.
 

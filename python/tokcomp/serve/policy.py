@@ -1,4 +1,4 @@
-"""At which degree of compression the next batch runs, by how many requests wait."""
+"""Choosing the degree of compression for the next batch by the number of waiting requests."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class Policy(Protocol):
 
     @property
     def degrees(self) -> Sequence[int]:
-        """All that it may choose; the first is where it starts."""
+        """All that it may choose; it starts at the first."""
         ...
 
     def choose(self, waiting: int) -> int:
-        """The degree of the next batch; ``waiting`` counts the requests that are there, those of the batch included."""
+        """The degree of the next batch; ``waiting`` counts the requests in the queue, the batch's own included."""
         ...
 
 
 class Fixed:
-    """The same degree whatever waits."""
+    """The same degree however many requests wait."""
 
     def __init__(self, degree: int) -> None:
         self.name, self.degrees = f"fixed {degree}", (degree,)
@@ -38,8 +38,8 @@ class Fixed:
 class QueueLength:
     """A higher degree as the queue grows, with hysteresis so that it does not flutter.
 
-    From the i-th degree to the next when at least ``up[i]`` requests wait, back again when at most ``down[i]`` do.
-    Several steps at once where the queue asks for them.
+    It moves from the i-th degree to the next when at least ``up[i]`` requests wait, and back when at most ``down[i]``
+    do, several steps at once if the queue calls for it.
 
     Args:
         degrees: two or more, rising.
@@ -47,7 +47,7 @@ class QueueLength:
         down: as many as ``up``, rising, each below its ``up``.
 
     Raises:
-        ValueError: they are not like that.
+        ValueError: any of these rules is broken.
     """
 
     def __init__(self, degrees: Sequence[int], up: Sequence[int], down: Sequence[int]) -> None:

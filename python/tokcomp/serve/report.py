@@ -1,4 +1,4 @@
-"""What a policy's run came to: latency, throughput, accuracy, and which degrees it used."""
+"""The outcome of a policy's run: latency, throughput, accuracy, and which degrees it used."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Run:
     """One policy under the load: an entry per request, in the order they arrived. Times are seconds from the start."""
 
     policy: str
-    image: np.ndarray  # int64, as all but the times
+    image: np.ndarray  # int64, as everything but the times
     label: np.ndarray
     answer: np.ndarray
     arrival: np.ndarray  # float64
@@ -54,7 +54,7 @@ class Run:
         return 1000 * (self.finished - self.arrival)
 
     def batches(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Per batch, in order: when it started, requests there at that moment, its degree."""
+        """Per batch, in order: when it started, how many requests were waiting then, its degree."""
         _, first = np.unique(self.batch, return_index=True)
         return self.started[first], self.waiting[first], self.degree[first]
 
@@ -66,13 +66,13 @@ def collect(policy: str, start: float, answers: Sequence[Answer], image: np.ndar
         policy: its name.
         start, answers: as :func:`tokcomp.serve.load.send` returns them.
         image: which image each request sent.
-        labels: [n] of all images.
+        labels: [n] labels of all images.
 
     Raises:
-        ValueError: no answers.
+        ValueError: there are no answers.
     """
     if not answers:
-        raise ValueError("answers must be at least one, got none")
+        raise ValueError("answers must hold at least one, got none")
     times = np.array([(one.arrival, one.started, one.finished) for one in answers]) - start
     counts = np.array([(one.degree, one.batch, one.batch_size, one.waiting) for one in answers])
     answer = torch.stack([one.logits for one in answers]).argmax(-1).numpy()

@@ -18,16 +18,16 @@ from tokcomp.tocom.switch import Switchable
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one request. Times are ``time.perf_counter`` seconds.
+    """The answer to one request. Times are ``time.perf_counter`` seconds.
 
     Attributes:
         logits: [classes], on the CPU.
         arrival: when the request was due; latency counts from here.
-        started, finished: of its batch.
-        degree: that its batch ran at.
+        started, finished: times of its batch.
+        degree: the degree at which its batch ran.
         batch: number of its batch, from 0.
-        batch_size: images in it.
-        waiting: requests that were there when the batch was put together, its own included.
+        batch_size: images in its batch.
+        waiting: requests in the queue when the batch was put together, its own included.
     """
 
     logits: Tensor
@@ -53,22 +53,22 @@ class _Request:
 
 
 class Server:
-    """Answers images one by one, computes them in batches.
+    """Takes and answers images one by one, and computes them in batches.
 
     A worker thread takes the oldest request, waits up to ``max_wait_ms`` until ``max_batch`` are there, asks the policy
     for a degree, and runs the batch at it from end to end. Use it in a ``with`` block: at its end every request is
-    answered, unless it ends by an exception (Ctrl-C, say), which drops what still waits. Any thread may submit. What a
-    client sends is refused, or fails alone; only a model or a policy that fails by itself ends the server.
+    answered, unless it ends by an exception (such as Ctrl-C), which drops the requests still waiting. Any thread may
+    submit. A bad image is refused, or fails on its own; only a model or policy that is itself at fault ends the server.
 
     Args:
         model: answers batches of images at a degree.
-        policy: says at which.
-        max_batch: images in a batch, at most.
-        max_wait_ms: milliseconds that the first request of a batch waits for others, at most.
-        device: where the model takes images; where they are by default.
+        policy: chooses the degree.
+        max_batch: most images in a batch.
+        max_wait_ms: longest time, in milliseconds, that the first request of a batch waits for others.
+        device: the device on which the model takes images; by default they are not moved.
 
     Raises:
-        ValueError: a number out of range, or a policy whose degrees the model does not have.
+        ValueError: a number is out of range, or the model lacks some of the policy's degrees.
     """
 
     def __init__(
@@ -120,14 +120,14 @@ class Server:
         return self._degree
 
     def submit(self, image: Tensor, *, arrival: float | None = None) -> Future[Answer]:
-        """Queue one image [3, H, W]; the future gives its :class:`Answer`, or an exception of its own.
+        """Queue one image [3, H, W]; the future gives its :class:`Answer`, or the exception that its image caused.
 
         Args:
-            image: normalized, as the model takes it; not to be changed before the answer is there.
+            image: normalized, as the model takes it; not to be changed before it is answered.
             arrival: when it was due (``time.perf_counter``); now by default.
 
         Raises:
-            TypeError, ValueError: the image is none that the model takes (:meth:`Switchable.check_image`).
+            TypeError, ValueError: the model does not take the image (:meth:`Switchable.check_image`).
             RuntimeError: the server is closed, or it failed, which is then the cause.
         """
         self.model.check_image(image)
@@ -143,14 +143,14 @@ class Server:
         """Raise if the worker failed.
 
         Raises:
-            RuntimeError: it did; its exception is the cause.
+            RuntimeError: it failed; its exception is the cause.
         """
         if self._error is not None:
             raise RuntimeError(f"the server stopped on {type(self._error).__name__}: {self._error}") from self._error
 
     def close(self, *, drop: bool = False) -> None:
         """Take no more requests and wait for the worker: until all are answered or, with ``drop``, for the batch that
-        is running; futures of dropped requests are cancelled. Closing twice is no mistake."""
+        is running; futures of dropped requests are cancelled. Closing twice is allowed."""
         with self._lock:
             if drop:
                 self._dropping.set()
@@ -162,7 +162,7 @@ class Server:
         try:
             self._thread.join()
         except BaseException:
-            # Interrupted while answering the rest: nobody waits for it any more.
+            # Interrupted while answering the rest: nobody is waiting for it any more.
             self._dropping.set()
             self._thread.join()
             raise
@@ -196,14 +196,14 @@ class Server:
                 break
             if self._dropping.is_set():
                 request.future.cancel()
-            elif request.future.set_running_or_notify_cancel():  # else whoever sent it has cancelled it
+            elif request.future.set_running_or_notify_cancel():  # otherwise its sender has cancelled it
                 deadline = deadline or time.perf_counter() + self._max_wait
                 batch.append(request)
         return batch
 
     def _answer(self, batch: list[_Request]) -> None:
         with self._lock:
-            waiting = len(batch) + self._requests.qsize() - self._closed  # the entry that says it is closed
+            waiting = len(batch) + self._requests.qsize() - self._closed  # the entry that marks the end
         started = time.perf_counter()
         self._degree = degree = self.policy.choose(waiting)
         rows = self._logits([request.image for request in batch], degree)
@@ -219,8 +219,8 @@ class Server:
     def _logits(self, images: list[Tensor], degree: int) -> list[Tensor | Exception]:
         """Each image's logits [classes], or the exception of an image that cannot be answered.
 
-        Images that fail together are tried one by one, so that none is lost for its neighbour's sake. A model that
-        fails on an empty image too is at fault itself: its exception ends the server.
+        Images that fail together are tried one by one, so that none is lost because of its neighbour. If the model also
+        fails on an empty image, it is itself at fault: its exception ends the server.
         """
         try:
             batch = torch.stack(images).to(self._device)
@@ -235,7 +235,7 @@ class Server:
             return [error]
 
     def _refuse_rest(self) -> None:
-        """Give every request that is left the error, or cancel it."""
+        """Fail every remaining request with the error, or cancel it."""
         while True:
             try:
                 request = self._requests.get_nowait()

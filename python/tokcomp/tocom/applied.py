@@ -1,8 +1,8 @@
-"""Low-rank terms added to q and v while a ``with`` block runs, the model's own modules left alone.
+"""Low-rank terms added to q and v while a ``with`` block runs, without touching the model's own modules.
 
 The modules on the way from the model to its packed layers are replaced by twins that share their parameters, buffers,
-hooks and other children. A twin keeps its terms for as long as anyone holds it, so gradient checkpointing, which runs a
-block again in the backward pass, meets the same computation there even when the ``with`` block has ended.
+hooks and other children. A twin keeps its terms for as long as it is referenced, so gradient checkpointing, which runs
+a block again in the backward pass, repeats the same computation even after the ``with`` block has ended.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Term(NamedTuple):
     q_up: Tensor  # [A, K]
     v_down: Tensor
     v_up: Tensor
-    columns: slice  # the part of K that takes part
+    columns: slice  # the part of K in use
     factor: float
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Compensated(Swapped):
     """A packed layer that adds its terms to what it computes."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A copy or a pickle of the model made while the block runs is one of the model as it is without.
+        # A copy or pickle of the model that is made while the block runs does not contain the terms.
         state = {name: value for name, value in vars(self).items() if name != _TERMS}
         return object.__new__, (original_class(self),), state
 
@@ -86,7 +86,7 @@ class _Twins:
         self.scopes: list[list[Term]] = []
 
     def renew(self, model: nn.Module) -> None:
-        """Put twins with the terms of all open scopes in place, or the model's own modules where none is open."""
+        """Put twins with the terms of all open scopes in place, or the model's own modules if none is open."""
         self._take_back(model)
         if not self.scopes:
             return
@@ -97,7 +97,7 @@ class _Twins:
         exchange(model, {id(self.own[path]): twin for path, twin in self.twins.items()})
 
     def _take_back(self, model: nn.Module) -> None:
-        """The model's own modules again, with whatever was done to their twins."""
+        """Put the model's own modules back, with whatever was done to their twins."""
         own = {id(twin): self.own[path] for path, twin in self.twins.items()}
         for path, twin in self.twins.items():
             module = self.own[path]

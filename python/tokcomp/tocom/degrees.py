@@ -16,7 +16,7 @@ from tokcomp.schedule import CompressionSchedule
 from tokcomp.tocom.layers import qkv_layers
 from tokcomp.tocom.twins import twin_model
 
-#: ``ToMe`` or ``ToMeMLP`` (degree r merges r tokens in every block), ``EViT`` (degree r drops r), a mapping or a
+#: ``ToMe`` or ``ToMeMLP`` (degree r merges r tokens in every block), ``EViT`` (degree r drops r), or a mapping or
 #: function of degrees.
 Degrees: TypeAlias = type[ToMe] | type[ToMeMLP] | type[EViT] | Mapping[int, Method] | Callable[[int], Method]
 
@@ -26,7 +26,7 @@ def method_at(degrees: Degrees, degree: int) -> Method:
 
     Raises:
         ValueError: the mapping has no such degree.
-        TypeError: ``degrees`` is nothing of the kind, or gives something that is no Method.
+        TypeError: ``degrees`` is none of these, or gives something that is not a Method.
     """
     if degrees is ToMe:
         return ToMe(degree)
@@ -57,9 +57,9 @@ def diffrate_degrees(
     """DiffRate schedules as degrees: 0 keeps every token, 1, 2, ... are the schedules, most expensive first.
 
     Args:
-        model: what they are for; it is not changed.
-        schedules: two or more make sense to switch between; a DiffRate keeps its own metric and pipeline.
-        metric: importance for those given as bare schedules; by default as they say, or ``cls_attn``.
+        model: the model that they are for; it is not changed.
+        schedules: the schedules, usually two or more; a DiffRate keeps its own metric and pipeline.
+        metric: importance for bare schedules; by default the one they name, or ``cls_attn``.
 
     Raises:
         ValueError: two of them cost the same, or one does not fit the model.
@@ -89,7 +89,7 @@ def check_degrees(degrees: Sequence[int], max_degree: int) -> list[int]:
     """The degrees as a list.
 
     Raises:
-        TypeError, ValueError: none, one twice, or one that the plugin does not have.
+        TypeError, ValueError: there are none, one occurs twice, or the plugin does not have one.
     """
     found = list(degrees)
     for degree in found:

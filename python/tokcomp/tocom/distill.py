@@ -31,7 +31,7 @@ def draw_degrees(seed: int, step: int, degrees: Sequence[int]) -> tuple[int, int
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, *, headless: bool) -> Tensor:
-    """Mean over the batch of KL(teacher || student) of logits [b, classes]; of features [b, C] without a head, L1."""
+    """Mean over the batch of KL(teacher || student) for logits [b, classes]; L1 for features [b, C] without a head."""
     wide = torch.promote_types(student.dtype, torch.float32)
     student, teacher = student.to(wide), teacher.to(wide)
     if headless:
@@ -43,27 +43,27 @@ class Distiller:
     """A plugin in training on a frozen model, the optimizer, and the number of steps done.
 
     In each step the teacher is the model at a random degree m, the student the model at another degree n with the
-    plugin applied from m to n. What a step draws follows from (seed, step), so :meth:`state` is all that a run needs to
-    go on as if it had not been stopped.
+    plugin applied from m to n. What a step draws depends only on (seed, step), so :meth:`state` is all that a run needs
+    to continue as if it had not been stopped.
 
     Args:
         model: a timm model; moved to ``device`` and frozen, otherwise left as it is.
-        plugin: what is trained; moved to ``device``. Its ``method``, if it has none, becomes that of the degrees.
-        method_at: the method of a degree.
-        recipe: optimizer, learning rate, mixup; drop path is the model's and works on the student.
-        total_steps: steps of the whole run, which the learning rate is scheduled over.
+        plugin: the plugin to train; moved to ``device``. If its ``method`` is None, it is set to that of the degrees.
+        method_at: gives the method of a degree.
+        recipe: optimizer, learning rate, mixup; drop path belongs to the model and acts on the student.
+        total_steps: steps of the whole run, over which the learning rate is scheduled.
         steps_per_epoch: for the recipe's warm-up, which is in epochs.
-        device: where to train.
-        scale: of the plugin, s in Eq. 5.
-        seed: of the degrees, of mixing and of drop path.
+        device: the device to train on.
+        scale: the plugin's scale, s in Eq. 5.
+        seed: seeds the degrees, mixing and drop path.
         world: the processes that share each batch; gradients are their mean.
-        pieces: parts that a process's share of a batch is computed in, their gradients added up.
+        pieces: number of parts in which a process's share of a batch is computed; their gradients are added up.
         amp_dtype: run under autocast with this type, float32 or bfloat16.
-        read: what turns the model's output into the logits [..., classes] to compare, a dense model's head, say; by
+        read: turns the model's output into the logits [..., classes] to compare, such as a dense model's head; by
             default the output itself. With it the loss is KL whether or not the model has a classifier.
 
     Raises:
-        TypeError, ValueError: the plugin, a degree's method or the recipe does not fit; float16.
+        TypeError, ValueError: the plugin, a degree's method or the recipe does not fit, or ``amp_dtype`` is float16.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Distiller:
         names = {method.name for method in self._methods.values()}
         if plugin.method is None and len(names) == 1:
             plugin.method = names.pop()
-        # Twins share the model's parameters and all that is packed of them, so changing degrees costs nothing.
+        # Twins share the model's parameters and their packed copies, so changing degrees costs nothing.
         self.models = {
             degree: compress(twin_model(model, layers)[0], method).eval() for degree, method in self._methods.items()
         }
@@ -114,17 +114,17 @@ class Distiller:
         self._pieces, self._amp_dtype = pieces, amp_dtype
 
     def method(self, degree: int) -> Method:
-        """What ``degree`` means."""
+        """The method that ``degree`` stands for."""
         return self._methods[degree]
 
     def step(self, images: Tensor) -> Tensor:
         """One optimizer step.
 
         Args:
-            images: [b, 3, H, W] normalized, this process's share of the batch, piece after piece; mixed in place.
+            images: [b, 3, H, W], normalized: this process's share of the batch, piece after piece; mixed in place.
 
         Returns:
-            The loss of this process's share, before the step: 0-dim, on the device, not waited for.
+            The loss of this process's share before the step: 0-dim, on the device, without synchronizing.
         """
         self.learning_rate = self._rate.set(self.step_number)
         self.drawn = source, target = draw_degrees(self.seed, self.step_number, self.degrees)
@@ -181,7 +181,7 @@ class Distiller:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` gave.
+        """Continue from what :meth:`state` returned.
 
         Raises:
             ValueError: it is the state of another plugin or optimizer.

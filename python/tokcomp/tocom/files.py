@@ -38,7 +38,7 @@ def write_plugin(path: Path, contents: Contents) -> None:
     """Write ``contents`` whole or not at all.
 
     Raises:
-        TypeError: the method is no string, or the provenance no JSON data.
+        TypeError: the method is not a string, or the provenance not JSON data.
     """
     if contents.method is not None and not isinstance(contents.method, str):
         raise TypeError(f"method must be a name or None, got {contents.method!r}")

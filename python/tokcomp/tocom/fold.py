@@ -1,7 +1,7 @@
 """Writing other rows of q and v into a model so that they can be taken out again.
 
-The rows that were there before lie in buffers of the packed layers that belong to no state_dict. So they go wherever
-the weights go, through deepcopy, pickle, ``.to()`` and ``.half()``, and are rounded as the weights would have been.
+The original rows are kept in non-persistent buffers of the packed layers. So they follow the weights through deepcopy,
+pickle, ``.to()`` and ``.half()``, and are rounded as the weights would have been.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def require_unchanged(record: Fold, layers: Sequence[nn.Linear]) -> None:
         return
     raise RuntimeError(
         f"the q and v weights must be those that the fold ({record}) wrote, got others: they changed since. Train and "
-        "load weights without a fold; tokcomp.tocom.fold.forget_fold(model) takes the weights of now as the model's own"
+        "load weights without a fold; tokcomp.tocom.fold.forget_fold(model) adopts the present weights as the model's"
     )
 
 
 def write_fold(model: nn.Module, layers: Sequence[nn.Linear], rows: Sequence[Tensor], record: Fold) -> None:
-    """Write rows [2A, C] into every layer and remember what was there before any fold; all of it or nothing."""
+    """Write rows [2A, C] into every layer and remember the original ones; all layers or none."""
     with torch.inference_mode(_inference(layers)), torch.no_grad():
         originals = original_rows(layers)
         marks = [_Marks(original, _sample(new)) for original, new in zip(originals, rows, strict=True)]
@@ -64,7 +64,7 @@ def write_fold(model: nn.Module, layers: Sequence[nn.Linear], rows: Sequence[Ten
 
 
 def take_out(model: nn.Module, layers: Sequence[nn.Linear]) -> None:
-    """Write back the rows from before the fold, and forget it; all of it or nothing."""
+    """Write back the rows from before the fold, and forget it; all layers or none."""
     with _whole(model, layers):
         for layer, rows in zip(layers, original_rows(layers), strict=True):
             write_rows(layer, rows)
@@ -72,7 +72,7 @@ def take_out(model: nn.Module, layers: Sequence[nn.Linear]) -> None:
 
 
 def forget_fold(model: nn.Module) -> None:
-    """Take the weights as they are now for the model's own, for good; without a fold it does nothing."""
+    """Adopt the current weights as the model's own for good; does nothing without a fold."""
     _forget(model, [module for module in model.modules() if _ORIGINAL in module._buffers])
 
 
@@ -109,7 +109,7 @@ def _whole(model: nn.Module, layers: Sequence[nn.Linear]) -> Iterator[None]:
 
 
 def _inference(layers: Sequence[nn.Linear]) -> bool:
-    """Whether the weights are inference tensors, which can be written in that mode alone."""
+    """Whether the weights are inference tensors, which can only be written in that mode."""
     return any(layer.weight.is_inference() for layer in layers)
 
 
@@ -136,7 +136,7 @@ def _is_as_written(layer: nn.Linear, rows_hash: int, sample_hash: int) -> bool:
     sample = _hash(marks.sample)
     if sample == sample_hash:
         return _hash(rows) == rows_hash
-    # The whole model was converted: the sample went through the same rounding.
+    # The whole model was converted, so the sample was rounded the same way.
     return _hash(_sample(rows)) == sample
 
 

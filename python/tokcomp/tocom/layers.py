@@ -59,7 +59,7 @@ def read_rows(layer: nn.Linear) -> Tensor:
 
 
 def write_rows(layer: nn.Linear, rows: Tensor) -> None:
-    """Put rows [2A, C] in place of those of q and v."""
+    """Replace the rows of q and v by ``rows`` [2A, C]."""
     width = width_of(layer).attention
     weight = layer.weight.detach()
     weight[:width].copy_(rows[:width])

@@ -1,4 +1,4 @@
-"""What a plugin gains, by source and target degree, as a picture."""
+"""A plugin's gain in accuracy by source and target degree, as a picture."""
 
 from __future__ import annotations
 

@@ -32,26 +32,26 @@ class ToCom(nn.Module):
     a higher degree n the weights become W + scale * sum of up @ down over the steps m+1..n; towards a lower degree the
     sum over n+1..m is subtracted (Eq. 6-7). A new plugin changes nothing: its up matrices are zero.
 
-    Which degree means what is the method's matter: ToMe's r, EViT's ``num_pruned``, the place in a list of schedules.
+    What a degree means depends on the method: ToMe's r, EViT's ``num_pruned``, the position in a list of schedules.
 
     Args:
         model: any model that :func:`tokcomp.compress` takes and whose blocks compute q, k and v by one linear layer;
-            it gives the widths and is not kept. The parameters are made on its device, in float32 (float64 for a
-            float64 model).
-        rank: of a step, 1 or more.
+            it determines the widths and is not kept. The parameters are created on its device, in float32 (float64 for
+            a float64 model).
+        rank: rank of a step, 1 or more.
         max_degree: degrees are 0..max_degree.
 
     Attributes:
         q_down, v_down: per block, Parameters [max_degree * rank, C].
-        q_up, v_up: per block, Parameters [A, max_degree * rank], A the width of all heads together (C, as a rule).
+        q_up, v_up: per block, Parameters [A, max_degree * rank], with A the width of all heads together (usually C).
             Rows ``rank * (d - 1)`` to ``rank * d - 1`` of a down matrix, and those columns of its up matrix, are the
             step from degree d - 1 to d.
-        method: name of the method it was trained with ("tome"), or None; a model compressed by another is refused, and
-            so is another method for a model that it is folded into.
-        provenance: JSON data on where it comes from, or None.
+        method: name of the method it was trained with ("tome"), or None; a model compressed by another method is
+        refused, and so is compressing a model by another method while the plugin is folded into it. provenance: JSON
+        data about where it comes from, or None.
 
     Raises:
-        TypeError: rank or max_degree is no integer; or (UnsupportedModelError) the model is not understood.
+        TypeError: rank or max_degree is not an integer; or (UnsupportedModelError) the model is not understood.
         ValueError: rank or max_degree is below 1.
     """
 
@@ -109,15 +109,15 @@ class ToCom(nn.Module):
         if record is not None:
             require_unchanged(record, layers)
             if not set(record.plugin) & set(plugin):
-                raise RuntimeError(f"another plugin is folded into the model already ({record}): unfold that first")
+                raise RuntimeError(f"another plugin is already folded into the model ({record}): unfold that first")
         rows = self.rows_for(model, original_rows(layers), source, target, scale)
         write_fold(model, layers, rows, Fold(int(source), int(target), float(scale), plugin, self.method))
 
     def unfold(self, model: nn.Module) -> None:
-        """Give a model the weights back, bit for bit, that it had before :meth:`fold`, whichever plugin's fold it is.
+        """Restore, bit for bit, the weights that a model had before :meth:`fold`, whichever plugin was folded in.
 
-        A model that was converted in between gets what the conversion would have made of them. Without a fold it does
-        nothing.
+        If the model was converted in between, it gets its original weights as the conversion would have made them. Does
+        nothing without a fold.
 
         Raises:
             TypeError: ``model`` is no module.
@@ -134,11 +134,11 @@ class ToCom(nn.Module):
     def applied(
         self, model: nn.Module, source: int, target: int, scale: float = 0.1
     ) -> AbstractContextManager[nn.Module]:
-        """What :meth:`fold` does, as a context that is differentiable in the plugin and leaves the weights alone.
+        """The effect of :meth:`fold` as a context that is differentiable in the plugin and does not touch the weights.
 
-        Inside it the model adds two skinny products to its q and v; no weight is copied. Contexts nest, and add up with
-        each other and with a fold. Blocks under gradient checkpointing may run backward after the end of the context,
-        a model that is checkpointed as a whole inside it only. Not for a model that other threads use.
+        Inside it the model adds two thin products to its q and v; no weight is copied. Contexts nest, and add up with
+        each other and with a fold. Under gradient checkpointing, blocks may run backward after the context has ended,
+        but a model that is checkpointed as a whole only inside it. Not for a model that other threads use.
 
         Raises:
             TypeError, ValueError: as :meth:`fold`, when the context is entered.
@@ -159,7 +159,7 @@ class ToCom(nn.Module):
     def rows_for(
         self, model: nn.Module, rows: Sequence[Tensor], source: int, target: int, scale: float = 0.1
     ) -> list[Tensor]:
-        """What :meth:`fold` would write: rows [2A, C] of q and v per block, made of those for degree ``source``.
+        """What :meth:`fold` would write: rows [2A, C] of q and v per block, made from those for degree ``source``.
 
         Raises:
             TypeError, ValueError: as :meth:`fold`.
@@ -169,7 +169,7 @@ class ToCom(nn.Module):
         return [self._compensated(index, original, *steps) for index, original in enumerate(rows)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plugin as safetensors with its metadata; the file is there whole or as it was before."""
+        """Write the plugin as safetensors with its metadata; the file is written whole or left as it was."""
         tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
         contents = Contents(self.rank, self.max_degree, self.widths, tensors, self.method, self.provenance)
         write_plugin(Path(path), contents)
@@ -178,8 +178,8 @@ class ToCom(nn.Module):
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> ToCom:
         """Read a plugin that was made for models like ``model``: what :meth:`save` wrote, or the published code's.
 
-        The published code's files hold ``blocks.{i}.attn.{q,v}_tocom.adapter_{down,up}.weight`` (safetensors or torch,
-        other entries are ignored); a step's rank is 2 there, and degree r switches on the last 2r slots.
+        The published code's files hold ``blocks.{i}.attn.{q,v}_tocom.adapter_{down,up}.weight`` (safetensors or torch;
+        other entries are ignored). A step's rank is 2 in them, and degree r switches on the last 2r slots.
 
         Returns:
             A plugin in the file's element type, on the device of the model's weights.
@@ -215,7 +215,7 @@ class ToCom(nn.Module):
             )
 
     def _steps(self, source: int, target: int, scale: float) -> tuple[slice, float]:
-        """The slots between two degrees, and the factor on them."""
+        """The slots between two degrees, and their factor."""
         source, target = self._degree("source", source), self._degree("target", target)
         if isinstance(scale, bool) or not isinstance(scale, Real):
             raise TypeError(f"scale must be a number, got {scale!r}")

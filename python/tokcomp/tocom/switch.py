@@ -22,23 +22,23 @@ from tokcomp.tocom.twins import twin_model
 class Switchable:
     """A model at several compression degrees at once, one of which answers the next batch.
 
-    There is one copy of the model. Each degree but ``source`` has q, k, v weights of its own, the plugin folded in, and
-    on CPU packed copies of them; everything else is shared. :meth:`set_degree` only says who is next: it loads nothing
-    and may be called at any time from any thread. A batch runs from end to end at the degree that it started with,
-    while other threads may run theirs at others.
+    There is one copy of the model. Each degree except ``source`` has its own q, k, v weights with the plugin folded in,
+    and on CPU packed copies of them; everything else is shared. :meth:`set_degree` only selects the degree of the next
+    batches: it loads nothing and may be called at any time from any thread. A batch runs to its end at the degree at
+    which it started, while other threads may run theirs at others.
 
-    The model that this is made from is left as it is and may be used meanwhile. It must keep its q, k, v weights:
-    degree ``source`` runs on them, and the other degrees' were made of them.
+    The original model is left as it is and may still be used. Its q, k, v weights must not change: degree ``source``
+    runs on them, and the other degrees' weights were made from them.
 
     Args:
         model: in evaluation mode, plain or compressed, on the device where it is to run; its weights are those for
             degree ``source``.
         tocom: the plugin.
         source: the degree that the model was trained at.
-        degrees: those to switch between; the first is the one to start with.
+        degrees: the degrees to switch between; it starts at the first.
         method: what a degree means: ``ToMe`` (r tokens merged per block), ``EViT`` (r tokens dropped per block), or a
-            mapping or function from degrees to methods, :func:`tokcomp.tocom.degrees.diffrate_degrees`, say.
-        scale: of the plugin.
+            mapping or function from degrees to methods, such as :func:`tokcomp.tocom.degrees.diffrate_degrees`.
+        scale: the plugin's scale.
 
     Raises:
         TypeError, ValueError: as :meth:`ToCom.fold` and :func:`tokcomp.compress`; or the model is in training mode, or
@@ -89,7 +89,7 @@ class Switchable:
 
     @property
     def degree(self) -> int:
-        """The degree that the next batch runs at."""
+        """The degree at which the next batch runs."""
         return self._degree
 
     def set_degree(self, degree: int) -> None:
@@ -101,7 +101,7 @@ class Switchable:
         self._degree = self._known(degree)
 
     def method(self, degree: int) -> Method:
-        """What ``degree`` means."""
+        """The method that ``degree`` stands for."""
         model = self._models[self._known(degree)]
         method = qkv_layers(model)[0].method(model)
         assert method is not None
@@ -112,13 +112,13 @@ class Switchable:
         return torch.zeros(self._image_shape, dtype=self._weight.dtype, device=self._weight.device)
 
     def check_image(self, image: Tensor) -> None:
-        """Refuse what cannot be an image of a batch: [C, H, W], dense, of the model's channels, size and type.
+        """Refuse anything but an image for a batch: [C, H, W], dense, with the model's channels, size and type.
 
-        A model that takes images of any size leaves height and width to the image.
+        For a model that takes images of any size, height and width are free.
 
         Raises:
-            TypeError: no tensor, not dense, or another dtype than the weights'.
-            ValueError: another shape.
+            TypeError: not a dense tensor, or not of the weights' dtype.
+            ValueError: wrong shape.
         """
         if not isinstance(image, Tensor):
             raise TypeError(f"image must be a tensor [C, H, W], got {type(image).__name__}")
@@ -134,7 +134,7 @@ class Switchable:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, degree: int | None = None) -> Tensor:
-        """Logits of images [B, 3, H, W] at the degree of now, or at ``degree`` for this batch alone. No gradients."""
+        """Logits of images [B, 3, H, W] at the current degree, or at ``degree`` for this batch only. No gradients."""
         degree = self._degree if degree is None else self._known(degree)
         if images.is_cuda:
             logits = self._graphs.run(degree, images)
@@ -146,7 +146,7 @@ class Switchable:
     def prepare(self, images: Tensor) -> None:
         """Make every degree ready for batches of this shape and type, before serving starts.
 
-        On CUDA this captures one graph per degree, which batches of other shapes run without; elsewhere it runs every
+        On CUDA this captures one graph per degree; batches of other shapes run without one. Elsewhere it runs every
         degree once.
         """
         if images.is_cuda:
@@ -174,7 +174,7 @@ class Switchable:
 
 
 def _give_own_weight(layer: nn.Linear, rows: Tensor) -> None:
-    """Give a twin a weight of its own with ``rows`` for q and v; its bias stays shared."""
+    """Give a twin its own weight with ``rows`` for q and v; its bias stays shared."""
     weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     vars(layer)["_parameters"] = {**layer._parameters, "weight": weight}
     write_rows(layer, rows)

@@ -1,4 +1,4 @@
-"""A plugin's training run: what it logs, and the plugin that comes out."""
+"""A plugin's training run: what it logs, and the resulting plugin."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PLUGIN = "tocom.safetensors"
 
 
 class TocomRun(TrainingRun):
-    """Trains a plugin. Of each batch it takes the images alone.
+    """Trains a plugin. It uses only the images of each batch.
 
     Args:
-        distiller: what is trained.
-        batches: where its images come from.
+        distiller: the plugin in training.
+        batches: the images.
         output: folder for everything that the run writes.
-        settings, facts: as for :class:`TrainingRun`; they are the plugin's provenance.
-        total_steps: of the whole run.
-        checkpoint_steps: steps between checkpoints, and so the most that a killed run loses.
+        settings, facts: as for :class:`TrainingRun`; together they are the plugin's provenance.
+        total_steps: steps of the whole run.
+        checkpoint_steps: steps between checkpoints, and so the most that a killed run can lose.
         log_steps: steps between rows of the log.
     """
 

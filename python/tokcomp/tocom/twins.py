@@ -1,4 +1,4 @@
-"""Modules that stand in for a model's own and share everything with them but what is asked for."""
+"""Modules that stand in for a model's own and share everything with them except chosen layers."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def twins_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def exchange(module: nn.Module, others: Mapping[int, nn.Module]) -> nn.Module:
-    """Replace those children whose id is among ``others``."""
+    """Replace the children whose id is among ``others``."""
     for name, child in module._modules.items():
         module._modules[name] = others.get(id(child), child)
     return module
 
 
 def twin_model(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[nn.Module, list[nn.Module]]:
-    """A twin of the whole model, and the twins of ``layers`` in it: for a model that differs in those alone."""
+    """A twin of the whole model, and the twins of ``layers`` in it: for a model that differs only in those."""
     paths, own = modules_on_the_way(model, layers)
     twins = twins_of(own)
     root = exchange(twin_of(model), {id(own[path]): twin for path, twin in twins.items()})

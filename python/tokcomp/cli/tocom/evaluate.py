@@ -145,7 +145,7 @@ def _sources(args: argparse.Namespace) -> list[tuple[int, Path | None]]:
         raise UserError("--pretrained and checkpoints by --source exclude each other; leave one of the two out")
     for degree, path in sources:
         if path is not None and not path.is_file():
-            raise UserError(f"--source {degree} must name a file, got '{path}', which is not there")
+            raise UserError(f"--source {degree} must name a file, got '{path}', which does not exist")
     return sources
 
 
