@@ -200,5 +200,5 @@ def test_power_is_drawn_at_the_image_rate(make_vit):
 def test_a_model_that_is_no_vit_is_refused():
     with torch.device("meta"):
         model = timm.create_model("caformer_s18")
-    with pytest.raises(tokcomp.UnsupportedModelError, match="the Gemmini model knows timm's VisionTransformer"):
+    with pytest.raises(tokcomp.UnsupportedModelError, match="the Gemmini model supports timm's VisionTransformer"):
         GemminiCost(model)

@@ -189,7 +189,7 @@ def test_what_is_no_json_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("options", [dict(depth=3), dict(embed_dim=48), dict(img_size=64), dict(class_token=False)])
 def test_another_models_table_is_refused(make_vit, table, options):
     pool = dict(global_pool="avg") if "class_token" in options else {}
-    with pytest.raises(ValueError, match="the latency table must be of this model"):
+    with pytest.raises(ValueError, match="the latency table must be for this model"):
         LatencyBudget(make_vit(**options, **pool), table, target_ms=15)
 
 

@@ -77,7 +77,7 @@ def test_missing_weights_are_named(run, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "photo_model", unavailable)
     status, _, err = run("demo", "--pretrained", "--output", tmp_path / "out", "--device", "cpu")
     assert status == 2
-    assert "--pretrained: the weights of deit_small_patch16_224 could not be had (OSError: no network)" in err
+    assert "--pretrained: the weights of deit_small_patch16_224 could not be loaded (OSError: no network)" in err
 
 
 def test_missing_scikit_learn_is_named(run, tmp_path, monkeypatch):

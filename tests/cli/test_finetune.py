@@ -83,7 +83,7 @@ def test_a_signal_stops_and_resume_goes_on_exactly(run, tmp_path, few_images, mo
     monkeypatch.setattr(FineTuner, "step", interrupted)
     status, _, err = run(*command, "-o", tmp_path / "parts")
     assert status == 128 + number
-    assert "stopped after step 2 of 3; the same command with --resume goes on from there" in err
+    assert "stopped after step 2 of 3; the same command with --resume continues from there" in err
     monkeypatch.setattr(FineTuner, "step", step)
     again, _, err = run(*command, "-o", tmp_path / "parts")
     assert (
@@ -159,7 +159,7 @@ def test_processes_of_torchrun_train_together(run, tmp_path):
     [
         (
             (),
-            "fine-tuning starts from trained weights, got none; pass --pretrained, --checkpoint FILE or --from-scratch",
+            "fine-tuning needs trained weights, got none; pass --pretrained, --checkpoint FILE or --from-scratch",
         ),
         (("--pretrained", "--from-scratch"), "--from-scratch starts from random weights, got trained ones too"),
         (("--from-scratch", "-b", "7"), "--batch-size: the batch size must be a multiple of 2 (1 processes"),
@@ -173,7 +173,7 @@ def test_processes_of_torchrun_train_together(run, tmp_path):
         (("--from-scratch", "--method", "tome", "--r", "8,8"), "--method tome does not fit tokcomp_digits_vit: r"),
         (("--from-scratch", "--method", "diffrate", "--gflops", "2.3"), "--gflops: name must be one of deit_tiny"),
         (("--from-scratch", "--held-out", "1437"), "--held-out must leave images to train on, got 1437 of 1437"),
-        (("--pretrained", "--reprob", "0.1"), "--reprob has no say with --dataset digits, which are drawn anew"),
+        (("--pretrained", "--reprob", "0.1"), "--reprob has no effect with --dataset digits, which are drawn anew"),
         (("--from-scratch", "--lr", "0"), "argument --lr: must be a number above 0, got '0'"),
         (("--from-scratch", "--mixup", "-1"), "argument --mixup: must be a number, 0 or more, got '-1'"),
         (("--from-scratch", "--resume"), "--resume: the checkpoint must be a file, got "),

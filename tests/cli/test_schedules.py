@@ -77,7 +77,7 @@ def test_rescale_needs_a_schedule_that_knows_its_tokens(run, tmp_path):
     tokcomp.CompressionSchedule(*COUNTS).save(tmp_path / "old.json")
     assert "metric='cls_attn'" in settings_of(run, *EVALUATE, "--schedule", tmp_path / "old.json")
     status, _, err = run(*EVALUATE, "--schedule", tmp_path / "old.json", "--rescale")
-    assert status == 2 and "--rescale takes a schedule that says how many tokens it is for" in err
+    assert status == 2 and "--rescale needs a schedule that says how many tokens it is for" in err
     status, _, err = run("evaluate", *DIGITS, "--method", "tome", "--r", "4", "--rescale")
     assert status == 2 and "--rescale belongs to --method diffrate, got --method tome" in err
 

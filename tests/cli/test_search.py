@@ -66,7 +66,7 @@ def test_digits(run, tmp_path):
         (1.01, {}, None),
         (1.3, {"searched": True}, "1.3 ms is 30% above 1: search longer"),
         (0.7, {}, "0.7 ms is 30% below 1: the target is met; --steps or --lr may bring it nearer"),
-        (0.7, {"searched": True}, "0.7 ms is 30% below 1: the hardware that was found meets the target"),
+        (0.7, {"searched": True}, "0.7 ms is 30% below 1: the hardware found meets the target"),
     ],
 )
 def test_a_target_that_is_met_wants_no_longer_search(cost, more, said):
@@ -184,7 +184,7 @@ def test_stopped_while_measuring(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("tokcomp.budgets.measure.measure_latency", measure)
     status, _, err = run(*DIGITS, "--target-ms", "80", "-o", tmp_path / "run")
-    assert status == 128 + signal.SIGTERM and "stopped while the latency was measured; nothing was written" in err
+    assert status == 128 + signal.SIGTERM and "stopped while the latency was being measured; nothing was written" in err
     assert not (tmp_path / "run").exists()
 
 
@@ -213,7 +213,7 @@ def test_folders_of_images(run, training_folder, tmp_path):
     status, _, err = run(
         *options, "-j", "0", "--val-split", "validation", "--steps", "1", "-o", tmp_path / "val", "--epochs", "1"
     )
-    assert status == 2 and "--steps and --epochs are both the length of the search" in err
+    assert status == 2 and "--steps and --epochs both set the length of the search" in err
     status, _, err = run(
         *options[:-4], "-j", "0", "--val-split", "validation", "--steps", "1", "-o", tmp_path / "val", "-b", "4"
     )
@@ -264,7 +264,7 @@ def test_folders_of_images(run, training_folder, tmp_path):
         ((*TARGET, "--held-out", "1437"), "--held-out must leave images to search on, got 1437 of 1437"),
         ((*TARGET, "--held-out", "9", "--val-split", "x"), "--held-out and --val-data or --val-split both say"),
         ((*TARGET, "--val-data", "nowhere"), "--val-data must be a folder or archive of images, got 'nowhere'"),
-        ((*TARGET, "--aa", "v0"), "--aa has no say with --dataset digits"),
+        ((*TARGET, "--aa", "v0"), "--aa has no effect with --dataset digits"),
         ((*TARGET, "--lr", "0.0001", "--min-lr", "0.001"), "--min-lr must not be above --lr, got 0.001 and 0.0001"),
         ((*TARGET, "--opt", "nope"), "opt must be an optimizer that timm knows, got 'nope'"),
         ((*TARGET, "--granularity", "65"), "granularity must be between 1 and the model's 64 patches, got 65"),

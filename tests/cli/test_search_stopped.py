@@ -57,7 +57,7 @@ def test_a_stopped_search_loses_nothing(run, tmp_path, monkeypatch, number):
         patch.setattr(SearchRun, "step", interrupted)
         status, out, err = run(*SEARCH, *steps, "-o", folder)
     assert status == 128 + number and out == ""
-    assert "stopped after step 3 of 6; the same command with --resume goes on from there" in err
+    assert "stopped after step 3 of 6; the same command with --resume continues from there" in err
     assert load_checkpoint(folder / "checkpoint.pt", "search")["step"] == 3
     assert run(*SEARCH, *steps, "-o", folder, "--resume")[0] == run(*SEARCH, *steps, "-o", tmp_path / "whole")[0] == 0
     assert_same(folder, tmp_path / "whole")

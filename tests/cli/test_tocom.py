@@ -70,7 +70,7 @@ def test_a_signal_stops_and_resume_goes_on_exactly(run, tmp_path, monkeypatch, n
     monkeypatch.setattr(Distiller, "step", interrupted)
     status, _, err = run(*command, "-o", tmp_path / "parts")
     assert status == 128 + number
-    assert "stopped after step 2 of 3; the same command with --resume goes on from there" in err
+    assert "stopped after step 2 of 3; the same command with --resume continues from there" in err
     monkeypatch.setattr(Distiller, "step", step)
     again, _, err = run(*command, "-o", tmp_path / "parts")
     assert (
@@ -205,7 +205,7 @@ def test_evaluate(run, tmp_path, digits_vit, plugin):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "--dataset", "digits"), "a plugin is trained on a trained model, got none; pass --pretrained"),
+        (("train", "--dataset", "digits"), "training a plugin needs a trained model, got none; pass --pretrained"),
         (("train", *DIGITS, "-b", "7"), "--batch-size: the batch size must be a multiple of 2"),
         (("train", *DIGITS, "--opt", "typo"), "opt must be an optimizer that timm knows, got 'typo'"),
         (("train", *DIGITS, "--no-fuse"), "--no-fuse belongs to --method evit, got --method tome"),
@@ -220,7 +220,7 @@ def test_evaluate(run, tmp_path, digits_vit, plugin):
         ),
         (
             ("apply", "-m", "tokcomp_digits_vit", "--plugin", "PLUGIN", "--source", "0", "--target", "2"),
-            "a plugin goes into trained weights, got none; pass --checkpoint FILE or --pretrained",
+            "a plugin needs trained weights, got none; pass --checkpoint FILE or --pretrained",
         ),
         (
             ("apply", *MODEL, "--plugin", "PLUGIN", "--source", "0", "--target", "7"),

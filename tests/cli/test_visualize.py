@@ -105,7 +105,7 @@ def test_a_photograph_is_never_written_over(run, image_folder):
     folder = image_folder / "validation" / "dog"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     status, _, err = run(*TINY, folder, *TOME, "-o", folder)
-    assert status == 2 and "--output must not write over what tokcomp did not draw, got" in err
+    assert status == 2 and "--output must not overwrite what tokcomp did not draw, got" in err
     status, _, err = run(*TINY, folder / "1.png", *TOME, "-o", folder / "0.png")
     assert status == 2 and f"got '{folder / '0.png'}'" in err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

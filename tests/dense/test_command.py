@@ -114,7 +114,7 @@ def test_a_folder_of_masks_and_a_compressed_encoder(run, tmp_path):  # noqa: F81
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["settings"]["r"] == 4 and list(summary["iou"]) == ["class 0", "class 1", "class 2"]
     status, _, err = run("dense", "evaluate", tmp_path / "run" / "segmenter.safetensors")
-    assert status == 2 and "the segmenter must be one of generated pictures" in err
+    assert status == 2 and "the segmenter must be for generated pictures" in err
 
 
 @pytest.mark.parametrize(

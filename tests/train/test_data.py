@@ -178,7 +178,7 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("dataset", "classes", "message"),
     [
-        (Stream(), 2, "must give any image by its number, got a stream"),
+        (Stream(), 2, "must allow random access, got a stream"),
         (Toy([]), 2, "must hold at least one image, got none"),
         (Toy([0, 1]), 0, "the model must have a classifier, got num_classes = 0"),
         (Toy([0, None, 1]), 2, "every training image must have a label, got 1 of 3 without"),

@@ -14,9 +14,9 @@ from tokcomp.cost import TokenCounts, counts_of
 
 
 class Budget(ABC):
-    """One term of the search's loss: ``weight * loss(counts)`` draws ``cost(counts)`` to ``target``."""
+    """One term of the search's loss: ``weight * loss(counts)`` pulls ``cost(counts)`` towards ``target``."""
 
-    #: What is limited, as in log columns: ``flops``, ``latency``.
+    #: The limited quantity, as in log columns: ``flops``, ``latency``.
     name: str
     #: Unit of the cost and of the target: ``GFLOPs``, ``ms``.
     unit: str
@@ -25,46 +25,46 @@ class Budget(ABC):
 
     @abstractmethod
     def cost(self, counts: TokenCounts) -> Tensor:
-        """Cost of these counts in ``unit``: 0-dim, differentiable in both tensors of ``counts``."""
+        """The cost of these counts in ``unit``: 0-dim, differentiable in both tensors of ``counts``."""
 
     @abstractmethod
     def loss(self, counts: TokenCounts) -> Tensor:
-        """How far the cost is from the target: 0-dim, at least 0, ``weight`` not applied."""
+        """How far the cost is from the target: 0-dim, at least 0, before ``weight`` is applied."""
 
     def step(self, counts: TokenCounts, step: int) -> None:
-        """Learn, where the budget has something to learn: called after step ``step`` with the counts of then.
+        """Learn, if the budget has something to learn: called after step ``step`` with its counts.
 
-        What it does must follow from its state, ``counts`` and ``step`` alone: a resumed search then goes on exactly.
+        It must depend only on its state, ``counts`` and ``step``, so that a search can be resumed exactly.
         """
         return
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`step` has learnt, as tensors and JSON data, for a checkpoint; empty where it learns nothing."""
+        """What :meth:`step` has learnt, as tensors and JSON data, for a checkpoint; empty if it learns nothing."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave.
+        """Load what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: it is no state of such a budget; nothing has changed then.
+            ValueError: it is not the state of such a budget; nothing is changed.
         """
         if state:
             raise ValueError(f"the state of a {self.name} budget must be empty, got {', '.join(map(str, state))}")
 
     def describe(self) -> dict[str, Any]:
-        """What this budget is, as JSON data for a schedule's provenance."""
+        """A description of this budget, as JSON data for a schedule's provenance."""
         return {"budget": self.name, "target": self.target, "unit": self.unit, "weight": self.weight}
 
 
 class TargetError(ValueError):
-    """A target that no schedule of the model can meet, or that the uncompressed model meets already."""
+    """A target that no schedule of the model can meet, or that the uncompressed model already meets."""
 
 
 def check_number(name: str, value: float, *, positive: bool = False) -> float:
     """``value`` as a finite float that is not negative (or positive).
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is not a number.
         ValueError: it is out of range; the message names the argument, the rule and what arrived.
     """
     if isinstance(value, (bool, str)):
@@ -83,10 +83,10 @@ def check_target(name: str, target: float, unit: str, *, smallest: float, uncomp
 
     Args:
         name: the argument, for the message.
-        target: in ``unit``.
-        unit: of the three numbers, for the message.
-        smallest: what the smallest schedule that the search can reach has.
-        uncompressed: what the uncompressed model has; more than ``smallest`` for a cost, less for a rate.
+        target: the target, in ``unit``.
+        unit: unit of the three numbers, for the message.
+        smallest: value for the smallest schedule that the search can reach.
+        uncompressed: value for the uncompressed model; above ``smallest`` for a cost, below it for a rate.
 
     Raises:
         TargetError: the target is not between the two; the message gives both.
@@ -103,9 +103,9 @@ def check_target(name: str, target: float, unit: str, *, smallest: float, uncomp
 def least_counts(model: nn.Module, granularity: int = 1) -> TokenCounts:
     """The smallest token counts [L] (float64, CPU) that a search of this granularity can reach.
 
-    Block 0 keeps all its tokens, and the last block of a model whose head reads patch tokens all that it gets. Every
-    other block may keep as few as the smallest candidate, ``P - granularity * (ceil(P / granularity) - 1)`` of P
-    patches, and the prefix tokens.
+    Block 0 keeps all its tokens, and the last block of a model whose head reads patch tokens keeps all that it
+    receives. Every other block may keep as few as the smallest candidate, ``P - granularity * (ceil(P / granularity) -
+    1)`` of P patches, and the prefix tokens.
     """
     adapter = find_adapter(model)
     prefix = adapter.geometry(model).num_prefix_tokens

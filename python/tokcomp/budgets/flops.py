@@ -18,7 +18,7 @@ class FlopsBudget(Budget):
         model: the timm model, compressed or not.
         target_gflops: T.
         weight: lambda_f of Eq. 13.
-        granularity: of the search, from which the smallest reachable cost follows.
+        granularity: the search's granularity, which determines the smallest reachable cost.
 
     Raises:
         TargetError: the target is above the uncompressed model's cost or below the reachable minimum.

@@ -1,7 +1,7 @@
 """An analytic model of Gemmini, Berkeley's systolic-array generator: latency and power of a ViT (DiffRate, App. B.2).
 
-The equations, where each constant comes from and what was checked against the paper stand in docs/budgets.md. All of it
-is arithmetic on tensors: hardware points on the first dimension [P, 1], token counts on the second [T].
+docs/budgets.md gives the equations, the source of each constant, and what was checked against the paper. All of it is
+arithmetic on tensors: hardware points are the first dimension [P, 1], token counts the second [T].
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tokcomp.adapters.timm_vit.embedding import is_plain_projection
 from tokcomp.budgets.base import check_number
 from tokcomp.cost import TokenCounts
 
-#: Table 7: what each parameter may be.
+#: Table 7: the values that each parameter may have.
 SPACE: dict[str, tuple[float, ...]] = {
     "tile_rows": (1, 2, 4, 8),
     "tile_columns": (1, 2, 4, 8),
@@ -33,7 +33,7 @@ SPACE: dict[str, tuple[float, ...]] = {
     "scratchpad_mb": (0.25, 0.5, 1, 2, 4),
     "accumulator_kb": (64, 128, 256, 512, 1024),
 }
-#: Rows and columns of output that may be held at once: powers of two, of rows and of array widths.
+#: Rows and columns of output that may be held at once: powers of two, in rows and in array widths.
 _TILE_ROWS = tuple(2.0**power for power in range(3, 11))
 _TILE_WIDTHS = tuple(2.0**power for power in range(7))
 
@@ -43,7 +43,7 @@ class Gemmini:
     """A point of Table 7's space. The defaults are Gemmini's own: 16 x 16 PEs, 256 KB scratchpad, 64 KB accumulator.
 
     Raises:
-        ValueError: a parameter is none of Table 7's values.
+        ValueError: a parameter is not one of Table 7's values.
     """
 
     tile_rows: int = 1  # PEs of a tile: combinational, no register between them
@@ -67,19 +67,19 @@ class Gemmini:
 
 @dataclass(frozen=True)
 class Technology:
-    """Clock and energies. The defaults are for 8-bit inputs and 32-bit sums; docs/budgets.md says where each is from.
+    """Clock and energies. The defaults are for 8-bit inputs and 32-bit sums; docs/budgets.md gives their sources.
 
     Raises:
         ValueError: a value is negative or not finite.
     """
 
-    clock_mhz: float = 305.0  # of tiles of one PE; a tile's chain of adders lowers it
-    tile_delay: float = 1.7 / 15  # longer cycle per further PE in a tile's column
-    images_per_second: float = 1e3 / 68.1  # rate at which the power is drawn
-    energy_scale: float = 1.0  # of the five energies that follow, which are for 45 nm
+    clock_mhz: float = 305.0  # for tiles of one PE; a tile's chain of adders lowers it
+    tile_delay: float = 1.7 / 15  # increase of the cycle per further PE in a tile's column
+    images_per_second: float = 1e3 / 68.1  # rate at which the power is computed
+    energy_scale: float = 1.0  # factor on the five energies that follow, which are for 45 nm
     mac_pj: float = 0.3  # 8-bit multiplication and 32-bit addition
     pe_pj: float = 0.3  # registers of a PE, per multiply-add
-    idle_pj: float = 0.03  # clock of a PE, per cycle, at work or not
+    idle_pj: float = 0.03  # clock of a PE, per cycle, busy or idle
     sram_pj: float = 1.25  # per byte of an 8 KB bank; grows with the square root of the bank
     dram_pj: float = 0.0  # per byte outside the accelerator
     static_mw_per_pe: float = 0.005
@@ -110,14 +110,14 @@ class Rows(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What runs on one token count."""
+    """The work that depends on one token count."""
 
     gemms: tuple[Gemm, ...]
     rows: tuple[Rows, ...]
 
 
 class Workload(NamedTuple):
-    """A ViT as matrix products: what is fixed, each block's part before its compression, and the part behind."""
+    """A ViT as matrix products: the fixed work, and each block's parts before and after its compression."""
 
     fixed: Layer
     attention: tuple[Layer, ...]
@@ -129,17 +129,17 @@ class Workload(NamedTuple):
         """The workload of one image.
 
         Raises:
-            TypeError: (UnsupportedModelError) not a timm VisionTransformer, or one whose cost is not known.
+            TypeError: (UnsupportedModelError) it is not a timm VisionTransformer, or one whose cost is unknown.
         """
         adapter: Any = find_adapter(model)
         if not isinstance(model, VisionTransformer):
             raise UnsupportedModelError(
-                f"the Gemmini model knows timm's VisionTransformer, not a {type(model).__name__}"
+                f"the Gemmini model supports timm's VisionTransformer, not a {type(model).__name__}"
             )
         own: Any = model
         if not is_plain_projection(own.patch_embed):
             raise UnsupportedModelError(
-                f"the Gemmini model knows patches that one convolution embeds, not a {type(own.patch_embed).__name__}"
+                f"the Gemmini model supports patches of one convolution, not a {type(own.patch_embed).__name__}"
             )
         patches = adapter.num_tokens(model) - adapter.geometry(model).num_prefix_tokens
         weight = own.patch_embed.proj.weight
@@ -175,7 +175,7 @@ class Hardware(NamedTuple):
 
     @classmethod
     def of(cls, values: Mapping[str, Tensor], technology: Technology) -> Hardware:
-        """From Table 7's parameters by name, each [P]."""
+        """Made from Table 7's parameters by name, each [P]."""
         own = {name: values[name].double().unsqueeze(-1) for name in SPACE}
         slowdown = 1 + technology.tile_delay * (own["tile_rows"] - 1)
         return cls(
@@ -191,7 +191,7 @@ class Hardware(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What some work takes: each [P, T]."""
+    """The cost of some work: each field [P, T]."""
 
     cycles: Tensor
     macs: Tensor
@@ -232,7 +232,7 @@ def gemm_work(m: Tensor, k: Tensor, n: Tensor, hardware: Hardware) -> Work:
     compute = own.rows * torch.maximum((m / own.rows).ceil(), row_tiles) * k_tiles * n_tiles
     stalls = bytes_in / own.columns / own.banks
     cycles = torch.maximum(compute + stalls, (bytes_in + out) / own.bus)
-    # The fastest tiling; of equals, the one that moves least, outside and inside.
+    # The fastest tiling; among equals, the one that moves least, outside and inside.
     best = (cycles + 1e-6 * (bytes_in + right * row_tiles)).argmin(-1, keepdim=True)
 
     def chosen(values: Tensor) -> Tensor:
@@ -254,7 +254,8 @@ def _where(fits: Tensor, value: Tensor) -> Tensor:
 
 
 def rows_work(rows: Tensor, length: Tensor, hardware: Hardware) -> Work:
-    """Softmax or LayerNorm of ``rows`` rows on the accumulator's way out: three passes, a row of the array a cycle."""
+    """Softmax or LayerNorm of ``rows`` rows on the way out of the accumulator: three passes, one row of the array per
+    cycle."""
     rows, length, *points = torch.broadcast_tensors(rows.double(), length.double(), *hardware)
     own = Hardware(*points)
     cycles = 3 * rows * (length / own.columns).ceil()
@@ -293,10 +294,10 @@ def latency_ms(work: Work, hardware: Hardware) -> Tensor:
 
 
 def energy_mj(work: Work, hardware: Hardware, technology: Technology) -> Tensor:
-    """[P, T] millijoules, without what is drawn at rest."""
+    """[P, T] millijoules, without the power drawn at rest."""
     sram = technology.sram_pj / math.sqrt(8 * 2**10)
     scratchpad = sram * (hardware.scratchpad / hardware.banks).sqrt()
-    accumulator = sram * (hardware.accumulator / 2).sqrt()  # two banks, as Gemmini's default has
+    accumulator = sram * (hardware.accumulator / 2).sqrt()  # two banks, as in Gemmini's default
     picojoules = (
         (technology.mac_pj + technology.pe_pj) * work.macs
         + technology.idle_pj * hardware.rows * hardware.columns * work.cycles
@@ -332,7 +333,7 @@ class GemminiCost:
         return {layer: self._metrics(layer_work(layer, tokens, hardware), hardware) for layer in layers}
 
     def fixed(self, values: Mapping[str, Tensor]) -> Tensor:
-        """What no token count changes: [2, P] ms and mW (embedding, head; power at rest)."""
+        """The part that does not depend on token counts: [2, P] ms and mW (embedding, head; power at rest)."""
         hardware = Hardware.of(values, self.technology)
         one = torch.ones(1, dtype=torch.float64, device=hardware.rows.device)
         both = self._metrics(layer_work(self.workload.fixed, one, hardware), hardware)
@@ -357,7 +358,7 @@ class GemminiCost:
 
 
 def points_of(hardware: Sequence[Gemmini]) -> dict[str, Tensor]:
-    """Table 7's parameters by name, each [P], of these points."""
+    """Table 7's parameters of these points by name, each [P]."""
     return {name: torch.tensor([getattr(one, name) for one in hardware], dtype=torch.float64) for name in SPACE}
 
 
@@ -371,7 +372,7 @@ def every_point() -> dict[str, Tensor]:
 def can_be_generated(values: Mapping[str, Tensor]) -> Tensor:
     """[P] bool: whether Gemmini's generator accepts the point.
 
-    It wants a square array, and banks whose rows (of one array width) are a multiple of the array's height.
+    It requires a square array, and banks whose rows (of one array width) are a multiple of the array's height.
     """
     rows, columns = (values[f"tile_{side}"] * values[f"mesh_{side}"] for side in ("rows", "columns"))
     scratchpad_rows = values["scratchpad_mb"] * 2**20 / values["scratchpad_banks"] / columns

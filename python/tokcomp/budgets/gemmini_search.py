@@ -1,4 +1,4 @@
-"""Latency and power on Gemmini as budgets, with the hardware searched along (DiffRate, App. B.2, Eq. 15-18)."""
+"""Latency and power on Gemmini as budgets, with a search of the hardware as well (DiffRate, App. B.2, Eq. 15-18)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tokcomp.budgets.staircase import Staircase
 from tokcomp.cost import TokenCounts, counts_of
 from tokcomp.runs.steps import derived_seed
 
-#: What the model gives, in the order of its first dimension: name, unit.
+#: The cost model's results, in the order of their first dimension: name, unit.
 METRICS = (("gemmini_latency", "ms"), ("gemmini_power", "mW"))
-#: Points whose loss is looked at before one of them is taken.
+#: Number of points whose loss is compared before one of them is chosen.
 LIKELIEST = 32
-#: Marks the Gumbel noise's use of a seed among all others.
+#: Distinguishes the Gumbel noise's use of a seed from all others.
 _NOISE = 101
 
 
@@ -38,30 +38,30 @@ def log_cosh(x: Tensor) -> Tensor:
 
 
 class GemminiSearch:
-    """A Gemmini that is shared by a latency budget and a power budget, and searched in turn with the rates.
+    """A Gemmini shared by a latency budget and a power budget, and searched in alternation with the rates.
 
-    Rates (Eq. 17): :attr:`budgets` take the hardware as it stands. Hardware (Eq. 18): :meth:`hardware_step`, which the
-    first budget's ``step`` calls, takes the rates as they stand and moves the parameters' logits by Adam and a
-    straight-through Gumbel softmax. docs/budgets.md says where this departs from the equations as printed, and why.
+    Rates (Eq. 17): :attr:`budgets` hold the hardware fixed. Hardware (Eq. 18): :meth:`hardware_step`, which the first
+    budget's ``step`` calls, holds the rates fixed and moves the parameters' logits by Adam and a straight-through
+    Gumbel softmax. docs/budgets.md says where this departs from the equations as printed, and why.
 
     Args:
         model: a timm VisionTransformer.
-        target_ms, target_mw: targets; at least one of them. In milliseconds for an image and in milliwatts.
-        latency_weight, power_weight: lambda_la and lambda_pw of Eq. 15. The pull of Eq. 16 far from its target is one
-            per ms or mW times the weight.
-        hardware: where the hardware's search starts, or what it stays if it is not searched.
+        target_ms, target_mw: targets, at least one of them: milliseconds per image, and milliwatts.
+        latency_weight, power_weight: lambda_la and lambda_pw of Eq. 15. Far from its target, the gradient of Eq. 16 is
+            one per ms or mW, times the weight.
+        hardware: the point where the hardware's search starts, or the fixed hardware if it is not searched.
         search_hardware: whether the hardware learns.
-        learning_rate: of the hardware's logits.
-        temperature: of the Gumbel softmax.
-        seed: of its noise, which is a function of seed and step.
+        learning_rate: learning rate for the hardware's logits.
+        temperature: temperature of the Gumbel softmax.
+        seed: seeds its noise, which is a function of seed and step.
         technology: clock and energies.
-        granularity: of the search of rates, from which the smallest reachable costs follow.
+        granularity: the search's granularity, which determines the smallest reachable costs.
 
     Raises:
-        TargetError: a target that no reachable schedule has on any hardware that Gemmini can generate (or, where it is
-            not searched, on this one), or below or above all of them; the message gives both ends.
+        TargetError: no reachable schedule meets the target on any hardware that Gemmini can generate (or on the given
+            one if it is not searched); the message gives both ends of the reachable range.
         TypeError: (UnsupportedModelError) the model is not understood.
-        ValueError: no target, or a number out of range.
+        ValueError: there is no target, or a number is out of range.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class GemminiSearch:
             check_target(name, target, where, smallest=float(smallest), uncompressed=float(largest))
             self.budgets.append(_GemminiBudget(self, metric, target, leads=not self.budgets))
         self._targets = torch.tensor([0.0 if target is None else target for _, target in targets], dtype=torch.float64)
-        # The start is e times as likely as each other value: enough to begin there, little enough to leave.
+        # The starting value is e times as likely as each other value: enough to begin there, little enough to leave.
         self.logits = {
             name: torch.tensor(
                 [float(value == getattr(self._start, name)) for value in values], dtype=torch.float64
@@ -135,27 +135,28 @@ class GemminiSearch:
         self._tables: _Tables | None = None
 
     def hardware(self) -> Gemmini:
-        """The point that the rates are searched for now: Gemmini can generate it."""
+        """The point for which the rates are currently searched; Gemmini can generate it."""
         return self._hardware
 
     def costs(self, counts: TokenCounts) -> Tensor:
-        """[2] ms and mW on :meth:`hardware`: exact values, steps and all; smoothed gradients to the counts (Eq. 17)."""
+        """[2] ms and mW on :meth:`hardware`: exact, stepwise values, with smoothed gradients to the counts (Eq. 17)."""
         if self._tables is None or self._tables.hardware != self._hardware:
             self._tables = _Tables(self.cost, self._hardware)
         return self._tables(counts, counts.num_in.device)
 
     def hardware_step(self, counts: TokenCounts, step: int) -> Tensor | None:
-        """Move the hardware's logits once, the rates as they stand (Eq. 18), and choose a point by them.
+        """Move the hardware's logits once, with the rates fixed (Eq. 18), and choose a point by them.
 
-        A point is drawn by Gumbel softmax. For each of its parameters every value of Table 7 is tried with the others
-        as drawn, and the gradient to the value's probability is the loss there: sum of weight * log cosh(E - T).
+        A point is drawn by Gumbel softmax. For each of its parameters, every value of Table 7 is tried with the others
+        as drawn, and the gradient for the value's probability is the loss at that point: sum of weight * log cosh(E -
+        T).
 
         Args:
-            counts: [L] of the search, any device; no gradient is taken. They are brought to the CPU.
-            step: number of the step, from which the noise follows.
+            counts: [L] the search's counts, on any device; they are moved to the CPU, and no gradient is taken.
+            step: number of the step, which determines the noise.
 
         Returns:
-            The loss of the point chosen, 0-dim, without gradient; None where the hardware is not searched.
+            The loss of the point chosen, 0-dim, without gradient; None if the hardware is not searched.
         """
         if not self.search_hardware:
             return None
@@ -175,7 +176,8 @@ class GemminiSearch:
 
     @torch.no_grad()
     def _choose(self, counts: TokenCounts) -> Tensor:
-        """Take the best of the likeliest points that Gemmini can generate, and of the last choice; its loss."""
+        """Choose the best among the likeliest points that Gemmini can generate and the last choice; returns its
+        loss."""
         likely = self._log_probability().topk(LIKELIEST).indices
         values = {
             name: torch.cat([column[likely], _columns([self._hardware.to_json()])[name]])
@@ -187,7 +189,7 @@ class GemminiSearch:
         return losses[best]
 
     def _log_probability(self) -> Tensor:
-        """[A] of the points that Gemmini can generate, but for a constant."""
+        """[A] log probability of each point that Gemmini can generate, up to a constant."""
         score = torch.zeros_like(self._allowed["bus_bits"])
         for name, place in self._places.items():
             score += self.logits[name].detach().log_softmax(0)[place]
@@ -195,12 +197,12 @@ class GemminiSearch:
 
     @torch.no_grad()
     def _losses(self, values: Mapping[str, Tensor], counts: TokenCounts) -> Tensor:
-        """[P] the sum of Eq. 16's losses, weighted, of points."""
+        """[P] the weighted sum of Eq. 16's losses at each point."""
         distances = self.cost(values, counts) - self._targets.unsqueeze(-1)
         return (self._weights.unsqueeze(-1) * log_cosh(distances)).sum(0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Logits, Adam's moments, the point: with the step number all that an exact resumption needs."""
+        """Logits, Adam's moments and the point: with the step number, all that is needed to resume exactly."""
         return {
             "hardware": self._hardware.to_json(),
             "logits": {name: logits.detach().clone() for name, logits in self.logits.items()},
@@ -208,10 +210,10 @@ class GemminiSearch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave.
+        """Load what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: it is no state of a Gemmini search; nothing has changed then.
+            ValueError: it is not the state of a Gemmini search; nothing is changed.
         """
         logits = state.get("logits", {})
         shapes = {name: tuple(value.shape) for name, value in self.logits.items()}
@@ -231,7 +233,7 @@ class GemminiSearch:
 
 
 class _GemminiBudget(Budget):
-    """Eq. 16 for one of the metrics. The first of a search's budgets leads: its step is the hardware's."""
+    """Eq. 16 for one of the metrics. The first of a search's budgets leads: its step moves the hardware."""
 
     def __init__(self, search: GemminiSearch, metric: int, target: float, *, leads: bool) -> None:
         self.name, self.unit = METRICS[metric]

@@ -26,23 +26,23 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Milliseconds per batch of each part of a model, at the token counts where it was measured.
+    """Milliseconds per batch of each part of a model, at the token counts that were measured.
 
     A batch takes ``embed + sum over blocks of (attention(num_in) + reduce(num_in) where num_out < num_in +
     mlp(num_out)) + head(last num_out)``. Made by :func:`tokcomp.budgets.measure_latency`.
 
     Raises:
-        ValueError: a list is of the wrong length, not ascending (``counts``), or holds something else than times.
+        ValueError: a list has the wrong length, is not ascending (``counts``), or does not hold times.
     """
 
     depth: int
     num_tokens: int  # tokens that enter block 0, prefix included
     num_prefix_tokens: int
-    block: dict[str, int]  # the blocks' shape, as BlockCost has it
+    block: dict[str, int]  # the blocks' shape, as in BlockCost
     batch_size: int
     dtype: str  # "float32", "bfloat16", "float16"
     embed_ms: float
-    counts: list[int]  # ascending, the last is num_tokens
+    counts: list[int]  # ascending; the last is num_tokens
     attention_ms: list[float]
     reduce_ms: list[float]
     mlp_ms: list[float]
@@ -89,7 +89,7 @@ class LatencyTable:
             raise ValueError(f"{path}: not a valid latency table ({error})") from error
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise ValueError unless the table is of a model of this shape: token count, depth, block."""
+        """Raise ValueError unless the table is for a model of this shape: token count, depth, block."""
         adapter = find_adapter(model)
         geometry = adapter.geometry(model)
         shape = {
@@ -101,12 +101,12 @@ class LatencyTable:
         for name, value in shape.items():
             if getattr(self, name) != value:
                 raise ValueError(
-                    f"the latency table must be of this model: its {name} is {getattr(self, name)}, the model's "
+                    f"the latency table must be for this model: its {name} is {getattr(self, name)}, the model's "
                     f"{value}; measure this model, or name its own table"
                 )
 
     def milliseconds(self, counts: TokenCounts) -> float:
-        """What a batch takes at these counts, by the table."""
+        """The time of a batch at these counts, by the table."""
         return TabulatedLatency(self)(counts).item()
 
     def _every_count(self, times: list[float]) -> Tensor:
@@ -143,21 +143,21 @@ class TabulatedLatency:
 class LatencyBudget(Budget):
     """((E - T) / E0)^2 with E and T in ms per batch and E0 the uncompressed model's time.
 
-    E is the table's own value, staircase and all; its gradient is smoothed (:class:`Staircase`). The loss is relative,
-    so that one weight serves batches of microseconds and of seconds: the default of 100 pulls as lambda_f = 5 does on
+    E is the table's own, stepwise value; its gradient is smoothed (:class:`Staircase`). The loss is relative, so that
+    one weight suits batches of microseconds and of seconds: the default of 100 pulls as strongly as lambda_f = 5 on
     DeiT-S's multiply-adds (5 * 4.6^2 = 106).
 
     Args:
         model: the timm model, compressed or not.
-        table: of a model of this shape.
-        target_ms: T, milliseconds for a batch of ``table.batch_size`` images; or else
+        table: a table for a model of this shape.
+        target_ms: T, milliseconds for a batch of ``table.batch_size`` images; or instead
         target_images_per_s: the same as a rate, ``T = 1000 * table.batch_size / target_images_per_s``.
         weight: factor on the loss.
-        granularity: of the search, from which the smallest reachable time follows.
+        granularity: the search's granularity, which determines the smallest reachable time.
 
     Raises:
         TargetError: the target is beyond the uncompressed model's time or the reachable minimum.
-        ValueError: the table is of another model, or not exactly one target is given.
+        ValueError: the table is for another model, or not exactly one target is given.
     """
 
     name = "latency"

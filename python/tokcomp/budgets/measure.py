@@ -1,4 +1,4 @@
-"""Measuring a latency table: every part at every count in turn, round after round, medians."""
+"""Measuring a latency table: every part at every count in turn, over several rounds; medians."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from tokcomp.methods import DiffRate, Method
 from tokcomp.schedule import CompressionSchedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: Least length of a turn: many launches of something short, one of something long.
+#: Minimum length of a turn: many launches of a short call, one of a long one.
 TURN_SECONDS = 0.01
-#: Distance of the pairs of counts that are measured by default: the token tile of CPU and GPU kernels.
+#: Default distance between the pairs of counts that are measured: the token tile of CPU and GPU kernels.
 SPACING = 8
 
 
 class MeasurementStopped(RuntimeError):
-    """The caller asked to stop before there was a table; nothing was written."""
+    """The caller asked to stop before the table was complete; nothing was written."""
 
 
 def counts_to_measure(num_tokens: int, num_prefix_tokens: int, spacing: int = SPACING) -> list[int]:
     """Token counts either side of every edge: multiples of ``spacing``, one above each, and both ends of the range.
 
-    Kernels work in tiles of tokens, so that a cost steps between ``k * spacing`` and ``k * spacing + 1`` and is near
+    Kernels work in tiles of tokens, so the cost jumps between ``k * spacing`` and ``k * spacing + 1`` and is nearly
     linear in between. ``spacing = 1`` gives every count.
     """
     if spacing < 1:
@@ -62,25 +62,25 @@ def measure_latency(
     """Time the parts of a compressed model against token count, as it would be served.
 
     Every part at every count takes its turn in every round; an entry is the median of its rounds. The table is left as
-    measured: where more tokens take less time (another tile plan, or noise), it says so. Whole models take turns among
-    the parts; what the table makes of them and what they took stand in its provenance under ``check``, and the largest
-    difference is reported.
+    measured, even where more tokens take less time (another tile plan, or noise). Whole models take turns among the
+    parts; the table's prediction and the measured time of each are recorded in its provenance under ``check``, and the
+    largest difference is reported.
 
     Args:
-        model: a timm VisionTransformer; it is copied and stays as it is.
-        batch_size: images per batch: the times are of the whole batch.
-        dtype: of weights and images: float32, bfloat16 or float16.
-        device: where the model will run.
+        model: a timm VisionTransformer; it is copied and not changed.
+        batch_size: images per batch: the times are for the whole batch.
+        dtype: type of weights and images: float32, bfloat16 or float16.
+        device: the device on which the model will run.
         spacing: see :func:`counts_to_measure`; 1 measures every count and takes four times as long as 8.
         rounds: turns of each entry.
-        report: called with a line of progress now and then.
-        stop: asked before every turn; True ends the measurement.
-        check: name -> how to compress the models to check the table by; by default the uncompressed model and one that
-            drops tokens in every block but the first.
-        watch: seconds per call of (call, launches), in place of the device's stopwatch.
+        report: called now and then with a line of progress.
+        stop: called before every turn; True ends the measurement.
+        check: name -> the method of a whole model to check the table against; by default the uncompressed model and one
+            that drops tokens in every block but the first.
+        watch: seconds per call of (call, launches), instead of the device's stopwatch.
 
     Raises:
-        MeasurementStopped: ``stop`` said so.
+        MeasurementStopped: ``stop`` returned True.
         TypeError: (UnsupportedModelError) the model is not understood, or its blocks differ in shape.
         ValueError: an argument is out of range; the message names it.
     """
@@ -126,7 +126,7 @@ def measure_latency(
             "model": getattr(model, "pretrained_cfg", {}).get("architecture"),
             "metric": parts.metric,
             "rounds": rounds,
-            # Least to most over an entry's rounds, relative to its median: the median entry's.
+            # Range over an entry's rounds, relative to its median: the median over the entries.
             "spread": statistics.median(spreads),
             "check": compared,
         }
@@ -135,7 +135,7 @@ def measure_latency(
 
 
 def _usual_schedules(parts: VitParts) -> dict[str, Method]:
-    """The uncompressed model, and one whose tokens fall by equal steps to a quarter."""
+    """The uncompressed model, and one whose tokens decrease in equal steps to a quarter."""
     patches = parts.num_tokens - parts.num_prefix_tokens
     left = [
         parts.num_prefix_tokens + max(1, round(patches * (1 - 0.75 * block / max(parts.depth - 1, 1))))
@@ -162,7 +162,7 @@ def _take_turns(
     gc.collect()
     gc.disable()
     try:
-        for turn in range(rounds + 1):  # turn 0 warms up and says how long a call takes
+        for turn in range(rounds + 1):  # turn 0 warms up and shows how long a call takes
             for position, (key, call) in enumerate(calls.items()):
                 if position % 32 == 0:
                     done = (turn + position / len(calls)) / (rounds + 1)
@@ -189,17 +189,19 @@ def find_latency_table(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> LatencyTable:
-    """The table at ``path`` if that file is there; else one measured now, and saved there if a path is given.
+    """The table at ``path`` if that file exists; otherwise one measured now, and saved there if a path is given.
 
     Args:
         model: a timm VisionTransformer.
-        path: of the table, or None.
-        batch_size, dtype: what to measure (1, float32 by default); a table that exists must have been measured so.
-        device: where to measure. A table that exists may come from another machine: the one that will serve the model.
-        options: of :func:`measure_latency`.
+        path: the table's file, or None.
+        batch_size, dtype: what to measure (1, float32 by default); an existing table must have been measured with the
+            same.
+        device: the device to measure on. An existing table may come from another machine: the one that will serve the
+            model.
+        options: options of :func:`measure_latency`.
 
     Raises:
-        ValueError: the table is not of this model, batch size or type; or no table.
+        ValueError: the file is not a latency table, or is for another model, batch size or type.
         OSError: the table cannot be read, or could not be written (found before anything is measured).
     """
     if path is not None and path.exists():
@@ -211,7 +213,7 @@ def find_latency_table(
         return table
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()  # an unwritable place shows before minutes of measuring
+        path.touch()  # shows that the place is not writable before minutes of measuring
         path.unlink()
     table = measure_latency(model, batch_size=batch_size or 1, dtype=dtype or "float32", device=device, **options)
     if path is not None:

@@ -22,7 +22,7 @@ from tokcomp.methods import DiffRate, Method
 from tokcomp.methods.base import Evidence
 from tokcomp.schedule import CompressionSchedule
 
-#: Share of its tokens that a compressing block drops while its parts are timed, half of them pruned and half merged.
+#: Share of its tokens that a block drops while its parts are timed, half of them pruned and half merged.
 DROPPED = 0.08
 #: The parts of a model that depend on a token count.
 PARTS = ("attention", "reduce", "mlp", "head")
@@ -45,22 +45,22 @@ def uniform_blocks(model: nn.Module) -> BlockCost:
 class VitParts:
     """A copy of a ViT on a device, cut where the token count changes.
 
-    What is timed is what a compressed model runs: the CPU's packed path where it is taken there, proportional attention
-    with its class row, the reduction operator. Every call moves on to the next block's weights, so that they are as
-    cold in the caches as in a model, and takes the batch in the groups of images that the model takes.
+    It times what a compressed model runs: the packed path on CPUs that take it, proportional attention with its class
+    row, the reduction operator. Every call moves on to the next block's weights, so that they are as cold in the caches
+    as in a model, and splits the batch into the same groups of images as the model does.
 
     Args:
-        model: a timm VisionTransformer, compressed or not; it stays as it is.
-        batch_size: images.
-        dtype: of weights and images.
-        device: where to run.
+        model: a timm VisionTransformer, compressed or not; it is not changed.
+        batch_size: images per batch.
+        dtype: type of weights and images.
+        device: the device to run on.
     """
 
     def __init__(self, model: nn.Module, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
         adapter = find_adapter(model)
         if not isinstance(model, VisionTransformer):
             raise UnsupportedModelError(
-                f"measured latency knows timm's VisionTransformer, not a {type(model).__name__}"
+                f"measured latency supports timm's VisionTransformer, not a {type(model).__name__}"
             )
         uniform_blocks(model)
         geometry = adapter.geometry(model)
@@ -107,7 +107,7 @@ class VitParts:
         return partial(compress(restore(copy.deepcopy(self._model)), method), self._images)
 
     def embed(self) -> None:
-        """Images to tokens, and what a forward pass does besides its blocks."""
+        """From images to tokens, and everything else that a forward pass does outside its blocks."""
         packed = timm_vit_fast.pack(self._model, self._images)
         self._model.embed(self._images, packed)
 
@@ -122,7 +122,7 @@ class VitParts:
                 timm_vit_fast.attention_half(block, x, state, self._packed)
 
     def reduce(self, num_tokens: int) -> None:
-        """The reduction of so many tokens by :data:`DROPPED`; nothing where none can be dropped."""
+        """The reduction of ``num_tokens`` tokens by the share :data:`DROPPED`; does nothing if none can be dropped."""
         for x, size, cls_attn in self._each(num_tokens):
             state = self._state(0, num_tokens, size)
             importance = cls_attn[:, :num_tokens]

@@ -1,7 +1,7 @@
 """The command line: ``tokcomp COMMAND ...``, one module per command.
 
-A command's module offers ``add_arguments(parser)``, which also gives the parser its description and examples, and
-``run(args) -> int | None``. It is imported only when its command is asked for, so ``tokcomp --help`` answers at once.
+A command's module provides ``add_arguments(parser)``, which also gives the parser its description and examples, and
+``run(args) -> int | None``. It is imported only when its command is used, so ``tokcomp --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tokcomp.cli.errors import UserError
 
 #: command -> (module, one line for the overview)
 COMMANDS = {
-    "demo": ("tokcomp.cli.demo", "see it work, with no download: accuracy, speed and pictures in one report"),
+    "demo": ("tokcomp.cli.demo", "see it work, without a download: accuracy, speed and pictures in one report"),
     "info": ("tokcomp.cli.info", "versions, what was built, devices, and which backend each operator would use"),
     "search": ("tokcomp.cli.search", "find a model's compression schedule for a budget (DiffRate)"),
     "evaluate": ("tokcomp.cli.evaluate", "accuracy and images per second on a folder of images or a timm data set"),
     "finetune": ("tokcomp.cli.finetune", "train a compressed model: fine-tuning, or from scratch"),
     "tocom": ("tokcomp.cli.tocom", "move a trained model between compression degrees (ToCom)"),
     "dense": ("tokcomp.cli.dense", "segmentation with tokens merged for each MLP: train, compensate, score, draw"),
-    "serve-sim": ("tokcomp.cli.serve_sim", "serve a load that rises and falls, at the degree the queue asks for"),
+    "serve-sim": ("tokcomp.cli.serve_sim", "serve a load that rises and falls, at the degree that the queue calls for"),
     "export": ("tokcomp.cli.export", "compile a model into one file for Python and C++ programs"),
     "visualize": ("tokcomp.cli.visualize", "draw which patches a method merges and prunes, block by block"),
     "bench": ("tokcomp.cli.bench", "time a compressed model against timm and the published pipeline"),
@@ -35,7 +35,7 @@ EXIT_INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers a mistake in one or two lines rather than with a page of options."""
+    """Answers a mistake with one or two lines rather than a page of options."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message}\nTry '{self.prog} --help'.\n")
@@ -68,13 +68,13 @@ def _refuse_command(name: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    """Run one command and return its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if arguments else EXIT_USAGE
     if arguments[0] in ("-V", "--version"):
-        # Imported here because the version comes with the kernels, and those with torch.
+        # Imported here because the version comes with the kernels, and they import torch.
         from tokcomp import __version__
 
         print(f"tokcomp {__version__}")
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser(command).parse_args(rest)
         return import_module(COMMANDS[command][0]).run(args) or 0
     except UserError as error:
-        # Of the processes of one run, which all make the same mistake, one says so.
+        # All processes of a run make the same mistake; only one reports it.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"tokcomp {command}: error: {error}", file=sys.stderr)
         return error.status
@@ -94,6 +94,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\ntokcomp {command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader (`| head`) has what it wanted; closing stdout keeps Python from complaining at exit.
+        # The reader (`| head`) has finished; closing stdout keeps Python from complaining at exit.
         sys.stderr.close()
         return 0

@@ -1,4 +1,4 @@
-"""tokcomp bench: how fast a model is under a method, against the published pipeline and against timm."""
+"""tokcomp bench: how fast a model is with a method, against the published pipeline and against timm."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Named as timm's benchmark.py names them."""
+    """The options, named as in timm's benchmark.py."""
     from tokcomp.bench.models import PRECISIONS
     from tokcomp.measure.timing import MIN_ROUNDS
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--results draws a picture with matplotlib; pip install 'tokcomp[demo]' or leave it out")
     import torch
 
-    torch.manual_seed(0)  # of random weights
+    torch.manual_seed(0)  # for random weights
     model = options.build_model(args)
     try:
         return _run(args, model, device)

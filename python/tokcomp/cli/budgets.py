@@ -1,4 +1,4 @@
-"""Options that say what a search must keep to, and the budgets they make."""
+"""The options that set a search's budgets, and the budgets that they make."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from tokcomp.budgets import Budget, LatencyTable
     from tokcomp.runs.distributed import World
 
-#: option -> what follows its number in a target's name
+#: option -> the unit after its number in a target's name
 _TARGETS = {"target_gflops": "", "target_ms": "ms", "target_images_per_s": "ips", "target_mw": "mw"}
-#: options that are nothing without a measured latency, or without modelled hardware
+#: options that need a measured latency, or modelled hardware
 _OF_MEASURING = ("latency_batch_size", "latency_dtype", "latency_table")
 _OF_HARDWARE = ("power_weight", "hardware_point", "fix_hardware", "target_mw")
 
@@ -31,20 +31,20 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
         type=options.positive_float,
         nargs="+",
         metavar="G",
-        help="1e9 multiply-adds an image; with several, one schedule each, from one pass over the data",
+        help="1e9 multiply-adds per image; several give one schedule each, from one pass over the data",
     )
     group.add_argument(
         "--flops-weight",
         type=options.non_negative_float,
         metavar="X",
-        help="weight of its loss, (F - T)^2 in GFLOPs (default: 5, as in the paper; more for models below 1 GFLOPs)",
+        help="weight of its loss, (F - T)^2 in GFLOPs (default: 5, as in the paper; more for models under 1 GFLOPs)",
     )
     group.add_argument(
         "--target-ms",
         type=options.positive_float,
         nargs="+",
         metavar="T",
-        help="milliseconds: of a batch, by a table measured on --device; with --hardware, of an image there",
+        help="milliseconds per batch, by a table measured on --device; with --hardware, per image on that hardware",
     )
     group.add_argument(
         "--target-images-per-s", type=options.positive_float, nargs="+", metavar="R", help="the same, as a rate"
@@ -61,18 +61,18 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
         "--latency-table",
         type=Path,
         metavar="FILE",
-        help="the table: read if it is there, else measured and saved (default: latency.json in the output folder)",
+        help="the table: read if it exists, otherwise measured and saved (default: latency.json in the output folder)",
     )
     group.add_argument(
         "--latency-weight",
         type=options.non_negative_float,
         metavar="X",
-        help="weight of its loss: ((E - T) / uncompressed)^2 (default: 100); or of log cosh(E - T) (default: 1)",
+        help="weight of its loss, ((E - T) / uncompressed)^2 (default: 100), or log cosh(E - T) (default: 1)",
     )
     group.add_argument(
         "--hardware",
         choices=("gemmini",),
-        help="an accelerator's cost model, and a search of its parameters in turn with the schedule's (paper, App. B)",
+        help="use an accelerator's cost model and search its parameters along with the schedule (paper, App. B)",
     )
     group.add_argument(
         "--target-mw", type=options.positive_float, nargs="+", metavar="P", help="its power in milliwatts"
@@ -84,13 +84,13 @@ def add_budget_options(parser: argparse.ArgumentParser) -> None:
         "--hardware-point",
         type=_point,
         metavar="NAME=X,...",
-        help="where its parameters start: mesh_rows=32,bus_bits=256 (default: Gemmini's own)",
+        help="its initial parameters, as in mesh_rows=32,bus_bits=256 (default: Gemmini's own)",
     )
-    group.add_argument("--fix-hardware", action="store_true", help="leave its parameters there")
+    group.add_argument("--fix-hardware", action="store_true", help="do not search its parameters")
 
 
 def check_budget_options(args: argparse.Namespace) -> None:
-    """Refuse what is wrong whatever the model."""
+    """Refuse options that are wrong whatever the model."""
     given = [option for option in _TARGETS if getattr(args, option) is not None]
     if not given:
         raise UserError("a search needs a budget, got none; pass --target-gflops G")
@@ -118,14 +118,14 @@ def check_budget_options(args: argparse.Namespace) -> None:
     lengths = {len(getattr(args, option)) for option in given}
     if len(lengths - {1}) > 1:
         got = ", ".join(f"{len(getattr(args, option))} of {_flag(option)}" for option in given)
-        raise UserError(f"of several budgets each must have one target or as many as the others, got {got}")
+        raise UserError(f"each of several budgets must have one target or as many as the others, got {got}")
     names = target_names(args)
     if len(set(names)) < len(names):
         raise UserError(f"targets must differ from each other, got {' '.join(names)}")
 
 
 def target_names(args: argparse.Namespace) -> list[str]:
-    """The names of the targets, as their files bear them; a single target has the name ""."""
+    """The names of the targets, as used in their file names; a single target has the name ""."""
     series = [(getattr(args, option), unit) for option, unit in _TARGETS.items() if getattr(args, option) is not None]
     count = max(len(values) for values, _ in series)
     if count == 1:
@@ -140,7 +140,7 @@ def build_targets(
     """Target's name -> its budgets.
 
     Raises:
-        MeasurementStopped: ``stop`` became true while a latency table was measured.
+        MeasurementStopped: ``stop`` became true while a latency table was being measured.
     """
     from tokcomp import flops
     from tokcomp.budgets import FlopsBudget, LatencyBudget
@@ -171,7 +171,7 @@ def build_targets(
 
 
 def _on_gemmini(args: argparse.Namespace, model: Any, count: int) -> list[list[Budget]]:
-    """The budgets of each target, with a Gemmini of its own that learns."""
+    """The budgets of each target, each with its own Gemmini that learns."""
     from tokcomp import UnsupportedModelError
     from tokcomp.budgets import Gemmini, GemminiSearch
 
@@ -202,7 +202,7 @@ def _on_gemmini(args: argparse.Namespace, model: Any, count: int) -> list[list[B
 def _latency_table(
     args: argparse.Namespace, model: Any, device: torch.device, world: World, stop: Callable[[], bool]
 ) -> tuple[LatencyTable, Path]:
-    """The table, and where it belongs. One that was not asked for by name is saved only once its targets are fit."""
+    """The table, and its file. A table that was not asked for by name is saved only once its targets are accepted."""
     from tokcomp.budgets import find_latency_table
 
     path = args.latency_table or args.output / "latency.json"
@@ -226,7 +226,7 @@ def _latency_table(
 
 
 def _point(text: str) -> dict[str, float]:
-    """``mesh_rows=32,bus_bits=256``; Gemmini itself says which names and values there are."""
+    """Parses ``mesh_rows=32,bus_bits=256``; Gemmini itself checks the names and values."""
     from tokcomp.budgets.gemmini import SPACE
 
     point: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Options that name labelled images, in timm's own names, and what they open."""
+"""Options that name labelled images, called as in timm, and the data sets that they open."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from tokcomp.measure.evaluate import Evaluation
     from tokcomp.runs.data import Part
 
-#: Unreadable images that are named one by one.
+#: How many unreadable images are named one by one.
 _NAMED = 10
 
 
 def add_data_options(parser: argparse.ArgumentParser, *, batch_size: int, batch_help: str = "") -> Any:
-    """The options that every command with a data set has; returns their group, for the command's own."""
+    """The options that every command with a data set has; returns their group, for the command to extend."""
     data = parser.add_argument_group("data")
     data.add_argument("data", nargs="?", type=Path, metavar="DATA", help="folder of the data set")
     data.add_argument("--data-dir", "--data", dest="data_dir", type=Path, metavar="DIR", help="the same, as an option")
@@ -56,7 +56,7 @@ def add_strict_option(data: Any) -> None:
 
 
 def data_root(args: argparse.Namespace) -> Path | None:
-    """The folder that DATA or --data-dir names; None where the data set needs none."""
+    """The folder that DATA or --data-dir names; None if the data set needs none."""
     if args.data is not None and args.data_dir is not None:
         raise UserError("DATA and --data-dir are the same thing, got both; keep one")
     root = args.data if args.data is not None else args.data_dir
@@ -88,17 +88,17 @@ def open_data(args: argparse.Namespace, root: Path | None, split: str, unreadabl
 
 
 def marking(args: argparse.Namespace) -> str:
-    """What becomes of unreadable images where they are counted: marked, or the end under ``--strict``."""
+    """What happens to unreadable images in an evaluation: marked, or an error under ``--strict``."""
     return "raise" if args.strict else "mark"
 
 
 def strict_error(error: Exception) -> UserError:
-    """What ``--strict`` says of an unreadable image; a loader's worker puts its traceback before that."""
+    """The error of ``--strict`` about an unreadable image; a loader's worker puts its traceback before it."""
     return UserError(f"--strict: not a readable picture: {str(error).splitlines()[-1].rpartition('Error: ')[2]}")
 
 
 def check_classes(args: argparse.Namespace, dataset: Dataset, num_classes: int) -> None:
-    """Refuse labels that a model of ``num_classes`` cannot give, and say what is odd about those that it can."""
+    """Refuse labels that a model of ``num_classes`` cannot give, and point out odd ones that it can."""
     from tokcomp.data import count_classes
 
     names = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
@@ -116,13 +116,13 @@ def check_classes(args: argparse.Namespace, dataset: Dataset, num_classes: int) 
     if names and not args.class_map and classes is not None and classes < num_classes:
         print(
             f"note: the data set has {classes} classes and the model {num_classes}; the folders, by name, stand for "
-            f"its first {classes}. Pass --class-map FILE where they are others.",
+            f"its first {classes}. Pass --class-map FILE if they are others.",
             file=sys.stderr,
         )
 
 
 def report_oddities(dataset: Dataset, found: Evaluation, num_classes: int) -> None:
-    """Say on stderr what the figures leave out, or are worth. Refuses those of a model that gives no numbers."""
+    """Say on stderr what the figures omit or what limits them. Refuses the figures of a model that gives no numbers."""
     while not hasattr(dataset, "filename") and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     if found.unreadable:
@@ -144,7 +144,7 @@ def report_oddities(dataset: Dataset, found: Evaluation, num_classes: int) -> No
             file=sys.stderr,
         )
     if num_classes <= 5:
-        print(f"note: of {num_classes} classes every answer is among the top 5, so top-5 says nothing", file=sys.stderr)
+        print(f"note: with {num_classes} classes every answer is in the top 5, so top-5 says nothing", file=sys.stderr)
 
 
 def data_config(args: argparse.Namespace, model: Any) -> dict[str, Any]:
@@ -168,9 +168,7 @@ def scored_images(
 
     dataset = open_data(args, root, split, unreadable)
     if isinstance(dataset, IterableDataset):
-        raise UserError(
-            "DATA must give any image by its number, got a stream; use a folder of images, torch/... or hfds/..."
-        )
+        raise UserError("DATA must allow random access, got a stream; use a folder of images, torch/... or hfds/...")
     check_classes(args, dataset, model.num_classes)
     indices = None if args.num_samples is None else spread_sample(dataset, args.num_samples, 0)
     return Part(dataset, indices, plain_transform(data_config(args, model)))

@@ -1,4 +1,4 @@
-"""Options that say what a degree of compression is, and the plugin that moves between degrees."""
+"""Options that define the degrees of compression, and the plugin that moves between them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def add_degree_options(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default="tome",
-        help="what a degree counts: tokens merged per block (tome), tokens dropped per block (evit), the place in "
+        help="what a degree counts: tokens merged per block (tome), tokens dropped per block (evit), the position in "
         "--schedules (diffrate), --tokens-per-degree merged for each MLP (tome_mlp) (default: %(default)s)",
     )
     group.add_argument(
@@ -44,7 +44,7 @@ def add_degree_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="diffrate: schedules saved as JSON; degree 0 keeps every token, 1, 2, ... are these, most expensive first",
+        help="diffrate: schedules saved as JSON for degrees 1, 2, ..., most expensive first; 0 keeps every token",
     )
     group.add_argument(
         "--metric",
@@ -52,23 +52,23 @@ def add_degree_options(parser: argparse.ArgumentParser) -> None:
         help="diffrate: what ranks the tokens (default: what the schedules say, or cls_attn; image_attn for CAFormers)",
     )
     add_rescale_option(group)
-    group.add_argument("--no-prop-attn", action="store_true", help="tome: attention that does not count a token's size")
+    group.add_argument("--no-prop-attn", action="store_true", help="tome: attention that ignores token sizes")
     group.add_argument("--no-fuse", action="store_true", help="evit: drop the inattentive tokens rather than fuse them")
     group.add_argument(
         "--tokens-per-degree",
         type=options.positive_int,
         metavar="N",
-        help="tome_mlp: tokens that a degree merges; 32 makes 16 degrees of the 1024 patches of 512 x 512 (default: 1)",
+        help="tome_mlp: tokens that each degree merges; 32 suits 16 degrees at 512 x 512, 1024 patches (default: 1)",
     )
     group.add_argument(
         "--merge-residual",
         action="store_true",
-        help="tome_mlp: merged positions share one token after the MLP, rather than the MLP's output alone",
+        help="tome_mlp: merged positions share one token after the MLP, rather than only the MLP's output",
     )
 
 
 def build_degrees(args: argparse.Namespace, model: nn.Module) -> tuple[Callable[[int], Method], int | None]:
-    """The method of each degree, and the highest degree where the options settle it."""
+    """The method of each degree, and the highest degree if the options determine it."""
     from tokcomp import EViT, ToMe, ToMeMLP
 
     for option, method in _READERS.items():
@@ -107,8 +107,8 @@ def add_plugin_options(parser: argparse.ArgumentParser, *, required: bool = True
         type=Path,
         required=required,
         metavar="FILE",
-        help="of tokcomp tocom train, or the published code's"
-        + ("" if required else " (default: none, the weights are the same at every degree)"),
+        help="a plugin from tokcomp tocom train, or from the published code"
+        + ("" if required else " (default: none, so the weights are the same at every degree)"),
     )
     group.add_argument(
         "--scale",

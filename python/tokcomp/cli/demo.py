@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokcomp.demo import DigitsRow, SpeedRow
 
 DESCRIPTION = """\
-See token compression work, in under two minutes on two CPU cores and with no download:
+See token compression work, in under two minutes on two CPU cores and without a download:
 
   1. accuracy: a small ViT trained on scikit-learn's handwritten digits, uncompressed and under DiffRate, ToMe and EViT
      at equal cost
@@ -32,19 +32,19 @@ EXAMPLES = """\
 examples:
   tokcomp demo
   tokcomp demo --output my-report
-  tokcomp demo --pretrained      photographs through timm's trained DeiT-S, downloaded unless timm has it already
+  tokcomp demo --pretrained      photographs through timm's trained DeiT-S, downloaded unless already cached
 """
 
 _RANDOM_NOTE = (
     "DeiT-S has random weights here, since nothing is downloaded. They do not change the speed. In the pictures, "
-    "merging goes by how alike patches look to the network, which random weights already show; importance they cannot "
-    "know, so DiffRate is drawn merging only. 'tokcomp demo --pretrained' draws all methods with trained weights."
+    "merging depends on how alike patches look to the network, which even random weights show; they cannot know "
+    "importance, so DiffRate only merges in them. 'tokcomp demo --pretrained' draws all methods with trained weights."
 )
 _SCHEDULE_NOTE = (
     "DiffRate's schedule for this model was found by its gradient search, in 135 steps on the training digits (python "
-    "-m tools.assets.choose_schedule); r and the keep rate are those that come nearest to its cost. 'same answer' is "
-    "the share of images on which the compressed model answers as the uncompressed one. On 360 images one image is "
-    "0.28 %, so differences of a per cent or so mean little."
+    "-m tools.assets.choose_schedule); r and the keep rate are those with the nearest cost. 'same answer' is "
+    "the share of images on which the compressed model answers as the uncompressed one does. One image in 360 is "
+    "0.28 %, so differences of about one per cent mean little."
 )
 
 
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=options.positive_int, default=5, metavar="N", help="timed rounds (default: %(default)s)"
     )
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda ... (default: cuda where there is one)")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda ... (default: cuda if available)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -119,7 +119,7 @@ def _photo_model(pretrained: bool) -> Any:
             raise
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise UserError(
-            f"--pretrained: the weights of {demo.PHOTO_MODEL} could not be had ({reason}); leave it out for random ones"
+            f"--pretrained: the weights of {demo.PHOTO_MODEL} could not be loaded ({reason}); omit it for random ones"
         ) from error
 
 
@@ -166,7 +166,7 @@ def _page(
     accuracy = [
         report.paragraph(
             f"A ViT of 0.3 M parameters, trained for this package on 1437 digits, on the 360 it has not seen. "
-            f"Uncompressed it costs {dense.mflops:.1f} M multiply-adds an image; every method below costs about "
+            f"Uncompressed it costs {dense.mflops:.1f} M multiply-adds per image; every method below costs about "
             f"{100 * rest[0].mflops / dense.mflops:.0f} % of that."
         ),
         report.html_table(*_digits_table(digits)),
@@ -232,6 +232,6 @@ def _digit_caption(index: int) -> str:
     if index:
         return "Another digit under the same three methods."
     return (
-        "A held-out digit, one row per method. DiffRate prunes (black) what the class token does not look at and "
+        "A held-out digit, one row per method. DiffRate prunes (black) what the class token ignores and "
         "merges the next; ToMe only merges; EViT fuses everything it drops into one token."
     )

@@ -1,4 +1,4 @@
-"""Mistakes of the user's, and checks of where output is to go."""
+"""The user's mistakes, and checks of where output is to go."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something the user can put right. The message names the argument, the rule, what arrived and what to do."""
+    """Something the user can fix. The message names the argument, the rule, what arrived and what to do."""
 
     #: Exit status of the command.
     status = 2
 
 
 class RunFailed(UserError):
-    """A run that ended badly through no mistake in the command."""
+    """A run that failed through no mistake in the command."""
 
     status = 1
 
 
 @contextmanager
 def blame(argument: str, *, hint: str = "") -> Iterator[None]:
-    """Turn a ValueError or TypeError from the library into the mistake of one argument."""
+    """Turn a ValueError or TypeError from the library into an error about one argument."""
     try:
         yield
     except (ValueError, TypeError) as error:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Accuracy (top-1, top-5) and speed of a model, compressed or not, on labelled images.
 
-DATA is a folder with one sub-folder per class (or with a folder 'val' or 'validation' of that kind inside), or
---dataset names any data set of timm's: torch/..., hfds/..., wds/... . '--dataset digits' is the set that comes with
+DATA is a folder with one sub-folder per class (or one that contains such a folder named 'val' or 'validation'), or
+--dataset names any of timm's data sets: torch/..., hfds/..., wds/... . '--dataset digits' is the set that comes with
 tokcomp, for a first try with '--model tokcomp_digits_vit --pretrained'.
 """
 
@@ -50,12 +50,12 @@ examples:
   tokcomp evaluate /data/imagenet -m deit_small_patch16_224 --pretrained --method diffrate --gflops 2.3
       the schedule that the DiffRate paper published for this model and budget
   tokcomp evaluate /data/imagenet -m deit_small_patch16_224 --pretrained --method tome --gflops 2.3 --amp
-      ToMe with r chosen to cost 2.3 GFLOPs (1e9 multiply-adds) an image, in mixed precision
+      ToMe with r chosen to cost 2.3 GFLOPs (1e9 multiply-adds) per image, in mixed precision
   tokcomp evaluate /data/imagenet -m deit_base_patch16_224 --checkpoint mine.safetensors \\
       --method diffrate --schedule mine.json --num-samples 5000 --results-file result.json
       your own weights and schedule, on 5000 images spread over the set
   torchrun --nproc-per-node 8 -m tokcomp evaluate /data/imagenet -m deit_small_patch16_224 --pretrained
-      on 8 GPUs, each taking every eighth image
+      on 8 GPUs, each evaluating every eighth image
 """
 
 

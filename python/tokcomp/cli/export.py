@@ -10,8 +10,8 @@ from tokcomp.cli.errors import UserError, blame, check_output_file
 
 DESCRIPTION = """\
 Compile a model, compressed or not, ahead of time into one file (torch.export and AOTInductor), weights included. Python
-programs run it with tokcomp.load_exported, C++ programs with LibTorch and libtokcomp: docs/deploying.md. It needs a C++
-compiler, and computes on the kind of device, and in the type, that are chosen here.
+programs run it with tokcomp.load_exported, C++ programs with LibTorch and libtokcomp: docs/deploying.md. Exporting needs
+a C++ compiler. The file computes on the kind of device and in the type that are chosen here.
 """
 
 EXAMPLES = """\
@@ -22,7 +22,7 @@ examples:
       the schedule that the DiffRate paper published for this model and budget
   tokcomp export -m deit_base_patch16_224 --checkpoint mine.safetensors --method diffrate --schedule mine.json \\
       --device cuda --model-dtype float16 -b 64 --static-batch -o mine.pt2
-      your own weights and schedule, in half precision, for 64 images at a time and no other number
+      your own weights and schedule, in half precision, for exactly 64 images at a time
 """
 
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model_options(parser, default="deit_small_patch16_224")
     options.add_method_options(parser)
     group = parser.add_argument_group("package")
-    group.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the package, .pt2 by custom")
+    group.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the package, usually .pt2")
     group.add_argument(
         "--model-dtype", choices=("float32", "float16", "bfloat16"), help="convert the weights (default: as they are)"
     )
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-batch", type=options.positive_int, default=1024, metavar="N", help="largest batch (default: 1024)"
     )
-    group.add_argument("--static-batch", action="store_true", help="take batches of --batch-size images alone")
+    group.add_argument("--static-batch", action="store_true", help="only take batches of --batch-size images")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Train a model with its tokens really dropped: fine-tuning by the DiffRate paper's recipe (its Table 6: 30 epochs from
-trained weights), or with --from-scratch by DeiT's (300 epochs from random ones). A step of a compressed model costs
-what its fewer tokens cost, so training is faster too.
+trained weights), or with --from-scratch by DeiT's (300 epochs from random ones). A step costs only what the remaining
+tokens cost, so training is faster too.
 
-DATA is a folder with 'train' and 'validation' in it, one sub-folder per class in each, or --dataset names any data set
-of timm's that gives an image by its number. Accuracy on the validation images is taken before the first step and after
-each epoch, with the compression on. Ctrl-C and SIGTERM stop the run after its step, and --resume goes on as if nothing
-had happened: to the same weights, bit for bit on a CPU.
+DATA is a folder that contains 'train' and 'validation' with one sub-folder per class in each, or --dataset names any of
+timm's data sets that allows random access. Accuracy on the validation images is measured before the first step and
+after each epoch, with compression on. Ctrl-C and SIGTERM stop the run after its current step, and --resume continues as
+if it had never stopped: to the same weights, bit for bit on a CPU.
 """
 
 EXAMPLES = """\
@@ -44,9 +44,9 @@ examples:
       the backbone frozen, a narrow branch beside each MLP trained (AdaptFormer), at ToMe's r = 16
   torchrun --nproc-per-node 8 -m tokcomp finetune /data/imagenet -m deit_small_patch16_224 --from-scratch \\
       --method diffrate --schedule mine.json --amp --torchcompile -o run
-      from scratch on 8 GPUs, with a schedule of yours
+      from scratch on 8 GPUs, with your own schedule
   tokcomp finetune /data/imagenet ... -o run --resume
-      go on with a run that was stopped; the other options as they were
+      continue a run that was stopped, with all other options unchanged
 """
 
 #: Fields of the recipe that have an option.
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_model_options(parser, default="deit_small_patch16_224")
     options.add_method_options(parser)
-    recipe = parser.add_argument_group("recipe (of two defaults, the second is that of --from-scratch)")
+    recipe = parser.add_argument_group("recipe (if two defaults are given, the second is for --from-scratch)")
     recipe.add_argument("--from-scratch", action="store_true", help="start from random weights, by DeiT's recipe")
     lr = {"lr": f"{FINETUNE_RECIPE.lr}; 5e-4 x batch size / 512"}
     training.add_recipe_options(recipe, RECIPE_FIELDS, FINETUNE_RECIPE, SCRATCH_RECIPE, defaults=lr)
@@ -97,21 +97,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bottleneck", type=options.positive_int, metavar="N", help="width of the branches (default: 32)"
     )
     adapter.add_argument(
-        "--adapter-scale", type=options.positive_float, metavar="S", help="factor on what they add (default: 0.1)"
+        "--adapter-scale", type=options.positive_float, metavar="S", help="factor on their output (default: 0.1)"
     )
     speed = training.add_speed_options(parser)
     speed.add_argument(
         "--amp-dtype",
         choices=("bfloat16", "float16"),
         default="bfloat16",
-        help="type for --amp (default: %(default)s); float16 scales its gradients and takes a GPU",
+        help="type for --amp (default: %(default)s); float16 scales gradients and needs a GPU",
     )
     speed.add_argument("--torchcompile", action="store_true", help="compile the model with torch.compile")
     output = training.add_output_options(
         parser,
         "tokcomp-finetune",
-        checkpoint=(500, "checkpoints, besides one after each epoch"),
-        log=(50, "rows of the log, besides one after each epoch"),
+        checkpoint=(500, "checkpoints, in addition to one after each epoch"),
+        log=(50, "rows of the log, in addition to one after each epoch"),
     )
     output.add_argument("--json", action="store_true", help="print the summary as JSON rather than as a table")
 
@@ -126,7 +126,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         raise UserError("--from-scratch starts from random weights, got trained ones too; leave one of the two out")
     if not (args.from_scratch or args.pretrained or args.checkpoint is not None):
         raise UserError(
-            "fine-tuning starts from trained weights, got none; pass --pretrained, --checkpoint FILE or --from-scratch"
+            "fine-tuning needs trained weights, got none; pass --pretrained, --checkpoint FILE or --from-scratch"
         )
     for option in ("bottleneck", "adapter_scale"):
         if getattr(args, option) is not None and not args.adaptformer:
@@ -140,7 +140,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _prepare(job: Job, recipe: Recipe, root: Path | None) -> FineTuneRun:
-    """Everything that can be refused is refused here, with nothing written."""
+    """Whatever can be refused is refused here, with nothing written."""
     from tokcomp.finetune.run import FineTuneRun
     from tokcomp.finetune.tuner import FineTuner
     from tokcomp.measure.evaluate import evaluate
@@ -216,7 +216,7 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> FineTuneRun:
 
 
 def _attach_branches(args: argparse.Namespace, model: nn.Module) -> dict[str, Any] | None:
-    """What --adaptformer asks for; None without it."""
+    """Attach the branches that --adaptformer asks for and return their settings; None without it."""
     from tokcomp import UnsupportedModelError, adaptformer
 
     if not args.adaptformer:
@@ -232,7 +232,7 @@ def _attach_branches(args: argparse.Namespace, model: nn.Module) -> dict[str, An
 
 
 def _parts(args: argparse.Namespace, root: Path | None) -> tuple[Dataset, list[int] | None, Dataset]:
-    """The data set, which of its images to train on (None: all), and those to validate on."""
+    """The data set, the indices to train on (None: all), and the images to validate on."""
     from tokcomp.runs.data import Part, split_off
 
     train = open_data(args, root, args.train_split)
@@ -247,7 +247,7 @@ def _parts(args: argparse.Namespace, root: Path | None) -> tuple[Dataset, list[i
         Path(getattr(getattr(one, "reader", None), "root", None) or str(n)) for n, one in enumerate((train, val))
     ]
     if folders[0].is_relative_to(folders[1]) or folders[1].is_relative_to(folders[0]):
-        # timm takes the whole folder where a part of that name is not there.
+        # timm takes the whole folder if it has no part of that name.
         raise UserError(
             f"DATA must have folders '{args.train_split}' and '{args.val_split}', got '{root}' without one of them; "
             "pass --held-out N to validate on N of the training images"

@@ -10,8 +10,8 @@ from tokcomp.cli.errors import blame
 from tokcomp.cli.table import table
 
 DESCRIPTION = """\
-What this installation is: versions, which kernels were built and for what, the devices that torch sees, the types in
-which the CPU computes a model's products, and for each operator the backend that would answer on the CPU and on a CUDA
+What this installation has: versions, which kernels were built and for what, the devices that torch sees, the types in
+which the CPU computes a model's products, and for each operator the backend that would run on the CPU and on a CUDA
 device.
 
 Backends: cpp (compiled for the CPU), cuda (compiled for CUDA), triton, reference (plain PyTorch, works everywhere).

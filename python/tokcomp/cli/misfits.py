@@ -1,4 +1,4 @@
-"""--checkpoint: weights into a model, and the options that are missing where it was built otherwise."""
+"""--checkpoint: loading weights into a model, and finding the options for a model that was built differently."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from tokcomp.cli.errors import UserError
 
-#: A checkpoint's parameter that a model was built without -> what that means, and the option that adds it.
+#: A checkpoint's parameter that the model lacks -> what that means, and the option that adds it.
 _EXTRAS = {
     "fc_norm.weight": ("its norm comes after pooling (fc_norm), as in average-pooled models", "--gp avg"),
     "norm_pre.weight": ("it has a norm before the blocks", "--model-kwargs pre_norm=True"),
@@ -19,7 +19,7 @@ _EXTRAS = {
 
 
 def load_checkpoint(args: argparse.Namespace, model: Any) -> None:
-    """Load ``--checkpoint`` into the model that the options built; a model built otherwise is met with its options."""
+    """Load ``--checkpoint`` into the model that the options built; if it was built differently, name its options."""
     from tokcomp.adaptformer import is_saved
     from tokcomp.cli.weights import load_weights, read_weights
 
@@ -49,9 +49,9 @@ def _refusal(args: argparse.Namespace, error: Exception) -> UserError:
 
 
 def misfits(model: Any, weights: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What ``weights`` say of the model that they are of, where ``model`` is another, each with the option for it.
+    """What ``weights`` reveal about their model where it differs from ``model``, each with the option for it.
 
-    Nothing where they are of another width, that is of another model altogether.
+    Nothing if they have another width, and so belong to another model altogether.
     """
     own = model.state_dict()
     shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in weights.items()}
@@ -79,7 +79,7 @@ def misfits(model: Any, weights: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _image_side(model: Any, shape: tuple[int, ...] | None) -> int | None:
-    """The side of the square images that position embeddings [1, N, C] are for; None where that cannot be said."""
+    """The side of the square images that position embeddings [1, N, C] are for; None if that is unknown."""
     embed = getattr(model, "pos_embed", None)
     grid = getattr(model.patch_embed, "grid_size", None)
     if shape is None or len(shape) != 3 or embed is None or grid is None:
@@ -91,7 +91,7 @@ def _image_side(model: Any, shape: tuple[int, ...] | None) -> int | None:
 
 
 def _joined(flags: list[str]) -> list[str]:
-    """The options, --model-kwargs but once."""
+    """The options, with --model-kwargs only once."""
     marker = "--model-kwargs "
     settings = [flag.removeprefix(marker) for flag in flags if flag.startswith(marker)]
     others = [flag for flag in flags if not flag.startswith(marker)]

@@ -1,4 +1,4 @@
-"""--gp and --model-kwargs: arguments of timm's models that have no option of their own here."""
+"""--gp and --model-kwargs: arguments of timm's models that have no separate option here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CREATE_OPTIONS = {
 
 
 def model_argument(text: str) -> tuple[str, Any]:
-    """NAME=VALUE of ``--model-kwargs``; as timm reads it, a Python literal or else text."""
+    """NAME=VALUE of ``--model-kwargs``: as in timm, a Python literal if it is one, otherwise text."""
     name, sign, value = text.partition("=")
     if not sign or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got '{text}'; arguments such as DATA go before it")
@@ -38,18 +38,18 @@ def add_model_kwargs(group: Any) -> None:
         nargs="*",
         default=[],
         metavar="NAME=VALUE",
-        help="further arguments of the model in timm: depth=6 reg_tokens=4",
+        help="further arguments for the timm model, such as depth=6 reg_tokens=4",
     )
 
 
 def add_pooling_option(group: Any) -> None:
     group.add_argument(
-        "--gp", metavar="POOL", help="pooling: token, avg, max, avgmax or map for a ViT, where not the model's own"
+        "--gp", metavar="POOL", help="pooling (default: the model's own; ViT: token, avg, max, avgmax, map)"
     )
 
 
 def model_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``--gp`` and ``--model-kwargs`` say, as timm.create_model takes it and records keep it."""
+    """What ``--gp`` and ``--model-kwargs`` say, in the form that timm.create_model takes and records keep."""
     settings = dict(args.model_kwargs)
     for name, flag in _CREATE_OPTIONS.items():
         if name in settings:

@@ -1,4 +1,4 @@
-"""Options that several commands share, in timm's own names, and what they build."""
+"""Options that several commands share, named as in timm, and what they build."""
 
 from __future__ import annotations
 
@@ -92,20 +92,20 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str) -> None:
     group.add_argument("-m", "--model", default=default, metavar="NAME", help="timm model name (default: %(default)s)")
     group.add_argument("--pretrained", action="store_true", help="load timm's pretrained weights")
     group.add_argument("--checkpoint", type=Path, metavar="FILE", help="load weights from a checkpoint")
-    group.add_argument("--num-classes", type=positive_int, metavar="N", help="classes, where not the model's own")
-    group.add_argument("--img-size", type=positive_int, metavar="N", help="image side, where not the model's own")
+    group.add_argument("--num-classes", type=positive_int, metavar="N", help="classes (default: the model's own)")
+    group.add_argument("--img-size", type=positive_int, metavar="N", help="image side (default: the model's own)")
     add_pooling_option(group)
     add_model_kwargs(group)
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
 
 
 def add_adapter_option(parser: argparse.ArgumentParser) -> None:
-    """For commands that run trained models; :func:`build_model` heeds it."""
+    """For commands that run trained models; :func:`build_model` applies it."""
     parser.add_argument(
         "--adapter",
         type=Path,
         metavar="FILE",
-        help="AdaptFormer branches and classifier for these weights, as tokcomp finetune --adaptformer writes them",
+        help="AdaptFormer branches and classifier for these weights, from tokcomp finetune --adaptformer",
     )
 
 
@@ -116,14 +116,14 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
         "--gflops",
         type=positive_float,
         metavar="G",
-        help="budget, 1e9 multiply-adds an image: diffrate takes the schedule published for it, tome and evit "
+        help="budget, 1e9 multiply-adds per image: diffrate takes the schedule published for it, tome and evit "
         "choose their r or keep rate to meet it",
     )
     group.add_argument(
         "--schedule",
         type=Path,
         metavar="FILE",
-        help="diffrate: a schedule saved as JSON; or a table as DiffRate's compression_rate.json is, and --gflops",
+        help="diffrate: a schedule saved as JSON; or a table like DiffRate's compression_rate.json, with --gflops",
     )
     add_rescale_option(group)
     group.add_argument(
@@ -134,7 +134,7 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
     group.add_argument(
         "--pipeline",
         choices=("prune_merge", "merge_prune", "prune", "merge"),
-        help="diffrate: what happens in which order (default: what the schedule says, or prune_merge as far as it has "
+        help="diffrate: which steps, in which order (default: what the schedule says, or prune_merge as far as it has "
         "both)",
     )
     group.add_argument(
@@ -143,11 +143,11 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
         metavar="R",
         help="tome, tome_mlp: tokens to merge in a block, or one per block: 8,8,4,...",
     )
-    group.add_argument("--no-prop-attn", action="store_true", help="tome: attention that does not count a token's size")
+    group.add_argument("--no-prop-attn", action="store_true", help="tome: attention that ignores token sizes")
     group.add_argument(
         "--merge-residual",
         action="store_true",
-        help="tome_mlp: merged positions share one token behind the MLP, rather than the MLP's output alone",
+        help="tome_mlp: merged positions share one token after the MLP, rather than only the MLP's output",
     )
     group.add_argument(
         "--keep-rate", type=listed(positive_float), metavar="K", help="evit: share of patches to keep, or one per block"
@@ -193,7 +193,7 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a name that timm does not know; names with a slash are hubs' and are left to timm."""
+    """Refuse a name that timm does not know; names with a slash are for model hubs and are left to timm."""
     import timm
 
     base = name.split(".")[0]
@@ -204,7 +204,7 @@ def check_model_name(name: str) -> None:
 
 
 def build_model(args: argparse.Namespace, **more: Any) -> Any:
-    """The plain model, in evaluation mode, on the CPU; ``more`` is timm's as well, ``drop_path_rate`` say."""
+    """The plain model, in evaluation mode, on the CPU; ``more`` is also passed to timm, such as ``drop_path_rate``."""
     import tokcomp.assets  # noqa: F401  registers the digits model with timm
 
     if args.checkpoint is not None and not args.checkpoint.is_file():
@@ -224,7 +224,7 @@ def build_model(args: argparse.Namespace, **more: Any) -> Any:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if args.pretrained:
             raise UserError(
-                f"--pretrained: the weights of '{args.model}' could not be had ({reason}); "
+                f"--pretrained: the weights of '{args.model}' could not be loaded ({reason}); "
                 "check the network and timm's cache, or pass --checkpoint FILE"
             ) from error
         raise UserError(
@@ -261,7 +261,7 @@ def _create_model(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
         options = {option: value for option, value in options.items() if option != "img_size"}
         model = timm.create_model(name, pretrained=pretrained, **options)
     if side is not None and not hasattr(model, "patch_embed"):
-        # A model for any image size: its configuration says which one it is used at.
+        # A model for any image size: its configuration says which size it is used at.
         config = model.pretrained_cfg
         model.pretrained_cfg = {**config, "input_size": (config["input_size"][0], side, side)}
     return model
@@ -280,7 +280,7 @@ def _flag(option: str) -> str:
 
 
 def given_method_options(args: argparse.Namespace) -> list[str]:
-    """The options that only some methods read, those that the user gave."""
+    """Those options that the user gave and that only some methods read."""
     # `is`, not `in`: --r 0 is given, and 0 == False.
     return [option for option in _READERS if getattr(args, option) is not None and getattr(args, option) is not False]
 
@@ -351,7 +351,7 @@ def _evit(args: argparse.Namespace, model: nn.Module) -> Method:
 
 
 def compress_by(args: argparse.Namespace, model: nn.Module, method: Method | None) -> nn.Module:
-    """Compress, blaming the option that does not fit the model."""
+    """Compress, blaming the option if it does not fit the model."""
     from tokcomp import UnsupportedModelError, compress
 
     if method is None:
@@ -365,7 +365,7 @@ def compress_by(args: argparse.Namespace, model: nn.Module, method: Method | Non
 
 
 def gflops(model: nn.Module) -> float | None:
-    """1e9 multiply-adds of one image; None of a family that they are not known of."""
+    """1e9 multiply-adds per image; None for a family whose cost is unknown."""
     from tokcomp import UnsupportedModelError, flops
 
     try:

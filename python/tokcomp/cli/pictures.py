@@ -1,4 +1,4 @@
-"""Pictures that the commands draw: marked as theirs, so that nobody else's is ever written over."""
+"""Pictures that the commands draw: marked as theirs, so that no other picture is ever overwritten."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokcomp.cli.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: PNG text field by which a drawing is known, and what stands in it.
+#: The PNG text field that marks a drawing, and its content.
 _FIELD, _MARK = "Software", "tokcomp visualize"
 
 
@@ -29,16 +29,16 @@ def png_bytes(drawing: Image) -> bytes:
 
 
 def check_overwrites(argument: str, targets: Iterable[Path]) -> None:
-    """Refuse, before any work, files that are there and were not drawn by these commands."""
+    """Refuse, before any work, existing files that were not drawn by these commands."""
     for target in targets:
         if target.exists() and not _is_drawing(target):
             raise UserError(
-                f"{argument} must not write over what tokcomp did not draw, got '{target}'; name another folder or file"
+                f"{argument} must not overwrite what tokcomp did not draw, got '{target}'; name another folder or file"
             )
 
 
 def drawing_names(pictures: Sequence[Path]) -> list[str]:
-    """A file name for the drawing of each picture, all different, also where upper and lower case are the same."""
+    """A file name for the drawing of each picture, all different, even if upper and lower case are the same."""
     stems = [path.stem.casefold() for path in pictures]
     taken: set[str] = set()
     names = []
@@ -57,5 +57,5 @@ def _is_drawing(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             return image.format == "PNG" and image.info.get(_FIELD) == _MARK
-    except Exception:  # no picture, or one too odd to be ours
+    except Exception:  # not a picture, or one too odd to be ours
         return False

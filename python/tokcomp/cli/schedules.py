@@ -1,4 +1,4 @@
-"""--schedule and --gflops: which DiffRate schedule, by which method, for how many tokens."""
+"""--schedule and --gflops: which DiffRate schedule, with which method, for how many tokens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def add_rescale_option(group: Any) -> None:
     group.add_argument(
         "--rescale",
         action="store_true",
-        help="diffrate: a schedule for another image size keeps the same shares of this model's patches",
+        help="diffrate: adapt a schedule for another image size, keeping the same shares of the patches",
     )
 
 
 def load_schedule(path: Path, option: str, *, model: str, gflops: float | None = None) -> CompressionSchedule:
-    """The schedule of a file, ``gflops`` that of a table in DiffRate's compression_rate.json."""
+    """The schedule in a file; ``gflops`` chooses from a table like DiffRate's compression_rate.json."""
     from tokcomp import CompressionSchedule
 
     if not path.is_file():
@@ -33,7 +33,7 @@ def load_schedule(path: Path, option: str, *, model: str, gflops: float | None =
 
 
 def diffrate_method(args: argparse.Namespace, model: nn.Module) -> DiffRate:
-    """DiffRate by --schedule FILE, by --gflops of what was published, or by both: one budget of a table in a file."""
+    """DiffRate from --schedule FILE, from the published --gflops, or from both: one budget of a table in a file."""
     from tokcomp import DiffRate
 
     if args.schedule is not None:
@@ -47,7 +47,7 @@ def diffrate_method(args: argparse.Namespace, model: nn.Module) -> DiffRate:
 
 
 def fitted(schedule: CompressionSchedule, model: nn.Module, name: str, *, rescale: bool) -> CompressionSchedule:
-    """The schedule for this plain model's tokens: as it is, or where --rescale says so with the same shares."""
+    """The schedule for this plain model's tokens: as it is, or with --rescale with the same shares."""
     from tokcomp.adapters import find_adapter
 
     with blame(f"--model '{name}'"):
@@ -56,7 +56,7 @@ def fitted(schedule: CompressionSchedule, model: nn.Module, name: str, *, rescal
     if rescale:
         if schedule.num_tokens is None:
             raise UserError(
-                "--rescale takes a schedule that says how many tokens it is for, got one that does not; add "
+                "--rescale needs a schedule that says how many tokens it is for, got one that does not; add "
                 '"num_tokens" to its file, the class token included'
             )
         with blame("--rescale"):
@@ -70,7 +70,7 @@ def fitted(schedule: CompressionSchedule, model: nn.Module, name: str, *, rescal
 
 
 def method_of(schedule: CompressionSchedule, args: argparse.Namespace, model: nn.Module) -> DiffRate:
-    """DiffRate as the schedule says; where it says nothing, as the options say or as was published for the family."""
+    """DiffRate as the schedule says; if it says nothing, as the options say or as published for the family."""
     from tokcomp import DiffRate
     from tokcomp.adapters import find_adapter
     from tokcomp.methods.diffrate import published_settings
@@ -81,7 +81,7 @@ def method_of(schedule: CompressionSchedule, args: argparse.Namespace, model: nn
         if value is not None and name in carried and value != carried[name]:
             raise UserError(
                 f"--{name} must be {carried[name]}, which the schedule was made with, got {value}; leave --{name} out, "
-                'or take "method" out of the schedule\'s file'
+                'or remove "method" from the schedule\'s file'
             )
     usual = published_settings(find_adapter(model).geometry(model))
     steps = [step for step in ("prune", "merge") if getattr(schedule, f"num_{step}_kept") is not None]

@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Find how many tokens each block of a model should prune and merge, for a budget: the search of the DiffRate paper. The
-model is frozen and stays as it is; what comes out is a schedule, which 'tokcomp evaluate --method diffrate --schedule
-FILE' or tokcomp.compress then applies to it.
+model is frozen and not changed; the result is a schedule, which 'tokcomp evaluate --method diffrate --schedule FILE' or
+tokcomp.compress then applies to it.
 
-DATA is a folder with 'train' in it, one sub-folder per class, or --dataset names any data set of timm's that gives an
-image by its number. 1,000 images are enough (--images 1000): a search learns some hundred numbers. Part of the training
-images is held out, to watch the accuracy of the schedule so far with its tokens really dropped.
+DATA is a folder that contains 'train' with one sub-folder per class, or --dataset names any of timm's data sets that
+allows random access. 1,000 images are enough (--images 1000): a search learns only a few hundred numbers. Some training
+images are held out to monitor the accuracy of the current schedule with its tokens really dropped.
 
-The defaults are the paper's recipe. Ctrl-C and SIGTERM stop the search after its step, and --resume goes on as if
-nothing had happened: to the same schedule, bit for bit on a CPU.
+The defaults are the paper's recipe. Ctrl-C and SIGTERM stop the search after its current step, and --resume continues
+as if it had never stopped: to the same schedule, bit for bit on a CPU.
 """
 
 EXAMPLES = """\
@@ -50,7 +50,7 @@ examples:
   torchrun --nproc-per-node 8 -m tokcomp search /data/imagenet -m deit_base_patch16_224 --pretrained --target-gflops 8.7
       on 8 GPUs, each with an eighth of every batch
   tokcomp search ... -o run --resume
-      go on with a run that was stopped; the other options as they were
+      continue a run that was stopped, with all other options unchanged
 """
 
 #: Fields of the recipe that have an option.
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.positive_int,
         default=4,
         metavar="N",
-        help="tokens between two candidate numbers to keep (default: %(default)s, as published)",
+        help="step between the candidate numbers of tokens to keep (default: %(default)s, as published)",
     )
     search.add_argument(
         "--metric",
@@ -82,27 +82,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--pipeline",
         choices=("prune_merge", "merge_prune", "prune", "merge"),
-        help="what happens in which order (default: prune_merge; merge for CAFormers)",
+        help="which steps, in which order (default: prune_merge; merge for CAFormers)",
     )
     search.add_argument(
         "--match-inference",
         action="store_true",
-        help="let a merged token's size count in the search as it does in the compressed model",
+        help="weight a merged token's size in the search as the compressed model does",
     )
     search.add_argument(
         "--budget-warmup-epochs",
         type=options.non_negative_float,
         default=0.0,
         metavar="X",
-        help="epochs at the beginning in which the budget does not count (default: %(default)s)",
+        help="epochs at the start that ignore the budget (default: %(default)s)",
     )
     recipe = parser.add_argument_group(
         "recipe (defaults are the paper's, its Table 5; names and meanings as in timm's scripts)"
     )
     recipe.add_argument(
-        "--steps", type=options.positive_int, metavar="N", help="length of the search, in place of --epochs"
+        "--steps", type=options.positive_int, metavar="N", help="length of the search, instead of --epochs"
     )
-    says = {"weight_decay": "decay of the logits that learn"}
+    says = {"weight_decay": "weight decay of the learnt logits"}
     training.add_recipe_options(recipe, RECIPE_FIELDS, SEARCH_RECIPE, says=says)
     training.add_speed_options(parser, checkpointing=False)
     intervals = {"checkpoint": (50, "checkpoints"), "log": (10, "rows of the log")}
@@ -111,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval-interval",
         type=options.non_negative_int,
         metavar="N",
-        help="steps between looks at the accuracy (default: ten over the search; 0: at its end alone)",
+        help="steps between accuracy checks (default: ten over the search; 0: only at its end)",
     )
     output.add_argument("--json", action="store_true", help="print the summary as JSON rather than as a table")
 
@@ -128,17 +128,17 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         "--images",
         type=options.positive_int,
         metavar="N",
-        help="search on N of the images, spread over the classes; an epoch stays as many steps as with all",
+        help="search on N of the images, spread over the classes; an epoch keeps its number of steps",
     )
     data.add_argument(
         "--held-out",
         type=options.non_negative_int,
         metavar="N",
-        help="training images kept to watch the accuracy on (default: a tenth of them, 1000 at most)",
+        help="training images held out to monitor the accuracy (default: a tenth of them, at most 1000)",
     )
-    data.add_argument("--val-data", type=Path, metavar="DIR", help="watch the accuracy on this data set instead")
+    data.add_argument("--val-data", type=Path, metavar="DIR", help="monitor the accuracy on this data set instead")
     data.add_argument(
-        "--val-split", metavar="NAME", help="watch it on this part of the data set instead, validation say"
+        "--val-split", metavar="NAME", help="monitor it on this part of the data set instead, such as validation"
     )
 
 
@@ -159,7 +159,7 @@ def _settings(args: argparse.Namespace) -> SearchSettings:
     from tokcomp.search.settings import SearchSettings
 
     if args.steps is not None and args.epochs is not None:
-        raise UserError("--steps and --epochs are both the length of the search, got both; keep one")
+        raise UserError("--steps and --epochs both set the length of the search, got both; keep one")
     return SearchSettings(
         recipe=training.read_recipe(args, SEARCH_RECIPE),
         steps=args.steps,
@@ -177,7 +177,7 @@ def _settings(args: argparse.Namespace) -> SearchSettings:
 
 
 def _prepare(job: Job, settings: SearchSettings, root: Path | None) -> SearchRun:
-    """Everything that can be refused is refused before the first step, with nothing written."""
+    """Whatever can be refused is refused before the first step, with nothing written."""
     from tokcomp import UnsupportedModelError
     from tokcomp.data import num_images
     from tokcomp.runs.data import training_part
@@ -207,7 +207,7 @@ def _prepare(job: Job, settings: SearchSettings, root: Path | None) -> SearchRun
     }
     if job.world.is_main and facts["weights"] == "random weights":
         print(
-            "note: the weights are random, so there is nothing to find; pass --pretrained or --checkpoint",
+            "note: the weights are random, so the schedule will mean nothing; pass --pretrained or --checkpoint",
             file=sys.stderr,
         )
     targets = _targets(job, model)
@@ -242,7 +242,7 @@ def _targets(job: Job, model: nn.Module) -> dict[str, list[Budget]]:
             ) from error
     if targets is None or stop.wanted:
         if job.world.is_main:
-            print("stopped while the latency was measured; nothing was written", file=sys.stderr)
+            print("stopped while the latency was being measured; nothing was written", file=sys.stderr)
         raise SystemExit(stop.exit_status or 1)
     return targets
 
@@ -250,7 +250,8 @@ def _targets(job: Job, model: nn.Module) -> dict[str, list[Budget]]:
 def _parts(
     args: argparse.Namespace, root: Path | None, num_classes: int, config: dict[str, Any]
 ) -> tuple[Dataset, list[int], Dataset | None, int]:
-    """The data set, which of its images to search on, what to watch the accuracy on, and the images of an epoch."""
+    """The data set, the images to search on, the images to monitor accuracy on, and the number of images in an
+    epoch."""
     from tokcomp.data import num_images
     from tokcomp.runs.data import Part, check_labels, split_off, spread_sample
     from tokcomp.runs.recipe import plain_transform
@@ -262,7 +263,7 @@ def _parts(
     total = num_images(dataset)
     other = args.val_data is not None or args.val_split is not None
     if other and args.held_out:
-        raise UserError("--held-out and --val-data or --val-split both say what to watch the accuracy on; keep one")
+        raise UserError("--held-out and --val-data or --val-split both say where to take the accuracy; keep one")
     digits = args.dataset == "digits"
     watched: Dataset | None = None
     indices = list(range(total))
@@ -290,5 +291,5 @@ def _parts(
 
 
 def _command() -> str:
-    """The command line that makes this schedule in one go."""
+    """The command line that produces this schedule in one run."""
     return shlex.join(["tokcomp", *(word for word in sys.argv[1:] if word != "--resume")])

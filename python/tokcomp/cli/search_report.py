@@ -1,4 +1,4 @@
-"""What ``tokcomp search`` says at its end."""
+"""What ``tokcomp search`` prints at its end."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from tokcomp.search.run import SearchRun
     from tokcomp.search.settings import SearchResult
 
-#: Share of a target by which a cost may miss it before that is worth a line.
+#: Share of a target by which a cost may miss it before that is reported.
 _WORTH_A_LINE = 0.02
 
 
 def report(args: argparse.Namespace, run: SearchRun) -> None:
-    """Print the table of what was found."""
+    """Print the table of results."""
     folder = run.folder
     assert folder is not None
     results = dict(zip(folder.targets, run.results, strict=True))
@@ -52,7 +52,7 @@ def report(args: argparse.Namespace, run: SearchRun) -> None:
 
 
 def _next_command(args: argparse.Namespace, schedule: Path) -> str:
-    """The evaluation of what was found, on the model and data that it was found with."""
+    """The command that evaluates the result on the model and data of the search."""
     words = ["tokcomp evaluate", str(args.data or args.data_dir or "")]
     words += [f"--dataset {args.dataset}" if args.dataset else "", *model_words(args)]
     words += [f"--method diffrate --schedule {schedule}"]
@@ -60,7 +60,7 @@ def _next_command(args: argparse.Namespace, schedule: Path) -> str:
 
 
 def _hardware(folder: SearchFolder) -> dict[str, dict[str, float]]:
-    """The hardware found for each target, where any was searched."""
+    """The hardware found for each target, if any was searched."""
     summary = json.loads(folder.summary.read_text(encoding="utf-8"))
     return {
         target["name"]: budget["hardware"]
@@ -80,7 +80,7 @@ def _kept(result: SearchResult) -> list[int]:
 
 
 def _misses(folder: SearchFolder) -> list[str]:
-    """A line for each cost that is some per cent off its target."""
+    """A line for each cost that is a few per cent off its target."""
     summary = json.loads(folder.summary.read_text(encoding="utf-8"))
     lines = [
         _miss(target["costs"][budget["budget"]], budget)
@@ -91,14 +91,14 @@ def _misses(folder: SearchFolder) -> list[str]:
 
 
 def _miss(cost: float, budget: Mapping[str, Any]) -> str | None:
-    """What there is to say of a cost that should have been ``budget``'s target."""
+    """The line about a cost that misses ``budget``'s target, or None."""
     off = cost / budget["target"] - 1
     if abs(off) <= _WORTH_A_LINE:
         return None
     if off > 0:
         side, advice = "above", "search longer (--steps), with a larger --lr, or with a larger weight of the budget"
     elif budget.get("searched"):
-        side, advice = "below", "the hardware that was found meets the target"
+        side, advice = "below", "the hardware found meets the target"
     else:
         side, advice = "below", "the target is met; --steps or --lr may bring it nearer, and keep more tokens"
     return f"{cost:.4g} {budget['unit']} is {abs(off):.0%} {side} {budget['target']:.4g}: {advice}"

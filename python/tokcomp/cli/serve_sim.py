@@ -35,27 +35,27 @@ DEGREES = (0, 8, 12, 16, 20)
 RESULTS, TABLE, PICTURE, REQUESTS = "results.json", "table.txt", "serve-sim.png", "requests.csv"
 
 DESCRIPTION = """\
-Serve a load that rises and falls, and switch the degree of compression by the length of the queue.
+Serve a load that rises and falls, switching the degree of compression by the length of the queue.
 
 Requests, one image each, arrive at random (a Poisson process) at a rate that climbs from --base to --peak, stays there
-and comes down again; both count in units of what the model can do at the first of --degrees, which is measured first.
+and comes down again; both are in units of the model's capacity at the first of --degrees, which is measured first.
 One thread sends them when they are due, another takes them from the queue in batches of up to --batch-size. The same
-requests are served once at each degree, held fixed, and once by the queue's length: --up and --down say how many
-requests must wait for one degree up, and how few for one down. Latency counts from when a request was due to when its
-batch was done; images are decoded before.
+requests are served once at each fixed degree, and once by the queue's length: --up and --down say how many waiting
+requests raise the degree by one step, and how few lower it. Latency is measured from when a request was due to when its
+batch was done; images are decoded beforehand.
 
-Without DATA it serves the held-out digits to the bundled digits model, with no download, in under a minute.
+Without DATA it serves the held-out digits with the bundled digits model, without a download, in under a minute.
 """
 
 EXAMPLES = """\
 examples:
   tokcomp serve-sim
   tokcomp serve-sim --plugin plugin/tocom.safetensors --degrees 0,8,16 --seconds 20 -o served
-      with a plugin of 'tokcomp tocom train' for the bundled model
+      with a plugin from 'tokcomp tocom train' for the bundled model
   tokcomp serve-sim /data/imagenet -m deit_small_patch16_224 --pretrained --plugin tocom.safetensors \\
       --degrees 0,4,8,12,16 -b 4 --seconds 60
   tokcomp serve-sim /data/imagenet -m deit_small_patch16_224 --pretrained --method evit --degrees 0,8,16 --rate 400
-      a load of 1 is 400 images a second
+      a load of 1 means 400 images per second
 
 It writes results.json, table.txt, serve-sim.png and requests.csv, which has every request of every run.
 """
@@ -63,14 +63,14 @@ It writes results.json, table.txt, serve-sim.png and requests.csv, which has eve
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    data = add_data_options(parser, batch_size=16, batch_help="images in a batch, at most; ")
+    data = add_data_options(parser, batch_size=16, batch_help="most images in a batch; ")
     data.add_argument("--split", default="validation", help="part of the data set (default: %(default)s)")
     data.add_argument(
         "--num-samples",
         type=options.positive_int,
         default=360,
         metavar="N",
-        help="images to keep in memory and to serve, spread over the classes (default: %(default)s)",
+        help="images to hold in memory and serve, spread over the classes (default: %(default)s)",
     )
     options.add_model_options(parser, default=DIGITS_MODEL)
     options.add_adapter_option(parser)
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--degrees",
         type=options.list_of(options.non_negative_int),
         metavar="D,D,...",
-        help="degrees to switch between, rising (default: 0,8,12,16,20, as far as the plugin and the model go; "
+        help="degrees to switch between, ascending (default: 0,8,12,16,20, as far as plugin and model allow; "
         "diffrate: all of --schedules)",
     )
     serving.add_argument(
@@ -89,31 +89,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.non_negative_int,
         default=0,
         metavar="D",
-        help="degree that the weights were trained at (default: %(default)s)",
+        help="degree at which the weights were trained (default: %(default)s)",
     )
     serving.add_argument(
         "--max-wait-ms",
         type=options.non_negative_float,
         default=2.0,
         metavar="MS",
-        help="how long the first image of a batch waits for others (default: %(default)s)",
+        help="longest time that the first image of a batch waits for others (default: %(default)s)",
     )
     serving.add_argument(
         "--up",
         type=options.list_of(options.positive_int),
         metavar="N,N,...",
-        help="requests waiting, the batch's own included, for the step from each degree to the next (default: 2, 3, 4 "
+        help="waiting requests, the batch's own included, that raise each degree to the next (default: 2, 3, 4 "
         "... full batches)",
     )
     serving.add_argument(
         "--down",
         type=options.list_of(options.positive_int),
         metavar="N,N,...",
-        help="requests at which each step is taken back, below --up (default: 1/2, 1, 3/2 ... full batches)",
+        help="waiting requests that undo each such step, below --up (default: 1/2, 1, 3/2 ... full batches)",
     )
     load = parser.add_argument_group("load")
     load.add_argument(
-        "--seconds", type=options.positive_float, default=7.0, metavar="S", help="of each run (default: %(default)s)"
+        "--seconds", type=options.positive_float, default=7.0, metavar="S", help="run length (default: %(default)s)"
     )
     load.add_argument(
         "--peak", type=options.positive_float, default=1.5, metavar="X", help="highest load (default: %(default)s)"
@@ -129,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rate",
         type=options.positive_float,
         metavar="N",
-        help="images per second that a load of 1 means (default: what is measured at the first degree)",
+        help="images per second for a load of 1 (default: as measured at the first degree)",
     )
     load.add_argument("--seed", type=options.non_negative_int, default=0, metavar="N", help="default: %(default)s")
     output = parser.add_argument_group("output")
@@ -225,7 +225,7 @@ def _switchable(args: argparse.Namespace, plain: Any, device: torch.device, dtyp
     plain.to(device, dtype)
     with blame(f"--degrees for {args.model}"):
         try:
-            # A plugin without training adds nothing, so every degree has the model's own weights.
+            # An untrained plugin adds nothing, so every degree has the model's own weights.
             tocom = plugin or ToCom(plain, rank=1, max_degree=max(degrees[-1], args.source, 1))
             return Switchable(plain, tocom.to(device), args.source, degrees, methods, args.scale)
         except UnsupportedModelError as error:
@@ -233,7 +233,7 @@ def _switchable(args: argparse.Namespace, plain: Any, device: torch.device, dtyp
 
 
 def _policies(args: argparse.Namespace, degrees: list[int]) -> list[Any]:
-    """Every degree fixed, then the one that goes by the queue."""
+    """Every fixed degree, then the policy that follows the queue."""
     from tokcomp.serve.policy import Fixed, QueueLength
 
     usual = QueueLength.by_batches(degrees, args.batch_size)

@@ -1,4 +1,4 @@
-"""What the commands that train share: their options, this process among those of the run, and the run to its end."""
+"""What the commands that train share: their options, this process's place in the run, and the run from start to end."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound="Run")
 
-#: field of the recipe -> (what parses it, what it says); the options' names are timm's.
+#: field of the recipe -> (its parser, its help); the options' names are timm's.
 _RECIPE_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "epochs": (options.positive_float, "passes over the training images"),
     "opt": (str, "optimizer, by timm's name"),
     "lr": (options.positive_float, "highest learning rate"),
-    "min_lr": (options.non_negative_float, "learning rate of the last step; a hundredth of an --lr that is below it"),
+    "min_lr": (options.non_negative_float, "learning rate of the last step; a hundredth of --lr if --lr is below it"),
     "sched": (str, "learning rate scheduler, by timm's name"),
     "warmup_epochs": (options.non_negative_float, "epochs in which the learning rate rises"),
-    "warmup_lr": (options.non_negative_float, "learning rate that the warm-up starts from"),
-    "weight_decay": (options.non_negative_float, "weight decay; biases and norms have none"),
-    "clip_grad": (options.positive_float, "largest norm of the gradient, to which a larger one is scaled down"),
+    "warmup_lr": (options.non_negative_float, "learning rate at the start of the warm-up"),
+    "weight_decay": (options.non_negative_float, "weight decay, which biases and norms do not get"),
+    "clip_grad": (options.positive_float, "maximum norm of the gradient; larger gradients are scaled down to it"),
     "aa": (str, "augmentation policy, by timm's name, or none"),
     "hflip": (options.non_negative_float, "probability that an image is mirrored"),
-    "color_jitter": (options.non_negative_float, "strength of colour jitter, which is used where --aa is none"),
+    "color_jitter": (options.non_negative_float, "strength of colour jitter, used if --aa is none"),
     "train_interpolation": (str, "how training images are resized"),
     "reprob": (options.non_negative_float, "probability of random erasing"),
-    "repeated_aug": (options.positive_int, "copies of an image in a row, each augmented on its own"),
+    "repeated_aug": (options.positive_int, "copies of an image in a row, each augmented separately"),
     "smoothing": (options.non_negative_float, "label smoothing"),
-    "mixup": (options.non_negative_float, "alpha of mixup; 0 leaves it out"),
-    "cutmix": (options.non_negative_float, "alpha of cutmix; 0 leaves it out"),
+    "mixup": (options.non_negative_float, "alpha of mixup; 0 disables it"),
+    "cutmix": (options.non_negative_float, "alpha of cutmix; 0 disables it"),
     "drop_path": (options.non_negative_float, "stochastic depth: probability of dropping the last block's branches"),
-    "model_ema_decay": (options.positive_float, "decay of a moving average of the weights, which is trained along"),
+    "model_ema_decay": (options.positive_float, "keep a moving average of the weights with this decay"),
 }
 _FLAGS = {"repeated_aug": "--aug-repeats"}
-#: What has no say on the digits, which are drawn anew each time, and what the recipe then says.
+#: Fields without effect on the digits, which are drawn anew each time, and the values that the recipe then gets.
 _AUGMENTATION = ("aa", "scale", "ratio", "hflip", "color_jitter", "train_interpolation", "reprob")
 _NO_AUGMENTATION = {"aa": None, "hflip": 0.0, "color_jitter": 0.0, "reprob": 0.0}
 
@@ -70,11 +70,11 @@ def add_recipe_options(
     """Options for fields of the recipe, and the seed; the help states each recipe's default.
 
     Args:
-        group: to add them to.
-        fields: which.
-        recipes: whose defaults to state.
-        says: field -> what it says, where not the usual.
-        defaults: field -> its default, where not the recipes'.
+        group: the group to add them to.
+        fields: the fields.
+        recipes: the recipes whose defaults to state.
+        says: field -> its help, if not the usual one.
+        defaults: field -> its default, if not the recipes'.
     """
     for field in fields:
         kind, text = _RECIPE_OPTIONS[field]
@@ -87,12 +87,12 @@ def add_recipe_options(
         type=options.non_negative_int,
         default=0,
         metavar="N",
-        help="seed of all that is drawn at random: order, augmentation, mixing, drop path (default: %(default)s)",
+        help="seed for everything random: order, augmentation, mixing, drop path (default: %(default)s)",
     )
 
 
 def add_speed_options(parser: argparse.ArgumentParser, *, amp_on_gpu: bool = False, checkpointing: bool = True) -> Any:
-    """Options of precision and memory; returns their group. ``amp_on_gpu``: --amp is the default there."""
+    """Options for precision and memory; returns their group. ``amp_on_gpu``: --amp is the default on a GPU."""
     speed = parser.add_argument_group("precision, speed and memory")
     if amp_on_gpu:
         action: Any = argparse.BooleanOptionalAction
@@ -100,20 +100,20 @@ def add_speed_options(parser: argparse.ArgumentParser, *, amp_on_gpu: bool = Fal
     else:
         speed.add_argument("--amp", action="store_true", help="automatic mixed precision in bfloat16")
     if checkpointing:
-        text = "recompute each block in the backward pass, which takes less memory"
+        text = "recompute each block in the backward pass to save memory"
         speed.add_argument("--grad-checkpointing", action="store_true", help=text)
     speed.add_argument(
         "--grad-accum-steps",
         type=options.positive_int,
         default=1,
         metavar="N",
-        help="compute a process's part of the batch in N pieces, which takes less memory (default: %(default)s)",
+        help="compute a process's part of the batch in N pieces to save memory (default: %(default)s)",
     )
     return speed
 
 
 def add_output_options(parser: argparse.ArgumentParser, folder: str, **intervals: tuple[int, str]) -> Any:
-    """Options of the folder, of resuming, and of what is written how often: name -> (steps, between what)."""
+    """Options for the folder, for resuming, and for how often things are written: name -> (steps, between what)."""
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o",
@@ -121,10 +121,10 @@ def add_output_options(parser: argparse.ArgumentParser, folder: str, **intervals
         type=Path,
         default=Path(folder),
         metavar="DIR",
-        help="folder for all that the run writes (default: %(default)s)",
+        help="folder for everything that the run writes (default: %(default)s)",
     )
     output.add_argument(
-        "--resume", action="store_true", help="go on with the run in the output folder; the other options as they were"
+        "--resume", action="store_true", help="continue the run in the output folder, with all other options unchanged"
     )
     for name, (steps, text) in intervals.items():
         output.add_argument(
@@ -138,7 +138,7 @@ def add_output_options(parser: argparse.ArgumentParser, folder: str, **intervals
 
 
 def read_recipe(args: argparse.Namespace, base: Recipe, **more: Any) -> Recipe:
-    """``base`` with ``more`` fields of this run's own, and over both those that the user gave."""
+    """``base``, overridden by this run's fields ``more``, and both by those that the user gave."""
     given = {field: getattr(args, field, None) for field in ("batch_size", *_RECIPE_OPTIONS)}
     fields = {**more, **{field: value for field, value in given.items() if value is not None}}
     if fields.get("aa") in ("none", "None", ""):
@@ -147,7 +147,7 @@ def read_recipe(args: argparse.Namespace, base: Recipe, **more: Any) -> Recipe:
         for field in _AUGMENTATION:
             if fields.get(field) is not None:
                 raise UserError(
-                    f"{_flag(field)} has no say with --dataset digits, which are drawn anew each time; leave it out"
+                    f"{_flag(field)} has no effect with --dataset digits, which are drawn anew each time; leave it out"
                 )
         fields |= _NO_AUGMENTATION
     if fields.get("lr", base.lr) < base.min_lr:
@@ -164,7 +164,7 @@ def read_recipe(args: argparse.Namespace, base: Recipe, **more: Any) -> Recipe:
 
 @dataclass(frozen=True)
 class Job:
-    """A command's options, and this process among those of its run."""
+    """A command's options, and this process's place in its run."""
 
     args: argparse.Namespace
     device: torch.device
@@ -177,7 +177,7 @@ class Job:
 
     @property
     def amp(self) -> str | None:
-        """The type of mixed precision, by name."""
+        """The name of the mixed-precision type."""
         wanted = self.device.type == "cuda" if self.args.amp is None else self.args.amp
         return getattr(self.args, "amp_dtype", "bfloat16") if wanted else None
 
@@ -188,7 +188,7 @@ class Job:
         return None if self.amp is None else getattr(torch, self.amp)
 
     def begin(self, *, mixes: bool) -> None:
-        """Refuse a batch that does not divide, and seed what random weights are drawn from."""
+        """Refuse a batch that does not divide evenly, and seed the generator of random weights."""
         from tokcomp.runs.batches import check_batch_size
         from tokcomp.runs.steps import seed_all
 
@@ -204,14 +204,14 @@ class Job:
         return LoaderBatches(dataset, self.args.batch_size, self.args.seed, **shared, **more)
 
     def held_out(self, dataset: Dataset) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-        """Starts a pass over this process's part of the images to validate on."""
+        """Starts a pass over this process's share of the images to validate on."""
         from tokcomp.runs.batches import held_out_batches
 
         share = max(1, self.args.batch_size // (self.world.size * self.pieces))
         return held_out_batches(dataset, min(share, 256), world=self.world, **self._loading)
 
     def settings(self, recipe: Recipe, *, data: str, train_images: int) -> dict[str, Any]:
-        """What every resumed run has to share with its beginning."""
+        """The settings that a resumed run must share with its beginning."""
         return {
             "recipe": recipe.describe(),
             "seed": self.args.seed,
@@ -229,7 +229,7 @@ class Job:
 
 
 def versions() -> dict[str, Any]:
-    """What summaries say of the software."""
+    """What summaries say about the software."""
     from tokcomp.measure.info import package_versions
 
     found = package_versions()
@@ -239,13 +239,13 @@ def versions() -> dict[str, Any]:
 def train(
     args: argparse.Namespace, prepare: Callable[[Job], R], report: Callable[[R], None], *, traces: Iterable[str] = ()
 ) -> int:
-    """Prepare a run, take it to its end or to where it is stopped, and say so: the exit status.
+    """Prepare a run, run it until it ends or is stopped, report it, and return the exit status.
 
     Args:
         args: the options.
-        prepare: makes the run; what can be refused is refused there, with nothing written.
-        report: what the main process prints of a run that has reached its end.
-        traces: files, besides the usual, by which the output folder is known to hold a run.
+        prepare: makes the run; whatever can be refused is refused there, with nothing written.
+        report: prints, in the main process, the outcome of a run that has reached its end.
+        traces: further patterns of files that mark the output folder as holding a run.
     """
     from tokcomp.runs.distributed import join, leave, local_device
     from tokcomp.runs.loop import Run, check_free
@@ -284,7 +284,7 @@ def _to_its_end(args: argparse.Namespace, run: R, report: Callable[[R], None]) -
         report(run)
     elif run.world.is_main:
         print(
-            f"stopped after step {run.step_number} of {run.total_steps}; the same command with --resume goes on from "
+            f"stopped after step {run.step_number} of {run.total_steps}; the same command with --resume continues from "
             "there",
             file=sys.stderr,
         )

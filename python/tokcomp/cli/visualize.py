@@ -16,11 +16,10 @@ from tokcomp.files import write_whole
 DESCRIPTION = """\
 Draw what a method does to an image's patches, as in Fig. 5 of the DiffRate paper: the input, then one column per block.
 
-Every patch has the mean colour of the patches it was merged with; merged patches are outlined in a colour that is their
-group's own, and need not touch. Pruned patches are black. With EViT the dropped patches fuse into one token, so they
-form a group.
+Every patch has the mean colour of the patches it was merged with; merged patches are outlined in their group's colour,
+and need not touch. Pruned patches are black. With EViT the dropped patches fuse into one token, so they form a group.
 
-Without a method one is chosen and named: DiffRate at the smallest budget published for the model, else ToMe.
+Without a method, one is chosen and named: DiffRate at the smallest budget published for the model, or else ToMe.
 """
 
 EXAMPLES = """\
@@ -32,11 +31,11 @@ examples:
   tokcomp visualize photos/ -m deit_small_patch16_224 --pretrained --method tome --r 13 --columns 0,3,7,11 -o drawn
       every picture of a folder, four chosen blocks (counted from 0), into the folder 'drawn'
   tokcomp visualize cat.jpg --checkpoint mine.safetensors --method evit --keep-rate 0.7 -o cat-evit.png
-      your own weights, into one file
+      your own weights, drawn into one file
 """
 
 
-#: The method where none is named.
+#: The method if none is named.
 _CHOSEN = "chosen"
 
 
@@ -59,14 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--columns",
         type=options.list_of(options.non_negative_int),
         metavar="B,B,...",
-        help="blocks to draw, from 0 (default: where 3/4, 1/2, 1/3 and 1/6 of the tokens are left)",
+        help="blocks to draw, from 0 (default: those that leave 3/4, 1/2, 1/3 and 1/6 of the tokens)",
     )
-    output.add_argument("--cell", type=options.positive_int, metavar="PX", help="pixels that a patch measures")
+    output.add_argument("--cell", type=options.positive_int, metavar="PX", help="side of a patch in pixels")
     output.add_argument(
         "--outline", type=options.non_negative_int, default=2, metavar="PX", help="default: %(default)s"
     )
     add_strict_option(output)
-    output.add_argument("--num-samples", type=options.positive_int, metavar="N", help="at most N pictures of a folder")
+    output.add_argument("--num-samples", type=options.positive_int, metavar="N", help="draw N pictures at most")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _choose_method(args: argparse.Namespace, model: Any) -> None:
-    """Fill in the method, and how far it goes where that is not said either; says what was taken."""
+    """Fill in the method and, if unspecified, how strongly it compresses; prints the choice."""
     from tokcomp.adapters import find_adapter
     from tokcomp.schedule import published_budgets
 
@@ -131,7 +130,7 @@ def _choose_method(args: argparse.Namespace, model: Any) -> None:
             patches = find_adapter(model).num_tokens(model) - geometry.num_prefix_tokens
         args.method, args.r = "tome", max(1, patches // (2 * geometry.depth))
         taken, why = f"--method tome --r {args.r}", "half of the patches by the last block"
-    print(f"no method was named, so {taken} was taken: {why}")
+    print(f"no method was named, so {taken} was chosen: {why}")
 
 
 def _pictures(args: argparse.Namespace) -> list[Path]:

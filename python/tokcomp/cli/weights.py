@@ -1,4 +1,4 @@
-"""Weights from a file that may be anybody's: read as tensors alone, never as code."""
+"""Weights from a file that may come from anyone: read only as tensors, never as code."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a checkpoint into a model: safetensors, what ``torch.save`` wrote, or a published ``.npz`` of JAX's.
+    """Load a checkpoint into a model: safetensors, a ``torch.save`` file, or a published ``.npz`` file from JAX.
 
     Raises:
-        ValueError: the file holds anything but tensors and plain data, which is never run, or no weights.
+        ValueError: the file holds anything but tensors and plain data (nothing in it is run), or no weights.
         RuntimeError: the weights are not this model's.
     """
     if path.suffix in (".npz", ".npy"):
         own: Any = model
         if not hasattr(own, "load_pretrained"):
             raise ValueError(f"a {path.suffix} file needs a model that timm loads such files into")
-        own.load_pretrained(str(path))  # numpy refuses pickled objects by itself
+        own.load_pretrained(str(path))  # numpy itself refuses pickled objects
         return
     model.load_state_dict(read_weights(path))
 
@@ -38,7 +38,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU.
 
     Raises:
-        ValueError: as :func:`load_weights` says.
+        ValueError: as in :func:`load_weights`.
     """
     import torch
 

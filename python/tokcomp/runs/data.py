@@ -89,7 +89,7 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
-            "the training data must give any image by its number, got a stream (wds/..., tfds/...); "
+            "the training data must allow random access, got a stream (wds/..., tfds/...); "
             "use a folder of images, torch/... or hfds/..."
         )
     if len(dataset) == 0:

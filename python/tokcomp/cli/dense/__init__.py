@@ -25,12 +25,12 @@ ACTIONS = {
     "train": ("tokcomp.cli.dense.train", "train a segmenter: a vision transformer and a head"),
     "tocom": ("tokcomp.cli.dense.tocom", "train a plugin for a segmenter's encoder, by self-distillation"),
     "evaluate": ("tokcomp.cli.dense.evaluate", "mIoU and speed by degree, with and without a plugin"),
-    "visualize": ("tokcomp.cli.dense.visualize", "draw images, masks and what the segmenter says at some degrees"),
+    "visualize": ("tokcomp.cli.dense.visualize", "draw images, masks and a segmenter's predictions at some degrees"),
 }
 
 DESCRIPTION = """\
-Semantic segmentation whose tokens are merged for each MLP and given back after it (ToMeMLP). Degree d merges
-d x --tokens-per-degree tokens. Without DATA the pictures are generated: textured shapes on photographs, no download.
+Semantic segmentation with tokens merged for each MLP and unmerged after it (ToMeMLP). Degree d merges
+d x --tokens-per-degree tokens. Without DATA, pictures are generated: textured shapes on photographs, no download.
 """
 
 EXAMPLES = """\
@@ -42,7 +42,7 @@ examples:
   tokcomp dense evaluate segmenter/segmenter.safetensors --plugin plugin/tocom.safetensors --tokens-per-degree 16
       mIoU at each degree, with and without the plugin
   tokcomp dense visualize segmenter/segmenter.safetensors --degrees 0,4,8 --tokens-per-degree 16 -o drawn.png
-      input, truth, and an answer per degree
+      input, truth, and one prediction per degree
   tokcomp dense ACTION --help
       more, for ADE20k and pre-trained encoders
 """
@@ -70,7 +70,7 @@ def add_data_options(parser: argparse.ArgumentParser, *, batch_size: int, train:
         "--data-dir",
         type=Path,
         metavar="DATA",
-        help="folder with images/SPLIT/*.jpg and annotations/SPLIT/*.png, as ADE20k has them (default: generated)",
+        help="folder with images/SPLIT/*.jpg and annotations/SPLIT/*.png, as in ADE20k (default: generated)",
     )
     group.add_argument("--reduce-zero-label", action="store_true", help="label 0 of DATA means no label, as in ADE20k")
     if train:
@@ -110,7 +110,7 @@ def add_segmenter_options(parser: argparse.ArgumentParser) -> None:
         "--img-size",
         type=options.listed(options.positive_int),
         metavar="N[,N]",
-        help="image side, or height and width, where not the one trained at",
+        help="image side, or height and width (default: as in training)",
     )
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
 
@@ -122,12 +122,12 @@ def add_degree_options(parser: argparse.ArgumentParser) -> Any:
         type=options.positive_int,
         default=1,
         metavar="N",
-        help="tokens that a degree merges for each MLP; the paper's 16 degrees have 32 at 512 x 512 (default: 1)",
+        help="tokens that a degree merges for each MLP; 32 in the paper's 16 degrees at 512 x 512 (default: 1)",
     )
     group.add_argument(
         "--merge-residual",
         action="store_true",
-        help="merged positions share one token after the MLP, rather than the MLP's output alone",
+        help="merged positions share one token after the MLP, rather than only the MLP's output",
     )
     return group
 
@@ -153,7 +153,7 @@ def open_segmenter(args: argparse.Namespace) -> tuple[Segmenter, SegmenterSettin
 
 
 def open_data(args: argparse.Namespace, settings: SegmenterSettings, size: tuple[int, int], *, train: bool) -> Prepared:
-    """The part of the data that is trained on, or the held-out one."""
+    """The training part of the data, or the held-out one."""
     from torch.utils.data import Subset
 
     from tokcomp.data import num_images
@@ -167,7 +167,7 @@ def open_data(args: argparse.Namespace, settings: SegmenterSettings, size: tuple
             raise UserError("--reduce-zero-label belongs to --data-dir, got generated pictures; leave it out")
         if settings.classes != CLASSES:
             raise UserError(
-                f"the segmenter must be one of generated pictures ({', '.join(CLASSES)}), got one of "
+                f"the segmenter must be for generated pictures ({', '.join(CLASSES)}), got one for "
                 f"{len(settings.classes)} other classes; pass --data-dir"
             )
         try:
@@ -181,12 +181,12 @@ def open_data(args: argparse.Namespace, settings: SegmenterSettings, size: tuple
             dataset = MaskFolder(args.data_dir, split, reduce_zero_label=args.reduce_zero_label)
         if count is not None:
             dataset = Subset(dataset, range(min(count, num_images(dataset))))
-    augment = train and args.data_dir is not None  # generated pictures vary as they are
+    augment = train and args.data_dir is not None  # generated pictures vary anyway
     return Prepared(dataset, size, settings.mean, settings.std, augment=augment)
 
 
 def data_name(args: argparse.Namespace) -> str:
-    """What a run's settings call the data."""
+    """The name of the data in a run's settings."""
     return str(args.data_dir) if args.data_dir else "generated"
 
 
@@ -198,7 +198,7 @@ def method_of(args: argparse.Namespace) -> Callable[[int], Method]:
 
 
 def compress_encoder(args: argparse.Namespace, segmenter: Segmenter, degree: int) -> None:
-    """Compress the encoder to a degree, blaming the options where it does not fit."""
+    """Compress the encoder to a degree, blaming the options if it does not fit."""
     import tokcomp
 
     with blame(f"degree {degree} at --tokens-per-degree {args.tokens_per_degree}"):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Mean intersection over union, pixel accuracy and images per second of a segmenter at some degrees of compression, with
 and without a plugin. GFLOPs are 1e9 multiply-adds of the encoder. Images and masks are resized to the segmenter's size,
-which is not what benchmarks at full resolution do.
+unlike in benchmarks at full resolution.
 """
 
 EXAMPLES = """\
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--degrees",
         type=options.list_of(options.non_negative_int),
         metavar="D,D,...",
-        help="default: five from 0 to the plugin's highest, or without one 0 alone",
+        help="default: five from 0 to the plugin's highest, or only 0 without a plugin",
     )
     add_plugin_options(parser)
     output = parser.add_argument_group("output")
@@ -52,10 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_plugin_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("plugin")
-    group.add_argument("--plugin", type=Path, metavar="FILE", help="of tokcomp dense tocom, or of tokcomp tocom train")
+    group.add_argument("--plugin", type=Path, metavar="FILE", help="from tokcomp dense tocom or tokcomp tocom train")
     group.add_argument("--scale", type=options.non_negative_float, default=0.1, metavar="S", help="default: 0.1")
     group.add_argument(
-        "--source", type=options.non_negative_int, default=0, metavar="D", help="degree trained at (default: 0)"
+        "--source", type=options.non_negative_int, default=0, metavar="D", help="training degree (default: 0)"
     )
 
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Train a plugin for a segmenter's encoder by self-distillation: in each step the teacher is the segmenter at one random
-degree, the student the segmenter at another with the plugin between the two applied. Masks are not looked at.
+degree, the student the segmenter at another with the plugin between the two applied. Masks are not used.
 
 The paper trains its plugin on the classifier that the encoder was pre-trained as. 'tokcomp tocom train --method
-tome_mlp --tokens-per-degree 32 --img-size 512' does that, and its file serves here too.
+tome_mlp --tokens-per-degree 32 --img-size 512' does that, and its file works here too.
 """
 
 EXAMPLES = """\

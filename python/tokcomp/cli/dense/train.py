@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Train a segmenter: any plain timm vision transformer, from scratch or pre-trained, with a linear head or Segmenter's
-mask transformer. Without --data-dir the pictures are generated: five kinds of textured shapes on photographs.
+mask transformer. Without --data-dir, pictures are generated: five kinds of textured shapes on photographs.
 
-The encoder may be compressed while it is trained (--r). Ctrl-C and SIGTERM stop the run after its step, and --resume
-goes on as if nothing had happened.
+The encoder may be compressed during training (--r). Ctrl-C and SIGTERM stop the run after its current step, and
+--resume continues as if it had never stopped.
 """
 
 EXAMPLES = """\
@@ -113,7 +113,7 @@ def _recipe(args: argparse.Namespace, steps_per_epoch: int) -> Recipe:
 
 
 def _prepare(job: Job) -> DenseRun:
-    """Everything that can be refused is refused here, with nothing written."""
+    """Whatever can be refused is refused here, with nothing written."""
     import timm
 
     import tokcomp

@@ -13,8 +13,8 @@ from tokcomp.cli.pictures import check_overwrites, png_bytes
 from tokcomp.files import write_whole
 
 DESCRIPTION = """\
-Draw, for some held-out images, the image, its mask, and what a segmenter says at some degrees of compression: one row
-per image. Class 0 is dark, every other class a colour of its own, and what has no label is grey.
+Draw some held-out images, their masks, and a segmenter's predictions at some degrees of compression: one row per image.
+Class 0 is dark, every other class has its own colour, and unlabelled pixels are grey.
 """
 
 EXAMPLES = """\

@@ -13,9 +13,9 @@ ACTIONS = {
 }
 
 DESCRIPTION = """\
-Move a trained model between compression degrees with no training (ToCom). A plugin is trained once for a backbone; it
+Move a trained model between compression degrees without training (ToCom). A plugin is trained once for a backbone; it
 then serves every model that was fine-tuned from it, at any degree: ToMe's tokens merged per block, EViT's tokens
-dropped per block, or the place in a list of DiffRate schedules.
+dropped per block, or the position in a list of DiffRate schedules.
 """
 
 EXAMPLES = """\
@@ -24,7 +24,7 @@ examples:
       --mixup 0 --cutmix 0 -o plugin
       a plugin for the bundled model, no download
   tokcomp tocom evaluate --dataset digits -m tokcomp_digits_vit --pretrained --plugin plugin/tocom.safetensors
-      what it does to the accuracy at each degree
+      its effect on the accuracy at each degree
   tokcomp tocom apply -m tokcomp_digits_vit --pretrained --plugin plugin/tocom.safetensors --source 0 --target 12 \\
       -o digits-at-12.safetensors
       weights to run at degree 12

@@ -13,8 +13,8 @@ from tokcomp.cli.model_arguments import model_settings
 from tokcomp.files import write_whole
 
 DESCRIPTION = """\
-Write the weights of a model trained at one compression degree as they should be at another. What comes out is a
-checkpoint like any other, for timm, for --checkpoint, or for tokcomp.compress; running it costs nothing extra.
+Adapt the weights of a model trained at one compression degree to another. The result is an ordinary checkpoint, for
+timm, for --checkpoint, or for tokcomp.compress; running it costs nothing extra.
 """
 
 EXAMPLES = """\
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model_options(parser, default="deit_base_patch16_224")
     add_plugin_options(parser)
     degrees = parser.add_argument_group("degrees")
-    for name, text in (("source", "that the weights were trained at"), ("target", "that they are to be run at")):
+    for name, text in (("source", "at which the weights were trained"), ("target", "at which they are to run")):
         degrees.add_argument(f"--{name}", type=options.non_negative_int, required=True, metavar="D", help=text)
     output = parser.add_argument_group("output")
     output.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the checkpoint, safetensors")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not (args.pretrained or args.checkpoint):
-        raise UserError("a plugin goes into trained weights, got none; pass --checkpoint FILE or --pretrained")
+        raise UserError("a plugin needs trained weights, got none; pass --checkpoint FILE or --pretrained")
     check_output_file("--output", args.output)
     _check_source(args)
     from tokcomp.reading import tensors_to_bytes
@@ -76,5 +76,5 @@ def _check_source(args: argparse.Namespace) -> None:
     if degree != args.source:
         raise UserError(
             f"--source must be {degree}, the degree that a plugin in '{args.checkpoint}' made its weights for, got "
-            f"{args.source}; start from the weights without a plugin, or say --source {degree}"
+            f"{args.source}; start from the weights without a plugin, or pass --source {degree}"
         )

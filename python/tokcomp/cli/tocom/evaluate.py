@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Accuracy of models trained at some degrees (source) and run at others (target), with and without a plugin, and images
-per second. At equal degrees there is nothing to add.
+per second. At equal degrees the plugin adds nothing.
 
-DATA is as for 'tokcomp evaluate'. Without --source the model's own weights (--pretrained, --checkpoint) count as
+DATA is as for 'tokcomp evaluate'. Without --source, the model's own weights (--pretrained, --checkpoint) count as
 trained at degree 0.
 """
 
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_source,
         nargs="+",
         metavar="D[=FILE]",
-        help="degrees trained at, each with its checkpoint (default: 0, with the model's own weights)",
+        help="training degrees, each with its checkpoint (default: 0, with the model's own weights)",
     )
     grid.add_argument(
         "--targets",
@@ -150,7 +150,7 @@ def _sources(args: argparse.Namespace) -> list[tuple[int, Path | None]]:
 
 
 def _check_plugin(args: argparse.Namespace, plugin: ToCom, sources: Sequence[int]) -> None:
-    """Refuse, before anything is scored, degrees and a method that the plugin is not for."""
+    """Refuse, before anything is scored, degrees or a method that the plugin is not for."""
     if plugin.method not in (None, args.method):
         raise UserError(f"--method must be {plugin.method}, which the plugin was trained with, got {args.method}")
     for name, degrees in (("--source", sources), ("--targets", args.targets or ())):
@@ -185,7 +185,7 @@ def _scorer(
         except UnreadableImageError as error:
             raise strict_error(error) from error
         if not said:
-            said.append(True)  # the same of every cell
+            said.append(True)  # the same for every cell
             report_oddities(part, found, classes)
         return found
 

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Train a plugin on a frozen, pre-trained model, on the data that it was pre-trained with. In each step the teacher is
 the model at one random degree, the student the model at another with the plugin between the two applied; the plugin
-learns to make their answers agree (of models without a classifier, their features). Labels are not looked at.
+learns to make their answers agree (their features, if the model has no classifier). Labels are not used.
 
-DATA is a folder with 'train' in it, one sub-folder per class, or --dataset names any data set of timm's that gives an
-image by its number. The defaults are the paper's recipe. Ctrl-C and SIGTERM stop the run after its step, and --resume
-goes on as if nothing had happened: to the same plugin, bit for bit on a CPU.
+DATA is a folder that contains 'train' with one sub-folder per class, or --dataset names any of timm's data sets that
+allows random access. The defaults are the paper's recipe. Ctrl-C and SIGTERM stop the run after its current step, and
+--resume continues as if it had never stopped: to the same plugin, bit for bit on a CPU.
 """
 
 EXAMPLES = """\
@@ -33,9 +33,9 @@ examples:
       --mixup 0 --cutmix 0 -o digits-plugin
       the bundled model on the bundled digits, no download
   tokcomp tocom train /data/imagenet -m deit_base_patch16_224 --pretrained -o plugin
-      the paper's plugin for DeiT-B and ToMe; on a GPU in mixed precision (bfloat16), unless --no-amp
+      the paper's plugin for DeiT-B and ToMe; on a GPU in mixed precision (bfloat16) unless --no-amp is given
   torchrun --nproc-per-node 8 -m tokcomp tocom train /data/imagenet -m vit_base_patch16_224.mae --pretrained
-      on 8 GPUs, by the features of a backbone without a classifier
+      on 8 GPUs, using the features of a backbone without a classifier
   tokcomp tocom train ... --method diffrate --schedules dear.json middle.json cheap.json -o plugin
       between DiffRate schedules
 """
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="factor on the plugin (default: %(default)s)",
     )
     recipe = parser.add_argument_group("recipe")
-    says = {"weight_decay": "decay of the plugin's matrices"}
+    says = {"weight_decay": "weight decay of the plugin's matrices"}
     says |= {"drop_path": "stochastic depth: probability of dropping the branches of the student's last block"}
     training.add_recipe_options(recipe, RECIPE_FIELDS, TOCOM_RECIPE, says=says)
     training.add_speed_options(parser, amp_on_gpu=True)
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not (args.pretrained or args.checkpoint):
-        raise UserError("a plugin is trained on a trained model, got none; pass --pretrained or --checkpoint FILE")
+        raise UserError("training a plugin needs a trained model, got none; pass --pretrained or --checkpoint FILE")
     recipe, root = training.read_recipe(args, TOCOM_RECIPE), data_root(args)
     return training.train(args, lambda job: _prepare(job, recipe, root), lambda run: _report(args, run))
 
@@ -97,7 +97,7 @@ def _report(args: argparse.Namespace, found: TocomRun) -> None:
 
 
 def _prepare(job: Job, recipe: Recipe, root: Path | None) -> TocomRun:
-    """Everything that can be refused is refused here, with nothing written."""
+    """Whatever can be refused is refused here, with nothing written."""
     from torch.utils.data import IterableDataset
 
     import tokcomp
@@ -122,7 +122,7 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> TocomRun:
     dataset = open_data(args, root, args.train_split)
     if isinstance(dataset, IterableDataset) or not num_images(dataset):
         raise UserError(
-            "DATA must hold images and give any by its number, got a stream or nothing; use a folder of images, "
+            "DATA must hold images and allow random access, got a stream or nothing; use a folder of images, "
             "torch/... or hfds/..."
         )
     config = data_config(args, model)
