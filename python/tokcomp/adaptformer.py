@@ -243,7 +243,7 @@ def is_saved(path: Path) -> bool:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
+        raise FileNotFoundError(f"{path} does not exist")
     tensors, about = read_tensors(path, "an AdaptFormer file")
     if about.get("format") != FORMAT:
         raise ValueError(f"{path}: must be an AdaptFormer file, got a file of {len(tensors)} other tensors")

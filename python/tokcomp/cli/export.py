@@ -10,8 +10,8 @@ from tokcomp.cli.errors import UserError, blame, check_output_file
 
 DESCRIPTION = """\
 Compile a model, compressed or not, ahead of time into one file (torch.export and AOTInductor), weights included. Python
-programs run it with tokcomp.load_exported, C++ programs with LibTorch and libtokcomp: docs/deploying.md. Exporting needs
-a C++ compiler. The file computes on the kind of device and in the type that are chosen here.
+programs run it with tokcomp.load_exported, C++ programs with LibTorch and libtokcomp: docs/deploying.md. It is
+built by a C++ compiler, and computes on the kind of device and in the type that are chosen here.
 """
 
 EXAMPLES = """\

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 WHAT = "tensors and plain data alone, a model's state_dict() in safetensors for one"
-#: Where training scripts keep the weights, in the order of preference: averaged ones first, as timm has it.
+#: Where training scripts keep the weights, in order of preference: averaged ones first, as in timm.
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 #: What DistributedDataParallel and torch.compile put before a name.
 _WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
@@ -45,7 +45,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         found: Any = read_tensors(path, WHAT)[0]
     else:
-        # Training scripts keep their options beside the weights; a namespace of plain data runs nothing.
+        # Training scripts keep their options beside the weights; a namespace of plain data runs no code.
         found = read_pickle(path, WHAT, [argparse.Namespace])
     if isinstance(found, dict):
         found = next((found[key] for key in _KEYS if found.get(key) is not None), found)

@@ -50,7 +50,7 @@ class SegmenterSettings:
 def save_segmenter(
     path: Path, segmenter: Segmenter, settings: SegmenterSettings, facts: Mapping[str, Any] | None = None
 ) -> None:
-    """Write weights, settings and ``facts`` (JSON data); the file is there whole or as it was before."""
+    """Write weights, settings and ``facts`` (JSON data); the file is written whole or left as it was."""
     metadata = {"format": FORMAT, "version": str(VERSION), "settings": json.dumps(asdict(settings))}
     metadata["facts"] = json.dumps(dict(facts or {}))
     write_whole(path, tensors_to_bytes(segmenter.state_dict(), metadata))
@@ -66,10 +66,10 @@ def load_segmenter(
         img_size: run it at another size than it was trained at.
         more: passed to timm, such as ``drop_path_rate``.
 
-    Nothing is fetched for it: the file names one of timm's own models, and holds all of its weights.
+    Nothing is downloaded: the file names one of timm's own models and holds all of its weights.
 
     Raises:
-        ValueError: the file is not there, is not a segmenter's, is damaged, or does not fit what it says.
+        ValueError: the file does not exist, is not a segmenter's, is damaged, or does not fit its own description.
     """
     if not path.is_file():
         raise ValueError(f"the segmenter must be a file, got '{path}', which does not exist")

@@ -43,8 +43,8 @@ def load_checkpoint(path: Path, kind: str) -> dict[str, Any]:
     """The state that :func:`save_checkpoint` wrote, on the CPU.
 
     Raises:
-        CheckpointError: the file is not there, is no checkpoint, is damaged, or is one of another kind or version;
-            the message names it.
+        CheckpointError: the file is missing, is not a checkpoint, is damaged, or is one of another kind or version; the
+            message names it.
     """
     if not path.is_file():
         raise CheckpointError(f"the checkpoint must be a file, got '{path}', which does not exist")

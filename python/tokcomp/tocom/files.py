@@ -66,8 +66,8 @@ def read_plugin(path: Path) -> Contents:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a plugin, truncated, damaged, of another version, or of tensors that do not fit together or are
-            not finite.
+        ValueError: not a plugin, truncated, damaged, of another version, or with tensors that do not fit together or
+            are not finite.
     """
     with path.open("rb") as file:
         start = file.read(2)

@@ -186,8 +186,8 @@ class ToCom(nn.Module):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is truncated or damaged, is no plugin, or one for another depth or width or of values
-                that are not finite; the message names it.
+            ValueError: the file is truncated or damaged, is not a plugin, or is one for another depth or width or with
+                values that are not finite; the message names it.
         """
         contents = read_plugin(Path(path))
         _, layers = qkv_layers(model)

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_source(args: argparse.Namespace) -> None:
-    """Refuse a checkpoint that this command made for another degree than --source."""
+    """Refuse a checkpoint that this command made for a degree other than --source."""
     from tokcomp.reading import parse_json, read_metadata
 
     if args.checkpoint is None:
