@@ -113,7 +113,7 @@ def attach(model: ModelT, bottleneck: int = 32, scale: float = 0.1) -> ModelT:
 
 
 def detach(model: ModelT) -> ModelT:
-    """Undo :func:`attach`, in place. A model without branches stays as it is; ``requires_grad`` is left alone."""
+    """Undo :func:`attach`, in place. A model without branches stays as it is; ``requires_grad`` is not touched."""
     mlps = _mlps(model)
     require_idle(model)
     for mlp in mlps:

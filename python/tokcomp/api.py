@@ -19,7 +19,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def compress(model: ModelT, method: Method) -> ModelT:
     """Make a model compress its tokens by ``method``, in place.
 
-    Parameters, state_dict keys, hooks and training flags stay as they are. A model that is compressed already changes
+    Parameters, state_dict keys, hooks and training flags stay as they are. A model that is already compressed switches
     to the new method. Everything is checked first: if this raises, the model is unchanged. No other thread may call the
     model meanwhile; :class:`tokcomp.Switchable` is for models that serve.
 

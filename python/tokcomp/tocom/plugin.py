@@ -85,7 +85,7 @@ class ToCom(nn.Module):
         """Turn the weights of a model trained at degree ``source`` into weights for degree ``target``, in place.
 
         Only the values of the q and v weights change. A second fold of this plugin replaces the first. If this raises,
-        the model is as it was. No other thread may call the model meanwhile; :class:`tokcomp.Switchable` is for models
+        the model is unchanged. No other thread may call the model meanwhile; :class:`tokcomp.Switchable` is for models
         that serve.
 
         Args:
