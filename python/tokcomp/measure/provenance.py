@@ -33,7 +33,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "instruction_sets": instruction_sets(),
-            "load": os.getloadavg()[0],  # of the last minute: what else ran beside the measurement
+            "load": os.getloadavg()[0],  # over the last minute: what else ran during the measurement
             "system": platform.platform(),
         },
     }
