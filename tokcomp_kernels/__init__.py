@@ -1,19 +1,17 @@
 """Token-compression operators for PyTorch: importing this package registers ``torch.ops.tokcomp.*``."""
 
 from tokcomp_kernels._library import build_info, load_error, native_kernels
-from tokcomp_kernels.ops import (
-    add_layer_norm,
-    attention,
-    class_attention_sort,
-    linear_gelu,
-    masked_attention,
-    masked_merge,
-    masked_softmax,
-    prune_merge,
-    prune_merge_norm,
-    tome_merge,
-    unmerge,
-)
+from tokcomp_kernels.ops.add_layer_norm import add_layer_norm
+from tokcomp_kernels.ops.attention import attention
+from tokcomp_kernels.ops.class_attention_sort import class_attention_sort
+from tokcomp_kernels.ops.linear_gelu import linear_gelu
+from tokcomp_kernels.ops.masked_attention import masked_attention
+from tokcomp_kernels.ops.masked_merge import masked_merge
+from tokcomp_kernels.ops.masked_softmax import masked_softmax
+from tokcomp_kernels.ops.prune_merge import prune_merge
+from tokcomp_kernels.ops.prune_merge_norm import prune_merge_norm
+from tokcomp_kernels.ops.tome_merge import tome_merge
+from tokcomp_kernels.ops.unmerge import unmerge
 
 __all__ = [
     "add_layer_norm",

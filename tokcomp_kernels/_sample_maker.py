@@ -7,7 +7,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from tokcomp_kernels.reference._common import accumulate_dtype
+from tokcomp_kernels._numbers import accumulate_dtype
 
 
 class Maker:

@@ -19,7 +19,8 @@ NATIVE_NAMESPACES = {"CPU": "tokcomp_cpu", "CUDA": "tokcomp_cuda"}
 class Operator:
     """One operator. ``signature`` follows the name in the schema; a leading underscore marks a backward pass.
 
-    ``native`` says whether it has compiled kernels; without, PyTorch's own operators make it up on CPU.
+    ``native`` says whether it has compiled kernels; without, PyTorch's own operators make it up on CPU. ``file``
+    names its file in every folder, the reference's too, where that is not the operator's own name.
     """
 
     name: str
@@ -28,6 +29,15 @@ class Operator:
     differentiable: tuple[str, ...] = ()
     backward: str | None = None
     native: bool = True
+    file: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "file", self.file or self.stem)
+
+    @property
+    def stem(self) -> str:
+        """What its functions are called: ``<stem>_reference``, ``<stem>_triton``."""
+        return self.name.lstrip("_")
 
     @property
     def schema(self) -> str:
@@ -130,12 +140,14 @@ OPERATORS: tuple[Operator, ...] = (
         "_unmerge_backward",
         "(Tensor grad, Tensor source, int num_tokens) -> Tensor",
         "Gradient of unmerge to its tokens: the sum over each group.",
+        file="unmerge",
     ),
     Operator(
         "_masked_softmax_backward",
         "(Tensor grad, Tensor scores, Tensor token_mask, float eps=1e-06)"
         " -> (Tensor grad_scores, Tensor grad_token_mask)",
         "Gradient of masked_softmax.",
+        file="masked_softmax",
     ),
     Operator(
         "_masked_attention_backward",

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 
 from tokcomp_kernels._library import native_kernels
+from tokcomp_kernels._schema import BY_NAME
+from tokcomp_kernels.reference import REFERENCES
 
 BACKENDS = ("auto", "cuda", "triton", "reference")
 #: GPU -> operator -> the backend that was the fastest there. ``make gpu-check`` writes it.
@@ -63,11 +65,13 @@ def _has_triton() -> bool:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One operator's backends. ``triton`` is the launcher as ``module:function``, imported on first use."""
+    """One operator's backends. Triton's launcher is imported on first use."""
 
     name: str
-    reference: Callable[..., Any]
-    triton: str
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        return REFERENCES[self.name]
 
     def backend(self, device_type: str) -> str:
         """``cpp``, ``cuda``, ``triton`` or ``reference``."""
@@ -99,8 +103,9 @@ class Implementation:
         raise ValueError(f"backend must be one of cpp, cuda, triton, reference, got {backend!r}")
 
     def _launch_triton(self, *args: Any, **kwargs: Any) -> Any:
-        module, function = self.triton.split(":")
-        return getattr(importlib.import_module(f"tokcomp_kernels.triton.{module}"), function)(*args, **kwargs)
+        operator = BY_NAME[self.name]
+        module = importlib.import_module(f"tokcomp_kernels.triton.{operator.file}")
+        return getattr(module, f"{operator.stem}_triton")(*args, **kwargs)
 
 
 def _float64_elsewhere(fast: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,13 +1,8 @@
-"""What fakes share: they mirror the dtypes and strides that kernels allocate."""
+"""What fakes share: they mirror the strides that kernels allocate."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-
-
-def accumulate_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def token_major(q: Tensor) -> Tensor:

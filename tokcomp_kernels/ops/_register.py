@@ -14,7 +14,7 @@ from tokcomp_kernels._library import LIBRARY, native_kernels
 from tokcomp_kernels._schema import BY_NAME, NAMESPACE
 from tokcomp_kernels.ops._backends import Implementation
 from tokcomp_kernels.ops._layouts import KEYS, refusal
-from tokcomp_kernels.ops._value_checks import VALUE_CHECKS
+from tokcomp_kernels.ops._value_checks import check_values
 
 #: Every registered operator, for tests, benchmarks and `tokcomp info`.
 IMPLEMENTATIONS: dict[str, Implementation] = {}
@@ -59,8 +59,6 @@ def register(
     name: str,
     *,
     fake: Callable[..., Any],
-    reference: Callable[..., Any],
-    triton: str,
     autograd: Callable[[Arguments], type[torch.autograd.Function]] | None = None,
     autocast: Sequence[str] = (),
     autocast_dtype: torch.dtype | None = None,
@@ -70,9 +68,9 @@ def register(
     ``autograd(arguments)`` gives the Function whose ``apply(keyset, *flat_arguments)`` runs where one of them requires
     a gradient. ``autocast`` names the inputs that take autocast's dtype, or ``autocast_dtype`` where one is given.
     """
-    implementation = Implementation(name, reference, triton)
+    implementation = Implementation(name)
     IMPLEMENTATIONS[name] = implementation
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, implementation.reference, "CompositeExplicitAutograd")
     for device in _DISPATCH_KEYS:
         _give_key(implementation, device)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
@@ -92,23 +90,23 @@ def _give_key(implementation: Implementation, device: str) -> None:
     """Make the chosen backend answer on a device, unless it does already."""
     name = implementation.name
     backend = implementation.backend(device)
-    checks_values = name in VALUE_CHECKS and os.environ.get("TOKCOMP_CHECK", "0") == "1"
+    checks = os.environ.get("TOKCOMP_CHECK", "0") == "1" and BY_NAME[name].public
     # A compiled CPU kernel has registered itself; elsewhere the reference answers from below every key.
     answers_now = "cpp" if device == "cpu" and name in native_kernels()["cpu"] else "reference"
-    if backend == answers_now and not checks_values:
+    if backend == answers_now and not checks:
         return
     run = implementation.callable(backend)
-    if checks_values:
+    if checks:
         run = _checked(name, run)
     LIBRARY.impl(name, run, _DISPATCH_KEYS[device], allow_override=True)
 
 
 def _checked(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    check, value_check = getattr(_checks, f"check_{name}"), VALUE_CHECKS[name]
+    check, names = getattr(_checks, f"check_{name}"), Arguments(name).names
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)  # values can be looked at once the shapes are right
-        value_check(*args, **kwargs)
+        check_values(name, {**dict(zip(names, args, strict=False)), **kwargs})
         return run(*args, **kwargs)
 
     return checked

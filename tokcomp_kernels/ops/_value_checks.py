@@ -7,7 +7,7 @@ error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,99 +22,23 @@ def _refuse_where(op: str, argument: str, bad: Tensor, rule: str, values: Tensor
         )
 
 
-def _finite(op: str, **tensors: Tensor) -> None:
-    for argument, values in tensors.items():
-        _refuse_where(op, argument, ~values.isfinite(), "be finite", values)
-
-
-def _positive_size(op: str, size: Tensor | None) -> None:
-    if size is not None:
-        _refuse_where(op, "size", ~((size > 0) & size.isfinite()), "be positive and finite", size)
-
-
-def _mask(op: str, token_mask: Tensor) -> None:
-    _refuse_where(op, "token_mask", ~((token_mask >= 0) & (token_mask <= 1)), "be between 0 and 1", token_mask)
-
-
-def _class_attention_sort(q_cls: Tensor, k: Tensor, size: Tensor | None = None, *_: Any) -> None:
-    _finite("class_attention_sort", q_cls=q_cls, k=k)
-    _positive_size("class_attention_sort", size)
-
-
-def _prune_merge(x: Tensor, importance: Tensor, *_: Any, size: Tensor | None = None, **__: Any) -> None:
-    _finite("prune_merge", x=x)
-    _refuse_where("prune_merge", "importance", importance.isnan(), "not be NaN", importance)
-    _positive_size("prune_merge", size)
-
-
-def _prune_merge_norm(
-    x: Tensor, branch: Tensor, importance: Tensor, *_: Any, size: Tensor | None = None, **__: Any
-) -> None:
-    _finite("prune_merge_norm", x=x, branch=branch)
-    _refuse_where("prune_merge_norm", "importance", importance.isnan(), "not be NaN", importance)
-    _positive_size("prune_merge_norm", size)
-
-
-def _add_layer_norm(x: Tensor, branch: Tensor, *_: Any, **__: Any) -> None:
-    _finite("add_layer_norm", x=x, branch=branch)
-
-
-def _masked_softmax(scores: Tensor, token_mask: Tensor, *_: Any) -> None:
-    _refuse_where("masked_softmax", "scores", scores.isnan(), "not be NaN", scores)
-    _mask("masked_softmax", token_mask)
-
-
-def _masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor, *, size: Tensor | None = None, **_: Any
-) -> None:
-    _finite("masked_attention", q=q, k=k, v=v)
-    _mask("masked_attention", token_mask)
-    _positive_size("masked_attention", size)
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, **_: Any) -> None:
-    _finite("attention", q=q, k=k, v=v)
-    _positive_size("attention", size)
-
-
-def _tome_merge(x: Tensor, metric: Tensor, *_: Any, size: Tensor | None = None, **__: Any) -> None:
-    _finite("tome_merge", x=x, metric=metric)
-    _positive_size("tome_merge", size)
-
-
-def _unmerge(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = None) -> None:
-    in_range = (source >= -1) & (source < x.shape[1])
-    _refuse_where("unmerge", "source", ~in_range, f"be between -1 and {x.shape[1] - 1}", source)
-    if torch.is_tensor(pruned_fill):
-        _finite("unmerge", pruned_fill=pruned_fill)
-
-
-def _masked_merge(
-    x: Tensor, importance: Tensor, token_mask: Tensor, counts: Tensor, *, size: Tensor | None = None, **_: Any
-) -> None:
-    _finite("masked_merge", x=x)
-    _mask("masked_merge", token_mask)
-    # A dead token is ranked by its place: its importance is not looked at.
-    _refuse_where("masked_merge", "importance", importance.isnan() & (token_mask > 0), "not be NaN", importance)
-    _positive_size("masked_merge", size)
-
-
-def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    _finite("linear_gelu", x=x, weight=weight)
-    if bias is not None:
-        _finite("linear_gelu", bias=bias)
-
-
-VALUE_CHECKS: dict[str, Callable[..., None]] = {
-    "class_attention_sort": _class_attention_sort,
-    "prune_merge": _prune_merge,
-    "masked_softmax": _masked_softmax,
-    "masked_attention": _masked_attention,
-    "attention": _attention,
-    "tome_merge": _tome_merge,
-    "unmerge": _unmerge,
-    "masked_merge": _masked_merge,
-    "prune_merge_norm": _prune_merge_norm,
-    "add_layer_norm": _add_layer_norm,
-    "linear_gelu": _linear_gelu,
-}
+def check_values(op: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse the first value that an argument of its name cannot have; a name means the same to every operator."""
+    for name, values in arguments.items():
+        if not torch.is_tensor(values) or name == "counts":  # every count is safe
+            continue
+        if name == "size":
+            _refuse_where(op, name, ~((values > 0) & values.isfinite()), "be positive and finite", values)
+        elif name == "token_mask":
+            _refuse_where(op, name, ~((values >= 0) & (values <= 1)), "be between 0 and 1", values)
+        elif name == "scores":  # -inf is how a key is left out
+            _refuse_where(op, name, values.isnan(), "not be NaN", values)
+        elif name == "importance":
+            # A dead token is ranked by its place: its importance is not looked at.
+            read = arguments["token_mask"] > 0 if "token_mask" in arguments else True
+            _refuse_where(op, name, values.isnan() & read, "not be NaN", values)
+        elif name == "source":
+            slots = arguments["x"].shape[1]
+            _refuse_where(op, name, (values < -1) | (values >= slots), f"be between -1 and {slots - 1}", values)
+        else:
+            _refuse_where(op, name, ~values.isfinite(), "be finite", values)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tokcomp_kernels._checks import check_add_layer_norm
 from tokcomp_kernels.ops._register import Arguments, refuse_second_order, register
-from tokcomp_kernels.reference.add_layer_norm import add_layer_norm_reference
 
 
 def add_layer_norm(
@@ -82,8 +81,6 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
 register(
     "add_layer_norm",
     fake=_fake,
-    reference=add_layer_norm_reference,
-    triton="add_layer_norm:add_layer_norm_triton",
     autograd=_autograd,
     autocast=("x", "branch", "weight", "bias"),
     autocast_dtype=torch.float32,

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_attention, check_attention_backward
-from tokcomp_kernels.ops._fake import accumulate_dtype, token_major
+from tokcomp_kernels._numbers import accumulate_dtype
+from tokcomp_kernels.ops._fake import token_major
 from tokcomp_kernels.ops._register import Arguments, register
-from tokcomp_kernels.reference.attention import attention_reference
-from tokcomp_kernels.reference.attention_backward import attention_backward_reference
 
 
 def attention(
@@ -73,14 +72,10 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
 register(
     "_attention_backward",
     fake=_backward_fake,
-    reference=attention_backward_reference,
-    triton="attention_backward:attention_backward_triton",
 )
 register(
     "attention",
     fake=_fake,
-    reference=attention_reference,
-    triton="attention:attention_triton",
     autograd=_autograd,
     autocast=("q", "k", "v"),
 )

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_class_attention_sort
-from tokcomp_kernels.ops._fake import accumulate_dtype
+from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.ops._register import register
-from tokcomp_kernels.reference.class_attention_sort import class_attention_sort_reference
 
 
 def class_attention_sort(
@@ -46,7 +45,5 @@ def _fake(
 register(
     "class_attention_sort",
     fake=_fake,
-    reference=class_attention_sort_reference,
-    triton="class_attention_sort:class_attention_sort_triton",
     autocast=("q_cls", "k"),
 )

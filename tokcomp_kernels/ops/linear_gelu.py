@@ -11,7 +11,6 @@ from torch import Tensor
 from tokcomp_kernels._checks import check_linear_gelu
 from tokcomp_kernels.ops._register import Arguments, refuse_second_order, register
 from tokcomp_kernels.product_types import widened
-from tokcomp_kernels.reference.linear_gelu import linear_gelu_reference
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -69,8 +68,6 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
 register(
     "linear_gelu",
     fake=_fake,
-    reference=linear_gelu_reference,
-    triton="linear_gelu:linear_gelu_triton",
     autograd=_autograd,
     autocast=("x", "weight", "bias"),
 )

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_masked_attention, check_masked_attention_backward
-from tokcomp_kernels.ops._fake import accumulate_dtype, token_major
+from tokcomp_kernels._numbers import accumulate_dtype
+from tokcomp_kernels.ops._fake import token_major
 from tokcomp_kernels.ops._register import Arguments, register
-from tokcomp_kernels.reference.masked_attention import masked_attention_reference
-from tokcomp_kernels.reference.masked_attention_backward import masked_attention_backward_reference
 
 
 def masked_attention(
@@ -100,14 +99,10 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
 register(
     "_masked_attention_backward",
     fake=_backward_fake,
-    reference=masked_attention_backward_reference,
-    triton="masked_attention_backward:masked_attention_backward_triton",
 )
 register(
     "masked_attention",
     fake=_fake,
-    reference=masked_attention_reference,
-    triton="masked_attention:masked_attention_triton",
     autograd=_autograd,
     autocast=("q", "k", "v"),
 )

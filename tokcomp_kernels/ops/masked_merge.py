@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_masked_merge, check_masked_merge_backward
-from tokcomp_kernels.ops._fake import accumulate_dtype
+from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.ops._register import Arguments, register
-from tokcomp_kernels.reference.masked_merge import masked_merge_reference
-from tokcomp_kernels.reference.masked_merge_backward import masked_merge_backward_reference
 
 
 def masked_merge(
@@ -120,13 +118,9 @@ def _backward_fake(grad: Tensor, destination: Tensor) -> Tensor:
 register(
     "_masked_merge_backward",
     fake=_backward_fake,
-    reference=masked_merge_backward_reference,
-    triton="masked_merge_backward:masked_merge_backward_triton",
 )
 register(
     "masked_merge",
     fake=_fake,
-    reference=masked_merge_reference,
-    triton="masked_merge:masked_merge_triton",
     autograd=_autograd,
 )

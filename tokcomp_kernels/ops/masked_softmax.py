@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tokcomp_kernels._checks import check_masked_softmax, check_masked_softmax_backward
 from tokcomp_kernels.ops._register import Arguments, register
-from tokcomp_kernels.reference.masked_softmax import masked_softmax_backward_reference, masked_softmax_reference
 
 
 def masked_softmax(scores: Tensor, token_mask: Tensor, eps: float = 1e-6) -> Tensor:
@@ -64,14 +63,10 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
 register(
     "_masked_softmax_backward",
     fake=_backward_fake,
-    reference=masked_softmax_backward_reference,
-    triton="masked_softmax:masked_softmax_backward_triton",
 )
 register(
     "masked_softmax",
     fake=_fake,
-    reference=masked_softmax_reference,
-    triton="masked_softmax:masked_softmax_triton",
     autograd=_autograd,
     autocast=("scores",),
     autocast_dtype=torch.float32,

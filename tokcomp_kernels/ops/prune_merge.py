@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_merge_backward, check_prune_merge
-from tokcomp_kernels.ops._fake import accumulate_dtype
+from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.ops._register import Arguments, register
-from tokcomp_kernels.reference.merge_backward import merge_backward_reference
-from tokcomp_kernels.reference.prune_merge import prune_merge_reference
 
 
 def prune_merge(
@@ -105,13 +103,9 @@ def _merge_backward_fake(grad: Tensor, source: Tensor, size: Tensor | None = Non
 register(
     "_merge_backward",
     fake=_merge_backward_fake,
-    reference=merge_backward_reference,
-    triton="merge_backward:merge_backward_triton",
 )
 register(
     "prune_merge",
     fake=_fake,
-    reference=prune_merge_reference,
-    triton="prune_merge:prune_merge_triton",
     autograd=_autograd,
 )

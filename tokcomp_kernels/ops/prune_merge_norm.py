@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_prune_merge_norm
-from tokcomp_kernels.ops._fake import accumulate_dtype
+from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.ops._register import Arguments, refuse_second_order, register
 from tokcomp_kernels.ops.add_layer_norm import layer_norm_grads
-from tokcomp_kernels.reference.prune_merge_norm import prune_merge_norm_reference
 
 
 def prune_merge_norm(
@@ -138,8 +137,6 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
 register(
     "prune_merge_norm",
     fake=_fake,
-    reference=prune_merge_norm_reference,
-    triton="prune_merge_norm:prune_merge_norm_triton",
     autograd=_autograd,
     autocast=("x", "branch", "weight", "bias"),
     autocast_dtype=torch.float32,

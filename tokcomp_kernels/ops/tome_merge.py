@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_tome_merge
-from tokcomp_kernels.ops._fake import accumulate_dtype
+from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.ops._register import Arguments, register
-from tokcomp_kernels.reference.tome_merge import tome_merge_reference
 
 
 def tome_merge(
@@ -71,6 +70,4 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
     return ToMeMerge
 
 
-register(
-    "tome_merge", fake=_fake, reference=tome_merge_reference, triton="tome_merge:tome_merge_triton", autograd=_autograd
-)
+register("tome_merge", fake=_fake, autograd=_autograd)

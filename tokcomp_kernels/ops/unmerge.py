@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tokcomp_kernels._checks import check_unmerge, check_unmerge_backward
 from tokcomp_kernels.ops._register import Arguments, register
-from tokcomp_kernels.reference.unmerge import unmerge_backward_reference, unmerge_reference
 
 
 def unmerge(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = None) -> Tensor:
@@ -68,7 +67,5 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
 register(
     "_unmerge_backward",
     fake=_backward_fake,
-    reference=unmerge_backward_reference,
-    triton="unmerge:unmerge_backward_triton",
 )
-register("unmerge", fake=_fake, reference=unmerge_reference, triton="unmerge:unmerge_triton", autograd=_autograd)
+register("unmerge", fake=_fake, autograd=_autograd)

@@ -1,16 +1,11 @@
-"""What several references share: accumulation type, sizes, order, cosine."""
+"""What several references share: sizes, order, cosine."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: Sizes are kept at or above this, so that their logarithm stays finite.
-MIN_SIZE = 1e-6
-
-
-def accumulate_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+from tokcomp_kernels._numbers import MIN_SIZE, accumulate_dtype
 
 
 def effective_size(size: Tensor, dtype: torch.dtype) -> Tensor:

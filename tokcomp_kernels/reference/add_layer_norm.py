@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_add_layer_norm
-from tokcomp_kernels.reference._common import accumulate_dtype
+from tokcomp_kernels._numbers import accumulate_dtype
 
 
 def add_layer_norm_reference(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_attention
-from tokcomp_kernels.reference._common import accumulate_dtype, log_size_bias, token_major
+from tokcomp_kernels._numbers import accumulate_dtype
+from tokcomp_kernels.reference._common import log_size_bias, token_major
 
 
 def probabilities_of(q: Tensor, k: Tensor, size: Tensor | None, scale: float) -> Tensor:

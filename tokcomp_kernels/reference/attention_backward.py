@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_attention_backward
-from tokcomp_kernels.reference._common import accumulate_dtype
+from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.reference.attention import probabilities_of
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_class_attention_sort
-from tokcomp_kernels.reference._common import accumulate_dtype, descending_order, log_size_bias
+from tokcomp_kernels._numbers import accumulate_dtype
+from tokcomp_kernels.reference._common import descending_order, log_size_bias
 
 
 def class_attention_sort_reference(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_masked_attention
-from tokcomp_kernels.reference._common import accumulate_dtype, log_size_bias, token_major
+from tokcomp_kernels._numbers import accumulate_dtype
+from tokcomp_kernels.reference._common import log_size_bias, token_major
 from tokcomp_kernels.reference.masked_softmax import masked_probabilities
 
 

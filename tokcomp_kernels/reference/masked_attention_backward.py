@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_masked_attention_backward
-from tokcomp_kernels.reference._common import accumulate_dtype
+from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.reference.masked_attention import biased_scores
 from tokcomp_kernels.reference.masked_softmax import masked_probabilities, masked_probabilities_backward
 

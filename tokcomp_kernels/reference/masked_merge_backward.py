@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_masked_merge_backward
-from tokcomp_kernels.reference._common import accumulate_dtype, gather_rows
+from tokcomp_kernels._numbers import accumulate_dtype
+from tokcomp_kernels.reference._common import gather_rows
 
 
 def masked_merge_backward_reference(grad: Tensor, destination: Tensor) -> Tensor:

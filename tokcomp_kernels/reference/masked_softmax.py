@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_masked_softmax, check_masked_softmax_backward
-from tokcomp_kernels.reference._common import accumulate_dtype
+from tokcomp_kernels._numbers import accumulate_dtype
 
 
 def masked_softmax_reference(scores: Tensor, token_mask: Tensor, eps: float = 1e-6) -> Tensor:

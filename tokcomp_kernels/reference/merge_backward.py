@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_merge_backward
-from tokcomp_kernels.reference._common import accumulate_dtype, effective_size, gather_rows
+from tokcomp_kernels._numbers import accumulate_dtype
+from tokcomp_kernels.reference._common import effective_size, gather_rows
 
 
 def merge_backward_reference(grad: Tensor, source: Tensor, size: Tensor | None = None) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_prune_merge
+from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.reference._common import (
-    accumulate_dtype,
     cosine,
     descending_order,
     effective_size,

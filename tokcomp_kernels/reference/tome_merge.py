@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_tome_merge
-from tokcomp_kernels.reference._common import (
-    accumulate_dtype,
-    cosine,
-    effective_size,
-    gather_rows,
-    scatter_add_rows,
-    size_or_ones,
-)
+from tokcomp_kernels._numbers import accumulate_dtype
+from tokcomp_kernels.reference._common import cosine, effective_size, gather_rows, scatter_add_rows, size_or_ones
 
 
 def tome_merge_reference(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_unmerge, check_unmerge_backward
-from tokcomp_kernels.reference._common import accumulate_dtype, gather_rows, scatter_add_rows
+from tokcomp_kernels._numbers import accumulate_dtype
+from tokcomp_kernels.reference._common import gather_rows, scatter_add_rows
 
 
 def unmerge_reference(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tokcomp.methods.base import Evidence
 from tokcomp_kernels import native_kernels
+from tokcomp_kernels._numbers import MIN_SIZE, accumulate_dtype
 
 #: On CPU the compiled kernel takes a third of the time of scaled_dot_product_attention (docs/performance-log.md).
 _COMPILED_ON_CPU = "attention" in native_kernels()["cpu"]
@@ -96,7 +97,7 @@ def prefix_masked_attend(
     Returns:
         out [B, H, P, D].
     """
-    dtype = _accumulate_dtype(q)
+    dtype = accumulate_dtype(q)
     scores = (q @ k.transpose(-2, -1)).to(dtype) * scale  # [B, H, P, N]
     bias = _log_size(size)
     if bias is not None:
@@ -111,7 +112,7 @@ def _mean_received_under_mask(q: Tensor, k: Tensor, mask: Tensor, *, scale: floa
     heads = q.shape[1]
     bias = _log_size(size)
     weight = (mask / mask.sum(1, keepdim=True)).unsqueeze(1)  # [B, 1, N] of each query
-    total = q.new_zeros(mask.shape, dtype=_accumulate_dtype(q))
+    total = q.new_zeros(mask.shape, dtype=accumulate_dtype(q))
     for head in range(heads):
         scores = _scores(q[:, head], k[:, head], scale, bias).unsqueeze(1)  # [B, 1, N, N]
         total = total + (weight @ torch.ops.tokcomp.masked_softmax(scores, mask)[:, 0])[:, 0]
@@ -146,16 +147,12 @@ def _probabilities(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> T
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    scores = (q @ k.transpose(-2, -1)).to(_accumulate_dtype(q)) * scale
+    scores = (q @ k.transpose(-2, -1)).to(accumulate_dtype(q)) * scale
     return scores if bias is None else scores + bias
 
 
 def _log_size(size: Tensor | None) -> Tensor | None:
-    """[B, 1, N]; sizes that are not above 1e-6 (NaN too) count as 1e-6, as in the operators."""
+    """[B, 1, N]; sizes that are not above MIN_SIZE (NaN too) count as MIN_SIZE, as in the operators."""
     if size is None:
         return None
-    return torch.where(size > 1e-6, size, torch.full_like(size, 1e-6)).log().unsqueeze(1)
-
-
-def _accumulate_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.where(size > MIN_SIZE, size, MIN_SIZE).log().unsqueeze(1)

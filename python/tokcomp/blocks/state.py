@@ -27,7 +27,7 @@ class BlockState:
         num_tokens: int,
         num_prefix_tokens: int,
         size: Tensor | None,
-        packed: Products | None = None,
+        products: Products | None = None,
     ) -> None:
         self.method = method
         self.block = block
@@ -36,7 +36,7 @@ class BlockState:
         self.source: Tensor | None = None  # [B, N] int64 once the block has compressed
         self.assignment: Assignment | None = method.assign(block, num_tokens, num_prefix_tokens)
         self.evidence = Evidence()
-        self.packed = packed  # weights for the fast path, None where the ordinary path runs
+        self.products = products  # weights for the fast path, None where the ordinary path runs
         #: The next block's first norm, where the fast path may apply it, and what came of it; see timm_vit_fast.
         self.following: Norm | None = None
         self.normalized: Tensor | None = None  # on the way in: this block's first norm of x, where that is done

@@ -71,11 +71,11 @@ class VitParts:
         self._model = compress(own, self._method(self.num_tokens))
         generator = torch.Generator().manual_seed(0)
         self._images = torch.randn(batch_size, *image_shape(own), generator=generator).to(device, dtype)
-        self._packed = timm_vit_fast.pack(own, self._images)
-        x = own.embed(self._images, self._packed)
-        if self._packed is not None:
-            x = x.to(self._packed.dtype)
-        parts = (x,) if self._packed is None else timm_vit_fast.split(x, self._packed)
+        self._products = timm_vit_fast.products_of(own, self._images)
+        x = own.embed(self._images, self._products)
+        if self._products is not None:
+            x = x.to(self._products.dtype)
+        parts = (x,) if self._products is None else timm_vit_fast.split(x, self._products)
         self._tokens = [part.contiguous().view(-1) for part in parts]
         self._groups = [part.shape[0] for part in parts]
         self._width = x.shape[-1]
@@ -91,7 +91,7 @@ class VitParts:
 
     def _state(self, index: int, num_tokens: int, size: torch.Tensor) -> BlockState:
         method = self._method(num_tokens)
-        return BlockState(method, index, num_tokens, self.num_prefix_tokens, size[:, :num_tokens], self._packed)
+        return BlockState(method, index, num_tokens, self.num_prefix_tokens, size[:, :num_tokens], self._products)
 
     def _each(self, num_tokens: int) -> Any:
         """Each group's tokens [B, N, C], sizes [B, N0] and class attention [B, N0]."""
@@ -108,18 +108,18 @@ class VitParts:
 
     def embed(self) -> None:
         """From images to tokens, and everything else that a forward pass does outside its blocks."""
-        packed = timm_vit_fast.pack(self._model, self._images)
-        self._model.embed(self._images, packed)
+        products = timm_vit_fast.products_of(self._model, self._images)
+        self._model.embed(self._images, products)
 
     def attention(self, num_tokens: int) -> None:
         """A block up to its reduction."""
         index, block = next(self._blocks)
         for x, size, _ in self._each(num_tokens):
             state = self._state(index, num_tokens, size)
-            if self._packed is None:
+            if self._products is None:
                 block.attention_half(x, state)
             else:
-                timm_vit_fast.attention_half(block, x, state, self._packed)
+                timm_vit_fast.attention_half(block, x, state, self._products)
 
     def reduce(self, num_tokens: int) -> None:
         """The reduction of ``num_tokens`` tokens by the share :data:`DROPPED`; does nothing if none can be dropped."""
@@ -133,10 +133,10 @@ class VitParts:
         """A block from its reduction on."""
         _, block = next(self._blocks)
         for x, _, _ in self._each(num_tokens):
-            if self._packed is None:
+            if self._products is None:
                 block.mlp_half(x)
             else:
-                timm_vit_fast.mlp_half(block, x, self._packed)
+                timm_vit_fast.mlp_half(block, x, self._products)
 
     def head(self, num_tokens: int) -> None:
         """From the last block's tokens to logits."""

@@ -19,15 +19,6 @@ if TYPE_CHECKING:
     from tokcomp.tocom.plugin import ToCom
 
 METHODS = ("tome", "evit", "diffrate", "tome_mlp")
-_READERS = {
-    "schedules": "diffrate",
-    "metric": "diffrate",
-    "rescale": "diffrate",
-    "no_prop_attn": "tome",
-    "no_fuse": "evit",
-    "tokens_per_degree": "tome_mlp",
-    "merge_residual": "tome_mlp",
-}
 
 
 def add_degree_options(parser: argparse.ArgumentParser) -> None:
@@ -71,10 +62,7 @@ def build_degrees(args: argparse.Namespace, model: nn.Module) -> tuple[Callable[
     """The method of each degree, and the highest degree if the options determine it."""
     from tokcomp import EViT, ToMe, ToMeMLP
 
-    for option, method in _READERS.items():
-        if getattr(args, option) and args.method != method:
-            flag = "--" + option.replace("_", "-")
-            raise UserError(f"{flag} belongs to --method {method}, got --method {args.method}; leave one of them out")
+    options.require_readers(args)
     if args.method == "tome":
         return partial(ToMe, prop_attn=not args.no_prop_attn), None
     if args.method == "evit":

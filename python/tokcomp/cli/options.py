@@ -23,12 +23,14 @@ METHODS = ("none", "diffrate", "tome", "tome_mlp", "evit")
 #: option -> the methods that read it
 _READERS = {
     "schedule": ("diffrate",),
+    "schedules": ("diffrate",),
     "metric": ("diffrate",),
     "pipeline": ("diffrate",),
     "rescale": ("diffrate",),
     "gflops": ("diffrate", "tome", "evit"),
     "r": ("tome", "tome_mlp"),
     "no_prop_attn": ("tome",),
+    "tokens_per_degree": ("tome_mlp",),
     "merge_residual": ("tome_mlp",),
     "keep_rate": ("evit",),
     "keep_blocks": ("evit",),
@@ -281,8 +283,9 @@ def _flag(option: str) -> str:
 
 def given_method_options(args: argparse.Namespace) -> list[str]:
     """Those options that the user gave and that only some methods read."""
-    # `is`, not `in`: --r 0 is given, and 0 == False.
-    return [option for option in _READERS if getattr(args, option) is not None and getattr(args, option) is not False]
+    # `is`, not `in`: --r 0 is given, and 0 == False. No command has all of these options.
+    given = {option: getattr(args, option, None) for option in _READERS}
+    return [option for option, value in given.items() if value is not None and value is not False]
 
 
 def methods_reading(option: str) -> tuple[str, ...]:
@@ -292,6 +295,15 @@ def methods_reading(option: str) -> tuple[str, ...]:
 
 def build_method(args: argparse.Namespace, model: nn.Module) -> Method | None:
     """The method that the options describe, for this plain model; None for ``--method none``."""
+    require_readers(args)
+    if args.method == "none":
+        return None
+    build = {"diffrate": diffrate_method, "tome": _tome, "tome_mlp": _tome_mlp, "evit": _evit}[args.method]
+    return build(args, model)
+
+
+def require_readers(args: argparse.Namespace) -> None:
+    """Refuse an option of :func:`given_method_options` that the chosen method does not read."""
     for option in given_method_options(args):
         if args.method not in _READERS[option]:
             readers = " or ".join(_READERS[option])
@@ -299,10 +311,6 @@ def build_method(args: argparse.Namespace, model: nn.Module) -> Method | None:
                 f"{_flag(option)} belongs to --method {readers}, got --method {args.method}; "
                 "change the method or leave the option out"
             )
-    if args.method == "none":
-        return None
-    build = {"diffrate": diffrate_method, "tome": _tome, "tome_mlp": _tome_mlp, "evit": _evit}[args.method]
-    return build(args, model)
 
 
 def _one_of(args: argparse.Namespace, *options: str) -> str:

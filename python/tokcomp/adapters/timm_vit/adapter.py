@@ -162,7 +162,7 @@ class TimmVisionTransformer(Adapter):
     def warm_up(self, model: Any) -> None:
         if isinstance(model, CompressedModel):
             weight = next(model.parameters())
-            fast.pack(model, torch.empty(0, dtype=weight.dtype, device=weight.device))
+            fast.products_of(model, torch.empty(0, dtype=weight.dtype, device=weight.device))
 
     def check_search(self, model: nn.Module) -> None:
         check_search(model)

@@ -23,7 +23,7 @@ _NORMS = (nn.LayerNorm, LayerNorm, nn.Identity)
 _SCALES = (LayerScale, nn.Identity)
 
 
-def pack(model: Any, images: Tensor) -> Products | None:
+def products_of(model: Any, images: Tensor) -> Products | None:
     """The products of those parts of the model that this module can run; None where none can."""
     if torch.compiler.is_compiling():
         return None
@@ -38,99 +38,99 @@ def pack(model: Any, images: Tensor) -> Products | None:
     return packed_weights(model, layers, images)
 
 
-def embed_patches(patch_embed: Any, images: Tensor, packed: Products) -> Tensor:
+def embed_patches(patch_embed: Any, images: Tensor, products: Products) -> Tensor:
     """What a plain PatchEmbed computes, [B, P, C] in the images' dtype: a convolution without overlap is a product."""
     rows, columns = patch_embed.patch_size
     batch, channels, height, width = images.shape
     if (height, width) != tuple(patch_embed.img_size):
         return patch_embed(images)
     grid = (height // rows, width // columns)
-    patches = images.to(packed.dtype).view(batch, channels, grid[0], rows, grid[1], columns)
+    patches = images.to(products.dtype).view(batch, channels, grid[0], rows, grid[1], columns)
     patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, grid[0] * grid[1], channels * rows * columns)
-    return norm(patch_embed.norm, packed.linear(patch_embed.proj, patches)).to(images.dtype)
+    return norm(patch_embed.norm, products.linear(patch_embed.proj, patches)).to(images.dtype)
 
 
-def split(x: Tensor, packed: Products) -> tuple[Tensor, ...]:
+def split(x: Tensor, products: Products) -> tuple[Tensor, ...]:
     """The tokens x [B, N, C] in groups of images whose activations stay in cache and with the process.
 
     What a group leaves free the next one takes; more than that goes back to the system, page by page. Measured on
     DeiT-S at batch 16: two groups of 8 are 4 % faster than one in float32, 8 % in bfloat16.
     """
-    if not isinstance(packed, PackedWeights):
+    if not isinstance(products, PackedWeights):
         return (x,)
-    images = max(_ACTIVATION_ELEMENTS // max(x.shape[1] * packed.widest, 1), torch.get_num_threads())
+    images = max(_ACTIVATION_ELEMENTS // max(x.shape[1] * products.widest, 1), torch.get_num_threads())
     return x.tensor_split(-(-x.shape[0] // images)) if x.shape[0] > images else (x,)
 
 
-def run_block(block: nn.Module, x: Tensor, state: BlockState, packed: Products) -> Tensor:
-    """What CompressedBlock.forward computes, for x [B, N, C] in ``packed.dtype``; the block has to be packed.
+def run_block(block: nn.Module, x: Tensor, state: BlockState, products: Products) -> Tensor:
+    """What CompressedBlock.forward computes, for x [B, N, C] in ``products.dtype``, where products_of found the block.
 
     Six kernels: two products with attention between them; the residual, the reduction and the second norm; two more
     products; and the residual with the next block's first norm, which is left in ``state.normalized``.
     """
     with torch._C._AutoDispatchBelowAutograd():  # no gradient is wanted here: spare each call the way through autograd
         parts: dict[str, Any] = block._modules
-        layer, out = attend_heads(block, x, state, packed)
-        branch = _scaled(parts["ls1"], packed.linear(layer, out))
+        layer, out = attend_heads(block, x, state, products)
+        branch = _scaled(parts["ls1"], products.linear(layer, out))
         layer_norm = as_norm(parts["norm2"], x)
         if layer_norm is not None:
             x, hidden = state.reduce_norm(x, branch, layer_norm)
         else:
             x = hidden = state.reduce(x + branch)
-        layer, hidden = _mlp_hidden(block, hidden, packed)
+        layer, hidden = _mlp_hidden(block, hidden, products)
         if state.following is None:
-            return _residual(parts["ls2"], packed, layer, hidden, x)
-        branch = _scaled(parts["ls2"], packed.linear(layer, hidden))
+            return _residual(parts["ls2"], products, layer, hidden, x)
+        branch = _scaled(parts["ls2"], products.linear(layer, hidden))
         x, state.normalized = torch.ops.tokcomp.add_layer_norm(x, branch, *state.following)
         return x
 
 
-def attention_half(block: nn.Module, x: Tensor, state: BlockState, packed: Products) -> Tensor:
+def attention_half(block: nn.Module, x: Tensor, state: BlockState, products: Products) -> Tensor:
     """x + attention: the block up to where the tokens are reduced. Leaves the evidence in ``state``."""
-    layer, out = attend_heads(block, x, state, packed)
-    return _residual(block._modules["ls1"], packed, layer, out, x)
+    layer, out = attend_heads(block, x, state, products)
+    return _residual(block._modules["ls1"], products, layer, out, x)
 
 
-def attend_heads(block: nn.Module, x: Tensor, state: BlockState, packed: Products) -> tuple[nn.Linear, Tensor]:
+def attend_heads(block: nn.Module, x: Tensor, state: BlockState, products: Products) -> tuple[nn.Linear, Tensor]:
     """The heads' outputs side by side, [B, N, C], and the layer that they go into. Leaves the evidence in ``state``."""
     parts: dict[str, Any] = block._modules
     attention, attn = parts["attn"], parts["attn"]._modules
     batch, num_tokens, _ = x.shape
     heads, width = attention.num_heads, attention.head_dim
     normalized, state.normalized = state.normalized, None
-    qkv = packed.linear(attn["qkv"], norm(parts["norm1"], x) if normalized is None else normalized)
+    qkv = products.linear(attn["qkv"], norm(parts["norm1"], x) if normalized is None else normalized)
     q, k, v = qkv.view(batch, num_tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = norm(attn["q_norm"], q), norm(attn["k_norm"], k)
     out, state.evidence = attend(q, k, v, scale=attention.scale, size=state.attention_size, needs=state.needs)
     return attn["proj"], out.transpose(1, 2).reshape(batch, num_tokens, heads * width)
 
 
-def mlp_half(block: nn.Module, x: Tensor, packed: Products) -> Tensor:
+def mlp_half(block: nn.Module, x: Tensor, products: Products) -> Tensor:
     """x + MLP: the block once the tokens are reduced."""
     parts: dict[str, Any] = block._modules
-    layer, hidden = _mlp_hidden(block, norm(parts["norm2"], x), packed)
-    return _residual(parts["ls2"], packed, layer, hidden, x)
+    layer, hidden = _mlp_hidden(block, norm(parts["norm2"], x), products)
+    return _residual(parts["ls2"], products, layer, hidden, x)
 
 
-def mlp_branch(block: nn.Module, x: Tensor, packed: Products) -> Tensor:
+def mlp_branch(block: nn.Module, x: Tensor, products: Products) -> Tensor:
     """The MLP's output for x [B, M, C], scaled, its residual not added."""
     parts: dict[str, Any] = block._modules
-    layer, hidden = _mlp_hidden(block, norm(parts["norm2"], x), packed)
-    return _scaled(parts["ls2"], packed.linear(layer, hidden))
+    layer, hidden = _mlp_hidden(block, norm(parts["norm2"], x), products)
+    return _scaled(parts["ls2"], products.linear(layer, hidden))
 
 
-def _mlp_hidden(block: nn.Module, hidden: Tensor, packed: Products) -> tuple[nn.Linear, Tensor]:
+def _mlp_hidden(block: nn.Module, hidden: Tensor, products: Products) -> tuple[nn.Linear, Tensor]:
     """The MLP of normalised tokens up to its last layer, and that layer."""
     mlp: dict[str, Any] = block._modules["mlp"]._modules  # type: ignore[union-attr]
     if type(mlp["act"]) is nn.GELU:
-        return mlp["fc2"], packed.linear_gelu(mlp["fc1"], hidden, mlp["act"].approximate)
-    return mlp["fc2"], mlp["act"](packed.linear(mlp["fc1"], hidden))
+        return mlp["fc2"], products.linear_gelu(mlp["fc1"], hidden, mlp["act"].approximate)
+    return mlp["fc2"], mlp["act"](products.linear(mlp["fc1"], hidden))
 
 
-def is_packed(block: nn.Module, packed: Products) -> bool:
-    """Whether :func:`pack` found that run_block may run this block."""
+def has_products(block: nn.Module, products: Products) -> bool:
+    """Whether :func:`products_of` found that run_block may run this block."""
     parts: dict[str, Any] = block._modules
-    return parts["attn"]._modules["qkv"] in packed
+    return parts["attn"]._modules["qkv"] in products
 
 
 def is_plain(block: nn.Module) -> bool:
@@ -209,8 +209,8 @@ def _scaled(scale: Any, branch: Tensor) -> Tensor:
     return branch if type(scale) is nn.Identity else branch * scale.gamma.to(branch.dtype)
 
 
-def _residual(scale: Any, packed: Products, layer: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
+def _residual(scale: Any, products: Products, layer: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
     """residual + scale(layer(x))."""
     if type(scale) is nn.Identity:
-        return packed.linear_add(layer, x, residual)
-    return torch.addcmul(residual, packed.linear(layer, x), scale.gamma.to(x.dtype))
+        return products.linear_add(layer, x, residual)
+    return torch.addcmul(residual, products.linear(layer, x), scale.gamma.to(x.dtype))

@@ -70,8 +70,8 @@ class CompressedBlock(Swapped):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, state: BlockState | None = None
     ) -> Tensor:
         state = _require_state(state, attn_mask, is_causal)
-        if state.packed is not None:
-            return fast.run_block(self, x, state, state.packed)
+        if state.products is not None:
+            return fast.run_block(self, x, state, state.products)
         x = self.attention_half(x, state)
         x = state.reduce(x)
         return self.mlp_half(x)
@@ -97,20 +97,20 @@ class CompressedModel(Swapped):
             return self._tokens(images, sources)
 
     def _tokens(self, images: Tensor, sources: list[Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
-        packed = fast.pack(self, images)
-        x = self.embed(images, packed)
-        if packed is None or sources is not None or has_hooks(self.blocks):
-            return self._run_blocks(x, packed, sources)
-        parts = [self._run_blocks(part, packed) for part in fast.split(x, packed)]
+        products = fast.products_of(self, images)
+        x = self.embed(images, products)
+        if products is None or sources is not None or has_hooks(self.blocks):
+            return self._run_blocks(x, products, sources)
+        parts = [self._run_blocks(part, products) for part in fast.split(x, products)]
         if len(parts) == 1:
             return parts[0]
         tokens, sizes = zip(*parts, strict=True)
         return torch.cat(tokens), None if sizes[0] is None else torch.cat(sizes)
 
-    def embed(self, images: Tensor, packed: Products | None) -> Tensor:
-        """Tokens [B, N, C] that enter block 0; ``packed`` is what fast.pack returned for these images."""
-        if packed is not None and self.patch_embed.proj in packed:
-            x = fast.embed_patches(self.patch_embed, images, packed)
+    def embed(self, images: Tensor, products: Products | None) -> Tensor:
+        """Tokens [B, N, C] that enter block 0; ``products`` is what fast.products_of returned for these images."""
+        if products is not None and self.patch_embed.proj in products:
+            x = fast.embed_patches(self.patch_embed, images, products)
         else:
             with widened(images):
                 x = self.patch_embed(images)
@@ -119,17 +119,17 @@ class CompressedModel(Swapped):
         return self.norm_pre(self.patch_drop(x))
 
     def _run_blocks(
-        self, x: Tensor, packed: Products | None, sources: list[Tensor | None] | None = None
+        self, x: Tensor, products: Products | None, sources: list[Tensor | None] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         dtype = x.dtype
         state: BlockState | None = None
         watched = has_hooks(self.blocks)
         for index, block in enumerate(self.blocks):
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x, state = checkpoint(self._run_block, block, index, x, state, dtype, packed, use_reentrant=False)
+                x, state = checkpoint(self._run_block, block, index, x, state, dtype, products, use_reentrant=False)
             else:
                 # A hook may change what leaves a block, so nothing is computed of that beforehand.
-                x, state = self._run_block(block, index, x, state, dtype, packed, ahead=not watched)
+                x, state = self._run_block(block, index, x, state, dtype, products, ahead=not watched)
             if sources is not None:
                 sources.append(state.source)
         return x.to(dtype), None if state is None else state.size
@@ -141,20 +141,20 @@ class CompressedModel(Swapped):
         x: Tensor,
         before: BlockState | None,
         dtype: torch.dtype,
-        packed: Products | None,
+        products: Products | None,
         *,
         ahead: bool = False,
     ) -> tuple[Tensor, BlockState]:
         """One block after the one whose state is ``before``; ``ahead``: it may apply the next block's first norm."""
-        if packed is not None:
-            packed = packed if fast.is_packed(block, packed) else None
-            x = x.to(packed.dtype if packed is not None else dtype)
+        if products is not None:
+            products = products if fast.has_products(block, products) else None
+            x = x.to(products.dtype if products is not None else dtype)
         size = None if before is None else before.size
-        state = BlockState(self._tokcomp_method, index, x.shape[1], self.num_prefix_tokens, size, packed)
-        if packed is not None and ahead:
+        state = BlockState(self._tokcomp_method, index, x.shape[1], self.num_prefix_tokens, size, products)
+        if products is not None and ahead:
             if before is not None:
                 state.normalized = before.normalized
-            if index + 1 < len(self.blocks) and fast.is_packed(self.blocks[index + 1], packed):
+            if index + 1 < len(self.blocks) and fast.has_products(self.blocks[index + 1], products):
                 state.following = fast.as_norm(self.blocks[index + 1]._modules["norm1"], x)
         with widened(x):
             return block(x, state=state), state

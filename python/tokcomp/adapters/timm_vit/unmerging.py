@@ -35,11 +35,11 @@ class UnmergingBlock(CompressedBlock):
         if state.assignment is None:
             return super().forward(x, attn_mask, is_causal, state=state)
         refuse_mask(attn_mask, is_causal)
-        if state.packed is not None:
+        if state.products is not None:
             with torch._C._AutoDispatchBelowAutograd():  # as in fast.run_block
-                x = fast.attention_half(self, x, state, state.packed)
+                x = fast.attention_half(self, x, state, state.products)
                 merged = _merge(x, state)
-                branch = fast.mlp_branch(self, merged.x, state.packed)
+                branch = fast.mlp_branch(self, merged.x, state.products)
                 return state.method.spread(x, merged.x, branch, merged.source)
         x = self.attention_half(x, state)
         merged = _merge(x, state)
