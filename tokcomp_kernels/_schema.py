@@ -1,8 +1,8 @@
 """The one table of operators: name, schema, which inputs have a gradient, and a line of documentation.
 
 Everything that needs a list of operators reads this one: the Python registration, the C++ library's generated
-``TORCH_LIBRARY`` block (CMake runs this file as a script), the tests that demand a sample of each, and ``tokcomp
-info``. This module imports nothing but the standard library, so a build can read it before torch is there.
+``TORCH_LIBRARY`` block (CMake runs this file as a script), the tests that demand a sample of each, docs/operators.md
+(``tools/operators_page.py``) and ``tokcomp info``. This module imports nothing but the standard library, so a build can read it before torch is there.
 """
 
 from __future__ import annotations
@@ -134,37 +134,38 @@ OPERATORS: tuple[Operator, ...] = (
     Operator(
         "_merge_backward",
         "(Tensor grad, Tensor source, Tensor? size=None) -> Tensor",
-        "Gradient of a (size-weighted) group mean, for prune_merge and tome_merge.",
+        "Gradient of prune_merge (no size) and tome_merge (size): grad [B, M, C], source [B, N] -> [B, N, C].",
     ),
     Operator(
         "_unmerge_backward",
         "(Tensor grad, Tensor source, int num_tokens) -> Tensor",
-        "Gradient of unmerge to its tokens: the sum over each group.",
+        "Gradient of unmerge in x, the sum over each group: grad [B, N, C] -> [B, num_tokens, C].",
         file="unmerge",
     ),
     Operator(
         "_masked_softmax_backward",
         "(Tensor grad, Tensor scores, Tensor token_mask, float eps=1e-06)"
         " -> (Tensor grad_scores, Tensor grad_token_mask)",
-        "Gradient of masked_softmax.",
+        "Gradient of masked_softmax in scores and token_mask.",
         file="masked_softmax",
     ),
     Operator(
         "_masked_attention_backward",
         "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor token_mask, *, Tensor? size=None, float? scale=None,"
         " float eps=1e-06) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_token_mask)",
-        "Gradient of masked_attention; recomputes each row.",
+        "Gradient of masked_attention in q, k, v and token_mask; recomputes each row.",
     ),
     Operator(
         "_attention_backward",
         "(Tensor grad_out, Tensor q, Tensor k, Tensor v, *, Tensor? size=None, float? scale=None)"
         " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
-        "Gradient of attention; recomputes each row.",
+        "Gradient of attention in q, k and v; recomputes each row.",
     ),
     Operator(
         "_masked_merge_backward",
         "(Tensor grad, Tensor destination) -> Tensor",
-        "Gradient of masked_merge: copies and plain means, each token at its place.",
+        "Gradient of masked_merge: grad [B, N, C], destination [B, N] -> [B, N, C]; a destination outside 0 .. N - 1"
+        " counts as the token itself.",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""The Triton merge kernels against a brute force in float64: whom each token joins, group means, sizes, gradients.
+"""The Triton merge kernels against a brute force in float64: whom each token joins, group means, sizes.
 
 Ranks are exact. A match is right where its cosine is within the rounding bound of the best one, and exact where every
 cosine is exact; means and sizes are then checked for the groups that the kernel formed.
@@ -12,31 +12,10 @@ pytest.importorskip("triton")
 
 import tokcomp_kernels.triton.prune_merge as prune_merge_module
 import tokcomp_kernels.triton.tome_merge as tome_merge_module
-from tokcomp_kernels.triton.merge_backward import merge_backward_triton
+from tests.triton.inputs import DEVICE, DTYPES, SMALLEST, UNIT, normal, sizes_of, uniform, wide
+from tokcomp_kernels._numbers import MIN_SIZE
 from tokcomp_kernels.triton.prune_merge import prune_merge_triton
 from tokcomp_kernels.triton.tome_merge import tome_merge_triton
-from tokcomp_kernels.triton.unmerge import unmerge_backward_triton, unmerge_triton
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-#: Relative rounding error of one float32 operation, and of storing a dtype.
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-#: Below this float16 rounds absolutely; the other dtypes reach far lower than any value here.
-SMALLEST = {torch.float32: 0.0, torch.float16: 2.0**-25, torch.bfloat16: 0.0}
-
-
-def normal(seed, *shape, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
-
-
-def uniform(seed, low, high, *shape):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(shape, generator=generator) * (high - low) + low).to(DEVICE)
-
-
-def wide(tensor):
-    return tensor.detach().cpu().double().numpy()
 
 
 def brute_order(importance, prefix):
@@ -52,13 +31,6 @@ def brute_cosine(a, b):
         inverse = [np.where(norm > 0, 1 / norm, 0.0) for norm in norms]
         cosine = (a @ b.T) * inverse[0][:, None] * inverse[1][None, :]
     return np.where(np.isnan(cosine), 0.0, cosine)
-
-
-def sizes_of(size, shape):
-    if size is None:
-        return np.ones(shape)
-    values = wide(size)
-    return np.where(values > 1e-6, values, np.float32(1e-6).astype(np.float64))
 
 
 def cosine_bound(width):
@@ -91,7 +63,7 @@ def check_groups(x, size, x_out, size_out, source, first_of_slot, weighted_mean,
             scale = np.array(
                 [1.0 if similarity is None or n == first_of_slot[b][slot] else similarity[b][n] for n in members]
             )
-            exact = max((sizes[b, members] * scale).sum(), 1e-6)
+            exact = max((sizes[b, members] * scale).sum(), MIN_SIZE)
             slack = (len(members) + 4) * UNIT[torch.float32] + (0 if similarity is None else cosine_bound(x.shape[2]))
             assert abs(size_out[b, slot] - exact) <= slack * sizes[b, members].sum(), f"size of image {b}, slot {slot}"
 
@@ -226,7 +198,7 @@ def test_prune_merge_with_values_that_are_not_numbers():
     size[0, 4], size[0, 5], size[0, 6] = torch.nan, -3.0, 0.0
     _, size_out, source = prune_merge_triton(x, importance, 12, 9, size=size)
     assert source[0].tolist() == [*range(9), 1, 1, 1]
-    floor = torch.tensor(1e-6)
+    floor = torch.tensor(MIN_SIZE)
     assert torch.equal(size_out[0].cpu(), torch.stack([torch.tensor(1.0)] * 4 + [floor] * 3 + [torch.tensor(1.0)] * 2))
 
 
@@ -234,7 +206,7 @@ def test_prune_merge_keeps_size_above_zero():
     x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]], device=DEVICE)
     importance = torch.tensor([[0.0, 2.0, 1.0]], device=DEVICE)
     x_out, size_out, _ = prune_merge_triton(x, importance, 3, 2, size=torch.tensor([[1.0, 1.0, 5.0]], device=DEVICE))
-    assert torch.equal(size_out.cpu(), torch.tensor([[1.0, 1e-6]]))
+    assert torch.equal(size_out.cpu(), torch.tensor([[1.0, MIN_SIZE]]))
     assert torch.equal(x_out.cpu(), torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]))
 
 
@@ -343,95 +315,6 @@ def test_tome_merge_reads_strided_views_and_nan():
 def test_tome_merge_empty():
     x_out, size_out, source = tome_merge_triton(normal(0, 0, 9, 4), normal(0, 0, 9, 3), 2)
     assert (x_out.shape, size_out.shape, source.shape) == ((0, 7, 4), (0, 7), (0, 9))
-
-
-def some_source(seed, batch, num_tokens, num_slots):
-    """Slots 0 .. M - 1, pruned positions, and indices far outside."""
-    source = torch.randint(-2, num_slots, (batch, num_tokens), generator=torch.Generator().manual_seed(seed))
-    source[:, 1::17] = 2**40 + 1
-    source[:, 2::19] = num_slots
-    return source.to(DEVICE)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize(
-    ("num_tokens", "num_slots", "channels"), [(1, 1, 3), (40, 7, 16), (197, 100, 130), (300, 2, 8)]
-)
-def test_unmerge(num_tokens, num_slots, channels, dtype):
-    x, fill = normal(0, 2, num_slots, channels, dtype=dtype), normal(1, 2, num_tokens, channels, dtype=dtype)
-    source = some_source(2, 2, num_tokens, num_slots)
-    alive = (source >= 0) & (source < num_slots)
-    rows = x.gather(1, source.where(alive, 0)[:, :, None].expand(-1, -1, channels))
-    assert torch.equal(unmerge_triton(x, source), torch.where(alive[:, :, None], rows, 0.0))
-    assert torch.equal(unmerge_triton(x, source, pruned_fill=fill), torch.where(alive[:, :, None], rows, fill))
-
-    got = unmerge_backward_triton(fill, source, num_slots)
-    assert (
-        got.dtype == dtype
-        and got.shape == x.shape
-        and torch.equal(got, unmerge_backward_triton(fill, source, num_slots))
-    )
-    exact, spread, members = np.zeros(x.shape), np.zeros(x.shape), 1
-    for b in range(2):
-        for slot in range(num_slots):
-            rows = wide(fill)[b, source[b].cpu().numpy() == slot]
-            exact[b, slot], spread[b, slot] = rows.sum(0), np.abs(rows).sum(0)
-            members = max(members, len(rows))
-    bound = members * UNIT[torch.float32] * spread + UNIT[dtype] * np.abs(exact) * 1.01 + SMALLEST[dtype]
-    assert (np.abs(wide(got) - exact) <= bound).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "by-size"])
-@pytest.mark.parametrize(
-    ("num_tokens", "num_slots", "channels"), [(1, 1, 3), (40, 7, 16), (197, 100, 130), (300, 2, 8)]
-)
-def test_merge_backward(num_tokens, num_slots, channels, weighted, dtype):
-    grad = normal(0, 2, num_slots, channels, dtype=dtype)
-    source = some_source(1, 2, num_tokens, num_slots)
-    size = None
-    if weighted:
-        size = uniform(2, 0.5, 4, 2, num_tokens)
-        size[:, ::5] = torch.nan
-        size[:, 1::5] = -1.0
-    got = merge_backward_triton(grad, source, size)
-    assert got.dtype == dtype and torch.equal(got, merge_backward_triton(grad, source, size))
-    sizes = sizes_of(size, (2, num_tokens))
-    where = source.cpu().numpy()
-    exact = np.zeros((2, num_tokens, channels))
-    for b in range(2):
-        for n in range(num_tokens):
-            if 0 <= where[b, n] < num_slots:
-                exact[b, n] = wide(grad)[b, where[b, n]] * sizes[b, n] / sizes[b, where[b] == where[b, n]].sum()
-    bound = ((num_tokens + 4) * UNIT[torch.float32] + UNIT[dtype] * 1.01) * np.abs(exact) + SMALLEST[dtype]
-    assert (np.abs(wide(got) - exact) <= bound).all()
-
-
-def test_backward_ignores_what_pruned_positions_hold():
-    grad = torch.full((1, 2, 4), torch.nan, device=DEVICE)
-    source = torch.tensor([[-1, 5, -1]], device=DEVICE)
-    assert torch.equal(merge_backward_triton(grad, source).cpu(), torch.zeros(1, 3, 4))
-    assert torch.equal(
-        unmerge_backward_triton(grad.expand(1, 2, 4)[:, :1].expand(1, 3, 4), source, 2).cpu(), torch.zeros(1, 2, 4)
-    )
-
-
-def test_strided_rows_and_empty_batches_of_the_row_kernels():
-    x = normal(0, 30, 2, 16).transpose(0, 1)
-    source = some_source(1, 30, 2, 30).t()
-    contiguous = source.contiguous()
-    fill = normal(2, 2, 30, 32)[:, :, ::2]
-    assert torch.equal(
-        unmerge_triton(x, source, pruned_fill=fill),
-        unmerge_triton(x.contiguous(), contiguous, pruned_fill=fill.contiguous()),
-    )
-    assert torch.equal(merge_backward_triton(x, source), merge_backward_triton(x.contiguous(), contiguous))
-    assert torch.equal(unmerge_backward_triton(x, source, 9), unmerge_backward_triton(x.contiguous(), contiguous, 9))
-    empty = torch.empty(0, 30, dtype=torch.int64, device=DEVICE)
-    assert unmerge_triton(x[:0], empty).shape == (0, 30, 16)
-    assert unmerge_triton(x[:, :0], contiguous).abs().sum() == 0
-    assert merge_backward_triton(x[:, :0], contiguous).abs().sum() == 0
-    assert unmerge_backward_triton(x[:, :0], contiguous[:, :0], 4).abs().sum() == 0
 
 
 def test_float64_is_refused_by_name():
