@@ -2,7 +2,8 @@
 
 Everything that needs a list of operators reads this one: the Python registration, the C++ library's generated
 ``TORCH_LIBRARY`` block (CMake runs this file as a script), the tests that demand a sample of each, docs/operators.md
-(``tools/operators_page.py``) and ``tokcomp info``. This module imports nothing but the standard library, so a build can read it before torch is there.
+(``tools/operators_page.py``) and ``tokcomp info``. This module imports nothing but the standard library, so a build can
+read it before torch is there.
 """
 
 from __future__ import annotations

@@ -8,12 +8,13 @@ The oracle is the reference in float64 on the very values a kernel was given. Tw
 - Numbers, given those choices, must lie within ``2 * (reference_error + rounding_band)`` of float64: what plain PyTorch
   loses when it accumulates in the kernel's precision, and what one rounding of the inputs and the result does.
 
-Where the budget comes from. A result's error is a sum of many roundings, each at most u = epsilon / 2 of its value, so it
-is about normal, with a spread that the operator and its inputs set. Both terms are the largest of many draws from it:
-reference_error rounds where the operator rounds, in another order of sums than the kernel's and on other inputs, so that
-the reference can fail too; rounding_band moves each input by up to 2 u, as a kernel does that rounds what lies between two
-products to their type. A kernel's own error is one draw more. Of a normal variable it exceeds twice the largest of n
-draws with probability 5e-3 for n = 10, 3e-6 for n = 100: an image of few values is drawn anew until there are 100.
+Where the budget comes from. A result's error is a sum of many roundings, each at most u = epsilon / 2 of its value, so
+it is about normal, with a spread that the operator and its inputs set. Both terms are the largest of many draws of it:
+reference_error rounds where the operator rounds, in another order of sums than the kernel's and on other inputs, so
+that the reference can fail too; rounding_band moves each input by up to 2 u, as a kernel does that rounds what lies
+between two products to their type. A kernel's own error is one draw more. Of a normal variable it exceeds twice the
+largest of n draws with probability 5e-3 for n = 10, 3e-6 for n = 100: an image of few values is drawn anew until there
+are 100.
 """
 
 from __future__ import annotations

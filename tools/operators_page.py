@@ -26,14 +26,14 @@ def drawn(page: str) -> str:
     for operator in OPERATORS:
         if operator.public:
             pattern = rf"(\n## {operator.name}\n\n```\n)[^`]*(?=\n```\n)"
-            page = _replaced(page, pattern, signature(operator), f"a section ## {operator.name} that opens with a fence")
+            page = _replaced(page, pattern, signature(operator), f"a section {operator.name} opening with a fence")
     return page
 
 
 def _replaced(page: str, pattern: str, text: str, what: str) -> str:
     page, count = re.subn(pattern, lambda found: found.group(1) + text, page, flags=re.DOTALL)
     if count != 1:
-        raise ValueError(f"docs/operators.md must have {what} once, got {count}; add the operator's section or the mark")
+        raise ValueError(f"docs/operators.md must have {what} once, got {count}; add the section or the mark")
     return page
 
 

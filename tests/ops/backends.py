@@ -20,6 +20,8 @@ HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = [operator.name for operator in OPERATORS]
+#: Arguments that all images share, whatever their shape.
+SHARED = {"counts", "weight", "bias"}
 
 
 @dataclass(frozen=True)

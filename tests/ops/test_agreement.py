@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.backends import Target, all_samples, all_targets, find, targets
+from tests.ops.backends import SHARED, Target, all_samples, all_targets, find, targets
 from tokcomp_kernels.compare import assert_right
 from tokcomp_kernels.testing import Sample, samples
 
@@ -80,10 +80,6 @@ def test_no_share_of_an_infinite_size_is_known(target: Target) -> None:
 
 def _tensors(sample: Sample) -> list[torch.Tensor]:
     return [value for value in (*sample.args, *sample.kwargs.values()) if isinstance(value, torch.Tensor)]
-
-
-#: Arguments that all images share, whatever their shape.
-SHARED = {"counts", "weight", "bias"}
 
 
 def _image(sample: Sample, image: int) -> Sample:

@@ -26,8 +26,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     Returns:
         GELU(x @ weight.T + bias), [..., F], contiguous. Differentiable in x, weight and bias; the backward computes the
-        values before the GELU again instead of keeping them. A row's last
-        bits may depend on how many rows there are.
+        values before the GELU again instead of keeping them. A row's last bits may depend on how many rows there are.
 
     Raises:
         ValueError: Shapes that do not match. TypeError: Dtypes that differ or are not floating.
