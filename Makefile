@@ -2,9 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-check
+# The oldest and the newest Triton that is supported: what torch 2.10 and torch 2.15 ask for.
+TRITONS ?= 3.6.0 3.9.0
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: build rebuild setup demo test test-fast oracle race-mutations bench cpu-records results kernel-report lint gpu-check clean
+.PHONY: build rebuild setup demo test test-fast oracle race-mutations bench cpu-records results kernel-report triton-range lint gpu-check clean
 
 build:  ## The compiled kernels, in place, for PYTHON as it stands
 	$(PYTHON) build_backend/native.py
@@ -53,6 +55,13 @@ results: .venv/installed  ## docs/results.md and its pictures from the records i
 
 kernel-report: .venv/installed  ## What the GPU kernels take, by their compilers; needs nvcc and no GPU
 	$(BIN)/python tools/kernel_report.py
+
+triton-range: .venv/installed  ## Every launch in every dtype, compiled by the oldest and the newest Triton; needs no GPU
+	for version in $(TRITONS); do \
+	  $(BIN)/python -m pip install -q --no-deps --upgrade --target build/triton-$$version triton==$$version && \
+	  PYTHONPATH=build/triton-$$version $(BIN)/python tools/kernel_report.py triton --every \
+	    --architectures 80 90 100 120 --out build/triton-$$version || exit 1; \
+	done
 
 lint: .venv/installed
 	$(BIN)/ruff check .

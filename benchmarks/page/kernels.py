@@ -46,6 +46,7 @@ def kernels_section(reports: Mapping[str, Mapping[str, Any]], gpus: Sequence[Rec
             f"[kernels/{name}.json](../benchmarks/results/kernels/{name}.json): registers per thread and bytes of",
             "shared",
             "memory per block, least to most over dtypes, shapes and tiles.",
+            *(["Spills, in bytes per thread, are float32's alone."] if name == "triton" else []),
             *(["Shared memory is what a kernel declares; launches ask for more."] if name == "cuda" else []),
         )
         parts += [f"### {title}\n\n{text}", _table(report["kernels"])]

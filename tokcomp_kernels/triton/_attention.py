@@ -10,26 +10,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from tokcomp_kernels.triton._common import LOG2_E, constexpr_function, dot, effective_size, narrow
+from tokcomp_kernels.triton._common import LOG2_E, dot, effective_size, narrow
 from tokcomp_kernels.triton._configs import launch_config
 
-#: Shapes for which the kernels are compiled without a GPU: dtype, N, D. They meet each entry of the default tables.
-CASE_SHAPES = (
-    ("float16", 32, 64),
-    ("float16", 64, 64),
-    ("float16", 128, 64),
-    ("float16", 197, 64),
-    ("bfloat16", 577, 64),
-    ("float16", 128, 128),
-    ("float16", 257, 80),
-    ("float16", 197, 160),
-    ("float32", 197, 64),
-    ("float32", 257, 80),
-    ("float32", 197, 160),
-)
-
+#: One kernel serves all their values: strides from image to image of [B, N] tensors, which vary with N alone.
+UNSPECIALIZED = ["H", "N", "stride_sb", "stride_mb"]
 #: Up to so many keys are one tile in a single pass; a head is one tile above so many channels.
 ONE_TILE = 128
 
@@ -43,7 +29,7 @@ def launch_options(
     return {"D": width, "BLOCK_D": max(16, triton.next_power_of_2(width)), "SINGLE_TILE": single_tile, **config}
 
 
-@constexpr_function
+@triton.constexpr_function
 def tiles_of(count, largest):
     """Sizes of tiles that hold ``count`` and at most 15 more: powers of two from ``largest`` to 16, large ones first.
 
@@ -53,19 +39,19 @@ def tiles_of(count, largest):
     return (largest,) * full + tuple(size for size in (64, 32, 16) if rest & size)
 
 
-@constexpr_function
+@triton.constexpr_function
 def key_tiles(keys):
     """Tiles of the KEYS of a single pass. Of 64 and less, a row of 256 scores stays in registers on sm_80."""
     return (keys,) if keys <= ONE_TILE else tiles_of(keys, 64)
 
 
-@constexpr_function
+@triton.constexpr_function
 def width_tiles(width):
     """Tiles of a head's width: 80 is 64 and 16. One where it is so large that several would spill."""
     return tiles_of(width, ONE_TILE) if width <= ONE_TILE else (triton.next_power_of_2(width),)
 
 
-@constexpr_function
+@triton.constexpr_function
 def first_of(tiles, index):
     """Where one of several tiles begins that lie one behind the other."""
     return sum(tiles[:index])
@@ -81,11 +67,6 @@ def forward_options(op: str, device: torch.device | str, num_tokens: int, width:
     del options["BLOCK_D"]
     keys = options["BLOCK_N"] if options["BLOCK_N"] <= ONE_TILE else -(-num_tokens // 16) * 16
     return {**options, "KEYS": keys if single_pass else 0}
-
-
-def per_token_strides(tensor: Tensor | None) -> tuple[int, ...]:
-    """Strides of a [B, N] tensor, or of one that is not there."""
-    return tensor.stride() if tensor is not None else (0, 0)
 
 
 @triton.jit

@@ -12,8 +12,6 @@ from tokcomp_kernels._checks import refuse
 #: The interpreter multiplies bfloat16 bit patterns as integers, and rounds towards zero to bfloat16.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
-#: Python at compile time, whose arguments and result are constants. Triton 3.4 has it in another place.
-constexpr_function = triton.constexpr_function if hasattr(triton, "constexpr_function") else tl.constexpr_function
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -27,6 +25,11 @@ def require_supported(op: str, argument: str, tensor: Tensor) -> None:
 def inner_contiguous(tensor: Tensor) -> Tensor:
     """The tensor, or a compact copy where its last dimension is strided (kernels take that stride to be 1)."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def strides(tensor: Tensor | None, *names: str) -> dict[str, int]:
+    """Leading strides by a kernel's names for them; zeros for a tensor that is not there."""
+    return dict(zip(names, tensor.stride() if tensor is not None else (0,) * len(names), strict=False))
 
 
 def device_guard(tensor: Tensor) -> torch.cuda.device_of:

@@ -1,178 +1,167 @@
-"""Compile every Triton kernel for a GPU that need not be there, and report what it takes.
+"""Launch Triton kernels on a machine without a GPU: what a launch would run is compiled, and nothing runs.
 
-Each ``triton/<op>.py`` lists its kernels in ``compile_cases()``; ``python -m tokcomp_kernels.triton._compile``
-builds them for sm_80 and sm_90 and prints registers, spilled bytes and shared memory. TRITON_INTERPRET must be unset:
-interpreted functions do not compile.
+Triton asks its driver which GPU there is, to load a kernel's binary, and to launch it. ``compiling`` puts a driver in
+its place that names any GPU, keeps the binaries and launches nothing, so that launchers called with CPU tensors compile
+through Triton's own launch path: its specialisation by value and alignment, its options, its limits of shared memory.
+``listing`` stops one step earlier and compiles nothing. TRITON_INTERPRET must be unset: interpreted functions do not
+compile.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import json
-import pkgutil
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
-from tokcomp_kernels.triton._configs import ENABLE_FP_FUSION
-
-#: Shared memory a block may use, in bytes, by compute capability.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-#: Triton's name of a pointer to each dtype.
-POINTER_TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "int64": "*i64", "int32": "*i32"}
-
-#: What an entry of a table may say beside tile sizes.
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+#: Shared memory that a block may use, in bytes, by compute capability.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64", "i32": "int32", "i64": "int64"}
 
 
 @dataclass(frozen=True)
-class CompileCase:
-    """One kernel at one set of types and constants.
+class Kernel:
+    """One specialisation of a kernel, as a launch asked for it; ``cubin`` is empty where nothing was compiled.
 
-    ``types`` gives Triton types (``"*fp16"``, ``"fp32"``) by argument name; arguments in neither ``types`` nor
-    ``constexprs`` are ``i32``. ``divisible`` names the arguments known to be multiples of 16, as a launch would find
-    them: by default every pointer and every ``stride_*``.
+    ``signature`` gives the Triton type of each argument (``"*fp16"``, ``"i32"``, ``"constexpr"``) by name, and
+    ``specialisation`` its constants and which arguments are multiples of 16: kernels of one ``identity`` are the same.
     """
 
     name: str
-    kernel: Any
-    types: Mapping[str, str]
-    constexprs: Mapping[str, object]
-    num_warps: int = 4
-    num_stages: int = 3
-    maxnreg: int | None = None
-    divisible: Sequence[str] | None = None
-
-    @classmethod
-    def launched(
-        cls, name: str, kernel: Any, types: Mapping[str, str], options: Mapping[str, object], **constexprs: object
-    ) -> CompileCase:
-        """From the keyword arguments of a launch: constants, and among them LAUNCH_OPTIONS."""
-        constants = {key: value for key, value in options.items() if key in kernel.arg_names} | constexprs
-        launch = {key: value for key, value in options.items() if key in LAUNCH_OPTIONS}
-        return cls(name, kernel, types, constants, **launch)  # type: ignore[arg-type]
-
-    def source(self) -> ASTSource:
-        names = self.kernel.arg_names
-        unknown = (set(self.types) | set(self.constexprs)) - set(names)
-        if unknown:
-            raise ValueError(f"{self.name}: {self.kernel.__name__} has no argument {', '.join(sorted(unknown))}")
-        signature = {n: "constexpr" if n in self.constexprs else self.types.get(n, "i32") for n in names}
-        divisible = self.divisible
-        if divisible is None:
-            strides = [n for n, t in signature.items() if t == "i32" and n.startswith("stride_")]
-            divisible = [n for n, t in signature.items() if t.startswith("*")] + strides
-        return ASTSource(
-            fn=self.kernel,
-            signature=signature,
-            constexprs={(names.index(n),): value for n, value in self.constexprs.items()},
-            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
-        )
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a compiled kernel takes: registers and spilled bytes per thread, bytes of shared memory per block."""
-
-    op: str
-    case: str
+    signature: Mapping[str, str]
+    specialisation: str
     capability: int
-    registers: int
-    spilled: int
-    shared: int
     num_warps: int
+    shared: int = 0
+    cubin: bytes = b""
 
-    def problem(self) -> str | None:
-        """Why this kernel is not fit to ship, or None."""
-        if self.spilled:
-            return f"spills {self.spilled} bytes"
-        if self.shared > SHARED_LIMIT[self.capability]:
-            limit = SHARED_LIMIT[self.capability]
-            return f"needs {self.shared} bytes of shared memory, sm_{self.capability} has {limit}"
-        return None
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        return self.name, str(self.signature), self.specialisation
+
+    @property
+    def dtype(self) -> str:
+        """The tokens' dtype: that of the narrow or wide floating tensors, float32 where there is none."""
+        pointers = [kind.removeprefix("*") for kind in self.signature.values() if kind.startswith("*")]
+        unusual = [kind for kind in pointers if kind in ("fp16", "bf16", "fp64")]
+        return _DTYPES[(unusual or [kind for kind in pointers if kind == "fp32"] or pointers)[0]]
+
+    def resources(self) -> tuple[int, int]:
+        """Registers and bytes of local memory (spills) per thread, as ``cuobjdump`` reads them in the binary."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            command = [_find_cuobjdump(), "--dump-resource-usage", file.name]
+            log = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", log)
+        if usage is None:
+            raise RuntimeError(f"cuobjdump said nothing of registers: {log}")
+        registers, stack, local = (int(value) for value in usage.groups())
+        return registers, stack + local
 
 
-def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory (spills) per thread of the kernel in a cubin, as ``cuobjdump`` reads them."""
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "kernel.cubin"
-        binary.write_bytes(cubin)
-        command = [_find_cuobjdump(), "--dump-resource-usage", str(binary)]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", log)
-    if usage is None:
-        raise RuntimeError(f"cuobjdump said nothing of registers: {log}")
-    registers, stack, local = (int(value) for value in usage.groups())
-    return registers, stack + local
+def _specialisation(constants: Mapping[Any, object], attributes: Mapping[Any, object]) -> str:
+    return str((sorted(constants.items()), sorted(attributes.items())))
 
 
 @cache
 def _find_cuobjdump() -> str:
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if bundled.exists():
-        return str(bundled)
-    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    found = str(bundled) if bundled.exists() else shutil.which("cuobjdump")
+    found = found or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
     if found is None:
         raise FileNotFoundError("cuobjdump: neither in the triton package, nor on PATH, nor in /usr/local/cuda/bin")
     return found
 
 
-def compile_case(op: str, case: CompileCase, capability: int) -> Resources:
-    """Compile one case for one compute capability (80, 90)."""
-    options = {name: getattr(case, name) for name in LAUNCH_OPTIONS} | {"enable_fp_fusion": ENABLE_FP_FUSION}
-    compiled = triton.compile(case.source(), target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spilled = resource_usage(compiled.asm["cubin"])
-    return Resources(op, case.name, capability, registers, spilled, compiled.metadata.shared, case.num_warps)
+class _CompilingDriver:
+    """What Triton's runtime asks of its driver, for one GPU that is not there; the device index is its capability."""
+
+    def __init__(self) -> None:
+        self.capability = 0
+        self.kernels: list[Kernel] = []
+        self.utils = self
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_LIMIT[device]}
+
+    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[object, bytes, int, int, int]:
+        """Module, function, registers, spills, threads of a block: here the binary stands for the function."""
+        return object(), cubin, 0, 0, 1024
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        capability = self.capability
+
+        def launch(grid_0: int, grid_1: int, grid_2: int, stream: int, cubin: bytes, *_: object) -> None:
+            self.kernels.append(
+                Kernel(
+                    source.fn.__name__,
+                    dict(source.signature),
+                    _specialisation(source.constants, source.attrs),
+                    capability,
+                    metadata.num_warps,
+                    metadata.shared,
+                    cubin,
+                )
+            )
+
+        return launch
+
+    def list_only(self, **launch: Any) -> bool:
+        """Triton's hook before it compiles, which True keeps it from."""
+        kernel = launch["compile"]
+        name, types = launch["fn"].name.rpartition(".")[2], dict(kernel["signature"])
+        special = _specialisation(kernel["constants"], kernel["configs"][0])
+        self.kernels.append(Kernel(name, types, special, self.capability, kernel["num_warps"]))
+        return True
 
 
-def operators() -> list[str]:
-    """Modules of this package that hold kernels."""
-    package = importlib.import_module(__package__ or "tokcomp_kernels.triton")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
+#: One for all, for kernels that were compiled keep the launcher they were given.
+_DRIVER = _CompilingDriver()
 
 
-def compile_cases(op: str) -> list[CompileCase]:
-    return importlib.import_module(f"{__package__}.{op}").compile_cases()
+@contextmanager
+def compiling(capability: int, *, only_list: bool = False) -> Iterator[list[Kernel]]:
+    """Within, launches with CPU tensors compile for ``capability`` and run nothing; yields what they would have run.
 
+    Triton keeps binaries on disk, so that what was compiled before takes no time. A kernel that needs more shared
+    memory than the GPU has is refused by Triton's OutOfResources.
 
-def compile_all(ops: Sequence[str], capabilities: Sequence[int]) -> Iterator[Resources]:
-    for op in ops:
-        for case in compile_cases(op):
-            for capability in capabilities:
-                yield compile_case(op, case, capability)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compile every Triton kernel for sm_80 and sm_90; no GPU needed.")
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"which of {', '.join(operators())} (default: all)")
-    parser.add_argument("--capability", type=int, nargs="+", default=sorted(SHARED_LIMIT), choices=sorted(SHARED_LIMIT))
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    options = parser.parse_args(arguments)
-    rows = []
-    for row in compile_all(options.ops or operators(), options.capability):
-        rows.append(row)
-        note = row.problem()
-        print(
-            f"{row.op:24} {row.case:52} sm_{row.capability} {row.registers:4} registers {row.shared:7} B shared"
-            f"{'  ' + note if note else ''}",
-            flush=True,
-        )
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) | {"problem": row.problem()} for row in rows], indent=1))
-    return int(any(row.problem() for row in rows))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    Args:
+        capability: One of SHARED_LIMIT, such as 90.
+        only_list: Compile nothing: kernels have neither a binary nor shared memory then.
+    """
+    if capability not in SHARED_LIMIT:
+        raise ValueError(f"capability must be one of {', '.join(map(str, SHARED_LIMIT))}, got {capability}")
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET must be unset: interpreted kernels do not compile")
+    active, hook, kernels = driver._active, triton.knobs.runtime.jit_cache_hook, _DRIVER.kernels
+    _DRIVER.capability, _DRIVER.kernels = capability, []
+    driver.set_active(_DRIVER)
+    if only_list:
+        triton.knobs.runtime.jit_cache_hook = _DRIVER.list_only
+    try:
+        yield _DRIVER.kernels
+    finally:
+        driver.set_active(active)
+        triton.knobs.runtime.jit_cache_hook = hook
+        _DRIVER.kernels = kernels

@@ -25,10 +25,10 @@ from tokcomp_kernels.triton._common import dot, effective_size, narrow
 from tokcomp_kernels.triton._norm import channels_of, load_sum, store_normalized, store_tiles
 from tokcomp_kernels.triton._similarity import inverse_norm
 
-_COUNTS = ["num_slots", "num_sources", "num_prefix_tokens"]
+_UNSPECIALIZED = ["num_kept", "num_merged", "num_prefix_tokens", "stride_sb"]
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def merge_kept_kernel(
     x_ptr,
     branch_ptr,
@@ -42,8 +42,8 @@ def merge_kept_kernel(
     best_ptr,
     best_slot_ptr,
     inv_src_ptr,
-    num_slots,
-    num_sources,
+    num_kept,
+    num_merged,
     num_prefix_tokens,
     norm_eps,
     stride_xb,
@@ -57,7 +57,7 @@ def merge_kept_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SIZE: tl.constexpr,
-    HAS_SOURCES: tl.constexpr,
+    MERGES: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -69,22 +69,22 @@ def merge_kept_kernel(
 
     More sources than BLOCK_S are spread over programs, of which the first writes the rows.
     """
-    num_blocks = tl.cdiv(num_slots, BLOCK_M)
-    num_parts = tl.maximum(tl.cdiv(num_sources, BLOCK_S), 1)
+    num_blocks = tl.cdiv(num_kept, BLOCK_M)
+    num_parts = tl.maximum(tl.cdiv(num_merged, BLOCK_S), 1)
     part = tl.program_id(0) % num_parts
     block = tl.program_id(0) // num_parts % num_blocks
     batch = (tl.program_id(0) // num_parts // num_blocks).to(tl.int64)
     x_ptr += batch * stride_xb
     branch_ptr += batch * stride_bb
-    order_ptr += batch * (num_slots + num_sources)
+    order_ptr += batch * (num_kept + num_merged)
     slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = slots < num_slots
+    mask_m = slots < num_kept
     token = tl.load(order_ptr + slots, mask=mask_m, other=0).to(tl.int64)  # [BLOCK_M]
-    writes = slots < tl.where(part == 0, num_slots, 0)
-    out_slots = batch * num_slots + slots
+    writes = slots < tl.where(part == 0, num_kept, 0)
+    out_slots = batch * num_kept + slots
     offs_s = part * BLOCK_S + tl.arange(0, BLOCK_S)
-    mask_s = offs_s < num_sources
-    src_token = tl.load(order_ptr + num_slots + offs_s, mask=mask_s, other=0).to(tl.int64)  # [BLOCK_S]
+    mask_s = offs_s < num_merged
+    src_token = tl.load(order_ptr + num_kept + offs_s, mask=mask_s, other=0).to(tl.int64)  # [BLOCK_S]
     rows_x, rows_branch = x_ptr + token * stride_xn, branch_ptr + token * stride_bn
     src_x, src_branch = x_ptr + src_token * stride_xn, branch_ptr + src_token * stride_bn
     dots = tl.zeros([BLOCK_S, BLOCK_M], tl.float32)
@@ -102,7 +102,7 @@ def merge_kept_kernel(
             tile,
             mask=writes[:, None] & mask_c[None, :],
         )
-        if HAS_SOURCES:
+        if MERGES:
             src = load_sum(
                 src_x[:, None] + offs_c[None, :],
                 src_branch[:, None] + offs_c[None, :],
@@ -112,7 +112,7 @@ def merge_kept_kernel(
             dots = dot(src, tl.trans(tile), dots)  # [BLOCK_S, BLOCK_C] x [BLOCK_C, BLOCK_M]
         tiles = tiles + (tile,)  # type: ignore[assignment]  # noqa: RUF005 (Triton unpacks no tuples)
 
-    if HAS_SOURCES:
+    if MERGES:
         squares = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         for chunk in tl.static_range(CHUNKS):
             squares += tiles[chunk].to(tl.float32) * tiles[chunk].to(tl.float32)
@@ -121,8 +121,8 @@ def merge_kept_kernel(
         dots = tl.where(tl.abs(dots) < float("inf"), dots * inv_dst[None, :], 0.0)  # [BLOCK_S, BLOCK_M]
         dots = tl.where((mask_m & (slots >= num_prefix_tokens))[None, :], dots, float("-inf"))
         best = tl.max(dots, axis=1)
-        best_slot = tl.min(tl.where(dots == best[:, None], slots[None, :], num_slots), axis=1)
-        there = (batch * num_blocks + block) * num_sources + offs_s
+        best_slot = tl.min(tl.where(dots == best[:, None], slots[None, :], num_kept), axis=1)
+        there = (batch * num_blocks + block) * num_merged + offs_s
         tl.store(best_ptr + there, best, mask=mask_s)
         tl.store(best_slot_ptr + there, best_slot, mask=mask_s)
 
@@ -140,7 +140,7 @@ def merge_kept_kernel(
             BLOCK_C,
             CHUNKS,
         )
-    if HAS_SOURCES and block == 0:
+    if MERGES and block == 0:
         src_squares = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
         for chunk in tl.static_range(CHUNKS):
             offs_c, mask_c = channels_of(chunk, CHANNELS, BLOCK_C)
@@ -152,7 +152,7 @@ def merge_kept_kernel(
             )  # [BLOCK_S, BLOCK_C]
             src_squares += src.to(tl.float32) * src.to(tl.float32)
         inv_src = inverse_norm(tl.sum(src_squares, axis=1))  # [BLOCK_S]
-        tl.store(inv_src_ptr + batch * num_sources + offs_s, inv_src, mask=mask_s)
+        tl.store(inv_src_ptr + batch * num_merged + offs_s, inv_src, mask=mask_s)
 
     if HAS_SIZE:
         size = effective_size(tl.load(size_ptr + batch * stride_sb + token * stride_sn, mask=writes, other=1.0))
@@ -162,13 +162,13 @@ def merge_kept_kernel(
 
 
 @triton.jit
-def _choose(best_ptr, best_slot_ptr, inv_src_ptr, offs_s, num_sources, num_blocks, num_prefix_tokens):
+def _choose(best_ptr, best_slot_ptr, inv_src_ptr, offs_s, num_merged, num_blocks, num_prefix_tokens):
     """The slot of each source, and its cosine: the best of all blocks, the lowest slot on ties; -1 beyond the last."""
-    mask_s = offs_s < num_sources
+    mask_s = offs_s < num_merged
     best = tl.full([offs_s.shape[0]], float("-inf"), tl.float32)
     slot = tl.where(mask_s, num_prefix_tokens, -1)
     for block in range(num_blocks):
-        there = block * num_sources + offs_s
+        there = block * num_merged + offs_s
         value = tl.load(best_ptr + there, mask=mask_s, other=float("-inf"))
         # Blocks run upwards, so only a strictly better one takes over.
         better = value > best
@@ -190,7 +190,7 @@ def _divide(values, counts):
     return tl.where(tl.abs(quotient) < float("inf"), corrected, quotient)
 
 
-@triton.jit(do_not_specialize=[*_COUNTS, "num_tokens", "num_blocks"])
+@triton.jit(do_not_specialize=[*_UNSPECIALIZED, "num_tokens", "num_blocks"])
 def merge_join_kernel(
     x_ptr,
     branch_ptr,
@@ -206,8 +206,8 @@ def merge_join_kernel(
     size_out_ptr,
     source_ptr,
     num_tokens,
-    num_slots,
-    num_sources,
+    num_kept,
+    num_merged,
     num_prefix_tokens,
     num_blocks,
     norm_eps,
@@ -228,32 +228,32 @@ def merge_join_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    num_parts = tl.cdiv(num_sources, BLOCK_R)
+    num_parts = tl.cdiv(num_merged, BLOCK_R)
     part = tl.program_id(0) % num_parts
     batch = (tl.program_id(0) // num_parts).to(tl.int64)
     x_ptr += batch * stride_xb
     branch_ptr += batch * stride_bb
-    order_ptr += batch * (num_slots + num_sources)
-    best_ptr += batch * num_blocks * num_sources
-    best_slot_ptr += batch * num_blocks * num_sources
-    inv_src_ptr += batch * num_sources
+    order_ptr += batch * (num_kept + num_merged)
+    best_ptr += batch * num_blocks * num_merged
+    best_slot_ptr += batch * num_blocks * num_merged
+    inv_src_ptr += batch * num_merged
     if HAS_SIZE:
         size_ptr += batch * stride_sb
 
     rows = part * BLOCK_R + tl.arange(0, BLOCK_R)
     slot, _own = _choose(
-        best_ptr, best_slot_ptr, inv_src_ptr, rows, num_sources, num_blocks, num_prefix_tokens
+        best_ptr, best_slot_ptr, inv_src_ptr, rows, num_merged, num_blocks, num_prefix_tokens
     )  # [BLOCK_R]
-    row_token = tl.load(order_ptr + num_slots + rows, mask=rows < num_sources, other=0).to(tl.int64)
-    tl.store(source_ptr + batch * num_tokens + row_token, slot.to(tl.int64), mask=rows < num_sources)
+    row_token = tl.load(order_ptr + num_kept + rows, mask=rows < num_merged, other=0).to(tl.int64)
+    tl.store(source_ptr + batch * num_tokens + row_token, slot.to(tl.int64), mask=rows < num_merged)
     earlier = tl.zeros([BLOCK_R], tl.int32)
     for start in range(0, part * BLOCK_R + BLOCK_R, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        dst, _cosine = _choose(best_ptr, best_slot_ptr, inv_src_ptr, offs_s, num_sources, num_blocks, num_prefix_tokens)
+        dst, _cosine = _choose(best_ptr, best_slot_ptr, inv_src_ptr, offs_s, num_merged, num_blocks, num_prefix_tokens)
         same = (dst[None, :] == slot[:, None]) & (offs_s[None, :] < rows[:, None])  # [BLOCK_R, BLOCK_S]
         earlier += tl.sum(same.to(tl.int32), axis=1)
     # One source of each slot does the work: the first.
-    leads = (rows < num_sources) & (earlier == 0)
+    leads = (rows < num_merged) & (earlier == 0)
 
     offs_c, mask_c = channels_of(0, CHANNELS, BLOCK_C)
     token = tl.load(order_ptr + slot, mask=leads, other=0).to(tl.int64)  # [BLOCK_R]
@@ -269,19 +269,19 @@ def merge_join_kernel(
         total_size = effective_size(tl.load(size_ptr + token * stride_sn, mask=leads, other=1.0))
     count = tl.full([BLOCK_R], 1, tl.int32)
     # Every slot takes its next source in turn, so each sum runs in the order of rank.
-    for start in range(0, num_sources, BLOCK_S):
+    for start in range(0, num_merged, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         dst, cosine = _choose(
-            best_ptr, best_slot_ptr, inv_src_ptr, offs_s, num_sources, num_blocks, num_prefix_tokens
+            best_ptr, best_slot_ptr, inv_src_ptr, offs_s, num_merged, num_blocks, num_prefix_tokens
         )  # [BLOCK_S]
         mine = (dst[None, :] == slot[:, None]) & leads[:, None]  # [BLOCK_R, BLOCK_S]
         longest = tl.max(tl.sum(mine.to(tl.int32), axis=1), axis=0)
         taken = tl.full([BLOCK_R], -1, tl.int32)
         for _ in range(longest):
             left = mine & (offs_s[None, :] > taken[:, None])
-            following = tl.min(tl.where(left, offs_s[None, :], num_sources), axis=1)  # [BLOCK_R]
-            found = following < num_sources
-            src_token = tl.load(order_ptr + num_slots + following, mask=found, other=0).to(tl.int64)
+            following = tl.min(tl.where(left, offs_s[None, :], num_merged), axis=1)  # [BLOCK_R]
+            found = following < num_merged
+            src_token = tl.load(order_ptr + num_kept + following, mask=found, other=0).to(tl.int64)
             src = load_sum(
                 (x_ptr + src_token * stride_xn)[:, None] + offs_c[None, :],
                 (branch_ptr + src_token * stride_bn)[:, None] + offs_c[None, :],
@@ -300,7 +300,7 @@ def merge_join_kernel(
             taken = tl.where(found, following, taken)
 
     mean = narrow(_divide(total, count.to(tl.float32)[:, None]), x_out_ptr.dtype.element_ty)
-    out_slots = batch * num_slots + slot
+    out_slots = batch * num_kept + slot
     store_tiles((mean,), x_out_ptr + out_slots * CHANNELS, leads, CHANNELS, BLOCK_C, 1)
     tl.store(size_out_ptr + out_slots, effective_size(total_size), mask=leads)
     if HAS_NORM:

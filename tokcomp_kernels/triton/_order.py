@@ -50,7 +50,7 @@ def count_before(
 
 
 @triton.jit
-def count_before_alive(
+def count_before_live(
     values_ptr,
     mask_ptr,
     offs_i,
@@ -60,10 +60,10 @@ def count_before_alive(
     stride_mask,
     BLOCK_J: tl.constexpr,
 ):
-    """As count_before, tokens whose mask is not above 0 coming after all others, by index; and how many are alive."""
+    """As count_before, tokens whose mask is not above 0 coming after all others, by index; and how many are live."""
     key_i = _live_key(values_ptr, mask_ptr, offs_i, offs_i < end, stride, stride_mask)  # [BLOCK_I]
     before = tl.zeros([offs_i.shape[0], BLOCK_J], tl.int32)
-    alive = tl.zeros([BLOCK_J], tl.int32)
+    live = tl.zeros([BLOCK_J], tl.int32)
     for start in range(begin, end, BLOCK_J):
         offs_j = start + tl.arange(0, BLOCK_J)
         mask_j = offs_j < end
@@ -73,8 +73,8 @@ def count_before_alive(
         ahead = (key_j[None, :] > key_i[:, None]) | earlier
         before += (ahead & mask_j[None, :]).to(tl.int32)  # [BLOCK_I, BLOCK_J]
         mask_value = tl.load(mask_ptr + offs_j.to(tl.int64) * stride_mask, mask=mask_j, other=0.0).to(tl.float32)
-        alive += (mask_value > 0.0).to(tl.int32)
-    return tl.sum(before, axis=1), tl.sum(alive, axis=0)
+        live += (mask_value > 0.0).to(tl.int32)
+    return tl.sum(before, axis=1), tl.sum(live, axis=0)
 
 
 @triton.jit

@@ -55,11 +55,11 @@ def reduce_groups(values: Tensor, *, stats: Tensor | None = None, mean: bool, dt
         return out
     with device_guard(values):
         _reduce_kernel[(batch * triton.cdiv(num_tokens, BLOCK_N),)](
-            values,
-            stats,
-            out,
-            groups,
-            num_tokens,
+            values_ptr=values,
+            stats_ptr=stats,
+            out_ptr=out,
+            G=groups,
+            N=num_tokens,
             FROM_LOGITS=stats is not None,
             MEAN=mean,
             BLOCK_N=BLOCK_N,

@@ -7,13 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels.triton._cases import table_cases
-from tokcomp_kernels.triton._common import effective_size, narrow
-from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
+from tokcomp_kernels.triton._common import effective_size, narrow, strides
 from tokcomp_kernels.triton._configs import launch_config
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_sources"])
+@triton.jit(do_not_specialize=["num_kept", "num_merged", "stride_sb"])
 def _merge_apply_kernel(
     x_ptr,
     size_ptr,
@@ -22,8 +20,8 @@ def _merge_apply_kernel(
     similarity_ptr,
     x_out_ptr,
     size_out_ptr,
-    num_slots,
-    num_sources,
+    num_kept,
+    num_merged,
     num_channels,
     stride_xb,
     stride_xn,
@@ -38,16 +36,16 @@ def _merge_apply_kernel(
 ):
     batch = tl.program_id(0).to(tl.int64)
     x_ptr += batch * stride_xb
-    order_ptr += batch * (num_slots + num_sources)
-    dst_ptr += batch * num_sources
+    order_ptr += batch * (num_kept + num_merged)
+    dst_ptr += batch * num_merged
     if HAS_SIZE:
         size_ptr += batch * stride_sb
     if HAS_SIMILARITY:
-        similarity_ptr += batch * num_sources
+        similarity_ptr += batch * num_merged
 
     slots = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_m = slots < num_slots
+    mask_m = slots < num_kept
     mask_c = offs_c < num_channels
     token = tl.load(order_ptr + slots, mask=mask_m, other=0).to(tl.int64)  # [BLOCK_M]
     own_rows = tl.load(
@@ -62,17 +60,17 @@ def _merge_apply_kernel(
     count = tl.zeros([BLOCK_M], tl.int32)
 
     # Every slot of the block takes its next source in turn, so each sum runs in the order of the sources.
-    for start in range(0, num_sources, BLOCK_S):
+    for start in range(0, num_merged, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        dst = tl.load(dst_ptr + offs_s, mask=offs_s < num_sources, other=-1)
+        dst = tl.load(dst_ptr + offs_s, mask=offs_s < num_merged, other=-1)
         mine = dst[None, :] == slots[:, None]  # [BLOCK_M, BLOCK_S]
         longest = tl.max(tl.sum(mine.to(tl.int32), axis=1), axis=0)
         taken = tl.full([BLOCK_M], -1, tl.int32)
         for _ in range(longest):
             left = mine & (offs_s[None, :] > taken[:, None])
-            following = tl.min(tl.where(left, offs_s[None, :], num_sources), axis=1)  # [BLOCK_M]
-            found = following < num_sources
-            src_token = tl.load(order_ptr + num_slots + following, mask=found, other=0).to(tl.int64)
+            following = tl.min(tl.where(left, offs_s[None, :], num_merged), axis=1)  # [BLOCK_M]
+            found = following < num_merged
+            src_token = tl.load(order_ptr + num_kept + following, mask=found, other=0).to(tl.int64)
             src_rows = tl.load(
                 x_ptr + src_token[:, None] * stride_xn + offs_c[None, :],
                 mask=found[:, None] & mask_c[None, :],
@@ -96,7 +94,7 @@ def _merge_apply_kernel(
     rows = tl.where(
         (count > 0)[:, None], tl.div_rn(rows, tl.broadcast_to(divisor[:, None], [BLOCK_M, BLOCK_C])), own_rows
     )
-    out_slots = batch * num_slots + slots
+    out_slots = batch * num_kept + slots
     tl.store(
         x_out_ptr + out_slots[:, None] * num_channels + offs_c[None, :],
         narrow(rows, x_out_ptr.dtype.element_ty),
@@ -131,54 +129,30 @@ def merge_rows(
         x_out [B, M, C] in x's dtype and size_out [B, M] float32.
     """
     batch, _, channels = x.shape
-    num_sources = dst.shape[1]
-    num_slots = order.shape[1] - num_sources
-    x_out = torch.empty((batch, num_slots, channels), dtype=x.dtype, device=x.device)
-    size_out = torch.empty((batch, num_slots), dtype=torch.float32, device=x.device)
+    num_merged = dst.shape[1]
+    num_kept = order.shape[1] - num_merged
+    x_out = torch.empty((batch, num_kept, channels), dtype=x.dtype, device=x.device)
+    size_out = torch.empty((batch, num_kept), dtype=torch.float32, device=x.device)
     if size_out.numel() == 0:
         return x_out, size_out
-    config = launch_config(op, "apply", x.device, S=num_sources, C=channels)
-    grid = (batch, triton.cdiv(num_slots, config["BLOCK_M"]), max(1, triton.cdiv(channels, config["BLOCK_C"])))
+    config = launch_config(op, "apply", x.device, S=num_merged, C=channels)
+    grid = (batch, triton.cdiv(num_kept, config["BLOCK_M"]), max(1, triton.cdiv(channels, config["BLOCK_C"])))
     _merge_apply_kernel[grid](
-        x,
-        size,
-        order,
-        dst,
-        similarity,
-        x_out,
-        size_out,
-        num_slots,
-        num_sources,
-        channels,
-        stride_xb=x.stride(0),
-        stride_xn=x.stride(1),
-        stride_sb=0 if size is None else size.stride(0),
-        stride_sn=0 if size is None else size.stride(1),
+        x_ptr=x,
+        size_ptr=size,
+        order_ptr=order,
+        dst_ptr=dst,
+        similarity_ptr=similarity,
+        x_out_ptr=x_out,
+        size_out_ptr=size_out,
+        num_kept=num_kept,
+        num_merged=num_merged,
+        num_channels=channels,
+        **strides(x, "stride_xb", "stride_xn"),
+        **strides(size, "stride_sb", "stride_sn"),
         HAS_SIZE=size is not None,
         HAS_SIMILARITY=similarity is not None,
         WEIGHTED_MEAN=weighted_mean,
         **config,
     )
     return x_out, size_out
-
-
-def merge_rows_cases(op: str, *, weighted_mean: bool) -> list[CompileCase]:
-    return [
-        case
-        for dtype in ("float16", "bfloat16", "float32")
-        for case in table_cases(
-            op,
-            "apply",
-            _merge_apply_kernel,
-            {
-                "x_ptr": POINTER_TYPES[dtype],
-                "size_ptr": "*fp32",
-                "order_ptr": "*i32",
-                "dst_ptr": "*i32",
-                "similarity_ptr": "*fp32",
-                "x_out_ptr": POINTER_TYPES[dtype],
-                "size_out_ptr": "*fp32",
-            },
-            {"HAS_SIZE": True, "HAS_SIMILARITY": not weighted_mean, "WEIGHTED_MEAN": weighted_mean},
-        )
-    ]

@@ -6,8 +6,6 @@ Bytes: x and branch are read once, both outputs written once; nothing else.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from itertools import product
 
 import torch
 import triton
@@ -15,24 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_add_layer_norm
-from tokcomp_kernels.triton._common import device_guard, inner_contiguous, require_supported
-from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
-from tokcomp_kernels.triton._configs import launch_config, load
+from tokcomp_kernels.triton._common import device_guard, inner_contiguous, require_supported, strides
+from tokcomp_kernels.triton._configs import launch_config
 from tokcomp_kernels.triton._norm import chunks, compact, load_tiles, store_normalized, store_tiles
-
-#: Rows for which the kernel is compiled without a GPU.
-_CASE_ROWS = (
-    ("float16", 64),
-    ("float16", 192),
-    ("float16", 384),
-    ("float16", 768),
-    ("bfloat16", 1280),
-    ("float16", 2048),
-    ("float32", 192),
-    ("float32", 384),
-    ("float32", 1024),
-    ("float32", 8192),
-)
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_group"])
@@ -95,19 +78,17 @@ def add_layer_norm_triton(
     config = launch_config("add_layer_norm", "rows", x.device, C=channels, itemsize=x.itemsize)
     with device_guard(x):
         _add_layer_norm_kernel[(triton.cdiv(num_rows, config["BLOCK_R"]),)](
-            x,
-            branch,
-            compact(weight),
-            compact(bias),
-            x_out,
-            normalized,
-            num_rows,
-            rows_per_group,
-            float(norm_eps),
-            stride_xg=x.stride(0),
-            stride_xr=x.stride(1),
-            stride_bg=branch.stride(0),
-            stride_br=branch.stride(1),
+            x_ptr=x,
+            branch_ptr=branch,
+            weight_ptr=compact(weight),
+            bias_ptr=compact(bias),
+            x_out_ptr=x_out,
+            normalized_ptr=normalized,
+            num_rows=num_rows,
+            rows_per_group=rows_per_group,
+            norm_eps=float(norm_eps),
+            **strides(x, "stride_xg", "stride_xr"),
+            **strides(branch, "stride_bg", "stride_br"),
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             CHANNELS=channels,
@@ -122,23 +103,3 @@ def _groups(x: Tensor, branch: Tensor) -> tuple[int, int]:
     if x.dim() < 2:
         return 1, 1
     return math.prod(x.shape[:-2]), x.shape[-2]
-
-
-def compile_cases() -> list[CompileCase]:
-    cases = []
-    for gpu, (dtype, channels) in product(load("add_layer_norm"), _CASE_ROWS):
-        config = launch_config("add_layer_norm", "rows", gpu, C=channels, itemsize=4 if dtype == "float32" else 2)
-        pointers = [name for name in _add_layer_norm_kernel.arg_names if name.endswith("_ptr")]
-        case = CompileCase.launched(
-            f"rows-{dtype}-C{channels}-{gpu}",
-            _add_layer_norm_kernel,
-            dict.fromkeys(pointers, POINTER_TYPES[dtype]) | {"norm_eps": "fp32"},
-            config,
-            HAS_WEIGHT=True,
-            HAS_BIAS=True,
-            CHANNELS=channels,
-            CHUNKS=chunks(channels, config),
-        )
-        strides = ["stride_xg", "stride_xr", "stride_bg", "stride_br"]
-        cases.append(replace(case, divisible=[*pointers, *strides]))
-    return cases

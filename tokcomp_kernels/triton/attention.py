@@ -9,10 +9,6 @@ is a tuple of tiles too: 80 is 64 and 16, not 128.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import product
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +16,7 @@ from torch import Tensor
 
 from tokcomp_kernels._checks import check_attention
 from tokcomp_kernels.triton._attention import (
-    CASE_SHAPES,
+    UNSPECIALIZED,
     add_values,
     apply_mask,
     divide_parts,
@@ -31,30 +27,17 @@ from tokcomp_kernels.triton._attention import (
     load_mask,
     load_parts,
     part_scores,
-    per_token_strides,
     scale_parts,
     store_first_row,
     store_parts,
     width_tiles,
     zero_parts,
 )
-from tokcomp_kernels.triton._common import device_guard, inner_contiguous, narrow, require_supported
-from tokcomp_kernels.triton._configs import load
-from tokcomp_kernels.triton._reduce import BLOCK_N, _reduce_kernel, reduce_groups
-
-if TYPE_CHECKING:
-    from tokcomp_kernels.triton._compile import CompileCase
-
-#: dtype, N, D, with sizes, beside CASE_SHAPES: each set of tiles of a single pass over more than 128 keys, and what
-#: takes most registers without sizes; ViT-H's late blocks.
-SINGLE_PASS_SHAPES = (
-    *(("float16", num_tokens, 64, True) for num_tokens in range(144, 257, 16)),
-    *(("bfloat16", num_tokens, 64, False) for num_tokens in (192, 240, 256)),
-    ("float16", 128, 80, True),
-)
+from tokcomp_kernels.triton._common import device_guard, inner_contiguous, narrow, require_supported, strides
+from tokcomp_kernels.triton._reduce import reduce_groups
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -214,25 +197,25 @@ def attention_forward(
         options = forward_options(op, q.device, num_tokens, width, q.element_size())
         with device_guard(q):
             _attention_fwd_kernel[(batch * heads * triton.cdiv(num_tokens, options["BLOCK_M"]),)](
-                q,
-                k,
-                v,
-                size,
-                token_mask,
-                out,
-                cls_rows,
-                stats,
-                *q.stride()[:3],
-                *k.stride()[:3],
-                *v.stride()[:3],
-                *per_token_strides(size),
-                *per_token_strides(token_mask),
-                *out.stride()[:3],
-                heads,
-                num_tokens,
-                width**-0.5 if scale is None else float(scale),
-                float(eps),
-                eps / num_tokens,
+                q_ptr=q,
+                k_ptr=k,
+                v_ptr=v,
+                size_ptr=size,
+                mask_ptr=token_mask,
+                out_ptr=out,
+                cls_ptr=cls_rows,
+                stats_ptr=stats,
+                **strides(q, "stride_qb", "stride_qh", "stride_qn"),
+                **strides(k, "stride_kb", "stride_kh", "stride_kn"),
+                **strides(v, "stride_vb", "stride_vh", "stride_vn"),
+                **strides(size, "stride_sb", "stride_sn"),
+                **strides(token_mask, "stride_mb", "stride_mn"),
+                **strides(out, "stride_ob", "stride_oh", "stride_on"),
+                H=heads,
+                N=num_tokens,
+                scale=width**-0.5 if scale is None else float(scale),
+                eps=float(eps),
+                eps_over_n=eps / num_tokens,
                 HAS_SIZE=size is not None,
                 HAS_MASK=token_mask is not None,
                 **options,
@@ -246,31 +229,3 @@ def attention_triton(
     """``tokcomp::attention`` in Triton, for float16, bfloat16 and float32; see ``ops/attention.py``."""
     check_attention(q, k, v, size=size, scale=scale)
     return attention_forward("attention", q, k, v, size=size, scale=scale)
-
-
-def forward_cases(op: str, *, masked: bool, more: Sequence[tuple[str, int, int, bool]] = ()) -> list[CompileCase]:
-    """The forward kernel as the tables of ``op`` launch it, for CASE_SHAPES and ``more``."""
-    from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
-
-    cases = []
-    shapes = [*((*shape, True) for shape in CASE_SHAPES), *more]
-    for gpu, (dtype, num_tokens, width, has_size) in product(load(op), shapes):
-        itemsize = 4 if dtype == "float32" else 2
-        options = forward_options(op, gpu, num_tokens, width, itemsize)
-        types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), POINTER_TYPES[dtype])
-        types |= dict.fromkeys(("size_ptr", "mask_ptr", "cls_ptr", "stats_ptr"), "*fp32")
-        types |= dict.fromkeys(("scale", "eps", "eps_over_n"), "fp32")
-        name = f"forward-{dtype}-N{num_tokens}-D{width}-{'' if has_size else 'ones-'}{gpu}"
-        constants = {"HAS_SIZE": has_size, "HAS_MASK": masked, "stride_sn": 1, "stride_mn": 1}
-        cases.append(CompileCase.launched(name, _attention_fwd_kernel, types, options, **constants))
-    return cases
-
-
-def compile_cases() -> list[CompileCase]:
-    from tokcomp_kernels.triton._compile import CompileCase
-
-    reduce_types = dict.fromkeys(("values_ptr", "stats_ptr", "out_ptr"), "*fp32")
-    reduce_mean = CompileCase(
-        "reduce-mean", _reduce_kernel, reduce_types, {"FROM_LOGITS": True, "MEAN": True, "BLOCK_N": BLOCK_N}
-    )
-    return [*forward_cases("attention", masked=False, more=SINGLE_PASS_SHAPES), reduce_mean]

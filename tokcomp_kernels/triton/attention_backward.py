@@ -9,8 +9,7 @@ dA = (dO V^T - sum_k P dO V^T) / Z, dS = dA * A, and the mask's gradient is the 
 
 from __future__ import annotations
 
-from itertools import product
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from tokcomp_kernels._checks import check_attention_backward
 from tokcomp_kernels.triton._attention import (
-    CASE_SHAPES,
+    UNSPECIALIZED,
     apply_mask,
     finite_max,
     key_scores,
@@ -27,18 +26,21 @@ from tokcomp_kernels.triton._attention import (
     load_bias,
     load_mask,
     load_rows,
-    per_token_strides,
     store_rows,
 )
-from tokcomp_kernels.triton._common import LOG2_E, device_guard, dot, inner_contiguous, narrow, require_supported
-from tokcomp_kernels.triton._configs import load
+from tokcomp_kernels.triton._common import (
+    LOG2_E,
+    device_guard,
+    dot,
+    inner_contiguous,
+    narrow,
+    require_supported,
+    strides,
+)
 from tokcomp_kernels.triton._reduce import reduce_groups
 
-if TYPE_CHECKING:
-    from tokcomp_kernels.triton._compile import CompileCase
 
-
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd_rows_kernel(
     do_ptr,
     q_ptr,
@@ -162,7 +164,7 @@ def _attention_bwd_rows_kernel(
     tl.store(stats_ptr + 2 * N + offs_m, mean, mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd_columns_kernel(
     do_ptr,
     q_ptr,
@@ -276,42 +278,38 @@ def attention_backward(
         rows = launch_options(op, "backward_rows", q.device, num_tokens, width, q.element_size())
         columns = launch_options(op, "backward_columns", q.device, num_tokens, width, q.element_size())
         del columns["SINGLE_TILE"]
-        inputs = (grad_out, q, k, v, size, token_mask)
-        strides = (
-            *grad_out.stride()[:3],
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *per_token_strides(size),
-            *per_token_strides(token_mask),
-        )
-        scale = width**-0.5 if scale is None else float(scale)
+        inputs = {"do_ptr": grad_out, "q_ptr": q, "k_ptr": k, "v_ptr": v, "size_ptr": size, "mask_ptr": token_mask}
+        shape: dict[str, Any] = {
+            **strides(grad_out, "stride_gb", "stride_gh", "stride_gn"),
+            **strides(q, "stride_qb", "stride_qh", "stride_qn"),
+            **strides(k, "stride_kb", "stride_kh", "stride_kn"),
+            **strides(v, "stride_vb", "stride_vh", "stride_vn"),
+            **strides(size, "stride_sb", "stride_sn"),
+            **strides(token_mask, "stride_mb", "stride_mn"),
+            "H": heads,
+            "N": num_tokens,
+            "scale": width**-0.5 if scale is None else float(scale),
+        }
         flags = {"HAS_SIZE": size is not None, "HAS_MASK": token_mask is not None}
         with device_guard(q):
             _attention_bwd_rows_kernel[(batch * heads * triton.cdiv(num_tokens, rows["BLOCK_M"]),)](
-                *inputs,
-                grad_q,
-                stats,
-                *strides,
-                heads,
-                num_tokens,
-                scale,
-                float(eps),
-                eps / num_tokens,
+                **inputs,
+                dq_ptr=grad_q,
+                stats_ptr=stats,
+                **shape,
+                eps=float(eps),
+                eps_over_n=eps / num_tokens,
                 **flags,
                 **rows,
             )
             _attention_bwd_columns_kernel[(batch * heads * triton.cdiv(num_tokens, columns["BLOCK_N"]),)](
-                *inputs,
-                stats,
-                grad_k,
-                grad_v,
-                grad_mask,
-                *strides,
-                heads,
-                num_tokens,
-                scale,
-                eps / num_tokens,
+                **inputs,
+                stats_ptr=stats,
+                dk_ptr=grad_k,
+                dv_ptr=grad_v,
+                dm_ptr=grad_mask,
+                **shape,
+                eps_over_n=eps / num_tokens,
                 **flags,
                 **columns,
             )
@@ -327,27 +325,3 @@ def attention_backward_triton(
     check_attention_backward(grad_out, q, k, v, size=size, scale=scale)
     grad_q, grad_k, grad_v, _ = attention_backward("attention", grad_out, q, k, v, size=size, scale=scale)
     return grad_q, grad_k, grad_v
-
-
-def backward_cases(op: str, *, masked: bool) -> list[CompileCase]:
-    """Both backward kernels as the tables of ``op`` launch them."""
-    from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
-
-    kernels = {"rows": _attention_bwd_rows_kernel, "columns": _attention_bwd_columns_kernel}
-    float_pointers = ("size_ptr", "mask_ptr", "stats_ptr", "dm_ptr")
-    cases = []
-    for gpu, (dtype, num_tokens, width) in product(load(op), CASE_SHAPES):
-        itemsize = 4 if dtype == "float32" else 2
-        for kind, kernel in kernels.items():
-            options = launch_options(op, f"backward_{kind}", gpu, num_tokens, width, itemsize)
-            pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
-            types = {name: "*fp32" if name in float_pointers else POINTER_TYPES[dtype] for name in pointers}
-            types |= {name: "fp32" for name in kernel.arg_names if name in ("scale", "eps", "eps_over_n")}
-            constants = {"HAS_SIZE": True, "HAS_MASK": masked, "stride_sn": 1, "stride_mn": 1}
-            name = f"{kind}-{dtype}-N{num_tokens}-D{width}-{gpu}"
-            cases.append(CompileCase.launched(name, kernel, types, options, **constants))
-    return cases
-
-
-def compile_cases() -> list[CompileCase]:
-    return backward_cases("attention", masked=False)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -12,19 +9,16 @@ from torch import Tensor
 
 from tokcomp_kernels._checks import check_class_attention_sort
 from tokcomp_kernels.reference._common import descending_order
-from tokcomp_kernels.triton._attention import finite_max, load_bias, load_rows, per_token_strides
-from tokcomp_kernels.triton._common import LOG2_E, device_guard, inner_contiguous, require_supported
-from tokcomp_kernels.triton._configs import ENABLE_FP_FUSION, launch_config, load
+from tokcomp_kernels.triton._attention import finite_max, load_bias, load_rows
+from tokcomp_kernels.triton._common import LOG2_E, device_guard, inner_contiguous, require_supported, strides
+from tokcomp_kernels.triton._configs import ENABLE_FP_FUSION, launch_config
 from tokcomp_kernels.triton._order import MAX_COUNTED, count_before
 from tokcomp_kernels.triton._reduce import reduce_groups
-
-if TYPE_CHECKING:
-    from tokcomp_kernels.triton._compile import CompileCase
 
 BLOCK_I, BLOCK_J = 64, 64
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["H", "N", "stride_sb"])
 def _class_attention_scores_kernel(
     q_ptr,
     k_ptr,
@@ -101,10 +95,10 @@ def token_order(cls_attn: Tensor, num_prefix_tokens: int) -> Tensor:
     if order.numel() > 0:
         with device_guard(cls_attn):
             _token_order_kernel[(batch * triton.cdiv(num_tokens, BLOCK_I),)](
-                cls_attn,
-                order,
-                num_tokens,
-                num_prefix_tokens,
+                cls_ptr=cls_attn,
+                order_ptr=order,
+                N=num_tokens,
+                num_prefix_tokens=num_prefix_tokens,
                 BLOCK_I=BLOCK_I,
                 BLOCK_J=BLOCK_J,
                 num_warps=4,
@@ -127,17 +121,17 @@ def class_attention_sort_triton(
         config = launch_config("class_attention_sort", "scores", k.device, D=width, itemsize=k.element_size())
         with device_guard(k):
             _class_attention_scores_kernel[(batch * heads,)](
-                q_cls,
-                k,
-                size,
-                scores,
-                stats,
-                *q_cls.stride()[:2],
-                *k.stride()[:3],
-                *per_token_strides(size),
-                heads,
-                num_tokens,
-                width**-0.5 if scale is None else float(scale),
+                q_ptr=q_cls,
+                k_ptr=k,
+                size_ptr=size,
+                scores_ptr=scores,
+                stats_ptr=stats,
+                **strides(q_cls, "stride_qb", "stride_qh"),
+                **strides(k, "stride_kb", "stride_kh", "stride_kn"),
+                **strides(size, "stride_sb", "stride_sn"),
+                H=heads,
+                N=num_tokens,
+                scale=width**-0.5 if scale is None else float(scale),
                 D=width,
                 BLOCK_D=triton.next_power_of_2(width),
                 HAS_SIZE=size is not None,
@@ -145,21 +139,3 @@ def class_attention_sort_triton(
             )
     cls_attn = reduce_groups(scores, stats=stats, mean=True, dtype=torch.float32)
     return cls_attn, token_order(cls_attn, num_prefix_tokens)
-
-
-def compile_cases() -> list[CompileCase]:
-    from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
-
-    cases = []
-    shapes = (("float16", 64), ("bfloat16", 64), ("float16", 80), ("float32", 64), ("float32", 160))
-    for gpu, (dtype, width) in product(load("class_attention_sort"), shapes):
-        itemsize = 4 if dtype == "float32" else 2
-        config = launch_config("class_attention_sort", "scores", gpu, D=width, itemsize=itemsize)
-        types = dict.fromkeys(("q_ptr", "k_ptr"), POINTER_TYPES[dtype])
-        types |= dict.fromkeys(("size_ptr", "scores_ptr", "stats_ptr"), "*fp32") | {"scale": "fp32"}
-        constants = {"D": width, "BLOCK_D": triton.next_power_of_2(width), "HAS_SIZE": True, "stride_sn": 1}
-        name = f"scores-{dtype}-D{width}-{gpu}"
-        cases.append(CompileCase.launched(name, _class_attention_scores_kernel, types, config, **constants))
-    types = {"cls_ptr": "*fp32", "order_ptr": "*i64"}
-    cases.append(CompileCase("order", _token_order_kernel, types, {"BLOCK_I": BLOCK_I, "BLOCK_J": BLOCK_J}))
-    return cases

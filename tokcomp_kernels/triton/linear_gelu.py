@@ -7,9 +7,6 @@ would read and write all of out again.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import product
-
 import torch
 import triton
 import triton.language as tl
@@ -17,8 +14,7 @@ from torch import Tensor
 
 from tokcomp_kernels._checks import check_linear_gelu
 from tokcomp_kernels.triton._common import device_guard, dot, inner_contiguous, narrow, require_supported
-from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
-from tokcomp_kernels.triton._configs import launch_config, load
+from tokcomp_kernels.triton._configs import launch_config
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 
@@ -87,13 +83,13 @@ def linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     blocks = triton.cdiv(rows.shape[0], config["BLOCK_M"]) * triton.cdiv(features, config["BLOCK_F"])
     with device_guard(x):
         _linear_gelu_kernel[(blocks,)](
-            rows,
-            weight,
-            None if bias is None else bias.contiguous(),
-            out,
-            rows.shape[0],
-            features,
-            width,
+            x_ptr=rows,
+            weight_ptr=weight,
+            bias_ptr=None if bias is None else bias.contiguous(),
+            out_ptr=out,
+            num_rows=rows.shape[0],
+            num_features=features,
+            width=width,
             stride_xr=rows.stride(0),
             stride_wf=weight.stride(0),
             HAS_BIAS=bias is not None,
@@ -101,25 +97,3 @@ def linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
             **config,
         )
     return out
-
-
-def compile_cases() -> list[CompileCase]:
-    """Each entry of the table, with K a multiple of its block and not."""
-    cases = []
-    shapes = [(dtype, width) for dtype in ("float16", "bfloat16", "float32") for width in (16, 384, 392)]
-    for gpu, (dtype, width) in product(load("linear_gelu"), shapes):
-        config = launch_config(
-            "linear_gelu", "forward", gpu, F=4 * width, K=width, itemsize=4 if dtype == "float32" else 2
-        )
-        pointers = [name for name in _linear_gelu_kernel.arg_names if name.endswith("_ptr")]
-        case = CompileCase.launched(
-            f"forward-{dtype}-K{width}-{gpu}",
-            _linear_gelu_kernel,
-            dict.fromkeys(pointers, POINTER_TYPES[dtype]),
-            config,
-            HAS_BIAS=True,
-            EVEN_K=width % config["BLOCK_K"] == 0,
-        )
-        even = ["num_features", "stride_xr", "stride_wf", *(["width"] if width % 16 == 0 else [])]
-        cases.append(replace(case, divisible=[*pointers, *even]))
-    return cases

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_masked_attention
-from tokcomp_kernels.triton.attention import attention_forward, forward_cases
-
-if TYPE_CHECKING:
-    from tokcomp_kernels.triton._compile import CompileCase
+from tokcomp_kernels.triton.attention import attention_forward
 
 
 def masked_attention_triton(
@@ -26,7 +21,3 @@ def masked_attention_triton(
     """``tokcomp::masked_attention`` in Triton, for float16, bfloat16 and float32; see ``ops/masked_attention.py``."""
     check_masked_attention(q, k, v, token_mask, size=size, scale=scale, eps=eps)
     return attention_forward("masked_attention", q, k, v, size=size, scale=scale, token_mask=token_mask, eps=eps)
-
-
-def compile_cases() -> list[CompileCase]:
-    return forward_cases("masked_attention", masked=True)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_masked_attention_backward
-from tokcomp_kernels.triton.attention_backward import attention_backward, backward_cases
-
-if TYPE_CHECKING:
-    from tokcomp_kernels.triton._compile import CompileCase
+from tokcomp_kernels.triton.attention_backward import attention_backward
 
 
 def masked_attention_backward_triton(
@@ -31,7 +26,3 @@ def masked_attention_backward_triton(
     )
     assert grad_mask is not None
     return grad_q, grad_k, grad_v, grad_mask
-
-
-def compile_cases() -> list[CompileCase]:
-    return backward_cases("masked_attention", masked=True)

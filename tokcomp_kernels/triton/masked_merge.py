@@ -13,11 +13,16 @@ from torch import Tensor
 
 from tokcomp_kernels._checks import check_masked_merge
 from tokcomp_kernels.reference.masked_merge import live_order
-from tokcomp_kernels.triton._cases import table_cases
-from tokcomp_kernels.triton._common import device_guard, effective_size, inner_contiguous, narrow, require_supported
-from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
+from tokcomp_kernels.triton._common import (
+    device_guard,
+    effective_size,
+    inner_contiguous,
+    narrow,
+    require_supported,
+    strides,
+)
 from tokcomp_kernels.triton._configs import launch_config
-from tokcomp_kernels.triton._order import MAX_COUNTED, count_before_alive
+from tokcomp_kernels.triton._order import MAX_COUNTED, count_before_live
 from tokcomp_kernels.triton._similarity import best_matches
 
 #: Programs that share the source tiles of one image. A search merges 10 to 20 tokens in a block: one or two tiles.
@@ -25,7 +30,7 @@ MATCH_PROGRAMS = 4
 _COUNTS = ["num_tokens", "num_prefix_tokens"]
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=[*_COUNTS, "stride_ib", "stride_mb"])
 def _masked_merge_select_kernel(
     importance_ptr,
     mask_ptr,
@@ -33,7 +38,7 @@ def _masked_merge_select_kernel(
     rank_ptr,
     order_ptr,
     destination_ptr,
-    num_sources_ptr,
+    num_merged_ptr,
     num_tokens,
     num_prefix_tokens,
     stride_ib,
@@ -46,7 +51,7 @@ def _masked_merge_select_kernel(
     batch = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_tokens
-    before, alive = count_before_alive(
+    before, live = count_before_live(
         importance_ptr + batch * stride_ib,
         mask_ptr + batch * stride_mb,
         offs_n,
@@ -62,11 +67,11 @@ def _masked_merge_select_kernel(
     # The match kernel puts the sources' destinations in their place.
     tl.store(destination_ptr + batch * num_tokens + offs_n, offs_n.to(tl.int64), mask=mask_n)
     if tl.program_id(1) == 0:
-        kept = tl.load(counts_ptr + 1)
-        ranked = tl.minimum((num_prefix_tokens + alive).to(tl.int64), tl.load(counts_ptr))
-        merges = (kept > num_prefix_tokens) & (kept < ranked)
+        num_kept = tl.load(counts_ptr + 1)
+        num_alive = tl.minimum((num_prefix_tokens + live).to(tl.int64), tl.load(counts_ptr))
+        merges = (num_kept > num_prefix_tokens) & (num_kept < num_alive)
         # Where nothing merges, the difference of two counts of any value is not looked at.
-        tl.store(num_sources_ptr + batch, tl.where(merges, ranked - kept, 0).to(tl.int32))
+        tl.store(num_merged_ptr + batch, tl.where(merges, num_alive - num_kept, 0).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -74,7 +79,7 @@ def _masked_merge_match_kernel(
     x_ptr,
     counts_ptr,
     order_ptr,
-    num_sources_ptr,
+    num_merged_ptr,
     dst_ptr,
     similarity_ptr,
     destination_ptr,
@@ -88,21 +93,21 @@ def _masked_merge_match_kernel(
     BLOCK_C: tl.constexpr,
 ):
     batch = tl.program_id(0).to(tl.int64)
-    num_sources = tl.load(num_sources_ptr + batch)
+    num_merged = tl.load(num_merged_ptr + batch)
     x_ptr += batch * stride_xb
     first = batch * num_tokens
-    for start in range(tl.program_id(1) * BLOCK_S, num_sources, tl.num_programs(1) * BLOCK_S):
-        kept = tl.load(counts_ptr + 1).to(tl.int32)
+    for start in range(tl.program_id(1) * BLOCK_S, num_merged, tl.num_programs(1) * BLOCK_S):
+        num_kept = tl.load(counts_ptr + 1).to(tl.int32)
         offs_s = start + tl.arange(0, BLOCK_S)
-        mask_s = offs_s < num_sources
-        src_token = tl.load(order_ptr + first + kept + offs_s, mask=mask_s, other=0).to(tl.int64)  # [BLOCK_S]
+        mask_s = offs_s < num_merged
+        src_token = tl.load(order_ptr + first + num_kept + offs_s, mask=mask_s, other=0).to(tl.int64)  # [BLOCK_S]
         best, best_rank = best_matches(
             x_ptr,
             order_ptr + first,
             x_ptr + src_token * stride_xn,
             mask_s,
             num_prefix_tokens,
-            kept,
+            num_kept,
             num_channels,
             stride_xn,
             BLOCK_S,
@@ -115,14 +120,14 @@ def _masked_merge_match_kernel(
         tl.store(destination_ptr + first + src_token, dst_token, mask=mask_s)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "min_weighted_size"])
+@triton.jit(do_not_specialize=["num_tokens", "min_weighted_size", "stride_sb"])
 def _masked_merge_apply_kernel(
     x_ptr,
     size_ptr,
     counts_ptr,
     rank_ptr,
     order_ptr,
-    num_sources_ptr,
+    num_merged_ptr,
     dst_ptr,
     similarity_ptr,
     x_out_ptr,
@@ -146,8 +151,8 @@ def _masked_merge_apply_kernel(
     x_ptr += batch * stride_xb
     if HAS_SIZE:
         size_ptr += batch * stride_sb
-    num_sources = tl.load(num_sources_ptr + batch)
-    kept = tl.load(counts_ptr + 1)
+    num_merged = tl.load(num_merged_ptr + batch)
+    num_kept = tl.load(counts_ptr + 1)
 
     offs_n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     offs_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -162,26 +167,26 @@ def _masked_merge_apply_kernel(
         total_size = effective_size(tl.load(size_ptr + offs_n * stride_sn, mask=mask_n, other=1.0))
     if HAS_MIN:
         # A source keeps what it adds to its destination as its own size, and all that take part are bounded alike.
-        takes_part = (num_sources > 0) & (rank < kept + num_sources)
+        takes_part = (num_merged > 0) & (rank < num_kept + num_merged)
         if WEIGHTED_SIZE:
-            is_source = takes_part & (rank >= kept)
-            total_size *= tl.load(similarity_ptr + first + rank - kept, mask=is_source, other=1.0)
+            is_source = takes_part & (rank >= num_kept)
+            total_size *= tl.load(similarity_ptr + first + rank - num_kept, mask=is_source, other=1.0)
         bounded = tl.where(total_size > min_weighted_size, total_size, min_weighted_size)
         total_size = tl.where(takes_part, bounded, total_size)
     count = tl.zeros([BLOCK_N], tl.int32)
 
     # Every token of the block takes its next source in turn, so each sum runs in the order of rank.
-    for start in range(0, num_sources, BLOCK_S):
+    for start in range(0, num_merged, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        dst = tl.load(dst_ptr + first + offs_s, mask=offs_s < num_sources, other=-2)
+        dst = tl.load(dst_ptr + first + offs_s, mask=offs_s < num_merged, other=-2)
         mine = dst[None, :] == rank[:, None]  # [BLOCK_N, BLOCK_S]
         longest = tl.max(tl.sum(mine.to(tl.int32), axis=1), axis=0)
         taken = tl.full([BLOCK_N], -1, tl.int32)
         for _ in range(longest):
             left = mine & (offs_s[None, :] > taken[:, None])
-            following = tl.min(tl.where(left, offs_s[None, :], num_sources), axis=1)  # [BLOCK_N]
-            found = following < num_sources
-            src_token = tl.load(order_ptr + first + kept + following, mask=found, other=0).to(tl.int64)
+            following = tl.min(tl.where(left, offs_s[None, :], num_merged), axis=1)  # [BLOCK_N]
+            found = following < num_merged
+            src_token = tl.load(order_ptr + first + num_kept + following, mask=found, other=0).to(tl.int64)
             src_rows = tl.load(
                 x_ptr + src_token[:, None] * stride_xn + offs_c[None, :],
                 mask=found[:, None] & mask_c[None, :],
@@ -242,46 +247,43 @@ def masked_merge_triton(
         empty = torch.empty((batch, num_tokens), dtype=torch.int64, device=x.device)
         return x_out, size_out, empty, empty.clone()
     with device_guard(x):
-        rank, order, destination, num_sources = _select(importance, token_mask, counts, num_prefix_tokens)
+        rank, order, destination, num_merged = _select(importance, token_mask, counts, num_prefix_tokens)
         dst = torch.empty((batch, num_tokens), dtype=torch.int32, device=x.device)
         similarity = torch.empty((batch, num_tokens), dtype=torch.float32, device=x.device)
         config = launch_config("masked_merge", "match", x.device, C=channels, itemsize=x.itemsize)
         programs = min(MATCH_PROGRAMS, triton.cdiv(num_tokens, config["BLOCK_S"]))
         _masked_merge_match_kernel[(batch, programs)](
-            x,
-            counts,
-            order,
-            num_sources,
-            dst,
-            similarity,
-            destination,
-            num_tokens,
-            num_prefix_tokens,
-            channels,
-            stride_xb=x.stride(0),
-            stride_xn=x.stride(1),
+            x_ptr=x,
+            counts_ptr=counts,
+            order_ptr=order,
+            num_merged_ptr=num_merged,
+            dst_ptr=dst,
+            similarity_ptr=similarity,
+            destination_ptr=destination,
+            num_tokens=num_tokens,
+            num_prefix_tokens=num_prefix_tokens,
+            num_channels=channels,
+            **strides(x, "stride_xb", "stride_xn"),
             **config,
         )
         config = launch_config("masked_merge", "apply", x.device, C=channels)
         channel_blocks = max(1, triton.cdiv(channels, config["BLOCK_C"]))
         _masked_merge_apply_kernel[(batch, triton.cdiv(num_tokens, config["BLOCK_N"]), channel_blocks)](
-            x,
-            size,
-            counts,
-            rank,
-            order,
-            num_sources,
-            dst,
-            similarity,
-            x_out,
-            size_out,
-            num_tokens,
-            channels,
-            0.0 if min_weighted_size is None else float(min_weighted_size),
-            stride_xb=x.stride(0),
-            stride_xn=x.stride(1),
-            stride_sb=0 if size is None else size.stride(0),
-            stride_sn=0 if size is None else size.stride(1),
+            x_ptr=x,
+            size_ptr=size,
+            counts_ptr=counts,
+            rank_ptr=rank,
+            order_ptr=order,
+            num_merged_ptr=num_merged,
+            dst_ptr=dst,
+            similarity_ptr=similarity,
+            x_out_ptr=x_out,
+            size_out_ptr=size_out,
+            num_tokens=num_tokens,
+            num_channels=channels,
+            min_weighted_size=0.0 if min_weighted_size is None else float(min_weighted_size),
+            **strides(x, "stride_xb", "stride_xn"),
+            **strides(size, "stride_sb", "stride_sn"),
             HAS_SIZE=size is not None,
             HAS_MIN=min_weighted_size is not None,
             WEIGHTED_SIZE=similarity_weighted_size,
@@ -301,62 +303,25 @@ def _select(
         alive = (token_mask.to(torch.float32) > 0) | (own < num_prefix_tokens)
         order = live_order(importance, alive, num_prefix_tokens)
         rank = torch.empty_like(order).scatter_(1, order, own)
-        ranked, kept = alive.sum(1).minimum(counts[0]), counts[1]
-        num_sources = torch.where((kept > num_prefix_tokens) & (kept < ranked), ranked - kept, 0)
-        return rank, order.to(torch.int32), own.contiguous(), num_sources.to(torch.int32)
+        num_alive, num_kept = alive.sum(1).minimum(counts[0]), counts[1]
+        num_merged = torch.where((num_kept > num_prefix_tokens) & (num_kept < num_alive), num_alive - num_kept, 0)
+        return rank, order.to(torch.int32), own.contiguous(), num_merged.to(torch.int32)
     rank, destination = (torch.empty((batch, num_tokens), dtype=torch.int64, device=device) for _ in range(2))
     order = torch.empty((batch, num_tokens), dtype=torch.int32, device=device)
-    num_sources = torch.empty((batch,), dtype=torch.int32, device=device)
+    num_merged = torch.empty((batch,), dtype=torch.int32, device=device)
     config = launch_config("masked_merge", "select", device, N=num_tokens)
     _masked_merge_select_kernel[(batch, triton.cdiv(num_tokens, config["BLOCK_N"]))](
-        importance,
-        token_mask,
-        counts,
-        rank,
-        order,
-        destination,
-        num_sources,
-        num_tokens,
-        num_prefix_tokens,
-        stride_ib=importance.stride(0),
-        stride_in=importance.stride(1),
-        stride_mb=token_mask.stride(0),
-        stride_mn=token_mask.stride(1),
+        importance_ptr=importance,
+        mask_ptr=token_mask,
+        counts_ptr=counts,
+        rank_ptr=rank,
+        order_ptr=order,
+        destination_ptr=destination,
+        num_merged_ptr=num_merged,
+        num_tokens=num_tokens,
+        num_prefix_tokens=num_prefix_tokens,
+        **strides(importance, "stride_ib", "stride_in"),
+        **strides(token_mask, "stride_mb", "stride_mn"),
         **config,
     )
-    return rank, order, destination, num_sources
-
-
-def compile_cases() -> list[CompileCase]:
-    tables = {"counts_ptr": "*i64", "order_ptr": "*i32", "num_sources_ptr": "*i32"}
-    matches = {"dst_ptr": "*i32", "similarity_ptr": "*fp32"}
-    cases = [
-        case
-        for importance in ("*fp64", "*fp32", "*bf16")
-        for case in table_cases(
-            "masked_merge",
-            "select",
-            _masked_merge_select_kernel,
-            tables | {"importance_ptr": importance, "mask_ptr": "*fp32", "rank_ptr": "*i64", "destination_ptr": "*i64"},
-        )
-    ]
-    for dtype, itemsize in (("float16", 2), ("bfloat16", 2), ("float32", 4)):
-        rows = POINTER_TYPES[dtype]
-        cases += table_cases(
-            "masked_merge",
-            "match",
-            _masked_merge_match_kernel,
-            tables | matches | {"x_ptr": rows, "destination_ptr": "*i64"},
-            itemsize=itemsize,
-        )
-        cases += table_cases(
-            "masked_merge",
-            "apply",
-            _masked_merge_apply_kernel,
-            tables
-            | matches
-            | {"x_ptr": rows, "size_ptr": "*fp32", "rank_ptr": "*i64", "x_out_ptr": rows, "size_out_ptr": "*fp32"}
-            | {"min_weighted_size": "fp32"},
-            {"HAS_SIZE": True, "HAS_MIN": True, "WEIGHTED_SIZE": True},
-        )
-    return cases
+    return rank, order, destination, num_merged

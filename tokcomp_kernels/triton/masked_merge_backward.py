@@ -8,13 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_masked_merge_backward
-from tokcomp_kernels.triton._cases import table_cases
-from tokcomp_kernels.triton._common import device_guard, inner_contiguous, narrow, require_supported
-from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
+from tokcomp_kernels.triton._common import device_guard, inner_contiguous, narrow, require_supported, strides
 from tokcomp_kernels.triton._configs import launch_config
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "stride_db"])
 def _masked_merge_bwd_kernel(
     grad_ptr,
     destination_ptr,
@@ -77,28 +75,13 @@ def masked_merge_backward_triton(grad: Tensor, destination: Tensor) -> Tensor:
     config = launch_config("masked_merge_backward", "backward", grad.device, C=channels)
     with device_guard(grad):
         _masked_merge_bwd_kernel[(batch, triton.cdiv(num_tokens, config["BLOCK_N"]))](
-            grad,
-            destination,
-            out,
-            num_tokens,
-            channels,
-            stride_gb=grad.stride(0),
-            stride_gn=grad.stride(1),
-            stride_db=destination.stride(0),
-            stride_dn=destination.stride(1),
+            grad_ptr=grad,
+            destination_ptr=destination,
+            out_ptr=out,
+            num_tokens=num_tokens,
+            num_channels=channels,
+            **strides(grad, "stride_gb", "stride_gn"),
+            **strides(destination, "stride_db", "stride_dn"),
             **config,
         )
     return out
-
-
-def compile_cases() -> list[CompileCase]:
-    return [
-        case
-        for dtype in ("float16", "bfloat16", "float32")
-        for case in table_cases(
-            "masked_merge_backward",
-            "backward",
-            _masked_merge_bwd_kernel,
-            {"grad_ptr": POINTER_TYPES[dtype], "destination_ptr": "*i64", "out_ptr": POINTER_TYPES[dtype]},
-        )
-    ]

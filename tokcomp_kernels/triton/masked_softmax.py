@@ -7,8 +7,7 @@ stores the sum over its own rows, and these are added up in their order, without
 
 from __future__ import annotations
 
-from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -16,13 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_masked_softmax, check_masked_softmax_backward
-from tokcomp_kernels.triton._attention import apply_mask, finite_max, load_mask, per_token_strides
-from tokcomp_kernels.triton._common import LOG2_E, device_guard, inner_contiguous, narrow, require_supported
-from tokcomp_kernels.triton._configs import launch_config, load
+from tokcomp_kernels.triton._attention import apply_mask, finite_max, load_mask
+from tokcomp_kernels.triton._common import LOG2_E, device_guard, inner_contiguous, narrow, require_supported, strides
+from tokcomp_kernels.triton._configs import launch_config
 from tokcomp_kernels.triton._reduce import reduce_groups
-
-if TYPE_CHECKING:
-    from tokcomp_kernels.triton._compile import CompileCase
 
 
 @triton.jit
@@ -47,7 +43,7 @@ def _exp(x):
     return tl.exp2(x * LOG2_E)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["H", "N", "stride_mb"])
 def _masked_softmax_fwd_kernel(
     scores_ptr,
     mask_ptr,
@@ -113,7 +109,7 @@ def _store_gradients(ds_ptr, dm_ptr, powers, grad, mean, inverse, token_mask, of
     tl.store(dm_ptr + offs_n, dm, mask=offs_n < N)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["H", "N", "stride_mb"])
 def _masked_softmax_bwd_kernel(
     grad_ptr,
     scores_ptr,
@@ -207,15 +203,15 @@ def masked_softmax_triton(scores: Tensor, token_mask: Tensor, eps: float = 1e-6)
         options = _launch_options("forward", scores.device, num_tokens)
         with device_guard(scores):
             _masked_softmax_fwd_kernel[(batch * heads * triton.cdiv(num_tokens, options["BLOCK_M"]),)](
-                scores,
-                token_mask,
-                out,
-                *scores.stride()[:3],
-                *per_token_strides(token_mask),
-                heads,
-                num_tokens,
-                float(eps),
-                eps / num_tokens,
+                scores_ptr=scores,
+                mask_ptr=token_mask,
+                out_ptr=out,
+                **strides(scores, "stride_sb", "stride_sh", "stride_sm"),
+                **strides(token_mask, "stride_mb", "stride_mn"),
+                H=heads,
+                N=num_tokens,
+                eps=float(eps),
+                eps_over_n=eps / num_tokens,
                 **options,
             )
     return out
@@ -236,35 +232,18 @@ def masked_softmax_backward_triton(
         grad, scores = inner_contiguous(grad), inner_contiguous(scores)
         with device_guard(scores):
             _masked_softmax_bwd_kernel[(batch * heads * num_blocks,)](
-                grad,
-                scores,
-                token_mask,
-                grad_scores,
-                partial_sums,
-                *grad.stride()[:3],
-                *scores.stride()[:3],
-                *per_token_strides(token_mask),
-                heads,
-                num_tokens,
-                float(eps),
-                eps / num_tokens,
+                grad_ptr=grad,
+                scores_ptr=scores,
+                mask_ptr=token_mask,
+                ds_ptr=grad_scores,
+                dm_ptr=partial_sums,
+                **strides(grad, "stride_gb", "stride_gh", "stride_gm"),
+                **strides(scores, "stride_sb", "stride_sh", "stride_sm"),
+                **strides(token_mask, "stride_mb", "stride_mn"),
+                H=heads,
+                N=num_tokens,
+                eps=float(eps),
+                eps_over_n=eps / num_tokens,
                 **options,
             )
     return grad_scores, reduce_groups(partial_sums, mean=False, dtype=token_mask.dtype)
-
-
-def compile_cases() -> list[CompileCase]:
-    from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
-
-    cases = []
-    for kind, kernel in (("forward", _masked_softmax_fwd_kernel), ("backward", _masked_softmax_bwd_kernel)):
-        shapes = [(dtype, 197) for dtype in ("float16", "bfloat16", "float32")]
-        shapes += [("float32", num_tokens) for num_tokens in (32, 577, 4096, 9000)]
-        for gpu, (dtype, num_tokens) in product(load("masked_softmax"), shapes):
-            types = dict.fromkeys(("scores_ptr", "grad_ptr", "out_ptr", "ds_ptr"), POINTER_TYPES[dtype])
-            types |= {"mask_ptr": "*fp32", "dm_ptr": "*fp32", "eps": "fp32", "eps_over_n": "fp32"}
-            types = {name: pointer for name, pointer in types.items() if name in kernel.arg_names}
-            options = _launch_options(kind, gpu, num_tokens)
-            name = f"{kind}-{dtype}-N{num_tokens}-{gpu}"
-            cases.append(CompileCase.launched(name, kernel, types, options, stride_mn=1))
-    return cases

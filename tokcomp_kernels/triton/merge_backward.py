@@ -8,20 +8,25 @@ import triton.language as tl
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_merge_backward
-from tokcomp_kernels.triton._cases import table_cases
-from tokcomp_kernels.triton._common import device_guard, effective_size, inner_contiguous, narrow, require_supported
-from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
+from tokcomp_kernels.triton._common import (
+    device_guard,
+    effective_size,
+    inner_contiguous,
+    narrow,
+    require_supported,
+    strides,
+)
 from tokcomp_kernels.triton._configs import launch_config
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
+@triton.jit(do_not_specialize=["num_tokens", "num_kept", "stride_sb", "stride_wb"])
 def _merge_bwd_kernel(
     grad_ptr,
     source_ptr,
     size_ptr,
     out_ptr,
     num_tokens,
-    num_slots,
+    num_kept,
     num_channels,
     stride_gb,
     stride_gm,
@@ -42,7 +47,7 @@ def _merge_bwd_kernel(
     offs_n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask_n = offs_n < num_tokens
     source = tl.load(source_ptr + offs_n * stride_sn, mask=mask_n, other=-1)  # [BLOCK_N]
-    present = (source >= 0) & (source < num_slots)
+    present = (source >= 0) & (source < num_kept)
 
     shared = tl.zeros([BLOCK_N, BLOCK_J], tl.float32)
     for start in range(0, num_tokens, BLOCK_J):
@@ -60,7 +65,7 @@ def _merge_bwd_kernel(
         weight = effective_size(tl.load(size_ptr + offs_n * stride_wn, mask=mask_n, other=1.0))
     share = tl.where(present, tl.div_rn(weight, tl.where(present, total, 1.0)), 0.0)  # [BLOCK_N]
 
-    slot = tl.where(present, source, 0)
+    slot = tl.maximum(source, 0)  # where nothing is present, masked
     for start_c in range(0, num_channels, BLOCK_C):
         offs_c = start_c + tl.arange(0, BLOCK_C)
         mask_c = offs_c < num_channels
@@ -79,7 +84,7 @@ def merge_backward_triton(grad: Tensor, source: Tensor, size: Tensor | None = No
     check_merge_backward(grad, source, size)
     require_supported("_merge_backward", "grad", grad)
     grad = inner_contiguous(grad)
-    batch, num_slots, channels = grad.shape
+    batch, num_kept, channels = grad.shape
     num_tokens = source.shape[1]
     out = torch.empty((batch, num_tokens, channels), dtype=grad.dtype, device=grad.device)
     if out.numel() == 0:
@@ -87,29 +92,17 @@ def merge_backward_triton(grad: Tensor, source: Tensor, size: Tensor | None = No
     config = launch_config("merge_backward", "backward", grad.device, C=channels)
     with device_guard(grad):
         _merge_bwd_kernel[(batch, triton.cdiv(num_tokens, config["BLOCK_N"]))](
-            grad,
-            source,
-            size,
-            out,
-            num_tokens,
-            num_slots,
-            channels,
-            stride_gb=grad.stride(0),
-            stride_gm=grad.stride(1),
-            stride_sb=source.stride(0),
-            stride_sn=source.stride(1),
-            stride_wb=0 if size is None else size.stride(0),
-            stride_wn=0 if size is None else size.stride(1),
+            grad_ptr=grad,
+            source_ptr=source,
+            size_ptr=size,
+            out_ptr=out,
+            num_tokens=num_tokens,
+            num_kept=num_kept,
+            num_channels=channels,
+            **strides(grad, "stride_gb", "stride_gm"),
+            **strides(source, "stride_sb", "stride_sn"),
+            **strides(size, "stride_wb", "stride_wn"),
             HAS_SIZE=size is not None,
             **config,
         )
     return out
-
-
-def compile_cases() -> list[CompileCase]:
-    cases = []
-    for dtype in ("float16", "bfloat16", "float32"):
-        rows = POINTER_TYPES[dtype]
-        types = {"grad_ptr": rows, "source_ptr": "*i64", "size_ptr": "*fp32", "out_ptr": rows}
-        cases += table_cases("merge_backward", "backward", _merge_bwd_kernel, types, {"HAS_SIZE": True})
-    return cases

@@ -14,26 +14,24 @@ from torch import Tensor
 
 from tokcomp_kernels._checks import check_prune_merge
 from tokcomp_kernels.reference._common import descending_order
-from tokcomp_kernels.triton._cases import table_cases
-from tokcomp_kernels.triton._common import device_guard, inner_contiguous, require_supported
-from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
+from tokcomp_kernels.triton._common import device_guard, inner_contiguous, require_supported, strides
 from tokcomp_kernels.triton._configs import launch_config
-from tokcomp_kernels.triton._merge_norm import MAX_RESIDENT, TABLE, Norm, merge_ranked, merge_ranked_cases
+from tokcomp_kernels.triton._merge_norm import MAX_RESIDENT, TABLE, Norm, merge_ranked
 from tokcomp_kernels.triton._order import MAX_COUNTED, count_before
-from tokcomp_kernels.triton._rows import merge_rows, merge_rows_cases
+from tokcomp_kernels.triton._rows import merge_rows
 from tokcomp_kernels.triton._similarity import best_matches
 
-_COUNTS = ["num_tokens", "num_slots", "num_sources", "num_prefix_tokens"]
+_COUNTS = ["num_tokens", "num_kept", "num_merged", "num_prefix_tokens"]
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=[*_COUNTS, "stride_ib"])
 def _prune_merge_select_kernel(
     importance_ptr,
     order_ptr,
     source_ptr,
     num_tokens,
-    num_slots,
-    num_sources,
+    num_kept,
+    num_merged,
     num_prefix_tokens,
     stride_ib,
     stride_in,
@@ -43,13 +41,13 @@ def _prune_merge_select_kernel(
     batch = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_tokens
-    num_pruned_kept = num_slots + num_sources
+    num_alive = num_kept + num_merged
     before = count_before(importance_ptr + batch * stride_ib, offs_n, num_prefix_tokens, num_tokens, stride_in, BLOCK_J)
     rank = tl.where(offs_n < num_prefix_tokens, offs_n, num_prefix_tokens + before)  # [BLOCK_N]
-    tl.store(order_ptr + batch * num_pruned_kept + rank, offs_n, mask=mask_n & (rank < num_pruned_kept))
+    tl.store(order_ptr + batch * num_alive + rank, offs_n, mask=mask_n & (rank < num_alive))
     # The match kernel fills in the sources.
-    is_source = (rank >= num_slots) & (rank < num_pruned_kept)
-    slot = tl.where(rank < num_slots, rank, -1).to(tl.int64)
+    is_source = (rank >= num_kept) & (rank < num_alive)
+    slot = tl.where(rank < num_kept, rank, -1).to(tl.int64)
     tl.store(source_ptr + batch * num_tokens + offs_n, slot, mask=mask_n & ~is_source)
 
 
@@ -61,8 +59,8 @@ def _prune_merge_match_kernel(
     similarity_ptr,
     source_ptr,
     num_tokens,
-    num_slots,
-    num_sources,
+    num_kept,
+    num_merged,
     num_prefix_tokens,
     num_channels,
     stride_xb,
@@ -73,10 +71,10 @@ def _prune_merge_match_kernel(
 ):
     batch = tl.program_id(0).to(tl.int64)
     x_ptr += batch * stride_xb
-    order_ptr += batch * (num_slots + num_sources)
+    order_ptr += batch * (num_kept + num_merged)
     offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    mask_s = offs_s < num_sources
-    src_token = tl.load(order_ptr + num_slots + offs_s, mask=mask_s, other=0).to(tl.int64)  # [BLOCK_S]
+    mask_s = offs_s < num_merged
+    src_token = tl.load(order_ptr + num_kept + offs_s, mask=mask_s, other=0).to(tl.int64)  # [BLOCK_S]
     src_ptrs = x_ptr + src_token * stride_xn
     best, best_slot = best_matches(
         x_ptr,
@@ -84,15 +82,15 @@ def _prune_merge_match_kernel(
         src_ptrs,
         mask_s,
         num_prefix_tokens,
-        num_slots,
+        num_kept,
         num_channels,
         stride_xn,
         BLOCK_S,
         BLOCK_D,
         BLOCK_C,
     )
-    tl.store(dst_ptr + batch * num_sources + offs_s, best_slot, mask=mask_s)
-    tl.store(similarity_ptr + batch * num_sources + offs_s, best, mask=mask_s)
+    tl.store(dst_ptr + batch * num_merged + offs_s, best_slot, mask=mask_s)
+    tl.store(similarity_ptr + batch * num_merged + offs_s, best, mask=mask_s)
     tl.store(source_ptr + batch * num_tokens + src_token, best_slot.to(tl.int64), mask=mask_s)
 
 
@@ -117,7 +115,7 @@ def prune_merge_triton(
         similarity_weighted_size=similarity_weighted_size,
     )
     require_supported("prune_merge", "x", x)
-    x_out, _, size_out, source = compress(
+    x_out, _, size_out, source = launch_prune_merge(
         x,
         None,
         importance,
@@ -131,7 +129,7 @@ def prune_merge_triton(
     return x_out, size_out, source
 
 
-def compress(
+def launch_prune_merge(
     x: Tensor,
     branch: Tensor | None,
     importance: Tensor,
@@ -148,20 +146,20 @@ def compress(
     Returns x_out [B, M, C], normalized [B, M, C] or None, size_out [B, M] float32, source [B, N] int64.
     """
     num_tokens, channels = x.shape[1:]
-    num_pruned_kept = min(num_tokens, num_prune_kept)
-    num_slots = min(num_pruned_kept, num_merge_kept)
-    num_sources = num_pruned_kept - num_slots
+    num_alive = min(num_tokens, num_prune_kept)
+    num_kept = min(num_alive, num_merge_kept)
+    num_merged = num_alive - num_kept
     x = inner_contiguous(x)
     branch = None if branch is None else inner_contiguous(branch)
     with device_guard(x):
-        order, source = _select(importance, num_slots, num_sources, num_prefix_tokens)
+        order, source = _select(importance, num_kept, num_merged, num_prefix_tokens)
         if channels * x.itemsize <= MAX_RESIDENT:
             x_out, normalized, size_out = merge_ranked(
                 x,
                 branch,
                 order,
                 source,
-                num_slots,
+                num_kept,
                 size=size,
                 num_prefix_tokens=num_prefix_tokens,
                 similarity_weighted_size=similarity_weighted_size,
@@ -169,93 +167,59 @@ def compress(
             )
             return x_out, normalized, size_out, source
         x = x if branch is None else x + branch
-        dst, similarity = _match(x, order, source, num_slots, num_prefix_tokens)
+        dst, similarity = _match(x, order, source, num_kept, num_prefix_tokens)
         weights = similarity if similarity_weighted_size else None
         x_out, size_out = merge_rows(TABLE, x, size, order, dst, weights, weighted_mean=False)
         return x_out, None if norm is None else norm.of(x_out), size_out, source
 
 
-def _match(x: Tensor, order: Tensor, source: Tensor, num_slots: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+def _match(x: Tensor, order: Tensor, source: Tensor, num_kept: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
     """Each source's slot, [B, S] int32, and its cosine, [B, S] float32; fills in source at the sources."""
     batch, num_tokens, channels = x.shape
-    num_sources = order.shape[1] - num_slots
-    dst = torch.empty((batch, num_sources), dtype=torch.int32, device=x.device)
-    similarity = torch.empty((batch, num_sources), dtype=torch.float32, device=x.device)
+    num_merged = order.shape[1] - num_kept
+    dst = torch.empty((batch, num_merged), dtype=torch.int32, device=x.device)
+    similarity = torch.empty((batch, num_merged), dtype=torch.float32, device=x.device)
     if dst.numel() > 0:
-        config = launch_config(TABLE, "match", x.device, S=num_sources, C=channels, itemsize=x.itemsize)
-        _prune_merge_match_kernel[(batch, triton.cdiv(num_sources, config["BLOCK_S"]))](
-            x,
-            order,
-            dst,
-            similarity,
-            source,
-            num_tokens,
-            num_slots,
-            num_sources,
-            num_prefix_tokens,
-            channels,
-            stride_xb=x.stride(0),
-            stride_xn=x.stride(1),
+        config = launch_config(TABLE, "match", x.device, S=num_merged, C=channels, itemsize=x.itemsize)
+        _prune_merge_match_kernel[(batch, triton.cdiv(num_merged, config["BLOCK_S"]))](
+            x_ptr=x,
+            order_ptr=order,
+            dst_ptr=dst,
+            similarity_ptr=similarity,
+            source_ptr=source,
+            num_tokens=num_tokens,
+            num_kept=num_kept,
+            num_merged=num_merged,
+            num_prefix_tokens=num_prefix_tokens,
+            num_channels=channels,
+            **strides(x, "stride_xb", "stride_xn"),
             **config,
         )
     return dst, similarity
 
 
-def _select(importance: Tensor, num_slots: int, num_sources: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+def _select(importance: Tensor, num_kept: int, num_merged: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
     """The first M + S tokens of the order, [B, M + S] int32, and source [B, N] but for the sources' entries."""
     batch, num_tokens = importance.shape
-    num_pruned_kept = num_slots + num_sources
+    num_alive = num_kept + num_merged
     if num_tokens > MAX_COUNTED:
         order = descending_order(importance, num_prefix_tokens)
         rank = torch.arange(num_tokens, device=importance.device).expand(batch, -1)
-        source = torch.empty_like(order).scatter_(1, order, torch.where(rank < num_slots, rank, -1))
-        return order[:, :num_pruned_kept].to(torch.int32).contiguous(), source
-    order = torch.empty((batch, num_pruned_kept), dtype=torch.int32, device=importance.device)
+        source = torch.empty_like(order).scatter_(1, order, torch.where(rank < num_kept, rank, -1))
+        return order[:, :num_alive].to(torch.int32).contiguous(), source
+    order = torch.empty((batch, num_alive), dtype=torch.int32, device=importance.device)
     source = torch.empty((batch, num_tokens), dtype=torch.int64, device=importance.device)
     if source.numel() > 0:
         config = launch_config(TABLE, "select", importance.device, N=num_tokens)
         _prune_merge_select_kernel[(batch, triton.cdiv(num_tokens, config["BLOCK_N"]))](
-            importance,
-            order,
-            source,
-            num_tokens,
-            num_slots,
-            num_sources,
-            num_prefix_tokens,
-            stride_ib=importance.stride(0),
-            stride_in=importance.stride(1),
+            importance_ptr=importance,
+            order_ptr=order,
+            source_ptr=source,
+            num_tokens=num_tokens,
+            num_kept=num_kept,
+            num_merged=num_merged,
+            num_prefix_tokens=num_prefix_tokens,
+            **strides(importance, "stride_ib", "stride_in"),
             **config,
         )
     return order, source
-
-
-def compile_cases() -> list[CompileCase]:
-    select = [
-        case
-        for importance in ("*fp64", "*fp32", "*bf16")
-        for case in table_cases(
-            TABLE,
-            "select",
-            _prune_merge_select_kernel,
-            {"importance_ptr": importance, "order_ptr": "*i32", "source_ptr": "*i64"},
-        )
-    ]
-    match = [
-        case
-        for dtype, itemsize in (("float16", 2), ("bfloat16", 2), ("float32", 4))
-        for case in table_cases(
-            TABLE,
-            "match",
-            _prune_merge_match_kernel,
-            {
-                "x_ptr": POINTER_TYPES[dtype],
-                "order_ptr": "*i32",
-                "dst_ptr": "*i32",
-                "similarity_ptr": "*fp32",
-                "source_ptr": "*i64",
-            },
-            itemsize=itemsize,
-        )
-    ]
-    resident = merge_ranked_cases(fused=False)
-    return [*select, *resident, *match, *merge_rows_cases(TABLE, weighted_mean=False)]

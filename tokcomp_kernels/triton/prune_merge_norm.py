@@ -12,9 +12,8 @@ from torch import Tensor
 
 from tokcomp_kernels._checks import check_prune_merge_norm
 from tokcomp_kernels.triton._common import require_supported
-from tokcomp_kernels.triton._compile import CompileCase
-from tokcomp_kernels.triton._merge_norm import Norm, merge_ranked_cases
-from tokcomp_kernels.triton.prune_merge import compress
+from tokcomp_kernels.triton._merge_norm import Norm
+from tokcomp_kernels.triton.prune_merge import launch_prune_merge
 
 
 def prune_merge_norm_triton(
@@ -46,7 +45,7 @@ def prune_merge_norm_triton(
         norm_eps=norm_eps,
     )
     require_supported("prune_merge_norm", "x", x)
-    x_out, normalized, size_out, source = compress(
+    x_out, normalized, size_out, source = launch_prune_merge(
         x,
         branch,
         importance,
@@ -59,7 +58,3 @@ def prune_merge_norm_triton(
     )
     assert normalized is not None
     return x_out, normalized, size_out, source
-
-
-def compile_cases() -> list[CompileCase]:
-    return merge_ranked_cases(fused=True)

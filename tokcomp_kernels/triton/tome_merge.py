@@ -13,12 +13,10 @@ from torch import Tensor
 
 from tokcomp_kernels._checks import check_tome_merge
 from tokcomp_kernels.reference._common import descending_order, size_or_ones
-from tokcomp_kernels.triton._cases import table_cases
-from tokcomp_kernels.triton._common import device_guard, dot, inner_contiguous, require_supported
-from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
+from tokcomp_kernels.triton._common import device_guard, dot, inner_contiguous, require_supported, strides
 from tokcomp_kernels.triton._configs import launch_config
 from tokcomp_kernels.triton._order import MAX_COUNTED, count_before
-from tokcomp_kernels.triton._rows import merge_rows, merge_rows_cases
+from tokcomp_kernels.triton._rows import merge_rows
 from tokcomp_kernels.triton._similarity import inverse_norm, row_squares
 
 _COUNTS = ["num_tokens", "num_prefix_tokens", "num_a", "num_b", "num_merged"]
@@ -97,7 +95,7 @@ def _tome_merge_assign_kernel(
     order_ptr += batch * num_tokens
     dst_ptr += batch * num_merged
     source_ptr += batch * num_tokens
-    num_slots = num_tokens - num_merged
+    num_kept = num_tokens - num_merged
     first_a = num_prefix_tokens + num_prefix_tokens % 2
     first_b = num_prefix_tokens + 1 - num_prefix_tokens % 2
     first_b_slot = num_prefix_tokens + num_a - num_merged
@@ -116,7 +114,7 @@ def _tome_merge_assign_kernel(
         position = first_a + 2 * offs_a
         dst = first_b_slot + tl.load(best_b_ptr + batch * num_a + offs_a, mask=mask_a, other=0)
         slot = num_prefix_tokens + offs_a - index
-        tl.store(order_ptr + tl.where(merged, num_slots + index, slot), position, mask=mask_a)
+        tl.store(order_ptr + tl.where(merged, num_kept + index, slot), position, mask=mask_a)
         tl.store(dst_ptr + index, dst, mask=merged)
         tl.store(source_ptr + position, tl.where(merged, dst, slot).to(tl.int64), mask=mask_a)
     for start in range(0, num_b, BLOCK_A):
@@ -165,15 +163,14 @@ def _match(metric: Tensor, num_merged: int, num_prefix_tokens: int) -> tuple[Ten
     source = torch.empty((batch, num_tokens), dtype=torch.int64, device=metric.device)
     config = launch_config("tome_merge", "match", metric.device, K=channels, itemsize=metric.itemsize)
     _tome_merge_match_kernel[(batch, triton.cdiv(num_a, config["BLOCK_A"]))](
-        metric,
-        best,
-        best_b,
-        num_prefix_tokens,
-        num_a,
-        num_b,
-        channels,
-        stride_mb=metric.stride(0),
-        stride_mn=metric.stride(1),
+        metric_ptr=metric,
+        best_ptr=best,
+        best_b_ptr=best_b,
+        num_prefix_tokens=num_prefix_tokens,
+        num_a=num_a,
+        num_b=num_b,
+        num_channels=channels,
+        **strides(metric, "stride_mb", "stride_mn"),
         **config,
     )
     rank = None
@@ -183,51 +180,18 @@ def _match(metric: Tensor, num_merged: int, num_prefix_tokens: int) -> tuple[Ten
         rank = torch.empty_like(places, memory_format=torch.contiguous_format).scatter_(1, edges, places)
     config = launch_config("tome_merge", "assign", metric.device, A=num_a)
     _tome_merge_assign_kernel[(batch,)](
-        best,
-        best_b,
-        rank,
-        order,
-        dst,
-        source,
-        num_tokens,
-        num_prefix_tokens,
-        num_a,
-        num_b,
-        num_merged,
+        best_ptr=best,
+        best_b_ptr=best_b,
+        rank_ptr=rank,
+        order_ptr=order,
+        dst_ptr=dst,
+        source_ptr=source,
+        num_tokens=num_tokens,
+        num_prefix_tokens=num_prefix_tokens,
+        num_a=num_a,
+        num_b=num_b,
+        num_merged=num_merged,
         HAS_RANK=rank is not None,
         **config,
     )
     return order, dst, source
-
-
-def compile_cases() -> list[CompileCase]:
-    match = [
-        case
-        for dtype, itemsize in (("float16", 2), ("bfloat16", 2), ("float32", 4))
-        for case in table_cases(
-            "tome_merge",
-            "match",
-            _tome_merge_match_kernel,
-            {"metric_ptr": POINTER_TYPES[dtype], "best_ptr": "*fp32", "best_b_ptr": "*i32"},
-            itemsize=itemsize,
-        )
-    ]
-    assign = [
-        case
-        for has_rank in (False, True)
-        for case in table_cases(
-            "tome_merge",
-            "assign",
-            _tome_merge_assign_kernel,
-            {
-                "best_ptr": "*fp32",
-                "best_b_ptr": "*i32",
-                "rank_ptr": "*i32",
-                "order_ptr": "*i32",
-                "dst_ptr": "*i32",
-                "source_ptr": "*i64",
-            },
-            {"HAS_RANK": has_rank},
-        )
-    ]
-    return [*match, *assign, *merge_rows_cases("tome_merge", weighted_mean=True)]

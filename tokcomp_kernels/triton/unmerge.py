@@ -8,20 +8,18 @@ import triton.language as tl
 from torch import Tensor
 
 from tokcomp_kernels._checks import check_unmerge, check_unmerge_backward
-from tokcomp_kernels.triton._cases import table_cases
-from tokcomp_kernels.triton._common import device_guard, inner_contiguous, narrow, require_supported
-from tokcomp_kernels.triton._compile import POINTER_TYPES, CompileCase
+from tokcomp_kernels.triton._common import device_guard, inner_contiguous, narrow, require_supported, strides
 from tokcomp_kernels.triton._configs import launch_config
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
+@triton.jit(do_not_specialize=["num_tokens", "num_kept", "stride_sb"])
 def _unmerge_fwd_kernel(
     x_ptr,
     source_ptr,
     fill_ptr,
     out_ptr,
     num_tokens,
-    num_slots,
+    num_kept,
     num_channels,
     stride_xb,
     stride_xm,
@@ -39,7 +37,7 @@ def _unmerge_fwd_kernel(
     mask_n = offs_n < num_tokens
     mask_c = offs_c < num_channels
     source = tl.load(source_ptr + batch * stride_sb + offs_n * stride_sn, mask=mask_n, other=-1)  # [BLOCK_N]
-    present = (source >= 0) & (source < num_slots)
+    present = (source >= 0) & (source < num_kept)
     slot = tl.where(present, source, 0)
     rows = tl.load(
         x_ptr + batch * stride_xb + slot[:, None] * stride_xm + offs_c[None, :],
@@ -61,13 +59,13 @@ def _unmerge_fwd_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
+@triton.jit(do_not_specialize=["num_tokens", "num_kept", "stride_sb"])
 def _unmerge_bwd_kernel(
     grad_ptr,
     source_ptr,
     out_ptr,
     num_tokens,
-    num_slots,
+    num_kept,
     num_channels,
     stride_gb,
     stride_gn,
@@ -82,7 +80,7 @@ def _unmerge_bwd_kernel(
     source_ptr += batch * stride_sb
     slots = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_m = slots < num_slots
+    mask_m = slots < num_kept
     mask_c = offs_c < num_channels
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     # Every slot of the block takes its next position in turn, so each sum runs in position order.
@@ -103,7 +101,7 @@ def _unmerge_bwd_kernel(
                 other=0.0,
             ).to(tl.float32)  # [BLOCK_M, BLOCK_C]
             taken = tl.where(found, following, taken)
-    out_rows = batch * num_slots + slots
+    out_rows = batch * num_kept + slots
     tl.store(
         out_ptr + out_rows[:, None] * num_channels + offs_c[None, :],
         narrow(total, out_ptr.dtype.element_ty),
@@ -117,7 +115,7 @@ def unmerge_triton(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = No
     require_supported("unmerge", "x", x)
     x = inner_contiguous(x)
     fill = None if pruned_fill is None else inner_contiguous(pruned_fill)
-    batch, num_slots, channels = x.shape
+    batch, num_kept, channels = x.shape
     num_tokens = source.shape[1]
     out = torch.empty((batch, num_tokens, channels), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
@@ -126,19 +124,16 @@ def unmerge_triton(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = No
     grid = (batch, triton.cdiv(num_tokens, config["BLOCK_N"]), triton.cdiv(channels, config["BLOCK_C"]))
     with device_guard(x):
         _unmerge_fwd_kernel[grid](
-            x,
-            source,
-            fill,
-            out,
-            num_tokens,
-            num_slots,
-            channels,
-            stride_xb=x.stride(0),
-            stride_xm=x.stride(1),
-            stride_sb=source.stride(0),
-            stride_sn=source.stride(1),
-            stride_fb=0 if fill is None else fill.stride(0),
-            stride_fn=0 if fill is None else fill.stride(1),
+            x_ptr=x,
+            source_ptr=source,
+            fill_ptr=fill,
+            out_ptr=out,
+            num_tokens=num_tokens,
+            num_kept=num_kept,
+            num_channels=channels,
+            **strides(x, "stride_xb", "stride_xm"),
+            **strides(source, "stride_sb", "stride_sn"),
+            **strides(fill, "stride_fb", "stride_fn"),
             HAS_FILL=fill is not None,
             **config,
         )
@@ -158,27 +153,14 @@ def unmerge_backward_triton(grad: Tensor, source: Tensor, num_tokens: int) -> Te
     grid = (batch, triton.cdiv(num_tokens, config["BLOCK_M"]), triton.cdiv(channels, config["BLOCK_C"]))
     with device_guard(grad):
         _unmerge_bwd_kernel[grid](
-            grad,
-            source,
-            out,
-            num_positions,
-            num_tokens,
-            channels,
-            stride_gb=grad.stride(0),
-            stride_gn=grad.stride(1),
-            stride_sb=source.stride(0),
-            stride_sn=source.stride(1),
+            grad_ptr=grad,
+            source_ptr=source,
+            out_ptr=out,
+            num_tokens=num_positions,
+            num_kept=num_tokens,
+            num_channels=channels,
+            **strides(grad, "stride_gb", "stride_gn"),
+            **strides(source, "stride_sb", "stride_sn"),
             **config,
         )
     return out
-
-
-def compile_cases() -> list[CompileCase]:
-    cases = []
-    for dtype in ("float16", "bfloat16", "float32"):
-        rows = POINTER_TYPES[dtype]
-        forward = {"x_ptr": rows, "source_ptr": "*i64", "fill_ptr": rows, "out_ptr": rows}
-        backward = {"grad_ptr": rows, "source_ptr": "*i64", "out_ptr": rows}
-        cases += table_cases("unmerge", "forward", _unmerge_fwd_kernel, forward, {"HAS_FILL": True})
-        cases += table_cases("unmerge", "backward", _unmerge_bwd_kernel, backward)
-    return cases
