@@ -1,4 +1,4 @@
-# Each target works alone on a fresh machine: it makes .venv first. PYTHON is the interpreter to start from.
+# Each target works by itself on a fresh machine: it creates .venv first. PYTHON is the interpreter to start from.
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-check
@@ -8,12 +8,12 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 .PHONY: build rebuild setup demo test test-fast oracle race-mutations bench cpu-records results kernel-report triton-range lint gpu-check clean
 
-build:  ## The compiled kernels, in place, for PYTHON as it stands
+build:  ## The compiled kernels, in place, for PYTHON as it is
 	$(PYTHON) build_backend/native.py
 
 setup: .venv/installed
 
-# torch first: where the environment has none, pip installs a second copy for the build alone.
+# torch first: if the environment has none, pip installs a second copy just for the build.
 .venv/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install torch torchvision
@@ -53,7 +53,7 @@ cpu-records: .venv/installed  ## DeiT-S against every rival with and without AVX
 results: .venv/installed  ## docs/results.md and its pictures from the records in benchmarks/results
 	$(BIN)/python -m benchmarks.page
 
-kernel-report: .venv/installed  ## What the GPU kernels take, by their compilers; needs nvcc and no GPU
+kernel-report: .venv/installed  ## The GPU kernels' registers and memory, from their compilers; needs nvcc but no GPU
 	$(BIN)/python tools/kernel_report.py
 
 triton-range: .venv/installed  ## Every launch in every dtype, compiled by the oldest and the newest Triton; needs no GPU
