@@ -8,15 +8,18 @@ PyTorch says it; unknown ones get the default).
 from __future__ import annotations
 
 from benchmarks.model.traffic import KernelCost, ceil_div
-from tokcomp_kernels.triton._configs import DEFAULT, launch_config
+from tokcomp_kernels.triton._configs import (
+    DEFAULT,
+    MAX_RESIDENT,
+    ONE_TILE,
+    ORDER_BLOCK,
+    REDUCE_BLOCK,
+    launch_config,
+)
 
 _FLOAT, _INDEX, _LONG = 4, 4, 8  # bytes of float32, int32, int64
-#: What attention holds in one tile at most where several could do, and what those add up to multiples of.
-ATTENTION_TILE, _TILE_STEP = 128, 16
-#: Tokens per program of the kernel that adds up heads, and of the one that ranks tokens.
-REDUCE_BLOCK, ORDER_BLOCK = 128, 64
-#: Bytes of a row up to which the merging kernels hold it whole.
-MAX_RESIDENT = 3072
+#: What tiles of keys and of a head's width add up to multiples of.
+_TILE_STEP = 16
 
 
 def attention(
@@ -32,13 +35,13 @@ def attention(
 ) -> list[KernelCost]:
     """The forward kernel, where each block of queries goes over all keys, and the mean of the class rows.
 
-    More keys than ATTENTION_TILE in a single pass, and widths up to it, come in tiles that add up to a multiple of 16.
+    More keys than ONE_TILE in a single pass, and widths up to it, come in tiles that add up to a multiple of 16.
     """
     tiles = launch_config("attention", "forward", gpu, N=num_tokens, D=width, itemsize=item)
     blocks = ceil_div(num_tokens, tiles["BLOCK_M"])
-    several = num_tokens <= tiles["BLOCK_N"] and tiles["BLOCK_N"] > ATTENTION_TILE
+    several = num_tokens <= tiles["BLOCK_N"] and tiles["BLOCK_N"] > ONE_TILE
     pairs = blocks * tiles["BLOCK_M"] * _up(num_tokens, _TILE_STEP if several else tiles["BLOCK_N"])
-    padded = _up(width, _TILE_STEP) if width <= ATTENTION_TILE else next_power_of_2(width)
+    padded = _up(width, _TILE_STEP) if width <= ONE_TILE else next_power_of_2(width)
     rows = heads * num_tokens * width * item  # of q, k, v or out, of one image
     sizes = num_tokens * _FLOAT * has_size
     written = rows + heads * (num_tokens + 2) * _FLOAT

@@ -24,7 +24,7 @@ using acc_type = at::opmath_type<scalar_t>;
 
 inline at::ScalarType acc_scalar_type(at::ScalarType type) { return at::toOpMathType(type); }
 
-constexpr double kMinSize = 1e-6;
+constexpr double kMinSize = 1e-6;  // as tokcomp_kernels/_numbers.py says it: a test compares them
 
 // Sizes stay above zero wherever they are read or written; NaN becomes the least size.
 template <typename acc_t>

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "../common/checks.h"
+#include "../common/dispatch.h"
 
 namespace tokcomp {
 namespace {
@@ -18,7 +19,7 @@ std::tuple<Tensor, Tensor> attention_composed(const Tensor& q, const Tensor& k, 
   OptionalTensor bias;  // [B, 1, 1, N]
   if (size) {
     const Tensor wide = size->to(accumulate);
-    const Tensor effective = at::where(wide > 1e-6, wide, 1e-6);
+    const Tensor effective = at::where(wide > kMinSize, wide, kMinSize);
     bias = effective.log().unsqueeze(1).unsqueeze(1);
   }
   // In half precision the bias is rounded to q's type, which PyTorch's kernels demand; the class row has it whole.

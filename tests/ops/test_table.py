@@ -10,6 +10,7 @@ import torch
 
 import tokcomp_kernels
 from tests.ops.backends import NAMES
+from tokcomp_kernels._numbers import MIN_SIZE
 from tokcomp_kernels._schema import BY_NAME, NAMESPACE, NATIVE_NAMESPACES, OPERATORS
 from tokcomp_kernels.ops import IMPLEMENTATIONS
 from tools import operators_page
@@ -68,3 +69,15 @@ def test_the_page_of_operators_runs_as_written() -> None:
     assert found["source"].tolist() == [[0, 2, 1, 1, 2, -1]]
     row = (found["q"][:, :, :1] @ found["k"].mT / 8).softmax(-1)
     torch.testing.assert_close(found["cls_attn"], row[:, :, 0].mean(1))
+
+
+def test_the_least_size_is_the_same_in_every_language() -> None:
+    """Once in Python, once in C++, once in CUDA, whose kernels compile without torch's headers."""
+    literal = re.compile(r"\b(MIN_SIZE|kMinSize) *= *([0-9][0-9.e-]*)", re.MULTILINE)
+    found = {}
+    for folder, kinds in (("csrc", (".h", ".cuh", ".cpp", ".cu")), ("tokcomp_kernels", (".py",)), ("python", (".py",))):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in kinds:
+                found.update({f"{path.name}:{name}": float(value) for name, value in literal.findall(path.read_text())})
+    names = {"dispatch.h:kMinSize", "device.cuh:kMinSize", "_numbers.py:MIN_SIZE"}
+    assert found == dict.fromkeys(names, MIN_SIZE)

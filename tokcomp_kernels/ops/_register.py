@@ -1,4 +1,10 @@
-"""Registers one operator: fake, backends, autograd, autocast. The schema itself stands in ``_schema.py``."""
+"""Registers one operator: fake, backends, autograd, autocast. The schema itself stands in ``_schema.py``.
+
+Autograd is a kernel of our own rather than ``torch.library.register_autograd``, which refuses the keyword-only tensors
+of our schemas (``size``, ``pruned_fill``) and takes longer where a gradient is wanted: prune_merge of a [1, 9, 8]
+tensor and its gradient took 180 us that way and 115 us this way, the forward 83 and 24 to 48 us (PyTorch 2.14, one
+thread of a busy AMD EPYC; the kernel itself takes 3 us). Where none is wanted both cost 4 to 7 us.
+"""
 
 from __future__ import annotations
 

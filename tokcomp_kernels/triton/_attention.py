@@ -12,12 +12,10 @@ import triton
 import triton.language as tl
 
 from tokcomp_kernels.triton._common import LOG2_E, dot, effective_size, narrow
-from tokcomp_kernels.triton._configs import launch_config
+from tokcomp_kernels.triton._configs import ONE_TILE, launch_config
 
 #: One kernel serves all their values: strides from image to image of [B, N] tensors, which vary with N alone.
 UNSPECIALIZED = ["H", "N", "stride_sb", "stride_mb"]
-#: Up to so many keys are one tile in a single pass; a head is one tile above so many channels.
-ONE_TILE = 128
 
 
 def launch_options(

@@ -8,9 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tokcomp_kernels._checks import refuse
+from tokcomp_kernels._numbers import MIN_SIZE
 
 #: The interpreter multiplies bfloat16 bit patterns as integers, and rounds towards zero to bfloat16.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+_MIN_SIZE = tl.constexpr(MIN_SIZE)
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -39,9 +41,9 @@ def device_guard(tensor: Tensor) -> torch.cuda.device_of:
 
 @triton.jit
 def effective_size(size):
-    """``size`` where it is above 1e-6, else 1e-6: also for NaN, which compares false."""
+    """``size`` where it is above the least size, else that: also for NaN, which compares false."""
     size = size.to(tl.float32)
-    return tl.where(size > 1e-6, size, 1e-6)
+    return tl.where(size > _MIN_SIZE, size, _MIN_SIZE)
 
 
 @triton.jit

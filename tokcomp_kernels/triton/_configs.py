@@ -20,6 +20,15 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 DEFAULT = "default"
 #: Multiply-adds are fused on every Triton version: the default is about to change, and the bits with it.
 ENABLE_FP_FUSION = True
+# Sizes that no table tunes; what counts the kernels' traffic reads them here too, without Triton.
+#: Tokens per program of the kernel that adds up heads.
+REDUCE_BLOCK = 128
+#: Tokens per program of the kernel that ranks tokens by class attention, and how many it compares them with at a time.
+ORDER_BLOCK = 64
+#: Up to so many keys are one tile in a single pass; a head is one tile above so many channels.
+ONE_TILE = 128
+#: Rows of more bytes are matched and merged in passes over their channels instead.
+MAX_RESIDENT = 3072
 
 
 @cache

@@ -16,8 +16,6 @@ from tokcomp_kernels.triton._norm import chunks, compact
 
 #: The table of tile sizes that both operators read.
 TABLE = "prune_merge"
-#: Rows of more bytes are matched and merged in passes over their channels instead.
-MAX_RESIDENT = 3072
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokcomp_kernels.triton._common import device_guard
-from tokcomp_kernels.triton._configs import ENABLE_FP_FUSION
-
-BLOCK_N = 128
+from tokcomp_kernels.triton._configs import ENABLE_FP_FUSION, REDUCE_BLOCK
 
 
 @triton.jit(do_not_specialize=["N", "G"])
@@ -54,7 +52,7 @@ def reduce_groups(values: Tensor, *, stats: Tensor | None = None, mean: bool, dt
     if out.numel() == 0:
         return out
     with device_guard(values):
-        _reduce_kernel[(batch * triton.cdiv(num_tokens, BLOCK_N),)](
+        _reduce_kernel[(batch * triton.cdiv(num_tokens, REDUCE_BLOCK),)](
             values_ptr=values,
             stats_ptr=stats,
             out_ptr=out,
@@ -62,7 +60,7 @@ def reduce_groups(values: Tensor, *, stats: Tensor | None = None, mean: bool, dt
             N=num_tokens,
             FROM_LOGITS=stats is not None,
             MEAN=mean,
-            BLOCK_N=BLOCK_N,
+            BLOCK_N=REDUCE_BLOCK,
             num_warps=4,
             enable_fp_fusion=ENABLE_FP_FUSION,
         )

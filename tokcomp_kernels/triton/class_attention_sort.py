@@ -11,11 +11,9 @@ from tokcomp_kernels._checks import check_class_attention_sort
 from tokcomp_kernels.reference._common import descending_order
 from tokcomp_kernels.triton._attention import finite_max, load_bias, load_rows
 from tokcomp_kernels.triton._common import LOG2_E, device_guard, inner_contiguous, require_supported, strides
-from tokcomp_kernels.triton._configs import ENABLE_FP_FUSION, launch_config
+from tokcomp_kernels.triton._configs import ENABLE_FP_FUSION, ORDER_BLOCK, launch_config
 from tokcomp_kernels.triton._order import MAX_COUNTED, count_before
 from tokcomp_kernels.triton._reduce import reduce_groups
-
-BLOCK_I, BLOCK_J = 64, 64
 
 
 @triton.jit(do_not_specialize=["H", "N", "stride_sb"])
@@ -94,13 +92,13 @@ def token_order(cls_attn: Tensor, num_prefix_tokens: int) -> Tensor:
     order = torch.empty(batch, num_tokens, dtype=torch.int64, device=cls_attn.device)
     if order.numel() > 0:
         with device_guard(cls_attn):
-            _token_order_kernel[(batch * triton.cdiv(num_tokens, BLOCK_I),)](
+            _token_order_kernel[(batch * triton.cdiv(num_tokens, ORDER_BLOCK),)](
                 cls_ptr=cls_attn,
                 order_ptr=order,
                 N=num_tokens,
                 num_prefix_tokens=num_prefix_tokens,
-                BLOCK_I=BLOCK_I,
-                BLOCK_J=BLOCK_J,
+                BLOCK_I=ORDER_BLOCK,
+                BLOCK_J=ORDER_BLOCK,
                 num_warps=4,
                 enable_fp_fusion=ENABLE_FP_FUSION,
             )

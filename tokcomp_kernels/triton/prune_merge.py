@@ -15,8 +15,8 @@ from torch import Tensor
 from tokcomp_kernels._checks import check_prune_merge
 from tokcomp_kernels.reference._common import descending_order
 from tokcomp_kernels.triton._common import device_guard, inner_contiguous, require_supported, strides
-from tokcomp_kernels.triton._configs import launch_config
-from tokcomp_kernels.triton._merge_norm import MAX_RESIDENT, TABLE, Norm, merge_ranked
+from tokcomp_kernels.triton._configs import MAX_RESIDENT, launch_config
+from tokcomp_kernels.triton._merge_norm import TABLE, Norm, merge_ranked
 from tokcomp_kernels.triton._order import MAX_COUNTED, count_before
 from tokcomp_kernels.triton._rows import merge_rows
 from tokcomp_kernels.triton._similarity import best_matches
