@@ -6,7 +6,7 @@ OUT ?= gpu-check
 TRITONS ?= 3.6.0 3.9.0
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: build rebuild setup demo test test-fast oracle race-mutations bench cpu-records results kernel-report triton-range lint gpu-check clean
+.PHONY: build rebuild setup demo test test-fast oracle race-mutations bench cpu-records results kernel-report triton-range aarch64 lint gpu-check clean
 
 build:  ## The compiled kernels, in place, for PYTHON as it is
 	$(PYTHON) build_backend/native.py
@@ -62,6 +62,9 @@ triton-range: .venv/installed  ## Every launch in every dtype, compiled by the o
 	  PYTHONPATH=build/triton-$$version $(BIN)/python tools/kernel_report.py triton --every \
 	    --architectures 80 90 100 120 --out build/triton-$$version || exit 1; \
 	done
+
+aarch64: .venv/installed  ## csrc/cpu compiled for 64-bit ARM; needs aarch64-linux-gnu-g++
+	$(BIN)/python -m pytest -rs tests/build/test_aarch64.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 Standard library only, so it also serves a machine with no setuptools and no network. Environment variables are handed
 to CMakeLists.txt, which owns their meaning and defaults: TOKCOMP_BUILD_CUDA, TORCH_CUDA_ARCH_LIST, TOKCOMP_CPU_ARCH.
-MAX_JOBS bounds the parallel compilations.
+One default is set here: a wheel may go to another machine, so it is built for every CPU of its kind. MAX_JOBS bounds
+the parallel compilations.
 """
 
 from __future__ import annotations
@@ -41,10 +42,17 @@ def default_jobs() -> int:
     return max(1, min(cores, int(gibibytes / GIBIBYTES_PER_JOB)))
 
 
-def is_stale(cache: Path) -> bool:
-    """Whether a cache names a build tool that is gone, as those of pip's temporary environments are."""
-    tools = re.findall(r"^(?:CMAKE_MAKE_PROGRAM|CMAKE_COMMAND):\w+=(.+)$", cache.read_text(), re.MULTILINE)
-    return not all(Path(tool).exists() for tool in tools)
+def is_stale(cache: Path, ninja: str | None) -> bool:
+    """Whether the folder of a cache has to be configured afresh, which loses every object in it.
+
+    pip's temporary environments take their CMake and Ninja along. That alone is no reason: a configuration names both
+    anew. Another kind of build tool is one.
+    """
+    text = cache.read_text()
+    cached = dict(re.findall(r"^(CMAKE_GENERATOR|CMAKE_MAKE_PROGRAM):\w+=(.*)$", text, re.MULTILINE))
+    if ninja:
+        return cached.get("CMAKE_GENERATOR") != "Ninja"
+    return not Path(cached.get("CMAKE_MAKE_PROGRAM", "")).exists()
 
 
 def torch_version() -> str | None:
@@ -54,7 +62,9 @@ def torch_version() -> str | None:
 
 
 def build(output: Path | None = None) -> None:
-    """Build ``_C`` into ``output``, by default in place.
+    """Build ``_C`` for a wheel into ``output``; without it, in place and for this machine.
+
+    Each of the two has a build folder of its own and keeps it, so that the next build compiles what changed alone.
 
     Raises:
         RuntimeError: no CMake, or it failed; its own message has been printed.
@@ -62,18 +72,21 @@ def build(output: Path | None = None) -> None:
     cmake = program("cmake")
     if cmake is None:
         raise RuntimeError("tokcomp: CMake is needed to build the kernels: pip install cmake ninja")
+    settings = {"TOKCOMP_OUTPUT_DIR": None, **{name: os.environ.get(name) for name in VARIABLES}}
     folder = ROOT / "build" / str(sys.implementation.cache_tag)
-    configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
     if output is not None:
-        configure.append(f"-DTOKCOMP_OUTPUT_DIR={output}")
-    else:
-        configure.append("-UTOKCOMP_OUTPUT_DIR")
-    if ninja := program("ninja"):
+        folder = folder.with_name(f"{folder.name}-wheel")
+        for old in output.glob("_C.*"):  # setuptools keeps this folder too, and packs what it finds there
+            old.unlink()
+        settings["TOKCOMP_OUTPUT_DIR"] = str(output)
+        settings["TOKCOMP_CPU_ARCH"] = settings["TOKCOMP_CPU_ARCH"] or "dispatch"
+    configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-D{name}={value}" if value else f"-U{name}" for name, value in settings.items()]
+    ninja = program("ninja")
+    if ninja:
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    for name in VARIABLES:
-        configure.append(f"-D{name}={value}" if (value := os.environ.get(name)) else f"-U{name}")
     cache = folder / "CMakeCache.txt"
-    if cache.exists() and is_stale(cache):
+    if cache.exists() and is_stale(cache, ninja):
         configure.append("--fresh")
     jobs = os.environ.get("MAX_JOBS") or str(default_jobs())
     for command in (configure, [cmake, "--build", str(folder), "--target", "_C", "--parallel", jobs]):

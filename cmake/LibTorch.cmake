@@ -11,12 +11,17 @@ add_custom_command(OUTPUT "${schemas}"
 file(GLOB libtorch_sources CONFIGURE_DEPENDS csrc/libtorch/*.cpp)
 add_library(tokcomp SHARED "${schemas}" ${libtorch_sources})
 add_library(tokcomp::tokcomp ALIAS tokcomp)
-tokcomp_add_kernels(tokcomp)
+tokcomp_add_kernels(tokcomp libtokcomp_cpu_)
 target_compile_definitions(tokcomp PRIVATE TOKCOMP_OWN_CUDA_KEY)
 # The operators register themselves as the library is loaded; a program names none of its symbols.
 target_link_options(tokcomp INTERFACE $<$<PLATFORM_ID:Linux>:LINKER:--no-as-needed>)
 set_target_properties(tokcomp PROPERTIES VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR}
   INSTALL_RPATH_USE_LINK_PATH ON)
+if(tokcomp_cpu_dispatch)
+  list(TRANSFORM tokcomp_cpu_levels PREPEND tokcomp_ OUTPUT_VARIABLE modules)
+  set_target_properties(${modules} PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)
+  install(TARGETS ${modules} LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}")
+endif()
 
 # tokcomp::torch, for programs: the torch that libtokcomp was built with and fits. Torch's own CMake package demands a
 # whole CUDA toolkit. libtorch.so brings torch's CUDA half along, and AOTInductor's packages ask for it by name.

@@ -2,6 +2,7 @@
 find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
 
 list(JOIN tokcomp_cpu_features " " cpu_features)
+list(JOIN tokcomp_cpu_levels "\", \"" cpu_levels)
 if(tokcomp_cuda)
   set(build_cuda "\"${nvcc_release}\"")
   string(REGEX REPLACE "[ ,;]+" "\", \"" arch_names "${TORCH_CUDA_ARCH_LIST}")
@@ -20,10 +21,15 @@ file(READ "${CMAKE_BINARY_DIR}/build_info.json" build_info)
 file(CONFIGURE OUTPUT build_info.h CONTENT "constexpr const char* kBuildInfo = R\"json(@build_info@)json\";\n" @ONLY)
 
 python_add_library(_C MODULE WITH_SOABI csrc/bindings.cpp)
-tokcomp_add_kernels(_C)
+tokcomp_add_kernels(_C _C.${Python_SOABI}.)
 target_include_directories(_C PRIVATE "${CMAKE_BINARY_DIR}")
+set(libraries _C)
+if(tokcomp_cpu_dispatch)
+  list(TRANSFORM tokcomp_cpu_levels PREPEND _C_ OUTPUT_VARIABLE modules)
+  list(APPEND libraries ${modules})
+endif()
 # No RPATH: torch is imported first, so its libraries are there, and the module may move.
-set_target_properties(_C PROPERTIES LIBRARY_OUTPUT_DIRECTORY "${TOKCOMP_OUTPUT_DIR}" SKIP_BUILD_RPATH ON)
+set_target_properties(${libraries} PROPERTIES LIBRARY_OUTPUT_DIRECTORY "${TOKCOMP_OUTPUT_DIR}" SKIP_BUILD_RPATH ON)
 
 set(beside "${TOKCOMP_OUTPUT_DIR}/_C.${Python_SOABI}")
 add_custom_command(TARGET _C POST_BUILD

@@ -1,5 +1,5 @@
 // The module _C: says what was built and how many threads it uses. Loading it registers the kernels, which each file in
-// csrc/cpu and csrc/cuda does for itself.
+// csrc/cpu and csrc/cuda does for itself; where those for the CPU are modules of their own, load_cpu_kernels picks one.
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "build_info.h"
+#include "cpu_level.h"
 
 namespace py = pybind11;
 
@@ -26,6 +27,10 @@ std::vector<std::string> kernels(const std::string& name_space, c10::DispatchKey
   return names;
 }
 
+std::string cpu_capability;
+
+std::string load_cpu_kernels() { return cpu_capability = tokcomp::load_cpu_kernels(); }
+
 py::dict build_info() {
   py::dict info = py::module_::import("json").attr("loads")(kBuildInfo);
   const std::map<std::string, std::vector<std::string>> operators = {
@@ -33,6 +38,7 @@ py::dict build_info() {
       {"cuda", kernels("tokcomp_cuda", c10::DispatchKey::CUDA)},
   };
   info["operators"] = operators;
+  info["cpu_capability"] = cpu_capability;
   return info;
 }
 
@@ -40,7 +46,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of tokcomp_kernels.";
-  m.def("build_info", &build_info, "What was built: versions, architectures, compiler, operators per backend.");
+  m.def("load_cpu_kernels", &load_cpu_kernels, "Load the CPU kernels of the best level there is, and return its name.");
+  m.def("build_info", &build_info, "What was built and which level runs on the CPU; see tokcomp_kernels.build_info.");
   m.def("get_num_threads", &at::get_num_threads, "Threads the CPU kernels run on.");
   m.def("set_num_threads", &at::set_num_threads, py::arg("num_threads"),
         "Set the threads the CPU kernels, and torch, run on.");

@@ -70,19 +70,34 @@ def _load() -> tuple[Any, str | None]:
     if path is None:
         return None, f"no compiled kernels for this Python in {Path(__file__).parent}: build them with {REBUILD}"
     try:
-        reason = _mismatch(json.loads(path.with_suffix(".json").read_text()))
-        if reason is None:
-            return importlib.import_module("tokcomp_kernels._C"), None
+        built = json.loads(path.with_suffix(".json").read_text())
+        if reason := _mismatch(built):
+            return None, f"{path.name}: {reason}"
+        module = importlib.import_module("tokcomp_kernels._C")
     except (ImportError, OSError, ValueError, KeyError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}; rebuild with {REBUILD}"
-    return None, f"{path.name}: {reason}"
+        return None, f"{path.name}: {_one_line(error)}; rebuild with {REBUILD}"
+    try:
+        if "cpu_levels" in built:
+            module.load_cpu_kernels()
+    except RuntimeError as error:
+        return None, f"{path.name}: {_one_line(error)}; rebuild with {REBUILD}"
+    return module, None
 
 
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+# A TOKCOMP_CPU_CAPABILITY that is not to be had is an error here, as a wrong TOKCOMP_BACKEND is: ValueError.
 _C, load_error = _load()
 
 
 def build_info() -> dict[str, Any]:
-    """What was built: versions, architectures, compiler, operators per backend. Empty where nothing is loaded."""
+    """What was built: versions, architectures, compiler, operators per backend. Empty where nothing is loaded.
+
+    ``cpu_levels``: the instruction sets that the CPU kernels were compiled for, of default, avx2, avx512, avx512_bf16.
+    ``cpu_capability``: the one that runs here, the best that this CPU has or what TOKCOMP_CPU_CAPABILITY names.
+    """
     return _C.build_info() if _C is not None else {}
 
 

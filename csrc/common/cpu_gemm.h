@@ -193,7 +193,8 @@ inline void pack_left(const Rows<scalar_t>& rows, int64_t first, int64_t count, 
 
 // Left operand whose rows are those of a float matrix, rounded: to[row * stride / 2 + step] holds columns 2 step and
 // 2 step + 1 of the row. stride: a multiple of a vector's lanes.
-inline void round_rows(const float* from, int64_t rows, int64_t stride, BFloat16Pair* to) {
+inline void round_rows([[maybe_unused]] const float* from, [[maybe_unused]] int64_t rows,
+                       [[maybe_unused]] int64_t stride, [[maybe_unused]] BFloat16Pair* to) {
 #ifdef TOKCOMP_BFLOAT16_PAIRS
   constexpr int64_t lanes = kLanes<float>;
   for (int64_t i = 0; i < rows * stride; i += lanes) {
@@ -204,7 +205,8 @@ inline void round_rows(const float* from, int64_t rows, int64_t stride, BFloat16
 
 // Left operand whose rows are the columns of a float matrix, rounded: to[step * stride + column] holds rows 2 step and
 // 2 step + 1 of the column, the last one filled up with zero.
-inline void round_columns(const float* from, int64_t rows, int64_t stride, BFloat16Pair* to) {
+inline void round_columns([[maybe_unused]] const float* from, [[maybe_unused]] int64_t rows,
+                          [[maybe_unused]] int64_t stride, [[maybe_unused]] BFloat16Pair* to) {
 #ifdef TOKCOMP_BFLOAT16_PAIRS
   constexpr int64_t lanes = kLanes<float>;
   for (int64_t row = 0; row < rows; row += 2, from += 2 * stride, to += stride) {

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.build.builds import ROOT, Dispatched, build
+
 sys.path.insert(0, str(ROOT / "build_backend"))
 
 
@@ -22,6 +23,11 @@ def cmake() -> str:
     if found is None:
         pytest.skip("no CMake")
     return found
+
+
+@pytest.fixture(scope="session")
+def dispatched(cmake: str) -> Dispatched:
+    return build(cmake)
 
 
 @pytest.fixture

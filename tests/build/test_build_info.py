@@ -29,8 +29,10 @@ def test_versions():
 
 def test_cpu():
     info = tokcomp_kernels.build_info()
-    assert info["cpu_arch"] in ("native", "avx512", "avx2", "generic")
-    assert info["cpu_capability"] in ("AVX512", "AVX2", "DEFAULT")
+    levels = ("default", "avx2", "avx512", "avx512_bf16")
+    assert info["cpu_arch"] in ("native", "dispatch", "generic", *levels[1:])
+    assert info["cpu_levels"] == [level for level in levels if level in info["cpu_levels"]]
+    assert info["cpu_capability"] in info["cpu_levels"]
     assert {operator.name for operator in OPERATORS if operator.native} == set(info["operators"]["cpu"])
 
 

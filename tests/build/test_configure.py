@@ -72,7 +72,7 @@ def test_an_nvcc_that_cannot_compile(configure: Configure, fake_torch: FakeTorch
     ("setting", "value", "message"),
     [
         ("TOKCOMP_BUILD_CUDA", "yes", "TOKCOMP_BUILD_CUDA must be auto, 0 or 1, got yes"),
-        ("TOKCOMP_CPU_ARCH", "sse9", "TOKCOMP_CPU_ARCH must be native, avx512, avx2 or generic, got sse9"),
+        ("TOKCOMP_CPU_ARCH", "sse9", "TOKCOMP_CPU_ARCH must be native, dispatch, avx512_bf16, avx512, avx2 or generic"),
         ("TORCH_CUDA_ARCH_LIST", "8.0;hopper", "TORCH_CUDA_ARCH_LIST must list versions such as 8.0 or 9.0+PTX"),
     ],
 )
@@ -92,8 +92,26 @@ def test_an_old_torch(configure: Configure, fake_torch: FakeTorch):
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 names")
-@pytest.mark.parametrize(("arch", "capability"), [("avx512", "AVX512"), ("avx2", "AVX2"), ("generic", "DEFAULT")])
-def test_instruction_sets(configure: Configure, fake_torch: FakeTorch, arch: str, capability: str):
-    run = configure(TOKCOMP_TORCH_ROOT=str(fake_torch("2.15.0", None)), TOKCOMP_CPU_ARCH=arch)
+def test_instruction_sets(configure: Configure, fake_torch: FakeTorch):
+    torch = str(fake_torch("2.15.0", None))
+    for arch, levels in {
+        "avx512_bf16": "avx512_bf16",
+        "avx512": "avx512",
+        "avx2": "avx2",
+        "generic": "default",
+        "dispatch": "default, avx2, avx512, avx512_bf16",
+    }.items():
+        run = configure(TOKCOMP_TORCH_ROOT=torch, TOKCOMP_CPU_ARCH=arch)
+        assert run.returncode == 0, run.stderr
+        assert f"-- tokcomp: CPU kernels for {arch} ({levels})\n" in run.stdout
+
+
+def test_dispatch_elsewhere_is_one_level(configure: Configure, fake_torch: FakeTorch):
+    """What every CPU of the kind has."""
+    system = {"CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": "aarch64"}
+    settings = {"TOKCOMP_TORCH_ROOT": str(fake_torch("2.15.0", None)), **system}
+    run = configure(**settings, TOKCOMP_CPU_ARCH="dispatch")
     assert run.returncode == 0, run.stderr
-    assert f"-- tokcomp: CPU kernels for {arch} ({capability})\n" in run.stdout
+    assert "-- tokcomp: CPU kernels for dispatch (default)\n" in run.stdout
+    refused = configure(**settings, TOKCOMP_CPU_ARCH="avx2")
+    assert "TOKCOMP_CPU_ARCH=avx2 needs an x86-64 machine, got aarch64" in said(refused)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import tokcomp
 import torch
 from tokcomp.cli import main
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.build.builds import ROOT, Dispatched, run
 
 CONSUMER = """
 cmake_minimum_required(VERSION 3.24)
@@ -27,38 +25,13 @@ target_link_libraries(consumer PRIVATE tokcomp::tokcomp {libraries})
 """
 
 
-def run(*command: str | Path) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def installed(cmake: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where libtokcomp was installed once it was built and had passed its own tests."""
-    folder = tmp_path_factory.mktemp("libtokcomp")
-    build, prefix = folder / "build", folder / "prefix"
-    # Without a GPU the CUDA half would only be compiled a second time.
-    cuda = "auto" if torch.cuda.is_available() else "0"
-    settings = {
-        "Python_EXECUTABLE": sys.executable,
-        "TOKCOMP_PYTHON_MODULE": "OFF",
-        "TOKCOMP_LIBTORCH": "ON",
-        "TOKCOMP_BUILD_CUDA": cuda,
-        "TORCH_CUDA_ARCH_LIST": "{}.{}".format(*torch.cuda.get_device_capability()) if cuda == "auto" else "8.0",
-        "CMAKE_INSTALL_PREFIX": prefix,
-    }
-    jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))
-    run(cmake, "-S", ROOT, "-B", build, *(f"-D{name}={value}" for name, value in settings.items()))
-    run(cmake, "--build", build, "--parallel", jobs)
-    tested = run(Path(cmake).with_name("ctest"), "--test-dir", build, "--output-on-failure", "--no-tests=error")
-    assert "100% tests passed" in tested
-    run(cmake, "--install", build)
-    return prefix
+@pytest.mark.slow
+def test_its_own_tests(dispatched: Dispatched):
+    assert "100% tests passed" in run(dispatched.ctest, "--test-dir", dispatched.build, "--no-tests=error")
 
 
 @pytest.mark.slow
-def test_libtorch(cmake: str, installed: Path, tmp_path: Path):
+def test_libtorch(cmake: str, dispatched: Dispatched, tmp_path: Path):
     folder, consumer = Path(torch.__file__).parent, tmp_path / "consumer"
     names = ["torch_cpu", "c10", *(["torch_cuda"] if torch.cuda.is_available() else [])]
     consumer.mkdir()
@@ -70,16 +43,16 @@ def test_libtorch(cmake: str, installed: Path, tmp_path: Path):
             libraries=" ".join(str(folder / "lib" / f"lib{name}.so") for name in names),
         )
     )
-    run(cmake, "-S", consumer, "-B", consumer / "build", f"-DCMAKE_PREFIX_PATH={installed}")
+    run(cmake, "-S", consumer, "-B", consumer / "build", f"-DCMAKE_PREFIX_PATH={dispatched.prefix}")
     run(cmake, "--build", consumer / "build")
     assert "all passed" in run(consumer / "build" / "consumer")
 
 
 @pytest.mark.slow
-def test_exported_model(cmake: str, installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_exported_model(cmake: str, dispatched: Dispatched, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """A trained model through `tokcomp export` into examples/aot: the logits are the model's own."""
     build, package = tmp_path / "build", tmp_path / "digits.pt2"
-    settings = {"CMAKE_PREFIX_PATH": installed, "CMAKE_BUILD_TYPE": "Debug"}
+    settings = {"CMAKE_PREFIX_PATH": dispatched.prefix, "CMAKE_BUILD_TYPE": "Debug"}
     run(cmake, "-S", ROOT / "examples" / "aot", "-B", build, *(f"-D{name}={value}" for name, value in settings.items()))
     run(cmake, "--build", build)
     options = ["-m", "tokcomp_digits_vit", "--pretrained", "--device", "cpu", "--method", "tome", "--r", "8"]

@@ -65,4 +65,4 @@ def _value(value: Any) -> str:
         return "; ".join(f"{key}: {_value(entry)}" for key, entry in value.items())
     if isinstance(value, (list, tuple, set, frozenset)):
         return ", ".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)
+    return "none" if value in (None, "") else str(value)

@@ -10,7 +10,7 @@ from typing import Any
 
 _PACKAGES = ("torch", "timm", "triton", "safetensors", "numpy")
 #: Settings that change what runs, and what they mean.
-_VARIABLES = ("TOKCOMP_BACKEND", "TOKCOMP_CHECK", "TRITON_INTERPRET")
+_VARIABLES = ("TOKCOMP_BACKEND", "TOKCOMP_CPU_CAPABILITY", "TOKCOMP_CHECK", "TRITON_INTERPRET")
 
 
 def package_versions() -> dict[str, str | None]:
