@@ -21,7 +21,7 @@ def compress(model: ModelT, method: Method) -> ModelT:
 
     Parameters, state_dict keys, hooks and training flags stay as they are. A model that is already compressed switches
     to the new method. Everything is checked first: if this raises, the model is unchanged. No other thread may call the
-    model meanwhile; :class:`tokcomp.Switchable` is for models that serve.
+    model during the change; :class:`tokcomp.Switchable` is for models that serve.
 
     Args:
         model: a timm VisionTransformer, VisionTransformerDistilled or CAFormer.
@@ -35,7 +35,7 @@ def compress(model: ModelT, method: Method) -> ModelT:
             understood.
         ValueError: the method does not fit the model (number of blocks, prefix tokens, class token), or a ToCom plugin
             that was trained with another method is folded in.
-        RuntimeError: another thread is in a call of the model.
+        RuntimeError: another thread is calling the model.
     """
     if not isinstance(method, Method):
         got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
@@ -50,11 +50,11 @@ def compress(model: ModelT, method: Method) -> ModelT:
 
 
 def restore(model: ModelT) -> ModelT:
-    """Undo :func:`compress`, in place: the model is exactly what it was. A plain model stays as it is.
+    """Undo :func:`compress`, in place: the model is exactly as it was before. A plain model stays as it is.
 
     Raises:
-        TypeError: ``model`` is no module.
-        RuntimeError: another thread is in a call of the model, which is left compressed.
+        TypeError: ``model`` is not a module.
+        RuntimeError: another thread is calling the model, which stays compressed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -68,7 +68,7 @@ def restore(model: ModelT) -> ModelT:
 
 
 def _change(adapter: Adapter, model: nn.Module, method: Method | None) -> None:
-    """Change to a method, None for a plain model; back to what it was where a call began meanwhile."""
+    """Change to a method, or to a plain model if None; change back if a call began in the meantime."""
     before = adapter.method(model)
     _set(adapter, model, method)
     try:
@@ -86,7 +86,7 @@ def _set(adapter: Adapter, model: nn.Module, method: Method | None) -> None:
 
 @torch.no_grad()
 def trace(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Where each original token is after each block.
+    """For each block, where each original token is after it.
 
     Args:
         model: compressed, or plain (then every token stays where it is).
@@ -95,6 +95,10 @@ def trace(model: nn.Module, images: Tensor) -> list[Tensor]:
     Returns:
         One int64 map per block, each [B, P + prefix]: for each original token, the slot of that block's output that
         holds it, or -1 if it was pruned. Tokens that EViT fused are in the fused token's slot.
+
+    Raises:
+        TypeError: (UnsupportedModelError) the model is not understood.
+        ValueError: the images are of a size that the model or its schedule does not take.
     """
     adapter = find_adapter(model)
     x, sources = adapter.sources(model, images)

@@ -1,7 +1,7 @@
-"""Calls of a model that other threads are in while it is to be changed.
+"""Detecting calls of a model in other threads when it is about to be changed.
 
-They are found in the threads' stacks by whoever changes the model, so that calls pay nothing for it: no lock and no
-count in forward, and nothing on the model that copies, pickles, torch.compile or CUDA graphs would meet.
+The code that changes the model looks through the threads' stacks, so that calls pay nothing for it: no lock and no
+counter in forward, and nothing on the model that copies, pickles, torch.compile or CUDA graphs would see.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from types import FrameType
 
 from torch import nn
 
-#: Functions by which a wrapper (a compiled module, a segmenter) is called with the model in it.
+#: Functions through which a wrapper (a compiled module, a segmenter) calls the model inside it.
 _CALLS = {"__call__", "_wrapped_call_impl", "_call_impl", "forward"}
 
 
 def thread_in(model: nn.Module) -> str | None:
-    """The name of another thread that is in a call of ``model``, of a part of it or of a module around it."""
+    """The name of another thread that is calling ``model``, a part of it or a module around it."""
     own = threading.get_ident()
     stacks = {ident: frame for ident, frame in sys._current_frames().items() if ident != own}
     if not stacks:
@@ -31,9 +31,9 @@ def thread_in(model: nn.Module) -> str | None:
 
 
 def require_idle(model: nn.Module) -> None:
-    """Raise RuntimeError if another thread is in a call of ``model``.
+    """Raise RuntimeError if another thread is calling ``model``.
 
-    Called before a change and after it. Only a call that begins and ends while the change is made is not seen.
+    Called before and after a change. Only a call that begins and ends during the change is missed.
     """
     thread = thread_in(model)
     if thread is not None:

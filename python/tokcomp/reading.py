@@ -1,8 +1,8 @@
-"""Reading files that may be anybody's, and damaged: as data alone, and refused by a ValueError whatever they hold.
+"""Reading files that may come from anyone, or be damaged: only as data, and refused by a ValueError whatever they hold.
 
-Tensors are written with a digest of all that their file says. What was changed since, by a bad disk say, is refused;
-a file without a digest, of another program or an older version, is taken as it is. A digest is no signature: whoever
-writes a file on purpose can write the digest that fits it.
+Tensors are written with a digest of everything in their file. A file that has changed since, as on a bad disk, is
+refused; a file without a digest, from another program or an older version, is accepted as it is. A digest is not a
+signature: anyone who tampers with a file can write a matching digest.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-#: Where the digest stands in a safetensors file's metadata, and in the dictionary that a checkpoint is.
+#: The digest's key in a safetensors file's metadata and in a checkpoint's dictionary.
 DIGEST = "tokcomp_sha256"
-#: Lists and objects within each other. Data of ours has six.
+#: Maximum nesting of lists and objects. Our own data has six levels.
 _DEEPEST = 64
 
 
@@ -28,7 +28,7 @@ def parse_json(text: str | bytes) -> Any:
     """JSON data.
 
     Raises:
-        ValueError: no JSON, no UTF-8, or nested more than 64 deep.
+        ValueError: not JSON, not UTF-8, or nested more than 64 deep.
     """
     try:
         data = json.loads(text)
@@ -57,11 +57,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file; ``what`` it should be, for messages: "a ToCom plugin".
+    """The tensors and the metadata of a safetensors file; ``what`` describes it in messages: "a ToCom plugin".
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is truncated, no safetensors, or not what its digest is of; the message names it.
+        ValueError: it is truncated, not safetensors, or does not match its digest; the message names it.
     """
     with path.open("rb"):
         pass
@@ -69,7 +69,7 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, st
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             metadata = dict(file.metadata() or {})
-    except Exception as error:  # SafetensorError, and what an element type that torch does not know raises
+    except Exception as error:  # SafetensorError, and what unknown element types raise
         raise ValueError(f"{path}: must be {what}, got a file that does not load ({_reason(error)})") from error
     found = metadata.pop(DIGEST, None)
     _require_digest(path, found, [metadata, tensors])
@@ -77,7 +77,7 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, its tensors unread; nothing of a file that is none or is not there."""
+    """The metadata of a safetensors file, without reading its tensors; empty if there is no such file."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -94,7 +94,7 @@ def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     header = json.loads(data[8:start])
     header["__metadata__"] = dict(sorted(about.items()))
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
     return len(text).to_bytes(8, "little") + text + data[start:]
 
 
@@ -103,7 +103,7 @@ def read_pickle(path: Path, what: str, allowed: Sequence[Any] = ()) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it does not load, or holds anything else, which is never run; the message names it.
+        ValueError: it does not load, or holds anything else (which is never run); the message names it.
     """
     try:
         # Given a path, torch goes by the suffix.
@@ -116,12 +116,12 @@ def read_pickle(path: Path, what: str, allowed: Sequence[Any] = ()) -> Any:
 
 
 def require_digest(path: Path, data: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a dictionary is what its own digest is of, if it has one."""
+    """Raise ValueError if a dictionary has a digest and does not match it."""
     _require_digest(path, data.get(DIGEST), {name: value for name, value in data.items() if name != DIGEST})
 
 
 def digest(data: Any) -> str:
-    """SHA-256 of tensors, numbers, strings, lists and dictionaries within each other, whatever a dictionary's order."""
+    """SHA-256 of nested tensors, numbers, strings, lists and dictionaries, independent of the dictionaries' order."""
     sha = hashlib.sha256()
     pending = [data]
     while pending:
@@ -148,6 +148,6 @@ def _require_digest(path: Path, found: Any, data: Any) -> None:
 
 
 def _reason(error: Exception) -> str:
-    # PyTorch's own advice, to load the file unsafely, comes first; what is in the way stands after it.
+    # PyTorch's own advice, to load the file unsafely, comes first; the actual obstacle comes after it.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "GLOBAL" in line), lines[0] if lines else type(error).__name__)[:200]

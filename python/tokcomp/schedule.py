@@ -124,7 +124,11 @@ class CompressionSchedule:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the schedule as JSON: the file at ``path`` is either wholly replaced or left as it was."""
+        """Write the schedule as JSON: the file at ``path`` is either replaced whole or left as it was.
+
+        Raises:
+            TypeError: the provenance is not JSON data.
+        """
         data: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,

@@ -42,7 +42,7 @@ def test_a_checkpoint_runs_nothing(run, tmp_path, monkeypatch, wrap, archive):
         file.write_bytes(pickle.dumps(content, protocol=2))
     status, _, err = run(*EVALUATE, "--checkpoint", file)
     assert status == 2 and not made.exists()
-    assert "must be tensors and plain data alone" in err and "weights_only" not in err
+    assert "must be only tensors and plain data" in err and "weights_only" not in err
 
 
 def test_what_training_scripts_write_is_read(tmp_path):

@@ -189,7 +189,7 @@ def test_wrong_files_are_refused(tmp_path):
 HOSTILE = {
     "a hub": ({"model": "hf-hub:somebody/model"}, "model must be one of timm's own, got 'hf-hub:somebody/model'"),
     "a folder": ({"model": "local-dir:/tmp/x"}, "model must be one of timm's own"),
-    "another file": ({"model_kwargs": {"checkpoint_path": "x.pth"}}, "model_kwargs must describe the model alone"),
+    "another file": ({"model_kwargs": {"checkpoint_path": "x.pth"}}, "model_kwargs must describe only the model"),
     "depth": ({"model_kwargs": {"depth": 10**6}}, "model_kwargs must be those of the weights"),
     "patches": ({"model_kwargs": {"patch_size": [10**9, 10**9]}}, "model_kwargs must be those of the weights"),
     "size": ({"img_size": (10**6, 10**6)}, "img_size must be that of the weights"),

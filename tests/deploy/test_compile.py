@@ -323,7 +323,7 @@ def test_refused_images(model, images_for):
 def test_switchable_is_pointed_at_its_own_graphs(make_vit):
     model = make_vit()
     switchable = tokcomp.Switchable(model, tokcomp.ToCom(model, max_degree=2), degrees=[0, 2])
-    with pytest.raises(TypeError, match=r"got Switchable: a Switchable captures graphs of its own, call its prepare"):
+    with pytest.raises(TypeError, match=r"got Switchable: a Switchable captures its own graphs, call its prepare"):
         tokcomp.compile(switchable, 1)
 
 

@@ -65,7 +65,7 @@ class LatencyTable:
         return getattr(self, f"{part}_ms")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON: the file at ``path`` is either wholly replaced or left as it was."""
+        """Write the table as JSON: the file at ``path`` is either replaced whole or left as it was."""
         data = {"format": FORMAT, "version": VERSION, **asdict(self)}
         write_whole(Path(path), json.dumps(data, indent=1, allow_nan=False) + "\n")
 

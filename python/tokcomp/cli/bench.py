@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", "-b", type=int, nargs="+", default=[1, 16], metavar="N", help="default: 1 16")
     group.add_argument("--precision", choices=tuple(PRECISIONS), default="float32", help="default: %(default)s")
     group.add_argument("--torchcompile", action="store_true", help="also time each of them under torch.compile")
-    group.add_argument("--no-rivals", action="store_true", help="of uncompressed rivals, time timm alone")
+    group.add_argument("--no-rivals", action="store_true", help="time only timm among the uncompressed rivals")
     group.add_argument("--rounds", type=int, default=MIN_ROUNDS, help="turns per competitor (default: %(default)s)")
     group.add_argument("--results", type=Path, metavar="DIR", help="add a JSON record and a picture to this folder")
 

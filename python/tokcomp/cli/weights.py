@@ -11,7 +11,7 @@ from tokcomp.reading import read_pickle, read_tensors
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-WHAT = "tensors and plain data alone, a model's state_dict() in safetensors for one"
+WHAT = "only tensors and plain data, for example a model's state_dict() as safetensors"
 #: Where training scripts keep the weights, in order of preference: averaged ones first, as in timm.
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 #: What DistributedDataParallel and torch.compile put before a name.

@@ -107,7 +107,7 @@ def _settings(data: Any, weights: Mapping[str, Tensor]) -> SegmenterSettings:
     if not is_timms_own(settings.model):
         raise ValueError(f"model must be one of timm's own, got {settings.model!r}")
     if not isinstance(options, dict) or _OUTSIDE & options.keys():
-        raise ValueError(f"model_kwargs must describe the model alone, got {options!r}")
+        raise ValueError(f"model_kwargs must describe only the model, got {options!r}")
     # Before memory is taken for them.
     largest = max((size for tensor in weights.values() for size in tensor.shape), default=0)
     if options.get("depth", 0) > len(weights) or any(number > largest for number in _numbers(options)):

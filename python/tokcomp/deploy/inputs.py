@@ -34,7 +34,7 @@ def inputs_of(model: nn.Module, img_size: int | Sequence[int] | None = None) -> 
     if not isinstance(model, nn.Module):
         hint = ""
         if type(model).__name__ == "Switchable":
-            hint = ": a Switchable captures graphs of its own, call its prepare(images)"
+            hint = ": a Switchable captures its own graphs, call its prepare(images)"
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:

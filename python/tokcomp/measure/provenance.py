@@ -67,11 +67,13 @@ def find_device(name: str | None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def device_slug(device: torch.device) -> str:
-    """The device's name as a folder's: ``nvidia-h200``, ``amd-epyc``; ``amd-epyc-avx2`` with AVX-512 switched off."""
+    """The device's name as a folder name: ``nvidia-h200``, ``amd-epyc``; ``amd-epyc-avx2`` with AVX-512 switched
+    off."""
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     return name + ("" if device.type == "cuda" else folder_suffix(instruction_sets()))
 

@@ -83,13 +83,13 @@ def interleave(
     rounds: int = MIN_ROUNDS,
     turn_seconds: float = TURN_SECONDS,
 ) -> dict[str, Samples]:
-    """Time every call in turn, ``rounds`` times over, after a warm-up; A B A B, never A A B B.
+    """Time every call in turn, ``rounds`` times, after a warm-up: A B A B, never A A B B.
 
     Args:
-        calls: name -> a call without arguments. It must have run before where the first run compiles or allocates.
+        calls: name -> a call without arguments. If its first run compiles or allocates, it must have run before.
         watch: from :func:`stopwatch`.
         rounds: turns of each call.
-        turn_seconds: least length of a turn, from which the number of launches in it follows.
+        turn_seconds: minimum length of a turn, which determines its number of launches.
     """
     launches = {}
     for name, call in calls.items():
@@ -110,7 +110,7 @@ def interleave(
 
 
 def rotating(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
-    """A call that takes the next of ``inputs`` each time, so that no cache holds what it reads."""
+    """A call that takes the next of ``inputs`` each time, so that no cache holds its input."""
     turns = itertools.cycle(inputs)
     return lambda: call(*next(turns))
 
@@ -123,9 +123,9 @@ def copies_beyond_cache(tensors: Sequence[Any], device: torch.device) -> int:
 
 
 def device_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this device reaches now: matrix multiplication in FLOP/s and copying in bytes/s (read plus write).
+    """The rates that this device reaches now: matrix multiplication in FLOP/s, copying in bytes/s (read plus write).
 
-    On CPU the rate is that of the faster of PyTorch's two products, MKL's and oneDNN's with a packed weight.
+    On CPU the matrix rate is that of the faster of PyTorch's two products, MKL's and oneDNN's with a packed weight.
     """
     side, elements = (8192, 1 << 28) if device.type == "cuda" else (2048, 1 << 24)
     left, right = torch.randn(2, side, side, device=device).to(dtype).unbind(0)

@@ -112,6 +112,10 @@ class DiffRate(Method):
             name, gflops: as published, for images of 224 x 224 pixels.
             num_tokens: tokens of the model at another image size, prefix included: 577 for 384 x 384 in patches of 16.
                 The schedule is then :meth:`CompressionSchedule.rescaled`.
+
+        Raises:
+            TypeError: the name is not a string.
+            ValueError: nothing was published for that name or budget; the message lists what was.
         """
         schedule = published_schedule(name, gflops)
         return cls(schedule if num_tokens is None else schedule.rescaled(num_tokens))

@@ -101,7 +101,7 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
         missing = int((labels < 0).sum())
         raise ValueError(
             f"every training image must have a label, got {missing} of {len(labels)} without; "
-            "put each class in a folder of its own"
+            "put each class in a separate folder"
         )
     # A part may lack some classes: the whole set says how many there are.
     whole = dataset

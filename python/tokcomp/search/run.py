@@ -55,7 +55,8 @@ def run_searches(
     stop: StopRequest | None = None,
     show_progress: bool = False,
 ) -> list[SearchResult]:
-    """Search one schedule per target, all on the same batches. Each result is as if it had been searched for alone.
+    """Search one schedule per target, all on the same batches. Each result is as if it had been searched for
+    separately.
 
     Args:
         model: a plain timm model, pre-trained, on the device to use. It is frozen (``requires_grad``) and stays plain.

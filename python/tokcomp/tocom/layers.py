@@ -32,7 +32,7 @@ def qkv_layers(model: nn.Module) -> tuple[Adapter, list[nn.Linear]]:
         weight = layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
         if weight is None or not weight.is_floating_point() or weight.shape[0] % 3:
             raise UnsupportedModelError(
-                f"block {index}: q, k and v must come from one nn.Linear with a floating-point weight of its own, "
+                f"block {index}: q, k and v must come from one nn.Linear with its own floating-point weight, "
                 f"got a {type(layer).__name__}"
             )
     if len({id(layer.weight) for layer in layers}) < len(layers):

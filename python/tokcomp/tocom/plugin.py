@@ -94,7 +94,7 @@ class ToCom(nn.Module):
             scale: factor on the steps; the paper trains with 0.1 and uses 0.01 to 0.15.
 
         Raises:
-            TypeError: a degree is no integer, or the model is not understood.
+            TypeError: a degree is not an integer, or the model is not understood.
             ValueError: a degree out of range, a scale that is not finite, a plugin for another width, depth or method,
                 or one whose values are not finite.
             RuntimeError: another plugin is folded in already, the weights changed since this one was, or another thread
@@ -120,7 +120,7 @@ class ToCom(nn.Module):
         nothing without a fold.
 
         Raises:
-            TypeError: ``model`` is no module.
+            TypeError: ``model`` is not a module.
             RuntimeError: the weights changed since the fold, or another thread is in a call of the model.
         """
         if not isinstance(model, nn.Module):
@@ -169,7 +169,11 @@ class ToCom(nn.Module):
         return [self._compensated(index, original, *steps) for index, original in enumerate(rows)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plugin as safetensors with its metadata; the file is written whole or left as it was."""
+        """Write the plugin as safetensors with its metadata; the file is written whole or left as it was.
+
+        Raises:
+            TypeError: the method is not a string, or the provenance not JSON data.
+        """
         tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
         contents = Contents(self.rank, self.max_degree, self.widths, tensors, self.method, self.provenance)
         write_plugin(Path(path), contents)

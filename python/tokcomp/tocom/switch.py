@@ -101,7 +101,11 @@ class Switchable:
         self._degree = self._known(degree)
 
     def method(self, degree: int) -> Method:
-        """The method that ``degree`` stands for."""
+        """The method that ``degree`` stands for.
+
+        Raises:
+            ValueError: not one of :attr:`degrees`.
+        """
         model = self._models[self._known(degree)]
         method = qkv_layers(model)[0].method(model)
         assert method is not None
