@@ -98,7 +98,7 @@ def trace(model: nn.Module, images: Tensor) -> list[Tensor]:
 
     Raises:
         TypeError: (UnsupportedModelError) the model is not understood.
-        ValueError: the images are of a size that the model or its schedule does not take.
+        ValueError: the images are of a size that the model's schedule is not for.
     """
     adapter = find_adapter(model)
     x, sources = adapter.sources(model, images)
