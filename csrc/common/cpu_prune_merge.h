@@ -14,12 +14,12 @@
 namespace tokcomp::prune_merging {
 
 struct Counts {
-  int64_t tokens, prefix, pruned_to, kept, width;
+  int64_t tokens, prefix, num_alive, num_kept, width;
   bool weighted_size;
 
-  bool merges() const { return kept < pruned_to; }
-  int64_t sources() const { return pruned_to - kept; }
-  int64_t destinations() const { return kept - prefix; }
+  bool merges() const { return num_kept < num_alive; }
+  int64_t sources() const { return num_alive - num_kept; }
+  int64_t destinations() const { return num_kept - prefix; }
 };
 
 // What one thread reuses from image to image. Rows are kept in rank order, prefix tokens first.
@@ -28,8 +28,8 @@ class Workspace {
  public:
   Workspace(const Counts& counts, bool adds)
       : order(counts.tokens),
-        token(counts.pruned_to),
-        row(counts.merges() ? counts.pruned_to : 0),
+        token(counts.num_alive),
+        row(counts.merges() ? counts.num_alive : 0),
         inverse_norm(row.size()),
         similarity(counts.sources()),
         match(counts.sources()),
@@ -73,28 +73,28 @@ struct Image {
 // Fills work.token; kept tokens lie in x_out afterwards where something is added, and where nothing merges.
 template <typename T>
 void read_tokens(const Image<T>& image, const Counts& counts, Workspace<T>& work) {
-  const int64_t kept = counts.kept, width = counts.width;
-  for (int64_t r = 0; r < counts.pruned_to; ++r) {
+  const int64_t num_kept = counts.num_kept, width = counts.width;
+  for (int64_t r = 0; r < counts.num_alive; ++r) {
     const int64_t token = work.order[r];
     const T* row = image.x + token * image.token_stride;
     T* out = image.x_out + r * width;
     if (image.branch) {
-      if (r >= kept) out = work.sum(r - kept);
+      if (r >= num_kept) out = work.sum(r - num_kept);
       rows::add(row, image.branch + token * image.branch_stride, out, width);
       work.token[r] = out;
     } else {
       work.token[r] = row;
       // Where tokens merge, the pass that measures a destination also copies it.
-      if (r < (counts.merges() ? counts.prefix : kept)) rows::copy(row, out, width);
+      if (r < (counts.merges() ? counts.prefix : num_kept)) rows::copy(row, out, width);
     }
   }
 }
 
 template <typename T, typename A = acc_type<T>>
 void merge(const Image<T>& image, const Counts& counts, Workspace<T>& work) {
-  const int64_t first = counts.prefix, kept = counts.kept, width = counts.width;
-  for (int64_t r = first; r < counts.pruned_to; ++r) {
-    T* out = r < kept && !image.branch ? image.x_out + r * width : nullptr;
+  const int64_t first = counts.prefix, num_kept = counts.num_kept, width = counts.width;
+  for (int64_t r = first; r < counts.num_alive; ++r) {
+    T* out = r < num_kept && !image.branch ? image.x_out + r * width : nullptr;
     work.inverse_norm[r] = cosine::inverse_norm(rows::square_sum(work.token[r], width, out, work.wide(r)));
     if constexpr (std::is_same_v<T, A>) {
       work.row[r] = work.token[r];
@@ -102,24 +102,24 @@ void merge(const Image<T>& image, const Counts& counts, Workspace<T>& work) {
       work.row[r] = work.wide(r);
     }
   }
-  const cosine::Rows<A> sources{work.row.data() + kept, work.inverse_norm.data() + kept, counts.sources()};
+  const cosine::Rows<A> sources{work.row.data() + num_kept, work.inverse_norm.data() + num_kept, counts.sources()};
   const cosine::Rows<A> destinations{work.row.data() + first, work.inverse_norm.data() + first, counts.destinations()};
   cosine::best_matches(sources, destinations, width, work.similarity.data(), work.match.data());
 
   for (int64_t s = 0; s < counts.sources(); ++s) {
     work.match[s] += first;
-    image.source[work.order[kept + s]] = work.match[s];
+    image.source[work.order[num_kept + s]] = work.match[s];
   }
-  work.groups.build(work.match.data(), counts.sources(), kept);
-  for (int64_t slot = first; slot < kept; ++slot) {
+  work.groups.build(work.match.data(), counts.sources(), num_kept);
+  for (int64_t slot = first; slot < num_kept; ++slot) {
     const int64_t count = work.groups.count(slot);
     if (count == 0) continue;
     A total = image.size_out[slot];
     work.members.assign(1, work.token[slot]);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t s = work.groups.items(slot)[i];
-      work.members.push_back(work.token[kept + s]);
-      total += image.size_of(work.order[kept + s]) * (counts.weighted_size ? work.similarity[s] : A(1));
+      work.members.push_back(work.token[num_kept + s]);
+      total += image.size_of(work.order[num_kept + s]) * (counts.weighted_size ? work.similarity[s] : A(1));
     }
     image.size_out[slot] = effective_size(total);
     // The destination itself may be the row that is written: each column is read before it is.
@@ -130,7 +130,7 @@ void merge(const Image<T>& image, const Counts& counts, Workspace<T>& work) {
 template <typename T>
 void run_image(const Image<T>& image, const Counts& counts, Workspace<T>& work) {
   std::fill_n(image.source, counts.tokens, int64_t{-1});
-  for (int64_t slot = 0; slot < counts.kept; ++slot) {
+  for (int64_t slot = 0; slot < counts.num_kept; ++slot) {
     image.source[work.order[slot]] = slot;
     image.size_out[slot] = image.size_of(work.order[slot]);
   }
@@ -151,7 +151,7 @@ struct Fused {
 
 inline Result run(const Tensor& x, const Tensor& importance, const Counts& counts, const OptionalTensor& size,
                   const Fused* fused = nullptr) {
-  const int64_t batch = x.size(0), num_tokens = counts.tokens, kept = counts.kept, width = counts.width;
+  const int64_t batch = x.size(0), num_tokens = counts.tokens, num_kept = counts.num_kept, width = counts.width;
   const Tensor x_rows = rows::dense_rows(x);
   const Tensor branch_rows = fused ? rows::dense_rows(fused->branch) : Tensor();
   const Tensor weight = fused && fused->weight ? fused->weight->contiguous() : Tensor();
@@ -160,9 +160,9 @@ inline Result run(const Tensor& x, const Tensor& importance, const Counts& count
   const Tensor score = per_token_acc(importance, importance);
   const OptionalTensor size_in = per_token_acc(size, x);
   const auto acc_options = x.options().dtype(acc_scalar_type(x.scalar_type()));
-  Result out{at::empty({batch, kept, width}, x.options()),
-             fused ? at::empty({batch, kept, width}, x.options()) : Tensor(), at::empty({batch, kept}, acc_options),
-             at::empty({batch, num_tokens}, x.options().dtype(at::kLong))};
+  Result out{at::empty({batch, num_kept, width}, x.options()),
+             fused ? at::empty({batch, num_kept, width}, x.options()) : Tensor(),
+             at::empty({batch, num_kept}, acc_options), at::empty({batch, num_tokens}, x.options().dtype(at::kLong))};
 
   TOKCOMP_DISPATCH_CPU(x.scalar_type(), "prune_merge_cpu", [&] {
     using acc_t = acc_type<scalar_t>;
@@ -184,13 +184,13 @@ inline Result run(const Tensor& x, const Tensor& importance, const Counts& count
             fused ? branch_rows.const_data_ptr<scalar_t>() + b * branch_rows.stride(0) : nullptr,
             fused ? branch_rows.stride(1) : 0,
             size_in ? size_in->const_data_ptr<acc_t>() + b * num_tokens : nullptr,
-            out.x.mutable_data_ptr<scalar_t>() + b * kept * width,
-            out.size.mutable_data_ptr<acc_t>() + b * kept,
+            out.x.mutable_data_ptr<scalar_t>() + b * num_kept * width,
+            out.size.mutable_data_ptr<acc_t>() + b * num_kept,
             out.source.mutable_data_ptr<int64_t>() + b * num_tokens};
         run_image(image, counts, work);
         if (!fused) continue;
-        scalar_t* normalized = out.normalized.mutable_data_ptr<scalar_t>() + b * kept * width;
-        for (int64_t slot = 0; slot < kept; ++slot) norm(image.x_out + slot * width, normalized + slot * width);
+        scalar_t* normalized = out.normalized.mutable_data_ptr<scalar_t>() + b * num_kept * width;
+        for (int64_t slot = 0; slot < num_kept; ++slot) norm(image.x_out + slot * width, normalized + slot * width);
       }
     });
   });
@@ -199,8 +199,8 @@ inline Result run(const Tensor& x, const Tensor& importance, const Counts& count
 
 inline Counts counts_of(const Tensor& x, int64_t num_prune_kept, int64_t num_merge_kept, int64_t num_prefix_tokens,
                         bool similarity_weighted_size) {
-  const int64_t pruned_to = std::min(x.size(1), num_prune_kept);
-  return {x.size(1), num_prefix_tokens,       pruned_to, std::min(pruned_to, num_merge_kept),
+  const int64_t num_alive = std::min(x.size(1), num_prune_kept);
+  return {x.size(1), num_prefix_tokens,       num_alive, std::min(num_alive, num_merge_kept),
           x.size(2), similarity_weighted_size};
 }
 

@@ -14,13 +14,13 @@ namespace {
 
 struct Options {
   int64_t tokens, prefix, width;
-  int64_t before, kept;  // num_before_merge and num_merge_kept, any values
+  int64_t before, num_kept;  // num_before_merge and num_merge_kept, any values
   bool weighted_size;
   std::optional<double> min_weighted_size;
 
   // Tokens of rank below this can take part, whatever the mask.
   int64_t most_ranked() const { return std::min(tokens, before); }
-  bool merges(int64_t ranked) const { return prefix < kept && kept < ranked; }
+  bool merges(int64_t ranked) const { return prefix < num_kept && num_kept < ranked; }
 
   // NaN becomes the bound too.
   template <typename A>
@@ -122,14 +122,15 @@ void copy_and_measure(const Image<T>& image, const Options& options, int64_t ran
 
 template <typename T, typename A = acc_type<T>>
 void merge(const Image<T>& image, const Options& options, int64_t ranked, Workspace<T>& work) {
-  const int64_t first = options.prefix, kept = options.kept, width = options.width, num_sources = ranked - kept;
+  const int64_t first = options.prefix, num_kept = options.num_kept, width = options.width,
+                num_sources = ranked - num_kept;
   copy_and_measure(image, options, ranked, work);
-  const cosine::Rows<A> sources{work.row.data() + kept, work.inverse_norm.data() + kept, num_sources};
-  const cosine::Rows<A> destinations{work.row.data() + first, work.inverse_norm.data() + first, kept - first};
+  const cosine::Rows<A> sources{work.row.data() + num_kept, work.inverse_norm.data() + num_kept, num_sources};
+  const cosine::Rows<A> destinations{work.row.data() + first, work.inverse_norm.data() + first, num_kept - first};
   cosine::best_matches(sources, destinations, width, work.similarity.data(), work.match.data());
 
   for (int64_t s = 0; s < num_sources; ++s) {
-    const int64_t source = work.order[kept + s];
+    const int64_t source = work.order[num_kept + s];
     image.destination[source] = work.order[first + work.match[s]];
     work.weight[s] = image.size_of(source) * (options.weighted_size ? work.similarity[s] : A(1));
     if (options.min_weighted_size) {
@@ -138,20 +139,20 @@ void merge(const Image<T>& image, const Options& options, int64_t ranked, Worksp
     }
   }
   if (options.min_weighted_size) {
-    for (int64_t r = 0; r < kept; ++r) {
+    for (int64_t r = 0; r < num_kept; ++r) {
       A& size = image.size_out[work.order[r]];
       size = options.bounded(size);
     }
   }
-  work.groups.build(work.match.data(), num_sources, kept - first);
-  for (int64_t m = 0; m < kept - first; ++m) {
+  work.groups.build(work.match.data(), num_sources, num_kept - first);
+  for (int64_t m = 0; m < num_kept - first; ++m) {
     const int64_t count = work.groups.count(m), token = work.order[first + m];
     if (count == 0) continue;
     A total = image.size_out[token];
     work.members.assign(1, image.row(token));
     for (int64_t i = 0; i < count; ++i) {
       const int64_t s = work.groups.items(m)[i];
-      work.members.push_back(image.row(work.order[kept + s]));
+      work.members.push_back(image.row(work.order[num_kept + s]));
       total += work.weight[s];
     }
     image.size_out[token] = effective_size(total);

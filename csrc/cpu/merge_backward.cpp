@@ -13,7 +13,7 @@ namespace {
 
 Tensor merge_backward_cpu(const Tensor& grad, const Tensor& source, const OptionalTensor& size) {
   check_merge_backward(grad, source, size);
-  const int64_t batch = grad.size(0), num_slots = grad.size(1), width = grad.size(2), num_tokens = source.size(1);
+  const int64_t batch = grad.size(0), num_kept = grad.size(1), width = grad.size(2), num_tokens = source.size(1);
   const Tensor grad_rows = rows::dense_rows(grad), slot_of = source.contiguous();
   const OptionalTensor size_in = per_token_acc(size, grad);
   Tensor out = at::empty({batch, num_tokens, width}, grad.options());
@@ -21,14 +21,14 @@ Tensor merge_backward_cpu(const Tensor& grad, const Tensor& source, const Option
   TOKCOMP_DISPATCH_CPU(grad.scalar_type(), "merge_backward_cpu", [&] {
     using acc_t = acc_type<scalar_t>;
     at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      std::vector<acc_t> total(num_slots);
+      std::vector<acc_t> total(num_kept);
       for (int64_t b = begin; b < end; ++b) {
         const scalar_t* grad_image = grad_rows.const_data_ptr<scalar_t>() + b * grad_rows.stride(0);
         const acc_t* sizes = size_in ? size_in->const_data_ptr<acc_t>() + b * num_tokens : nullptr;
         const int64_t* slots = slot_of.const_data_ptr<int64_t>() + b * num_tokens;
         scalar_t* row_out = out.mutable_data_ptr<scalar_t>() + b * num_tokens * width;
         const auto weight = [sizes](int64_t n) { return sizes ? effective_size(sizes[n]) : acc_t(1); };
-        const auto inside = [num_slots](int64_t slot) { return slot >= 0 && slot < num_slots; };
+        const auto inside = [num_kept](int64_t slot) { return slot >= 0 && slot < num_kept; };
 
         std::fill(total.begin(), total.end(), acc_t(0));
         for (int64_t n = 0; n < num_tokens; ++n) {

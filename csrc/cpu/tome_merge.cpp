@@ -99,7 +99,7 @@ template <typename T, typename A = acc_type<T>>
 class Reducer {
  public:
   Reducer(const Sets& sets, int64_t width)
-      : sets_(sets), width_(width), num_slots_(sets.tokens - sets.merged), own_(num_slots_), into_(sets.num_even) {}
+      : sets_(sets), width_(width), num_kept_(sets.tokens - sets.merged), own_(num_kept_), into_(sets.num_even) {}
 
   void run(const T* x, int64_t token_stride, const A* size, const int64_t* source, T* x_out, A* size_out) {
     const auto size_of = [size](int64_t n) { return size ? effective_size(size[n]) : A(1); };
@@ -111,8 +111,8 @@ class Reducer {
     }
     for (int64_t i = 0; i < sets_.num_odd; ++i) own_[sets_.first_odd_slot + i] = sets_.odd(i);
 
-    groups_.build(into_.data(), sets_.num_even, num_slots_);
-    for (int64_t slot = 0; slot < num_slots_; ++slot) {
+    groups_.build(into_.data(), sets_.num_even, num_kept_);
+    for (int64_t slot = 0; slot < num_kept_; ++slot) {
       const int64_t count = groups_.count(slot);
       const T* row = x + own_[slot] * token_stride;
       A total = size_of(own_[slot]);
@@ -135,7 +135,7 @@ class Reducer {
 
  private:
   const Sets& sets_;
-  int64_t width_, num_slots_;
+  int64_t width_, num_kept_;
   std::vector<int64_t> own_, into_;
   rows::Groups groups_;
   std::vector<const T*> members_;
@@ -146,12 +146,12 @@ std::tuple<Tensor, Tensor, Tensor> tome_merge_cpu(const Tensor& x, const Tensor&
                                                   const OptionalTensor& size, int64_t num_prefix_tokens) {
   check_tome_merge(x, metric, r, size, num_prefix_tokens);
   const int64_t batch = x.size(0), num_tokens = x.size(1), width = x.size(2);
-  const int64_t merged = std::min(r, (num_tokens - num_prefix_tokens) / 2), num_slots = num_tokens - merged;
+  const int64_t merged = std::min(r, (num_tokens - num_prefix_tokens) / 2), num_kept = num_tokens - merged;
 
   const Tensor x_rows = rows::dense_rows(x);
   const OptionalTensor size_in = per_token_acc(size, x);
-  Tensor x_out = at::empty({batch, num_slots, width}, x.options());
-  Tensor size_out = at::empty({batch, num_slots}, x.options().dtype(acc_scalar_type(x.scalar_type())));
+  Tensor x_out = at::empty({batch, num_kept, width}, x.options());
+  Tensor size_out = at::empty({batch, num_kept}, x.options().dtype(acc_scalar_type(x.scalar_type())));
   Tensor source = at::empty({batch, num_tokens}, x.options().dtype(at::kLong));
 
   // Without a merge every token stays where it is: as if all were prefix tokens.
@@ -165,8 +165,8 @@ std::tuple<Tensor, Tensor, Tensor> tome_merge_cpu(const Tensor& x, const Tensor&
         reducer.run(x_rows.const_data_ptr<scalar_t>() + b * x_rows.stride(0), x_rows.stride(1),
                     size_in ? size_in->const_data_ptr<acc_t>() + b * num_tokens : nullptr,
                     source.const_data_ptr<int64_t>() + b * num_tokens,
-                    x_out.mutable_data_ptr<scalar_t>() + b * num_slots * width,
-                    size_out.mutable_data_ptr<acc_t>() + b * num_slots);
+                    x_out.mutable_data_ptr<scalar_t>() + b * num_kept * width,
+                    size_out.mutable_data_ptr<acc_t>() + b * num_kept);
       }
     });
   });

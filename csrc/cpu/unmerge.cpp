@@ -11,7 +11,7 @@ namespace {
 
 Tensor unmerge_cpu(const Tensor& x, const Tensor& source, const OptionalTensor& pruned_fill) {
   check_unmerge(x, source, pruned_fill);
-  const int64_t batch = x.size(0), num_slots = x.size(1), width = x.size(2), num_tokens = source.size(1);
+  const int64_t batch = x.size(0), num_kept = x.size(1), width = x.size(2), num_tokens = source.size(1);
   const Tensor x_rows = rows::dense_rows(x), slot_of = source.contiguous();
   const Tensor fill_rows = pruned_fill ? rows::dense_rows(*pruned_fill) : Tensor();
   Tensor out = at::empty({batch, num_tokens, width}, x.options());
@@ -23,7 +23,7 @@ Tensor unmerge_cpu(const Tensor& x, const Tensor& source, const OptionalTensor& 
         const int64_t* slots = slot_of.const_data_ptr<int64_t>() + b * num_tokens;
         scalar_t* row_out = out.mutable_data_ptr<scalar_t>() + b * num_tokens * width;
         for (int64_t n = 0; n < num_tokens; ++n, row_out += width) {
-          if (slots[n] >= 0 && slots[n] < num_slots) {
+          if (slots[n] >= 0 && slots[n] < num_kept) {
             rows::copy(x_image + slots[n] * x_rows.stride(1), row_out, width);
           } else if (fill_rows.defined()) {
             rows::copy(fill_rows.const_data_ptr<scalar_t>() + b * fill_rows.stride(0) + n * fill_rows.stride(1),
