@@ -152,8 +152,7 @@ inline void check_class_attention_sort(const Tensor& q_cls, const Tensor& k, con
 }
 
 inline void check_prune_merge(const Tensor& x, const Tensor& importance, int64_t num_prune_kept, int64_t num_merge_kept,
-                              const OptionalTensor& size, int64_t num_prefix_tokens,
-                              const char* op = "prune_merge") {
+                              const OptionalTensor& size, int64_t num_prefix_tokens, const char* op = "prune_merge") {
   checks::dim(op, "x", x, "[B, N, C]");
   checks::floating(op, "x", x);
   const int64_t batch = x.size(0), num_tokens = x.size(1);
