@@ -62,14 +62,14 @@ def test_one_picture(run, picture, tmp_path, options):
 @pytest.mark.parametrize(
     ("options", "taken", "drawn_by"),
     [
-        ((), "--method tome --r 5 was taken: half of the patches", "ToMe(r=5"),
+        ((), "--method tome --r 5 was chosen: half of the patches", "ToMe(r=5"),
         (("--keep-rate", "0.5", "--keep-blocks", "1"), None, "EViT(keep_rate=0.5"),
     ],
 )
 def test_a_method_is_chosen_where_none_is_named(run, picture, tmp_path, options, taken, drawn_by):
     status, out, err = run(*TINY, picture, *options, "-o", tmp_path / "drawn")
     assert status == 0, err
-    assert drawn_by in out and (taken in out if taken else "was taken" not in out)
+    assert drawn_by in out and (taken in out if taken else "was chosen" not in out)
 
 
 def test_a_published_model_is_drawn_by_its_smallest_budget(capsys):
@@ -77,7 +77,7 @@ def test_a_published_model_is_drawn_by_its_smallest_budget(capsys):
     args = parser.parse_args(["cat.jpg"])
     _choose_method(args, None)
     assert (args.method, args.gflops) == ("diffrate", 2.3)
-    assert "--method diffrate --gflops 2.3 was taken: the smallest budget published" in capsys.readouterr().out
+    assert "--method diffrate --gflops 2.3 was chosen: the smallest budget published" in capsys.readouterr().out
 
 
 def test_schedule_prunes_to_black(run, picture, tmp_path):

@@ -98,7 +98,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, default: str) -> None:
     group.add_argument("--img-size", type=positive_int, metavar="N", help="image side (default: the model's own)")
     add_pooling_option(group)
     add_model_kwargs(group)
-    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
 
 
 def add_adapter_option(parser: argparse.ArgumentParser) -> None:

@@ -112,7 +112,7 @@ def add_segmenter_options(parser: argparse.ArgumentParser) -> None:
         metavar="N[,N]",
         help="image side, or height and width (default: as in training)",
     )
-    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
 
 
 def add_degree_options(parser: argparse.ArgumentParser) -> Any:

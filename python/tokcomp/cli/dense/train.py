@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="tokens to merge for each MLP while training, or one number per block: 8,8,4,...",
     )
-    model.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    model.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
         "--steps", type=options.positive_int, default=1000, metavar="N", help="length of the run (default: %(default)s)"
