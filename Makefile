@@ -6,7 +6,7 @@ OUT ?= gpu-check
 TRITONS ?= 3.6.0 3.9.0
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: build rebuild setup demo test test-fast oracle race-mutations bench cpu-records results kernel-report triton-range aarch64 lint gpu-check clean
+.PHONY: build rebuild setup demo test test-fast oracle attack race-mutations bench cpu-records results kernel-report triton-range aarch64 lint gpu-check clean
 
 build:  ## The compiled kernels, in place, for PYTHON as it is
 	$(PYTHON) build_backend/native.py
@@ -34,6 +34,10 @@ test-fast: rebuild
 
 oracle: rebuild  ## Random models and schedules against plain functions: CASES=200 of each kind, SEED=N of the first
 	TOKCOMP_ORACLE_CASES=$(or $(CASES),200) $(if $(SEED),TOKCOMP_ORACLE_SEED=$(SEED)) $(PYTEST) tests/oracle
+
+attack: rebuild  ## Hostile arguments, files, pictures, threads, kills and full disks for MINUTES=10; ONLY=killed, SEED=N repeats one
+	TOKCOMP_ATTACK_MINUTES=$(or $(MINUTES),10) TOKCOMP_ATTACK_OUT=$(or $(OUT_ATTACK),attack-output) \
+	$(if $(SEED),TOKCOMP_ATTACK_SEED=$(SEED)) $(BIN)/python -m pytest -n 0 tests/attack $(if $(ONLY),-k "$(ONLY)")
 
 race-mutations: .venv/installed  ## The CUDA kernels under the race detector, then without each barrier in turn; no GPU
 	$(BIN)/python -m pytest -n 0 -v tests/cuda/test_races.py

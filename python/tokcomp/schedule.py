@@ -172,7 +172,7 @@ class CompressionSchedule:
             if gflops is not None:
                 raise ValueError("gflops chooses among the entries of a table, got a single schedule; leave it out")
             return cls._from_file(data)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:  # of a number beyond any float
             raise ValueError(f"{path}: {error}") from error
 
     @classmethod

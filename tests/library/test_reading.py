@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tokcomp
 import torch
@@ -20,6 +22,17 @@ def test_deeply_nested_json_is_refused(tmp_path, load, depth):
     path.write_text("[" * depth + "]" * depth)
     with pytest.raises(ValueError, match=r"one\.json: not a JSON file \(it must be nested 64 deep at most"):
         load(path)
+
+
+def test_a_number_beyond_any_float_is_refused(tmp_path):
+    path = tmp_path / "one.json"
+    times = {f"{part}_ms": [1.0] for part in ("attention", "reduce", "mlp", "head")}
+    table = dict(
+        depth=1, num_tokens=2, num_prefix_tokens=1, block={}, batch_size=1, dtype="float32", counts=[2], **times
+    )
+    path.write_text(json.dumps({"format": "tokcomp.LatencyTable", "version": 1, **table}))
+    with pytest.raises(ValueError, match=r"one\.json: not a valid latency table"):
+        LatencyTable.load(path)
 
 
 def test_json_of_any_bytes():

@@ -51,6 +51,17 @@ def test_a_resumed_log_is_the_uninterrupted_one(tmp_path):
     assert path.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"step,loss\n1,0.5,7\n", b"step,loss\n1,much\n", b"loss\n0.5\n", b"step\n\xff\n"],
+    ids=["too many cells", "a word", "no steps", "no text"],
+)
+def test_what_is_no_log_is_named(tmp_path, content):
+    (tmp_path / "log.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"log\.csv: must be the log of a run, got"):
+        read_log(tmp_path / "log.csv")
+
+
 def test_a_new_log_replaces_an_old_one(tmp_path):
     RunLog(tmp_path / "log.csv", ["loss"]).write(1, {"loss": 1.0})
     RunLog(tmp_path / "log.csv", ["other"]).close()

@@ -85,7 +85,7 @@ class LatencyTable:
             raise ValueError(f"{path}: version must be {VERSION}, got {version!r}; a newer tokcomp wrote it")
         try:
             return cls(**data)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:  # of a number beyond any float
             raise ValueError(f"{path}: not a valid latency table ({error})") from error
 
     def check_model(self, model: nn.Module) -> None:

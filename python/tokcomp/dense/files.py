@@ -86,7 +86,7 @@ def load_segmenter(
         raise ValueError(f"{path}: version must be {VERSION}, got {version!r}; another tokcomp wrote it")
     try:
         settings = _settings(parse_json(metadata["settings"]), weights)
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: the metadata must say how the segmenter is built ({error})") from error
     try:
         segmenter = settings.build(**more)

@@ -73,12 +73,21 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a CSV log: whole numbers as int, others as float, empty cells left out.
 
     An incomplete last line, which a killed run may leave, is ignored. A missing file has no rows.
+
+    Raises:
+        ValueError: the file is no such log: no text, no column ``step``, or cells that are no numbers; it is named.
     """
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    return [{name: _number(cell) for name, cell in row.items() if cell} for row in csv.DictReader(io.StringIO(whole))]
+    try:
+        text = path.read_text(encoding="utf-8")
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+        rows = [{name: _number(cell) for name, cell in row.items() if cell} for row in reader]
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path}: must be the log of a run, got other text ({error})") from error
+    if any("step" not in row for row in rows):
+        raise ValueError(f"{path}: must be the log of a run, got rows without a step")
+    return rows
 
 
 def _number(cell: str) -> int | float:
