@@ -11,7 +11,10 @@ import pytest
         (["-b", 9, "--max-batch", 8, "-o", "m.pt2"], "--batch-size must be at most --max-batch, 8, got 9"),
         (["-o", "."], "--output must be a file, got the folder '.'; add a file name"),
         (["-o", "m.pt2", "--method", "tome"], "--method tome needs --r or --gflops, got none of them"),
-        (["-m", "resnet18", "-o", "m.pt2", "--method", "tome", "--r", 3], "--model 'resnet18': a timm.models.resnet.ResNet is not a model"),
+        (
+            ["-m", "resnet18", "-o", "m.pt2", "--method", "tome", "--r", 3],
+            "--model 'resnet18': a timm.models.resnet.ResNet is not a model",
+        ),
     ],
 )
 def test_refusals(run, tmp_path, monkeypatch, arguments, message):
