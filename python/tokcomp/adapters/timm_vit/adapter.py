@@ -31,7 +31,7 @@ _TOKEN_MIXERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
 
 
 class TimmVisionTransformer(Adapter):
-    """Isotropic pre-norm vision transformers of timm >= 1.0."""
+    """Isotropic pre-norm vision transformers of timm >= 1.0.8."""
 
     family = "timm VisionTransformer"
 
