@@ -25,7 +25,7 @@ UNSUPPORTED = {
     "swin_tiny_patch4_window7_224": "SwinTransformer",
     "convnext_atto": "ConvNeXt",
     "resnet10t": "ResNet",
-    "eva02_tiny_patch14_224": "Eva",
+    "eva02_tiny_patch14_224": None,
     "beit_base_patch16_224": "Beit",
     "vit_relpos_small_patch16_224": "VisionTransformerRelPos",
     "vit_small_patch16_18x2_224": "ParallelThingsBlock",

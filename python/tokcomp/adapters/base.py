@@ -60,20 +60,24 @@ class Adapter(ABC):
     def num_tokens(self, model: nn.Module) -> int:
         """Tokens, prefix included, that enter block 0 at the model's own image size."""
 
-    @abstractmethod
     def grid(self, model: nn.Module, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the patches, prefix tokens aside, for images of this size.
 
         Raises:
             ValueError: such images cannot be cut into patches.
+            UnsupportedModelError: this family does not say.
         """
+        raise UnsupportedModelError(f"{self.family}: the grid of its patches is not known")
 
-    @abstractmethod
     def cost(self, model: nn.Module, img_size: tuple[int, int] | None = None) -> Cost:
-        """Multiply-adds, for :func:`tokcomp.flops`, of images of this height and width; None: of the model's own."""
+        """Multiply-adds, for :func:`tokcomp.flops`, of images of this height and width; None: of the model's own.
 
-    @abstractmethod
-    def validate(self, model: nn.Module, method: Method) -> None:
+        Raises:
+            UnsupportedModelError: this family does not say.
+        """
+        raise UnsupportedModelError(f"{self.family}: its multiply-adds are not known")
+
+    def validate(self, model: nn.Module, method: Method) -> None:  # noqa: B027  any method, as a rule
         """Raise if this model's pooling or head cannot work with ``method``."""
 
     @abstractmethod
@@ -111,14 +115,14 @@ class Adapter(ABC):
     def warm_up(self, model: nn.Module) -> None:  # noqa: B027  nothing, as a rule
         """Make now what the first batch would otherwise have to make: packed weights, say."""
 
-    @abstractmethod
     def check_search(self, model: nn.Module) -> None:
         """Raise UnsupportedModelError if a plain model of this family has nothing that a search could go by."""
+        raise UnsupportedModelError(f"{self.family}: a schedule cannot be searched on it")
 
-    @abstractmethod
     def reads_patches(self, model: nn.Module) -> bool:
         """Whether the head reads patch tokens; the search then leaves the last block as it is."""
+        return True
 
-    @abstractmethod
     def search(self, model: nn.Module, images: Tensor, blocks: Sequence[BlockSearch]) -> Tensor:
         """Logits of a plain model whose attention and reduction ``blocks`` do, one per compressible block."""
+        raise UnsupportedModelError(f"{self.family}: a schedule cannot be searched on it")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def check_images(entry: nn.Module, images: Any) -> None:
-    """Refuse what ``entry``, timm's own first module of a model, cannot take: [B, C, H, W], dense and floating.
+    """Refuse what ``entry``, a library's own first module of a model, cannot take: [B, C, H, W], dense and floating.
 
     An entry that is someone else's, or has hooks, may take anything: it answers for itself. Sizes, dtype against the
     weights' and devices are left to timm and PyTorch, which name them well.
@@ -22,7 +22,7 @@ def check_images(entry: nn.Module, images: Any) -> None:
         return
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor [B, C, H, W], got {type(images).__name__}")
-    if entry._forward_pre_hooks or not type(entry).__module__.startswith("timm."):
+    if entry._forward_pre_hooks or not type(entry).__module__.startswith(("timm.", "torch.nn.")):
         return
     if images.is_nested or images.layout != torch.strided:
         got = (

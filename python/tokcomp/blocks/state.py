@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from tokcomp.blocks.places import Places
 from tokcomp.fastpath import Products
 from tokcomp.methods.base import Assignment, Evidence, Method, Norm, reduces_in_one
 
@@ -28,6 +31,8 @@ class BlockState:
         num_prefix_tokens: int,
         size: Tensor | None,
         products: Products | None = None,
+        layout: Any = None,
+        places: Places | None = None,
     ) -> None:
         self.method = method
         self.block = block
@@ -37,7 +42,9 @@ class BlockState:
         self.assignment: Assignment | None = method.assign(block, num_tokens, num_prefix_tokens)
         self.evidence = Evidence()
         self.products = products  # weights for the fast path, None where the ordinary path runs
-        #: The next block's first norm, where the fast path may apply it, and what came of it; see timm_vit_fast.
+        self.layout = layout  # where the block keeps its parts: adapters.layout.Layout
+        self.places = places  # of the tokens, for a family whose attention goes by them
+        #: The next block's first norm, where the fast path may apply it, and what came of it; see timm_vit/fast.py.
         self.following: Norm | None = None
         self.normalized: Tensor | None = None  # on the way in: this block's first norm of x, where that is done
 
@@ -60,6 +67,9 @@ class BlockState:
         x, self.size, self.source = self.method.reduce(
             x, score, self.assignment, size=self.size, num_prefix_tokens=self.num_prefix_tokens
         )
+        if self.places is not None:
+            kept = self.method.kept_places(score, self.source, x.shape[1], self.num_prefix_tokens)
+            self.places = self.places.follow(kept)
         return x
 
     def reduce_norm(self, x: Tensor, branch: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import nn
 from tokcomp.adapters import UnsupportedModelError, find_adapter
 from tokcomp.adapters.base import BlockCost
 from tokcomp.adapters.timm_vit import fast as timm_vit_fast
+from tokcomp.adapters.timm_vit.adapter import TimmVisionTransformer
 from tokcomp.adapters.timm_vit.embedding import image_shape
 from tokcomp.api import compress, restore
 from tokcomp.blocks.state import BlockState
@@ -63,6 +64,7 @@ class VitParts:
                 f"measured latency supports timm's VisionTransformer, not a {type(model).__name__}"
             )
         uniform_blocks(model)
+        self._layout = TimmVisionTransformer.layout
         geometry = adapter.geometry(model)
         self.depth, self.num_tokens = geometry.depth, adapter.num_tokens(model)
         self.num_prefix_tokens = geometry.num_prefix_tokens
@@ -72,7 +74,7 @@ class VitParts:
         generator = torch.Generator().manual_seed(0)
         self._images = torch.randn(batch_size, *image_shape(own), generator=generator).to(device, dtype)
         self._products = timm_vit_fast.products_of(own, self._images)
-        x = own.embed(self._images, self._products)
+        x, _ = own.embed(self._images, self._products)
         if self._products is not None:
             x = x.to(self._products.dtype)
         parts = (x,) if self._products is None else timm_vit_fast.split(x, self._products)
@@ -91,7 +93,8 @@ class VitParts:
 
     def _state(self, index: int, num_tokens: int, size: torch.Tensor) -> BlockState:
         method = self._method(num_tokens)
-        return BlockState(method, index, num_tokens, self.num_prefix_tokens, size[:, :num_tokens], self._products)
+        prefix, sizes = self.num_prefix_tokens, size[:, :num_tokens]
+        return BlockState(method, index, num_tokens, prefix, sizes, self._products, self._layout)
 
     def _each(self, num_tokens: int) -> Any:
         """Each group's tokens [B, N, C], sizes [B, N0] and class attention [B, N0]."""
@@ -134,7 +137,7 @@ class VitParts:
         _, block = next(self._blocks)
         for x, _, _ in self._each(num_tokens):
             if self._products is None:
-                block.mlp_half(x)
+                self._layout.add_mlp(block, x)
             else:
                 timm_vit_fast.mlp_half(block, x, self._products)
 

@@ -116,6 +116,23 @@ class Method(ABC):
     ) -> Reduced:
         """Drop and merge tokens of x [B, N, C]. Prefix tokens keep their places and are neither source nor slot."""
 
+    def kept_places(self, score: Tensor, source: Tensor, num_tokens_out: int, num_prefix_tokens: int) -> Tensor:
+        """The token whose place in the image each token that is left has, [B, M] int64, for models with rotary places.
+
+        Unless a method says otherwise: of the tokens in a slot, the first.
+
+        Args:
+            score: as :meth:`reduce` got it.
+            source: [B, N], as it returned it.
+            num_tokens_out: M.
+            num_prefix_tokens: tokens that keep their places.
+        """
+        batch, num_tokens = source.shape
+        every = torch.arange(num_tokens, device=source.device).expand(batch, -1)
+        slots = source.masked_fill(source < 0, num_tokens_out)  # pruned tokens share one more slot, left out below
+        first = source.new_full((batch, num_tokens_out + 1), num_tokens)
+        return first.scatter_reduce(1, slots, every, "amin")[:, :num_tokens_out]
+
     def reduce_norm(
         self,
         x: Tensor,
@@ -145,6 +162,15 @@ class Method(ABC):
             source: [B, N] from :meth:`reduce`.
         """
         return x + torch.ops.tokcomp.unmerge(branch, source)
+
+
+def most_important(score: Tensor, num_tokens: int, num_prefix_tokens: int) -> Tensor:
+    """The prefix tokens and then the most important ones, as prune_merge orders them: [B, num_tokens] int64."""
+    rank_by = score.nan_to_num(nan=float("-inf"))
+    rank_by = torch.cat(
+        (torch.full_like(rank_by[:, :num_prefix_tokens], float("inf")), rank_by[:, num_prefix_tokens:]), 1
+    )
+    return rank_by.sort(dim=1, descending=True, stable=True).indices[:, :num_tokens]
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from tokcomp.methods.base import (
     Norm,
     Reduced,
     integer,
+    most_important,
     require_class_token,
     require_depth,
 )
@@ -167,6 +168,10 @@ class DiffRate(Method):
 
     def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
         return score_tokens(self.metric, evidence, block, x, self.seed)
+
+    def kept_places(self, score: Tensor, source: Tensor, num_tokens_out: int, num_prefix_tokens: int) -> Tensor:
+        """A slot belongs to the token of its rank; what merged into it takes its place."""
+        return most_important(score, num_tokens_out, num_prefix_tokens)
 
     def reduce(
         self, x: Tensor, score: Tensor, assignment: Assignment, *, size: Tensor | None, num_prefix_tokens: int

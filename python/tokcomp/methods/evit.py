@@ -15,6 +15,7 @@ from tokcomp.methods.base import (
     Method,
     Reduced,
     is_list,
+    most_important,
     non_negative,
     require_class_token,
     require_depth,
@@ -89,6 +90,10 @@ class EViT(Method):
 
     def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
         return evidence.require("cls_attn")
+
+    def kept_places(self, score: Tensor, source: Tensor, num_tokens_out: int, num_prefix_tokens: int) -> Tensor:
+        """A fused token has the place of the most attended one in it."""
+        return most_important(score, num_tokens_out, num_prefix_tokens)
 
     def reduce(
         self, x: Tensor, score: Tensor, assignment: Assignment, *, size: Tensor | None, num_prefix_tokens: int

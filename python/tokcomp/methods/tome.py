@@ -43,6 +43,13 @@ class ToMe(Method):
     def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
         return evidence.require("keys").detach().mean(1)  # [B, N, D]
 
+    def kept_places(self, score: Tensor, source: Tensor, num_tokens_out: int, num_prefix_tokens: int) -> Tensor:
+        """A destination, which is one of the odd tokens, keeps its place."""
+        every = torch.arange(source.shape[1], device=source.device).expand_as(source)
+        kept = source.new_zeros(source.shape[0], num_tokens_out)
+        kept = kept.scatter(1, source[:, 0::2], every[:, 0::2])
+        return kept.scatter(1, source[:, 1::2], every[:, 1::2])
+
     def reduce(
         self, x: Tensor, score: Tensor, assignment: Assignment, *, size: Tensor | None, num_prefix_tokens: int
     ) -> Reduced:

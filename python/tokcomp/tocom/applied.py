@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokcomp.adapters.swap import Swapped, original_class, swap_class
-from tokcomp.tocom.twins import exchange, modules_on_the_way, twins_of
+from tokcomp.adapters.twins import exchange, modules_on_the_way, twins_of
 
 _TERMS = "_tokcomp_terms"
 

@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from tokcomp.adapters import find_adapter
+from tokcomp.adapters.twins import twin_model
 from tokcomp.api import compress
 from tokcomp.cost import flops
 from tokcomp.methods import DiffRate, EViT, Method, ToMe, ToMeMLP
 from tokcomp.schedule import CompressionSchedule
 from tokcomp.tocom.layers import qkv_layers
-from tokcomp.tocom.twins import twin_model
 
 #: ``ToMe`` or ``ToMeMLP`` (degree r merges r tokens in every block), ``EViT`` (degree r drops r), or a mapping or
 #: function of degrees.

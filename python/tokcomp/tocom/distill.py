@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokcomp.adapters.twins import twin_model
 from tokcomp.api import compress
 from tokcomp.methods import Method
 from tokcomp.runs.distributed import ALONE, World
@@ -18,7 +19,6 @@ from tokcomp.runs.recipe import LearningRate, Recipe, Targets, make_optimizer
 from tokcomp.runs.steps import DEGREES, MODEL, derived_seed, seed_all
 from tokcomp.tocom.layers import qkv_layers
 from tokcomp.tocom.plugin import ToCom
-from tokcomp.tocom.twins import twin_model
 from tokcomp_kernels.product_types import autocast
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp import fastpath
+from tokcomp.adapters.twins import twin_model
 from tokcomp.api import compress
 from tokcomp.deploy.graphs import Graphs
 from tokcomp.folded import fold_of
@@ -16,7 +17,6 @@ from tokcomp.methods import Method, ToMe
 from tokcomp.tocom.degrees import Degrees, check_degrees, method_at
 from tokcomp.tocom.layers import qkv_layers, read_rows, write_rows
 from tokcomp.tocom.plugin import ToCom
-from tokcomp.tocom.twins import twin_model
 
 
 class Switchable:

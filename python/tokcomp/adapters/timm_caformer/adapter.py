@@ -13,14 +13,11 @@ from timm.models.metaformer import Attention, MetaFormer, MetaFormerBlock, MetaF
 from torch import Tensor, nn
 
 from tokcomp.adapters.base import Adapter, BlockCost, Cost, UnsupportedModelError
+from tokcomp.adapters.blocks import CompressedAttention, CompressedBlock
 from tokcomp.adapters.images import check_images
+from tokcomp.adapters.layout import require
 from tokcomp.adapters.swap import original_class, restore_class, swap_class
-from tokcomp.adapters.timm_caformer.modules import (
-    CompressedMetaFormerBlock,
-    CompressedStage,
-    CompressedTokenMixer,
-    split_grid,
-)
+from tokcomp.adapters.timm_caformer.modules import LAYOUT, CompressedStage, split_grid
 from tokcomp.adapters.timm_caformer.search import check_search, run_search
 from tokcomp.blocks.search import BlockSearch
 from tokcomp.methods.base import Geometry, Method
@@ -33,13 +30,6 @@ _IMAGE_SIZE = (224, 224)
 
 _MODEL_PARTS = ("stem", "stages", "head")
 _STAGE_PARTS = ("downsample", "blocks", "grad_checkpointing")
-_BLOCK_PARTS = (
-    *("norm1", "token_mixer", "drop_path1", "layer_scale1", "res_scale1"),
-    *("norm2", "mlp", "drop_path2", "layer_scale2", "res_scale2"),
-)
-_MIXER_PARTS = ("num_heads", "head_dim", "scale", "qkv", "attn_drop", "proj", "proj_drop")
-#: Modules that are no function of one token alone; nn.InstanceNorm is a _NormBase too.
-_TOKEN_MIXERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
 class TimmCAFormer(Adapter):
@@ -61,23 +51,17 @@ class TimmCAFormer(Adapter):
                 f"{name} is not understood: it has {len(model.stages)} stages, and only the third one is compressed"
             )
         stage = model.stages[STAGE]
-        _require(stage, MetaFormerStage, _STAGE_PARTS, f"stages.{STAGE}")
+        require(stage, MetaFormerStage, _STAGE_PARTS, f"stages.{STAGE}")
         for index, block in enumerate(stage.blocks):
             name = f"stages.{STAGE}.blocks.{index}"
-            _require(block, MetaFormerBlock, _BLOCK_PARTS, name)
+            require(block, MetaFormerBlock, ("token_mixer", "res_scale1", "res_scale2"), name)
             mixer = block.token_mixer
             if not isinstance(mixer, Attention):
                 raise UnsupportedModelError(
                     f"{name}.token_mixer: {type(mixer).__name__} is not understood: it needs every token at its "
                     "place in the grid, and only attention runs on fewer (timm's caformer_* models)"
                 )
-            _require(mixer, Attention, _MIXER_PARTS, f"{name}.token_mixer")
-            for part in ("norm1", "norm2", "mlp"):
-                for inner, module in getattr(block, part).named_modules(prefix=f"{name}.{part}"):
-                    if isinstance(module, _TOKEN_MIXERS):
-                        raise UnsupportedModelError(
-                            f"{inner}: a {type(module).__name__} mixes tokens, so it is not understood"
-                        )
+            LAYOUT.check(block, MetaFormerBlock, Attention, name)
 
     def validate(self, model: nn.Module, method: Method) -> None:
         """Nothing: what follows the stage gets its full grid."""
@@ -116,8 +100,8 @@ class TimmCAFormer(Adapter):
     def patch(self, model: Any, method: Method) -> None:
         stage = model.stages[STAGE]
         for block in stage.blocks:
-            swap_class(block, CompressedMetaFormerBlock)
-            swap_class(block.token_mixer, CompressedTokenMixer)
+            swap_class(block, CompressedBlock)
+            swap_class(block.token_mixer, CompressedAttention)
         swap_class(stage, CompressedStage)
         stage._tokcomp_method = method
 
@@ -170,13 +154,6 @@ class TimmCAFormer(Adapter):
 def _compressed_stage(model: Any) -> Any:
     stage = model.stages[STAGE] if len(model.stages) > STAGE else None
     return stage if isinstance(stage, CompressedStage) else None
-
-
-def _require(module: nn.Module, known: type[nn.Module], parts: tuple[str, ...], name: str) -> None:
-    cls = original_class(module)
-    if getattr(cls, "forward", None) is not known.forward or "forward" in vars(module):
-        raise UnsupportedModelError(f"{name}: {cls.__name__} is not understood, only timm's {known.__name__}")
-    _require_parts(module, parts, name)
 
 
 def _require_parts(module: nn.Module, parts: tuple[str, ...], name: str) -> None:

@@ -1,4 +1,4 @@
-"""The mixins that turn a MetaFormer's third stage, its blocks and their attention into compressing ones."""
+"""The mixin that turns a MetaFormer's third stage into a compressing one, and where its blocks keep their parts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tokcomp.adapters.images import refuse_symbols
+from tokcomp.adapters.layout import Layout
 from tokcomp.adapters.swap import Swapped
-from tokcomp.blocks.attention import attend
 from tokcomp.blocks.state import BlockState, compose_sources
 from tokcomp.methods.base import Method
 from tokcomp_kernels.product_types import unless_emulated, widened
@@ -27,46 +27,22 @@ class StageState(BlockState):
         return super().reduce(x)
 
 
-def split_heads(mixer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of x [B, N, C]: [B, H, N, D] each, views of one packed tensor."""
-    batch, num_tokens, _ = x.shape
-    q, k, v = mixer.qkv(x).reshape(batch, num_tokens, 3, mixer.num_heads, mixer.head_dim).permute(2, 0, 3, 1, 4)
-    return q, k, v
+class MetaFormerLayout(Layout):
+    """timm's MetaFormerBlock: the residual has a scale of its own, and a branch is scaled last."""
+
+    def add_attention(self, block: Any, x: Tensor, branch: Tensor) -> Tensor:
+        return block.res_scale1(x) + block.layer_scale1(block.drop_path1(branch))
+
+    def mlp_branch(self, block: Any, x: Tensor) -> Tensor:
+        return block.layer_scale2(block.drop_path2(block.mlp(block.norm2(x))))
+
+    def add_mlp(self, block: Any, x: Tensor) -> Tensor:
+        return block.res_scale2(x) + self.mlp_branch(block, x)
 
 
-def join_heads(mixer: Any, out: Tensor) -> Tensor:
-    """What the attention gives for its heads' results [B, H, N, D]: [B, N, C]."""
-    batch, heads, num_tokens, width = out.shape
-    return mixer.proj_drop(mixer.proj(out.transpose(1, 2).reshape(batch, num_tokens, heads * width)))
-
-
-class CompressedTokenMixer(Swapped):
-    """timm's MetaFormer Attention that takes sizes into account and leaves evidence in the block's state."""
-
-    def forward(self, x: Tensor, *, state: BlockState | None = None) -> Tensor:
-        state = _require_state(state)
-        q, k, v = split_heads(self, x)
-        out, state.evidence = attend(
-            q,
-            k,
-            v,
-            scale=self.scale,
-            size=state.attention_size,
-            needs=state.needs,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
-        )
-        return join_heads(self, out)
-
-
-class CompressedMetaFormerBlock(Swapped):
-    """timm's MetaFormerBlock on tokens [B, N, C], reduced between attention and MLP."""
-
-    def forward(self, x: Tensor, *, state: BlockState | None = None) -> Tensor:
-        state = _require_state(state)
-        attended = self.token_mixer(self.norm1(x), state=state)
-        x = self.res_scale1(x) + self.layer_scale1(self.drop_path1(attended))
-        x = state.reduce(x)
-        return self.res_scale2(x) + self.layer_scale2(self.drop_path2(self.mlp(self.norm2(x))))
+LAYOUT = MetaFormerLayout(
+    attention="token_mixer", scale1="layer_scale1", scale2="layer_scale2", norms=None, out_norm=None
+)
 
 
 class CompressedStage(Swapped):
@@ -122,7 +98,7 @@ class CompressedStage(Swapped):
     def _run_block(
         self, block: torch.nn.Module, index: int, x: Tensor, size: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        state = StageState(self._tokcomp_method, index, x.shape[1], 0, size)
+        state = StageState(self._tokcomp_method, index, x.shape[1], 0, size, layout=LAYOUT)
         with widened(x):
             x = block(x, state=state)
         return x, state.size, state.source, state.before
@@ -150,9 +126,3 @@ def _keep_pruned(before: Tensor, arrived: Tensor | None, left: Tensor, fill: Ten
         arrived = torch.arange(left.shape[1], device=left.device).expand_as(left)
     gone = arrived.masked_fill(left >= 0, -1)
     return torch.ops.tokcomp.unmerge(before, gone, pruned_fill=None if fill is None else fill.to(before.dtype))
-
-
-def _require_state(state: BlockState | None) -> BlockState:
-    if state is None:
-        raise RuntimeError("a block of a compressed model cannot run on its own: call the model, or tokcomp.restore it")
-    return state

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tokcomp.adapters.base import UnsupportedModelError
+from tokcomp.adapters.blocks import search_attention
 from tokcomp.adapters.images import check_images
-from tokcomp.adapters.timm_caformer.modules import join_grid, join_heads, split_grid, split_heads
+from tokcomp.adapters.timm_caformer.modules import LAYOUT, join_grid, split_grid
 from tokcomp.blocks.search import BlockSearch, TokenState
 from tokcomp_kernels.product_types import unless_emulated, widened
 
@@ -64,15 +65,10 @@ def _run_stages(model: Any, stage_index: int, images: Tensor, blocks: Sequence[B
 def _run_block(
     block: Any, search: BlockSearch, x: Tensor, state: TokenState, positions: _Positions
 ) -> tuple[Tensor, TokenState, _Positions]:
-    mixer = block.token_mixer
-    q, k, v = split_heads(mixer, block.norm1(x))
-    out, importance = search.attend(q, k, v, state, scale=mixer.scale)
-    x = block.res_scale1(x) + block.layer_scale1(block.drop_path1(join_heads(mixer, out)))
-    before = x
-    x, state = search.reduce(x, importance, state)
-    positions = _follow(positions, before, state, prunes="prune" in search.pipeline)
-    x = block.res_scale2(x) + block.layer_scale2(block.drop_path2(block.mlp(block.norm2(x))))
-    return x, state, positions
+    before: list[Tensor] = []
+    x, state = search_attention(LAYOUT, block, search, x, state, before=before)
+    positions = _follow(positions, before[0], state, prunes="prune" in search.pipeline)
+    return LAYOUT.add_mlp(block, x), state, positions
 
 
 def _follow(positions: _Positions, before: Tensor, state: TokenState, *, prunes: bool) -> _Positions:

@@ -11,52 +11,89 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
-from tokcomp import fastpath
-from tokcomp.adapters.base import Adapter, BlockCost, Cost, UnsupportedModelError
+from tokcomp.adapters.base import BlockCost, Cost, UnsupportedModelError
 from tokcomp.adapters.images import check_images
-from tokcomp.adapters.swap import original_class, restore_class, swap_class
-from tokcomp.adapters.timm_vit import fast
+from tokcomp.adapters.isotropic import IsotropicAdapter
+from tokcomp.adapters.layout import Layout, linear_cost
+from tokcomp.adapters.pooling import Weights
+from tokcomp.adapters.swap import original_class, swap_class
+from tokcomp.adapters.timm_vit import fast, search_fast
 from tokcomp.adapters.timm_vit.embedding import counted_embedding, image_shape, is_plain_projection
-from tokcomp.adapters.timm_vit.modules import CompressedAttention, CompressedBlock, CompressedModel
-from tokcomp.adapters.timm_vit.search import check_search, reads_patches, run_search
+from tokcomp.adapters.timm_vit.head import head, reads_patches
+from tokcomp.adapters.timm_vit.modules import CompressedModel, CompressedTimmBlock
+from tokcomp.adapters.timm_vit.search import run_search
 from tokcomp.adapters.timm_vit.unmerging import Place, UnmergingBlock, UnmergingModel
+from tokcomp.blocks.places import Places
 from tokcomp.blocks.search import BlockSearch
-from tokcomp.methods.base import Geometry, Method
+from tokcomp.fastpath import PackedWeights, Products
+from tokcomp.methods.base import Geometry, Method, Norm
 
 #: Methods of the model that compression replaces or relies on; a subclass with its own version is not understood.
 _MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "forward_intermediates", "_pos_embed")
-_ATTENTION_PARTS = ("num_heads", "head_dim", "scale", "qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop")
-_BLOCK_PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
-_TOKEN_MIXERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
 
 
-class TimmVisionTransformer(Adapter):
+class TimmVisionTransformer(IsotropicAdapter):
     """Isotropic pre-norm vision transformers of timm >= 1.0.8."""
 
     family = "timm VisionTransformer"
+    compressed_tower = CompressedModel
+    compressed_block = CompressedTimmBlock
+    #: The classes that this was written against: models, their blocks and attention.
+    models: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
+    block: type[nn.Module] = Block
+    attention: tuple[type[nn.Module], ...] = (Attention,)
 
     def claims(self, model: nn.Module) -> bool:
-        return isinstance(model, VisionTransformer)
+        return isinstance(model, self.models)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: Any) -> None:
         cls = original_class(model)
         for name in _MODEL_METHODS:
-            known = {getattr(base, name, None) for base in (VisionTransformer, VisionTransformerDistilled)}
+            known = {getattr(base, name, None) for base in self.models}
             if getattr(cls, name, None) not in known or name in vars(model):
                 raise UnsupportedModelError(f"{cls.__name__} is not understood: it has a {name} of its own")
         if not isinstance(model.blocks, (nn.Sequential, nn.ModuleList)):
             raise UnsupportedModelError(
                 f"{cls.__name__} is not understood: its blocks are a {type(model.blocks).__name__}"
             )
-        block: Any
         for index, block in enumerate(model.blocks):
-            _require(block, Block, _BLOCK_PARTS, f"blocks.{index}")
-            _require(block.attn, Attention, _ATTENTION_PARTS, f"blocks.{index}.attn")
-            for name, module in block.mlp.named_modules(prefix=f"blocks.{index}.mlp"):
-                if isinstance(module, _TOKEN_MIXERS):
-                    raise UnsupportedModelError(
-                        f"{name}: a {type(module).__name__} mixes tokens, so it is not understood"
-                    )
+            self.check_block(block, f"blocks.{index}")
+
+    def check_block(self, block: Any, name: str) -> None:
+        """Raise UnsupportedModelError naming the first part of a block that is not understood."""
+        self.layout.check(block, self.block, self.attention[0], name)
+
+    def layout_of_block(self, block: Any) -> Layout:
+        """Where this block keeps its parts."""
+        return self.layout
+
+    def layout_of(self, tower: Any) -> Layout:
+        return self.layout_of_block(tower.blocks[0])
+
+    def place(self, model: Any, x: Tensor) -> tuple[Tensor, Places | None]:
+        """Tokens [B, N, C] for block 0 of embedded patches x, and their places where attention goes by them."""
+        return model.norm_pre(model.patch_drop(model._pos_embed(x))), None
+
+    def head(self, model: Any, x: Tensor, weights: Weights | None, pre_logits: bool = False) -> Tensor:
+        """Logits of normalised tokens x [B, M, C]."""
+        return head(model, x, weights, pre_logits, getattr(model, "pool_include_prefix", False))
+
+    def products_of(self, model: Any, images: Tensor) -> Products | None:
+        """The products of those of the model's parts that the fast path can run, None where none can."""
+        return fast.products_of(model, images)
+
+    def pack_search(self, model: Any, images: Tensor) -> PackedWeights | None:
+        """Packed weights for a search, None where the fast path cannot run every block."""
+        return search_fast.pack(model, images)
+
+    def has_products(self, block: Any, products: Products) -> bool:
+        return fast.has_products(block, products)
+
+    def first_norm(self, block: Any, x: Tensor) -> Norm | None:
+        return fast.as_norm(block._modules["norm1"], x)
+
+    def num_prefix_tokens(self, tower: Any) -> int:
+        return tower.num_prefix_tokens
 
     def validate(self, model: Any, method: Method) -> None:
         if model.global_pool not in ("", "token", "avg", "avgmax", "max", "map"):
@@ -66,8 +103,8 @@ class TimmVisionTransformer(Adapter):
             return
         if getattr(pool, "pos_embed", None) is not None:
             raise UnsupportedModelError(f"{type(pool).__name__} with position embeddings cannot be compressed")
-        takes_sizes = "attn_mask" in inspect.signature(pool.forward).parameters and hasattr(
-            model, "pool_include_prefix"
+        takes_sizes = "attn_mask" in inspect.signature(pool.forward).parameters and (
+            hasattr(model, "pool_include_prefix") or not isinstance(model, VisionTransformer)
         )
         if method.proportional_attention and not takes_sizes:
             raise UnsupportedModelError(
@@ -85,17 +122,14 @@ class TimmVisionTransformer(Adapter):
         )
 
     def cost(self, model: Any, img_size: tuple[int, int] | None = None) -> Cost:
-        blocks = tuple(
-            BlockCost(_linear_cost(block.attn), block.attn.num_heads * block.attn.head_dim, _linear_cost(block.mlp))
-            for block in model.blocks
-        )
-        head_per_token, head = 0, _linear_cost(model.head)
+        blocks = tuple(BlockCost(*self.layout_of_block(block).costs(block)) for block in model.blocks)
+        head_per_token, head = 0, linear_cost(model.head)
         if isinstance(model, VisionTransformerDistilled):
-            head += _linear_cost(model.head_dist)
+            head += linear_cost(model.head_dist)
         if model.attn_pool is not None:
             pool = model.attn_pool
-            head_per_token = _linear_cost(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
-            head += pool.latent_len * (_linear_cost(pool) - _linear_cost(pool.kv))
+            head_per_token = linear_cost(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
+            head += pool.latent_len * (linear_cost(pool) - linear_cost(pool.kv))
         elif model.global_pool == "":
             head_per_token, head = head, 0
         embed = 0
@@ -122,67 +156,38 @@ class TimmVisionTransformer(Adapter):
         return rows, columns
 
     def patch(self, model: Any, method: Method) -> None:
-        for index, block in enumerate(model.blocks):
-            swap_class(block, UnmergingBlock if method.unmerges else CompressedBlock)
-            swap_class(block.attn, CompressedAttention)
-            if method.unmerges:
-                block._tokcomp_place = Place(method, index, model.num_prefix_tokens)
-        swap_class(model, UnmergingModel if method.unmerges else CompressedModel)
-        model._tokcomp_method = method
-
-    def unpatch(self, model: nn.Module) -> None:
-        if not isinstance(model, CompressedModel):
+        super().patch(model, method)
+        if not method.unmerges:
             return
+        for index, block in enumerate(model.blocks):
+            swap_class(block, UnmergingBlock)
+            block._tokcomp_place = Place(method, index, model.num_prefix_tokens, self.layout_of_block(block))
+        swap_class(model, UnmergingModel)
+
+    def unpatch(self, model: Any) -> None:
+        super().unpatch(model)
         for block in model.blocks:
-            restore_class(block)
-            restore_class(block.attn)
             vars(block).pop("_tokcomp_place", None)
-        restore_class(model)
-        del model._tokcomp_method
-        fastpath.forget(model)
 
-    def method(self, model: nn.Module) -> Method | None:
-        return model._tokcomp_method if isinstance(model, CompressedModel) else None
-
-    def sources(self, model: Any, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        if isinstance(model, CompressedModel):
-            sources: list[Tensor | None] = []
-            x, _ = model.tokens(images, sources)
-            return x, sources
+    def plain_tokens(self, model: Any, images: Tensor) -> Tensor:
         check_images(model.patch_embed, images)
-        return model.forward_features(images), [None] * len(model.blocks)
+        return model.forward_features(images)
 
     def image_shape(self, model: Any) -> tuple[int, int, int]:
         return image_shape(model)
-
-    def qkv_layers(self, model: Any) -> list[nn.Linear]:
-        return [block.attn.qkv for block in model.blocks]
 
     @torch.no_grad()
     def warm_up(self, model: Any) -> None:
         if isinstance(model, CompressedModel):
             weight = next(model.parameters())
-            fast.products_of(model, torch.empty(0, dtype=weight.dtype, device=weight.device))
+            self.products_of(model, torch.empty(0, dtype=weight.dtype, device=weight.device))
 
-    def check_search(self, model: nn.Module) -> None:
-        check_search(model)
+    def check_search(self, model: Any) -> None:
+        if model.global_pool == "" and model.attn_pool is None:
+            raise UnsupportedModelError("global_pool='' leaves the tokens unpooled, so a search has no logits to go by")
 
-    def reads_patches(self, model: nn.Module) -> bool:
+    def reads_patches(self, model: Any) -> bool:
         return reads_patches(model)
 
     def search(self, model: nn.Module, images: Tensor, blocks: Sequence[BlockSearch]) -> Tensor:
-        return run_search(model, images, blocks)
-
-
-def _require(module: nn.Module, known: type[nn.Module], parts: tuple[str, ...], name: str) -> None:
-    cls = original_class(module)
-    if getattr(cls, "forward", None) is not known.forward or "forward" in vars(module):
-        raise UnsupportedModelError(f"{name}: {cls.__name__} is not understood, only timm's {known.__name__}")
-    missing = [part for part in parts if not hasattr(module, part)]
-    if missing:
-        raise UnsupportedModelError(f"{name}: {cls.__name__} has no {missing[0]}, so it is not understood")
-
-
-def _linear_cost(module: nn.Module) -> int:
-    """Multiply-adds per token of the linear layers in a module."""
-    return sum(part.in_features * part.out_features for part in module.modules() if isinstance(part, nn.Linear))
+        return run_search(self, model, images, blocks)

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokcomp.adapters.blocks import refuse_mask
+from tokcomp.adapters.layout import Layout
 from tokcomp.adapters.timm_vit import fast
-from tokcomp.adapters.timm_vit.modules import CompressedBlock, CompressedModel, refuse_mask
+from tokcomp.adapters.timm_vit.modules import CompressedModel, CompressedTimmBlock
 from tokcomp.blocks.state import BlockState
 from tokcomp.methods.base import Evidence, Method, Reduced
 
@@ -19,22 +21,21 @@ class Place(NamedTuple):
     method: Method
     block: int
     num_prefix_tokens: int
+    layout: Layout
 
 
-class UnmergingBlock(CompressedBlock):
+class UnmergingBlock(CompressedTimmBlock):
     """timm's Block whose MLP runs on merged tokens."""
 
     _tokcomp_place: Place
 
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, state: BlockState | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, state: BlockState | None = None, **kwargs: Any) -> Tensor:
+        refuse_mask(*args, **kwargs)
         if state is None:
-            method, block, prefix = self._tokcomp_place
-            state = BlockState(method, block, x.shape[1], prefix, None)
+            method, block, prefix, layout = self._tokcomp_place
+            state = BlockState(method, block, x.shape[1], prefix, None, layout=layout)
         if state.assignment is None:
-            return super().forward(x, attn_mask, is_causal, state=state)
-        refuse_mask(attn_mask, is_causal)
+            return super().forward(x, state=state)
         if state.products is not None:
             with torch._C._AutoDispatchBelowAutograd():  # as in fast.run_block
                 x = fast.attention_half(self, x, state, state.products)
@@ -43,7 +44,7 @@ class UnmergingBlock(CompressedBlock):
                 return state.method.spread(x, merged.x, branch, merged.source)
         x = self.attention_half(x, state)
         merged = _merge(x, state)
-        branch = self.drop_path2(self.ls2(self.mlp(self.norm2(merged.x))))
+        branch = state.layout.mlp_branch(self, merged.x)
         return state.method.spread(x, merged.x, branch, merged.source)
 
 

@@ -12,7 +12,7 @@ def modules_on_the_way(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[l
     names = {id(module): name for name, module in model.named_modules()}
     paths = [names[id(layer)] for layer in layers]
     parts = [path.split(".") for path in paths]
-    prefixes = {".".join(part[:end]) for part in parts for end in range(1, len(part) + 1)}
+    prefixes = {".".join(part[:end]) for part in parts for end in range(1, len(part) + 1)} - {""}  # "": model itself
     return paths, {path: model.get_submodule(path) for path in sorted(prefixes, key=lambda path: -path.count("."))}
 
 
@@ -44,4 +44,4 @@ def twin_model(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[nn.Module
     paths, own = modules_on_the_way(model, layers)
     twins = twins_of(own)
     root = exchange(twin_of(model), {id(own[path]): twin for path, twin in twins.items()})
-    return root, [twins[path] for path in paths]
+    return root, [twins[path] if path else root for path in paths]

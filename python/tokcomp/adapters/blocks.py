@@ -1,0 +1,101 @@
+"""A compressing block and its attention, for every family: what is where, the family's layout says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tokcomp.adapters.layout import Layout
+from tokcomp.adapters.swap import Swapped
+from tokcomp.blocks.attention import attend
+from tokcomp.blocks.places import Places
+from tokcomp.blocks.search import BlockSearch, TokenState
+from tokcomp.blocks.state import BlockState
+
+
+class CompressedAttention(Swapped):
+    """Attention that takes sizes into account and leaves evidence in the block's state."""
+
+    def forward(self, x: Tensor, *args: Any, state: BlockState | None = None, **kwargs: Any) -> Tensor:
+        state = require_state(state, args, kwargs)
+        layout: Layout = state.layout
+        q, k, v = layout.project(self, x, state.places, state.block)
+        out, state.evidence = attend(
+            q,
+            k,
+            v,
+            scale=layout.score_scale(self),
+            size=state.attention_size,
+            needs=state.needs,
+            dropout_p=layout.dropout_p(self),
+        )
+        return layout.join(self, out, x)
+
+
+class CompressedBlock(Swapped):
+    """A block with the tokens reduced between attention and MLP."""
+
+    def forward(self, x: Tensor, *args: Any, state: BlockState | None = None, **kwargs: Any) -> Tensor:
+        state = require_state(state, args, kwargs)
+        x = state.reduce(self.attention_half(x, state))
+        return state.layout.add_mlp(self, x)
+
+    def attention_half(self, x: Tensor, state: BlockState) -> Tensor:
+        """x + attention: the block up to where the tokens are reduced. Leaves the evidence in ``state``."""
+        layout: Layout = state.layout
+        attended = layout.attention_of(self)(layout.attention_input(self, x), state=state)
+        return layout.add_attention(self, x, attended)
+
+
+def search_block(
+    layout: Layout,
+    block: Any,
+    search: BlockSearch,
+    x: Tensor,
+    state: TokenState,
+    places: Places | None = None,
+) -> tuple[Tensor, TokenState]:
+    """A plain block under the search, for tokens x [B, N, C]: all of them stay, each at its place."""
+    x, state = search_attention(layout, block, search, x, state, places)
+    return layout.add_mlp(block, x), state
+
+
+def search_attention(
+    layout: Layout,
+    block: Any,
+    search: BlockSearch,
+    x: Tensor,
+    state: TokenState,
+    places: Places | None = None,
+    before: list[Tensor] | None = None,
+) -> tuple[Tensor, TokenState]:
+    """:func:`search_block` up to its MLP; ``before`` collects the tokens as they were before the reduction."""
+    attn = layout.attention_of(block)
+    normalized = layout.attention_input(block, x)
+    q, k, v = layout.project(attn, normalized, places, search.block)
+    out, importance = search.attend(q, k, v, state, scale=layout.score_scale(attn))
+    branch = layout.join(attn, out, search.read(normalized))
+    x = layout.add_attention(block, search.read(x), branch)
+    if before is not None:
+        before.append(x)
+    return search.reduce(x, importance, state)
+
+
+def require_state(state: BlockState | None, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    """The state that the model hands on to its blocks.
+
+    Raises:
+        ValueError: a mask came along.
+        RuntimeError: the block was called by someone else.
+    """
+    refuse_mask(*args, **(kwargs or {}))
+    if state is None:
+        raise RuntimeError("a block of a compressed model cannot run on its own: call the model, or tokcomp.restore it")
+    return state
+
+
+def refuse_mask(*args: Any, **kwargs: Any) -> None:
+    """Raise ValueError for any argument that says something: an attention mask, is_causal."""
+    if any(value is not None and value is not False for value in (*args, *kwargs.values())):
+        raise ValueError("attn_mask and is_causal cannot be used with a compressed model: its tokens are re-ordered")

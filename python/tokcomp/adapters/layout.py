@@ -1,0 +1,196 @@
+"""Where a family's pre-norm block keeps its parts. What is done with them stands in blocks.py, once for every family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokcomp.adapters.base import UnsupportedModelError
+from tokcomp.adapters.swap import original_class
+from tokcomp.blocks.places import Places
+
+#: Modules that are no function of one token alone; nn.InstanceNorm is a _NormBase too.
+TOKEN_MIXERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of a block's and its attention's parts, timm's unless told otherwise; None where there is no such part.
+
+    The block computes ``x + drop1(scale1(attention(norm1(x))))`` and then ``x + drop2(scale2(mlp(norm2(x))))``. A scale
+    is a module or a parameter to multiply by. A family that differs otherwise overrides a method or two.
+    """
+
+    norm1: str = "norm1"
+    attention: str = "attn"
+    scale1: str | None = "ls1"
+    drop1: str | None = "drop_path1"
+    norm2: str = "norm2"
+    mlp: str = "mlp"
+    scale2: str | None = "ls2"
+    drop2: str | None = "drop_path2"
+    #: Of the attention: one layer for q, k and v (their rows in this order), or the names of three.
+    qkv: str | tuple[str, str, str] = "qkv"
+    num_heads: str = "num_heads"
+    scale: str = "scale"
+    dropout: str = "attn_drop"
+    norms: tuple[str, str] | None = ("q_norm", "k_norm")
+    out_norm: str | None = "norm"
+    out: str = "proj"
+    out_dropout: str | None = "proj_drop"
+
+    def project(self, attn: Any, x: Tensor, places: Places | None = None, block: int = 0) -> tuple[Tensor, ...]:
+        """Queries, keys and values [B, H, N, D] of normalised tokens x [B, N, C], views of packed ones where possible.
+
+        Args:
+            attn: the block's attention.
+            x: the tokens.
+            places: theirs, where the family's attention goes by them.
+            block: index of the block, for a family whose blocks read ``places`` differently.
+        """
+        q, k, v = self.split(attn, x)
+        if self.norms is not None:
+            q, k = (getattr(attn, name)(part) for name, part in zip(self.norms, (q, k), strict=True))
+        if places is not None:
+            q, k = self.rotate(attn, q, places, block), self.rotate(attn, k, places, block)
+        if q.dtype != v.dtype:  # a norm that stays in float32 under autocast
+            q, k = q.to(v.dtype), k.to(v.dtype)
+        return q, k, v
+
+    def split(self, attn: Any, x: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v [B, H, N, D] of x [B, N, C] before any norm of theirs."""
+        batch, num_tokens, _ = x.shape
+        heads = getattr(attn, self.num_heads)
+        if isinstance(self.qkv, str):
+            qkv = getattr(attn, self.qkv)(x).reshape(batch, num_tokens, 3, heads, -1)
+            return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return tuple(getattr(attn, name)(x).reshape(batch, num_tokens, heads, -1).transpose(1, 2) for name in self.qkv)
+
+    def rotate(self, attn: Any, x: Tensor, places: Places, block: int) -> Tensor:
+        """Queries or keys x [B, H, N, D] turned by their tokens' places; for families that have any."""
+        raise NotImplementedError(f"{type(self).__name__} says nothing of places")
+
+    def score_scale(self, attn: Any) -> float:
+        """The factor on q k^T."""
+        return float(getattr(attn, self.scale))
+
+    def dropout_p(self, attn: Any) -> float:
+        """Dropout on the attention map as it is now: 0 outside training."""
+        if not attn.training:
+            return 0.0
+        dropout = getattr(attn, self.dropout)
+        return float(getattr(dropout, "p", dropout))
+
+    def join(self, attn: Any, out: Tensor, x: Tensor) -> Tensor:
+        """What the attention makes of its heads' outputs [B, H, M, D], for its normalised input x [B, M, C]."""
+        out = out.transpose(1, 2).flatten(2)
+        norm = None if self.out_norm is None else getattr(attn, self.out_norm, None)
+        if norm is not None:
+            out = norm(out)
+        gate = getattr(attn, "gate", None)
+        if gate is not None:
+            out = out * gate(x).sigmoid()
+        out = getattr(attn, self.out)(out)
+        return out if self.out_dropout is None else getattr(attn, self.out_dropout)(out)
+
+    def attention_of(self, block: Any) -> Any:
+        """The block's attention module."""
+        return getattr(block, self.attention)
+
+    def attention_input(self, block: Any, x: Tensor) -> Tensor:
+        """What the attention gets of the residual stream x [B, N, C]."""
+        return getattr(block, self.norm1)(x)
+
+    def add_attention(self, block: Any, x: Tensor, branch: Tensor) -> Tensor:
+        """The residual stream once the attention's result has joined it."""
+        return x + _optional(block, self.drop1, _scaled(block, self.scale1, branch))
+
+    def mlp_branch(self, block: Any, x: Tensor) -> Tensor:
+        """What the MLP adds to tokens x [B, M, C]."""
+        branch = getattr(block, self.mlp)(getattr(block, self.norm2)(x))
+        return _optional(block, self.drop2, _scaled(block, self.scale2, branch))
+
+    def add_mlp(self, block: Any, x: Tensor) -> Tensor:
+        """The residual stream x [B, M, C] once the MLP's result has joined it."""
+        return x + self.mlp_branch(block, x)
+
+    def costs(self, block: Any) -> tuple[int, int, int]:
+        """Multiply-adds per token of the attention's layers, its width over all heads, and those of the MLP."""
+        attn = self.attention_of(block)
+        return linear_cost(attn), self.width(attn), linear_cost(getattr(block, self.mlp))
+
+    def width(self, attn: Any) -> int:
+        """Channels of all heads' values together."""
+        return int(getattr(attn, self.out).in_features)
+
+    def packed_layer(self, attn: Any, name: str) -> nn.Linear:
+        """The one layer that computes q, k and v, for ToCom.
+
+        Raises:
+            UnsupportedModelError: there is none.
+        """
+        layer = getattr(attn, self.qkv) if isinstance(self.qkv, str) else None
+        if layer is None:
+            raise UnsupportedModelError(f"{name}: its q, k and v come from no packed layer that ToCom could change")
+        return layer
+
+    def check(self, block: Any, known: type, known_attention: type, name: str) -> None:
+        """Raise UnsupportedModelError, with its path, for the first part of a block that is not understood.
+
+        Args:
+            block: the block.
+            known, known_attention: the library's classes whose forward functions this layout was written against.
+            name: the block's path in the model.
+        """
+        attention = f"{name}.{self.attention}"
+        named = (self.scale1, self.drop1, self.scale2, self.drop2)
+        require(block, known, (self.norm1, self.attention, self.norm2, self.mlp, *filter(None, named)), name)
+        parts = [self.num_heads, self.scale, self.dropout, self.out, *(self.norms or ())]
+        parts += [self.qkv] if isinstance(self.qkv, str) else self.qkv
+        parts += filter(None, [self.out_dropout])
+        require(self.attention_of(block), known_attention, tuple(filter(None, parts)), attention)
+        for part in (self.norm1, self.norm2, self.mlp):
+            require_tokenwise(getattr(block, part), f"{name}.{part}")
+
+
+def require(module: nn.Module, known: type, parts: tuple[str, ...], name: str) -> None:
+    """Raise UnsupportedModelError unless ``module`` runs ``known``'s forward and has these parts."""
+    cls = original_class(module)
+    if getattr(cls, "forward", None) is not known.forward or "forward" in vars(module):  # type: ignore[attr-defined]
+        library = known.__module__.split(".")[0]
+        raise UnsupportedModelError(f"{name}: {cls.__name__} is not understood, only {library}'s {known.__name__}")
+    missing = [part for part in parts if not hasattr(module, part)]
+    if missing:
+        raise UnsupportedModelError(f"{name}: {cls.__name__} has no {missing[0]}, so it is not understood")
+
+
+def require_tokenwise(module: nn.Module, name: str) -> None:
+    """Raise UnsupportedModelError naming the first module in ``module`` that mixes tokens."""
+    for inner, part in module.named_modules(prefix=name):
+        if isinstance(part, TOKEN_MIXERS):
+            raise UnsupportedModelError(f"{inner}: a {type(part).__name__} mixes tokens, so it is not understood")
+
+
+def linear_cost(module: nn.Module) -> int:
+    """Multiply-adds per token of the linear layers in a module, nn.MultiheadAttention's packed one included."""
+    cost = 0
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            cost += part.in_features * part.out_features
+        elif isinstance(part, nn.MultiheadAttention):
+            cost += 3 * part.embed_dim**2
+    return cost
+
+
+def _scaled(block: Any, name: str | None, branch: Tensor) -> Tensor:
+    scale = None if name is None else getattr(block, name)
+    if scale is None:
+        return branch
+    return scale * branch if isinstance(scale, torch.Tensor) else scale(branch)
+
+
+def _optional(block: Any, name: str | None, branch: Tensor) -> Tensor:
+    return branch if name is None else getattr(block, name)(branch)

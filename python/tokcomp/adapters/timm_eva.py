@@ -1,0 +1,106 @@
+"""timm's Eva: EVA02, DINOv3, Perception Encoder, the rope ViTs. Rotary places follow their tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import apply_rot_embed_cat
+from timm.layers.attention import AttentionRope
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from torch import Tensor, nn
+
+from tokcomp.adapters.base import UnsupportedModelError
+from tokcomp.adapters.blocks import CompressedBlock
+from tokcomp.adapters.layout import Layout
+from tokcomp.adapters.pooling import Weights
+from tokcomp.adapters.timm_vit.adapter import TimmVisionTransformer
+from tokcomp.adapters.timm_vit.head import head
+from tokcomp.blocks.places import Places
+from tokcomp.methods.base import Method
+
+
+class EvaLayout(Layout):
+    """q, k and v from one layer or three, fewer heads of k and v perhaps, turned by their tokens' places."""
+
+    def project(self, attn: Any, x: Tensor, places: Places | None = None, block: int = 0) -> tuple[Tensor, ...]:
+        q, k, v = super().project(attn, x, places, block)
+        groups = q.shape[1] // k.shape[1]
+        return (q, k, v) if groups == 1 else (q, *(part.repeat_interleave(groups, dim=1) for part in (k, v)))
+
+    def split(self, attn: Any, x: Tensor) -> tuple[Tensor, ...]:
+        shape = (*x.shape[:2], -1, attn.head_dim)
+        if attn.qkv is None:
+            return tuple(layer(x).reshape(shape).transpose(1, 2) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
+        qkv = attn.qkv(x)
+        if getattr(attn, "q_bias", None) is not None:
+            qkv = qkv + torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        return tuple(part.reshape(shape).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+
+    def rotate(self, attn: Any, x: Tensor, places: Places, block: int) -> Tensor:
+        prefix = attn.num_prefix_tokens
+        table = places.table[block] if places.table.ndim == 4 else places.table  # [P, 2D], or [H, P, 2D] if learnt
+        if places.index is not None:
+            table = table[..., places.index[:, prefix:] - prefix, :]  # [B, P', 2D], or [H, B, P', 2D]
+            table = table.transpose(0, 1) if table.ndim == 4 else table.unsqueeze(1)  # [B, H or 1, P', 2D]
+        turned = apply_rot_embed_cat(x[:, :, prefix:], table, half=getattr(attn, "rotate_half", False))
+        return torch.cat((x[:, :, :prefix], turned), dim=2).to(x.dtype)
+
+    def packed_layer(self, attn: Any, name: str) -> nn.Linear:
+        if getattr(attn, "q_bias", None) is not None and not attn.qkv_bias_separate:
+            raise UnsupportedModelError(f"{name}: timm reads the weight of its q, k, v layer past the layer itself")
+        return super().packed_layer(attn, name)
+
+
+class PostNormLayout(EvaLayout):
+    """A block that normalises what its attention and its MLP give, not what they get."""
+
+    def attention_input(self, block: Any, x: Tensor) -> Tensor:
+        return x
+
+    def add_attention(self, block: Any, x: Tensor, branch: Tensor) -> Tensor:
+        return x + block.drop_path1(block.norm1(branch))
+
+    def mlp_branch(self, block: Any, x: Tensor) -> Tensor:
+        return block.drop_path2(block.norm2(block.mlp(x)))
+
+
+_PRE_NORM = EvaLayout(scale1="gamma_1", scale2="gamma_2")
+_POST_NORM = PostNormLayout(scale1=None, scale2=None)
+
+
+class TimmEva(TimmVisionTransformer):
+    """timm's Eva class."""
+
+    family = "timm Eva (EVA02, DINOv3, PE, rope ViTs)"
+    compressed_block = CompressedBlock
+    models = (Eva,)
+
+    def layout_of_block(self, block: Any) -> Layout:
+        return _POST_NORM if isinstance(block, EvaBlockPostNorm) else _PRE_NORM
+
+    def check_block(self, block: Any, name: str) -> None:
+        known = EvaBlockPostNorm if isinstance(block, EvaBlockPostNorm) else EvaBlock
+        attention = AttentionRope if isinstance(getattr(block, "attn", None), AttentionRope) else EvaAttention
+        self.layout_of_block(block).check(block, known, attention, name)
+
+    def validate(self, model: Any, method: Method) -> None:
+        if model.patch_drop is not None:
+            raise UnsupportedModelError(f"patch_drop: {type(model.patch_drop).__name__} cannot be compressed")
+        if method.unmerges:
+            raise UnsupportedModelError(f"{self.family}: {type(method).__name__} is for timm's VisionTransformer alone")
+        super().validate(model, method)
+
+    def place(self, model: Any, x: Tensor) -> tuple[Tensor, Places | None]:
+        x, table = model._pos_embed(x)
+        return model.norm_pre(x), None if table is None else Places(table)
+
+    def head(self, model: Any, x: Tensor, weights: Weights | None, pre_logits: bool = False) -> Tensor:
+        # Attention pooling reads the prefix tokens as well.
+        return head(model, x, weights, pre_logits, with_prefix=model.attn_pool is not None)
+
+    def products_of(self, model: Any, images: Tensor) -> None:
+        """Nothing: the fast path is for timm's VisionTransformer."""
+
+    def pack_search(self, model: Any, images: Tensor) -> None:
+        """Nothing, likewise."""
