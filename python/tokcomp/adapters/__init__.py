@@ -19,7 +19,7 @@ from tokcomp.adapters.transformers_vit import (
 )
 
 #: One adapter per family, asked in this order.
-ADAPTERS: tuple[Adapter, ...] = (
+ADAPTERS: list[Adapter] = [
     TimmVisionTransformer(),
     TimmEva(),
     TimmCAFormer(),
@@ -30,9 +30,20 @@ ADAPTERS: tuple[Adapter, ...] = (
     TransformersSiglip(),
     TorchvisionViT(),
     OpenClipViT(),
-)
+]
 
-__all__ = ["ADAPTERS", "Adapter", "BlockCost", "Cost", "UnsupportedModelError", "find_adapter"]
+__all__ = ["ADAPTERS", "Adapter", "BlockCost", "Cost", "UnsupportedModelError", "find_adapter", "register"]
+
+
+def register(adapter: Adapter) -> None:
+    """Let :func:`tokcomp.compress` and all else know another family; the ones before it are asked first.
+
+    Raises:
+        TypeError: no Adapter object.
+    """
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"adapter must be an Adapter object, got {adapter!r}")
+    ADAPTERS.append(adapter)
 
 
 def find_adapter(model: nn.Module) -> Adapter:

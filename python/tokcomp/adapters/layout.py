@@ -1,4 +1,4 @@
-"""Where a family's pre-norm block keeps its parts. What is done with them stands in blocks.py, once for every family."""
+"""Where a family's block keeps its parts. What is done with them stands in blocks.py, once for every family."""
 
 from __future__ import annotations
 

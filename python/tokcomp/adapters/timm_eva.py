@@ -40,8 +40,8 @@ class EvaLayout(Layout):
     def rotate(self, attn: Any, x: Tensor, places: Places, block: int) -> Tensor:
         prefix = attn.num_prefix_tokens
         table = places.table[block] if places.table.ndim == 4 else places.table  # [P, 2D], or [H, P, 2D] if learnt
-        if places.index is not None:
-            table = table[..., places.index[:, prefix:] - prefix, :]  # [B, P', 2D], or [H, B, P', 2D]
+        if places.origin is not None:
+            table = table[..., places.origin[:, prefix:] - prefix, :]  # [B, P', 2D], or [H, B, P', 2D]
             table = table.transpose(0, 1) if table.ndim == 4 else table.unsqueeze(1)  # [B, H or 1, P', 2D]
         turned = apply_rot_embed_cat(x[:, :, prefix:], table, half=getattr(attn, "rotate_half", False))
         return torch.cat((x[:, :, :prefix], turned), dim=2).to(x.dtype)

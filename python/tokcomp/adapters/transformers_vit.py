@@ -22,7 +22,12 @@ from tokcomp.adapters.pooling import Weights
 from tokcomp.adapters.swap import Swapped, original_class
 from tokcomp.blocks.places import Places
 
-_SEPARATE = {"qkv": ("q_proj", "k_proj", "v_proj"), "norms": None, "out_norm": None, "out_dropout": None}
+_SEPARATE: dict[str, Any] = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "norms": None,
+    "out_norm": None,
+    "out_dropout": None,
+}
 _VIT: dict[str, Any] = {
     **_SEPARATE,
     "attention": "attention",
@@ -31,7 +36,7 @@ _VIT: dict[str, Any] = {
     "dropout": "attention_dropout",
     "out": "o_proj",
 }
-_DINO = {"scale1": "layer_scale1", "drop1": "drop_path", "scale2": "layer_scale2", "drop2": "drop_path"}
+_DINO: dict[str, Any] = {"scale1": "layer_scale1", "drop1": "drop_path", "scale2": "layer_scale2", "drop2": "drop_path"}
 #: Where the models around a tower keep it.
 _OUTER = {
     "ViTForImageClassification": "vit",
@@ -245,9 +250,9 @@ class Dinov3Layout(Layout):
     def rotate(self, attn: Any, x: Tensor, places: Places, block: int) -> Tensor:
         cos, sin = places.table  # [P, D] each
         prefix = x.shape[2] - cos.shape[0]
-        if places.index is not None:
+        if places.origin is not None:
             prefix = attn.config.num_register_tokens + 1
-            index = places.index[:, prefix:] - prefix  # [B, P']
+            index = places.origin[:, prefix:] - prefix  # [B, P']
             cos, sin = cos[index].unsqueeze(1), sin[index].unsqueeze(1)  # [B, 1, P', D]
         patches = x[:, :, prefix:]
         first, second = patches.chunk(2, dim=-1)
@@ -284,7 +289,7 @@ _CLIP = Layout(
     drop2=None,
     dropout="dropout",
     out="out_proj",
-    **_SEPARATE,  # type: ignore[arg-type]
+    **_SEPARATE,
 )
 
 

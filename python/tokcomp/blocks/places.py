@@ -11,8 +11,8 @@ class Places(NamedTuple):
     """Each token's place, and what the model family looks up by it."""
 
     table: Any  # the family's own: rotary angles of every place, say
-    index: Tensor | None = None  # [B, N] int64: the token of block 0 whose place each token has; None: its own
+    origin: Tensor | None = None  # [B, N] int64: the token of block 0 whose place each token has; None: its own
 
     def follow(self, kept: Tensor) -> Places:
         """The places of tokens that took those of the tokens ``kept`` [B, M]."""
-        return self._replace(index=kept if self.index is None else self.index.gather(1, kept))
+        return self._replace(origin=kept if self.origin is None else self.origin.gather(1, kept))

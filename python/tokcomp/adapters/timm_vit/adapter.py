@@ -16,7 +16,7 @@ from tokcomp.adapters.images import check_images
 from tokcomp.adapters.isotropic import IsotropicAdapter
 from tokcomp.adapters.layout import Layout, linear_cost
 from tokcomp.adapters.pooling import Weights
-from tokcomp.adapters.swap import original_class, swap_class
+from tokcomp.adapters.swap import Swapped, original_class, swap_class
 from tokcomp.adapters.timm_vit import fast, search_fast
 from tokcomp.adapters.timm_vit.embedding import counted_embedding, image_shape, is_plain_projection
 from tokcomp.adapters.timm_vit.head import head, reads_patches
@@ -37,7 +37,7 @@ class TimmVisionTransformer(IsotropicAdapter):
 
     family = "timm VisionTransformer"
     compressed_tower = CompressedModel
-    compressed_block = CompressedTimmBlock
+    compressed_block: type[Swapped] = CompressedTimmBlock
     #: The classes that this was written against: models, their blocks and attention.
     models: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
     block: type[nn.Module] = Block

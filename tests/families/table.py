@@ -1,0 +1,215 @@
+"""The one table of model families: tiny models with random weights. The docs' support table is made from it.
+
+``python -m tests.families.table`` prints that table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+_VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=5)
+_HF = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=3, image_size=32, patch_size=8)
+_CLIP = {**_HF, "intermediate_size": 96}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row: what people call it, who has it, and how to make a small one."""
+
+    name: str
+    library: str
+    models: str
+    make: Callable[[], nn.Module]
+    search: bool = True
+    tocom: bool = False
+    note: str = ""
+
+    @property
+    def missing(self) -> bool:
+        return find_spec(self.library) is None
+
+    def build(self) -> nn.Module:
+        """A small model with lively weights, in eval mode."""
+        torch.manual_seed(0)
+        model = self.make().eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.1)
+                elif name.endswith("bias"):
+                    parameter.normal_(std=0.1)
+        return model
+
+
+def _timm_vit(**options: Any) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(**{**_VIT, **options})
+
+
+def _eva(**options: Any) -> nn.Module:
+    from timm.models.eva import Eva
+
+    return Eva(**{**_VIT, **options})
+
+
+def _transformers(name: str, config: str, **options: Any) -> nn.Module:
+    import transformers
+
+    made = getattr(transformers, config)(**options)
+    return getattr(transformers, name)(made)
+
+
+def _torchvision() -> nn.Module:
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(32, 8, num_layers=4, num_heads=3, hidden_dim=48, mlp_dim=96, num_classes=5)
+
+
+def _open_clip(**options: Any) -> nn.Module:
+    from open_clip.transformer import VisionTransformer
+
+    return VisionTransformer(32, 8, width=48, layers=4, heads=3, mlp_ratio=2.0, output_dim=20, **options)
+
+
+def _open_clip_whole() -> nn.Module:
+    from open_clip.model import CLIP
+
+    vision = dict(image_size=32, patch_size=8, width=48, layers=4, head_width=16)
+    return CLIP(20, vision, dict(context_length=8, vocab_size=64, width=32, heads=2, layers=1)).visual
+
+
+_rope = dict(use_rot_pos_emb=True, ref_feat_shape=(4, 4))
+FAMILIES = (
+    Family("ViT", "timm", "vit_*, deit_*, deit3_*, MAE, DINOv2, CLIP towers", _timm_vit, tocom=True),
+    Family(
+        "ViT, average pooling",
+        "timm",
+        "vit_*_gap, SigLIP towers",
+        partial(_timm_vit, class_token=False, global_pool="avg"),
+        tocom=True,
+    ),
+    Family(
+        "EVA02",
+        "timm",
+        "eva02_*",
+        partial(_eva, **_rope, swiglu_mlp=True, scale_mlp=True, qkv_fused=False, global_pool="avg"),
+        note="rotary places follow their tokens",
+    ),
+    Family(
+        "DINOv3",
+        "timm",
+        "vit_*_dinov3",
+        partial(
+            _eva,
+            use_rot_pos_emb=True,
+            rope_type="dinov3",
+            rope_rotate_half=True,
+            num_reg_tokens=4,
+            use_abs_pos_emb=False,
+            init_values=0.3,
+            qkv_bias=False,
+            global_pool="token",
+        ),
+        tocom=True,
+        note="rotary places follow their tokens",
+    ),
+    Family(
+        "Perception Encoder",
+        "timm",
+        "vit_pe_*",
+        partial(
+            _eva, **_rope, attn_type="rope", use_pre_transformer_norm=True, global_pool="map", rope_grid_offset=1.0
+        ),
+        tocom=True,
+        note="rotary places follow their tokens",
+    ),
+    Family(
+        "rope ViT, learnt angles",
+        "timm",
+        "vit_*_rope_mixed_*",
+        partial(_eva, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", global_pool="token"),
+        tocom=True,
+        note="rotary places follow their tokens",
+    ),
+    Family("EVA, post-norm", "timm", "eva_large's relatives", partial(_eva, use_post_norm=True, global_pool="token")),
+    Family(
+        "ViT",
+        "transformers",
+        "ViTModel, ViTForImageClassification",
+        partial(_transformers, "ViTForImageClassification", "ViTConfig", **_CLIP, num_labels=5),
+    ),
+    Family(
+        "DeiT",
+        "transformers",
+        "DeiTModel and its classifiers",
+        partial(_transformers, "DeiTForImageClassificationWithTeacher", "DeiTConfig", **_CLIP, num_labels=5),
+    ),
+    Family(
+        "DINOv2",
+        "transformers",
+        "Dinov2Model, Dinov2ForImageClassification",
+        partial(_transformers, "Dinov2ForImageClassification", "Dinov2Config", **_HF, mlp_ratio=2, num_labels=5),
+    ),
+    Family(
+        "DINOv2 with registers",
+        "transformers",
+        "Dinov2WithRegistersModel and its classifier",
+        partial(
+            _transformers,
+            "Dinov2WithRegistersForImageClassification",
+            "Dinov2WithRegistersConfig",
+            **_HF,
+            mlp_ratio=2,
+            use_swiglu_ffn=True,
+            num_labels=5,
+        ),
+    ),
+    Family(
+        "DINOv3",
+        "transformers",
+        "DINOv3ViTModel",
+        partial(_transformers, "DINOv3ViTModel", "DINOv3ViTConfig", **_CLIP, num_register_tokens=2),
+        note="rotary places follow their tokens",
+    ),
+    Family(
+        "CLIP's vision tower",
+        "transformers",
+        "CLIPVisionModel(WithProjection), CLIPForImageClassification, inside CLIPModel",
+        partial(_transformers, "CLIPVisionModelWithProjection", "CLIPVisionConfig", **_CLIP, projection_dim=20),
+    ),
+    Family(
+        "SigLIP's vision tower",
+        "transformers",
+        "SiglipVisionModel, SiglipForImageClassification, inside SiglipModel",
+        partial(_transformers, "SiglipVisionModel", "SiglipVisionConfig", **_CLIP),
+    ),
+    Family("ViT", "torchvision", "vit_b_16, vit_l_16, ...", _torchvision),
+    Family("CLIP's vision tower", "open_clip", "VisionTransformer, inside CLIP", _open_clip_whole),
+    Family(
+        "CLIP's vision tower, average pooling",
+        "open_clip",
+        "VisionTransformer(pool_type='avg')",
+        partial(_open_clip, pool_type="avg", ls_init_value=0.3),
+    ),
+)
+
+
+def support_table() -> str:
+    """The docs' table, in Markdown."""
+    lines = ["| Library | Family | Models | Search | ToCom | |", "| --- | --- | --- | --- | --- | --- |"]
+    for family in FAMILIES:
+        search, tocom = ("yes" if has else "no" for has in (family.search, family.tocom))
+        lines.append(f"| {family.library} | {family.name} | {family.models} | {search} | {tocom} | {family.note} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(support_table())
