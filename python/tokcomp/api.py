@@ -24,8 +24,8 @@ def compress(model: ModelT, method: Method) -> ModelT:
     model during the change; :class:`tokcomp.Switchable` is for models that serve.
 
     Args:
-        model: of a family in docs/adding-a-model-family.md: timm's VisionTransformer, Eva or CAFormer, the ViTs and vision
-            towers of transformers, torchvision and open_clip, or one that was registered.
+        model: of a family in docs/adding-a-model-family.md: timm's VisionTransformer, Eva or CAFormer, the ViTs and
+            vision towers of transformers, torchvision and open_clip, or one that was registered.
         method: :class:`DiffRate`, :class:`ToMe`, :class:`EViT` or another :class:`Method`.
 
     Returns:

@@ -164,7 +164,7 @@ def test_tocom_folds_and_unfolds(family, model):
 @torch.no_grad()
 @pytest.mark.parametrize("index", [IDS.index("timm: DINOv3"), IDS.index("timm: rope ViT, learnt angles")])
 def test_rotary_places_follow_pruned_tokens(index):
-    """timm's own attention on the tokens that are left, given their own angles, is what the compressed model computes."""
+    """timm's own attention on the tokens that are left, given their own angles, computes the same."""
     model = FAMILIES[index].build().double()
     prefix, images = model.num_prefix_tokens, images_for(model, torch.float64)
     tokcomp.compress(model, diffrate(model, "prune"))

@@ -48,7 +48,9 @@ class EvaLayout(Layout):
 
     def packed_layer(self, attn: Any, name: str) -> nn.Linear:
         if getattr(attn, "q_bias", None) is not None and not attn.qkv_bias_separate:
-            raise UnsupportedModelError(f"{name}: timm reads the weight of its q, k, v layer past the layer itself")
+            raise UnsupportedModelError(
+                f"{name}: timm reads the weight of its q, k, v layer past the layer, where ToCom cannot add to it"
+            )
         return super().packed_layer(attn, name)
 
 

@@ -56,7 +56,7 @@ class CompressedModel(CompressedTower):
         return torch.cat(tokens), None if sizes[0] is None else torch.cat(sizes)
 
     def embed(self, images: Tensor, products: Products | None) -> tuple[Tensor, Places | None]:
-        """Tokens [B, N, C] that enter block 0 and their places; ``products`` is what fast.products_of gave for these images."""
+        """Tokens [B, N, C] that enter block 0 and their places; ``products``: of these images, by fast.products_of."""
         if products is not None and self.patch_embed.proj in products:
             x = fast.embed_patches(self.patch_embed, images, products)
         else:
