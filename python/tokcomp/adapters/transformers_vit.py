@@ -59,6 +59,9 @@ _HEADS = ("classifier", "cls_classifier", "distillation_classifier", "visual_pro
 class CompressedLayer(CompressedBlock):
     """A transformers layer, which the tower runs again in the backward pass where it is asked to, not the layer."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Nothing: transformers' own would wrap forward to run the layer again, with a state that it has changed."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return nn.Module.__call__(self, *args, **kwargs)
 
