@@ -65,9 +65,11 @@ class Layout:
         batch, num_tokens, _ = x.shape
         heads = getattr(attn, self.num_heads)
         if isinstance(self.qkv, str):
-            qkv = getattr(attn, self.qkv)(x).reshape(batch, num_tokens, 3, heads, -1)
+            qkv = getattr(attn, self.qkv)(x)
+            qkv = qkv.reshape(batch, num_tokens, 3, heads, qkv.shape[2] // (3 * heads))
             return qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return tuple(getattr(attn, name)(x).reshape(batch, num_tokens, heads, -1).transpose(1, 2) for name in self.qkv)
+        parts = (getattr(attn, name)(x) for name in self.qkv)
+        return tuple(part.reshape(batch, num_tokens, heads, part.shape[2] // heads).transpose(1, 2) for part in parts)
 
     def rotate(self, attn: Any, x: Tensor, places: Places, block: int) -> Tensor:
         """Queries or keys x [B, H, N, D] turned by their tokens' places; for families that have any."""

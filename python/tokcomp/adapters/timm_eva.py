@@ -29,13 +29,13 @@ class EvaLayout(Layout):
         return (q, k, v) if groups == 1 else (q, *(part.repeat_interleave(groups, dim=1) for part in (k, v)))
 
     def split(self, attn: Any, x: Tensor) -> tuple[Tensor, ...]:
-        shape = (*x.shape[:2], -1, attn.head_dim)
+        width = attn.head_dim
         if attn.qkv is None:
-            return tuple(layer(x).reshape(shape).transpose(1, 2) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
+            return tuple(_heads(layer(x), width) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
         qkv = attn.qkv(x)
         if getattr(attn, "q_bias", None) is not None:
             qkv = qkv + torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        return tuple(part.reshape(shape).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+        return tuple(_heads(part, width) for part in qkv.chunk(3, dim=-1))
 
     def rotate(self, attn: Any, x: Tensor, places: Places, block: int) -> Tensor:
         prefix = attn.num_prefix_tokens
@@ -106,3 +106,8 @@ class TimmEva(TimmVisionTransformer):
 
     def pack_search(self, model: Any, images: Tensor) -> None:
         """Nothing, likewise."""
+
+
+def _heads(x: Tensor, width: int) -> Tensor:
+    """x [B, N, H * D] by heads of this width: [B, H, N, D]."""
+    return x.unflatten(2, (x.shape[2] // width, width)).transpose(1, 2)
