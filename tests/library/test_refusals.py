@@ -82,18 +82,6 @@ def test_modules_that_are_not_understood_are_refused_by_name(make_vit, methods):
         tokcomp.compress(model, methods["tome"])
 
 
-def test_another_library_s_class_of_the_same_name_is_told_apart():
-    torchvision = pytest.importorskip("torchvision")
-    with torch.device("meta"):
-        model = torchvision.models.vit_b_16()
-    for call in (lambda: tokcomp.compress(model, tokcomp.ToMe(4)), lambda: tokcomp.flops(model)):
-        with pytest.raises(tokcomp.UnsupportedModelError) as refusal:
-            call()
-        text = str(refusal.value)
-        assert "a torchvision.models.vision_transformer.VisionTransformer is not a model that tokcomp" in text
-        assert "timm VisionTransformer" in text and "compressed" not in text
-
-
 IMAGES = torch.randn(2, 3, 32, 32)
 #: what arrives in place of images, and what is said of it
 NOT_IMAGES = [
