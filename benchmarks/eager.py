@@ -116,6 +116,12 @@ def attention(
     return probabilities.to(v.dtype) @ v, probabilities[:, :, 0].mean(dim=1)
 
 
+def attention_received(
+    q: Tensor, k: Tensor, *, size: Tensor | None = None, scale: float | None = None, num_prefix_tokens: int = 0
+) -> Tensor:
+    return _scores(q, k, size, scale).softmax(dim=-1).mean(dim=(1, 2))
+
+
 def tome_merge(
     x: Tensor, metric: Tensor, r: int, *, size: Tensor | None = None, num_prefix_tokens: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -155,6 +161,7 @@ EAGER: dict[str, Callable[..., Any]] = {
         linear_gelu,
         prune_merge,
         class_attention_sort,
+        attention_received,
         tome_merge,
         masked_softmax,
         masked_attention,

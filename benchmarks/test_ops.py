@@ -132,6 +132,8 @@ def make_case(op: str, shape: BlockShape, batch: int, dtype: torch.dtype, device
         return Case((normal(shape.heads, tokens, tokens), mask()), {}, 2 * maps)
     if op == "attention":
         return Case(packed(), {"size": uniform(1, 3)}, 4 * plane, 2 * product)
+    if op == "attention_received":
+        return Case(packed()[:2], {"size": uniform(1, 3)}, 2 * plane, product)
     if op == "masked_attention":
         return Case((*packed(), mask()), {"size": uniform(1, 3)}, 4 * plane, 2 * product)
     if op == "masked_merge":

@@ -3,6 +3,7 @@
 from tokcomp_kernels._library import build_info, load_error, native_kernels
 from tokcomp_kernels.ops.add_layer_norm import add_layer_norm
 from tokcomp_kernels.ops.attention import attention
+from tokcomp_kernels.ops.attention_received import attention_received
 from tokcomp_kernels.ops.class_attention_sort import class_attention_sort
 from tokcomp_kernels.ops.linear_gelu import linear_gelu
 from tokcomp_kernels.ops.masked_attention import masked_attention
@@ -16,6 +17,7 @@ from tokcomp_kernels.ops.unmerge import unmerge
 __all__ = [
     "add_layer_norm",
     "attention",
+    "attention_received",
     "build_info",
     "class_attention_sort",
     "linear_gelu",

@@ -95,13 +95,14 @@ def _require_width(op: str, argument: str, tensor: Tensor) -> None:
         refuse(op, argument, "have heads of at least one number (D >= 1)", f"a tensor of shape {_shape(tensor.shape)}")
 
 
-def _require_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, size: Tensor | None) -> None:
+def _require_qkv(op: str, q: Tensor, size: Tensor | None, **others: Tensor) -> None:
+    """Queries, the ``others`` like them (k, v), and sizes."""
     _require_dim(op, "q", q, "[B, H, N, D]")
     _require_floating(op, "q", q)
     if q.shape[2] < 1:
         refuse(op, "q", "hold at least one token", f"a tensor of shape {_shape(q.shape)}")
     _require_width(op, "q", q)
-    for name, tensor in (("k", k), ("v", v)):
+    for name, tensor in others.items():
         _require_shape(op, name, tensor, "[B, H, N, D]", q.shape)
         _require_like(op, name, tensor, "q", q)
     if size is not None:
@@ -270,22 +271,30 @@ def check_masked_attention_backward(
 def _check_masked_attention(
     op: str, q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor, size: Tensor | None, eps: float
 ) -> None:
-    _require_qkv(op, q, k, v, size)
+    _require_qkv(op, q, size, k=k, v=v)
     _require_per_token(op, "token_mask", token_mask, "q", q, (q.shape[0], q.shape[2]))
     _require_eps(op, eps)
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None) -> None:
-    _require_qkv("attention", q, k, v, size)
+    _require_qkv("attention", q, size, k=k, v=v)
 
 
 def check_attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None
 ) -> None:
     op = "_attention_backward"
-    _require_qkv(op, q, k, v, size)
+    _require_qkv(op, q, size, k=k, v=v)
     _require_shape(op, "grad_out", grad_out, "[B, H, N, D]", q.shape)
     _require_like(op, "grad_out", grad_out, "q", q)
+
+
+def check_attention_received(
+    q: Tensor, k: Tensor, *, size: Tensor | None = None, scale: float | None = None, num_prefix_tokens: int = 0
+) -> None:
+    op = "attention_received"
+    _require_qkv(op, q, size, k=k)
+    _require_prefix(op, num_prefix_tokens, q.shape[2])
 
 
 def check_tome_merge(

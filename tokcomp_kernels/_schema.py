@@ -87,6 +87,11 @@ OPERATORS: tuple[Operator, ...] = (
         backward="_attention_backward",
     ),
     Operator(
+        "attention_received",
+        "(Tensor q, Tensor k, *, Tensor? size=None, float? scale=None, int num_prefix_tokens=0) -> Tensor",
+        "The attention that each token receives: importance for a model without a class token.",
+    ),
+    Operator(
         "tome_merge",
         "(Tensor x, Tensor metric, int r, *, Tensor? size=None, int num_prefix_tokens=1)"
         " -> (Tensor x, Tensor size, Tensor source)",

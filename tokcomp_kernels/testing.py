@@ -203,6 +203,18 @@ def _attention_cases(make: Callable[[str], Maker], small: bool, extra: Callable[
     yield "peaked", (*qkv, *extra(m, 1, 12)), {"size": m.per_token(1, 12, 1e-9, 5.0)}, False
 
 
+def _attention_received(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+    for name, (q, k, _), kwargs, exact in _attention_cases(make, small, lambda m, batch, num_tokens: ()):
+        yield name, (q, k), kwargs, exact
+    m = make("others")
+    q, k, _ = m.packed_qkv(2, 3, 41, 8)
+    yield "ties", (q, k[:, :, :1].expand_as(k)), {"num_prefix_tokens": 5}, False
+    sizes = m.per_token(2, 41, 0.5, 4.0)
+    sizes[:, ::3], sizes[:, 1::3] = float("nan"), -1.0
+    yield "bad-sizes", (q, k), {"size": sizes}, False
+    yield "scale0", (q, k), {"scale": 0.0}, False
+
+
 def _unmerge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     channels = 3 if small else 40
     for num_tokens in _token_counts(small):
@@ -342,6 +354,7 @@ _CASES: dict[str, Callable[..., Iterator[tuple]]] = {
     "masked_softmax": _masked_softmax,
     "masked_attention": _masked_attention,
     "attention": _attention,
+    "attention_received": _attention_received,
     "tome_merge": _tome_merge,
     "unmerge": _unmerge,
     "masked_merge": _masked_merge,

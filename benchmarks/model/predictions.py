@@ -140,6 +140,10 @@ def operators(batch: int = 1024, item: int = 2, gpu: str = "H200") -> list[dict[
                 (tokens + 1) * row + 4 * scalars,
                 traffic_triton.class_attention_sort(batch, heads, tokens, width, item, has_size=True),
             ),
+            "attention_received": (
+                2 * tokens * row + 2 * scalars,
+                traffic_triton.attention_received(batch, heads, tokens, width, item, has_size=True, gpu=gpu),
+            ),
             "add_layer_norm": (
                 4 * tokens * row,
                 traffic_triton.add_layer_norm(batch * tokens, channels, item, gpu=gpu),

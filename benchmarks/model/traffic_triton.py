@@ -7,6 +7,8 @@ PyTorch says it; unknown ones get the default).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from benchmarks.model.traffic import KernelCost, ceil_div
 from tokcomp_kernels.triton._configs import (
     DEFAULT,
@@ -38,10 +40,7 @@ def attention(
     More keys than ONE_TILE in a single pass, and widths up to it, come in tiles that add up to a multiple of 16.
     """
     tiles = launch_config("attention", "forward", gpu, N=num_tokens, D=width, itemsize=item)
-    blocks = ceil_div(num_tokens, tiles["BLOCK_M"])
-    several = num_tokens <= tiles["BLOCK_N"] and tiles["BLOCK_N"] > ONE_TILE
-    pairs = blocks * tiles["BLOCK_M"] * _up(num_tokens, _TILE_STEP if several else tiles["BLOCK_N"])
-    padded = _up(width, _TILE_STEP) if width <= ONE_TILE else next_power_of_2(width)
+    blocks, pairs, padded = _attention_tiles(tiles, num_tokens, width)
     rows = heads * num_tokens * width * item  # of q, k, v or out, of one image
     sizes = num_tokens * _FLOAT * has_size
     written = rows + heads * (num_tokens + 2) * _FLOAT
@@ -57,15 +56,60 @@ def attention(
         bytes_stored=batch * written,
         programs=batch * heads * blocks,
     )
-    return [forward, _mean_over_heads("attention.class_row", batch, heads, num_tokens, block)]
+    return [forward, _mean_over_groups("attention.class_row", batch, heads, num_tokens, block)]
 
 
-def _mean_over_heads(name: str, batch: int, heads: int, num_tokens: int, block: int | None) -> KernelCost:
-    rows, stats = heads * num_tokens * _FLOAT, 2 * heads * _FLOAT
+def _attention_tiles(tiles: Mapping[str, int], num_tokens: int, width: int) -> tuple[int, int, int]:
+    """Blocks of queries, pairs of a query and a key in their tiles, channels of the tiles: of one image's head."""
+    blocks = ceil_div(num_tokens, tiles["BLOCK_M"])
+    several = num_tokens <= tiles["BLOCK_N"] and tiles["BLOCK_N"] > ONE_TILE
+    pairs = blocks * tiles["BLOCK_M"] * _up(num_tokens, _TILE_STEP if several else tiles["BLOCK_N"])
+    return blocks, pairs, _up(width, _TILE_STEP) if width <= ONE_TILE else next_power_of_2(width)
+
+
+def attention_received(
+    batch: int,
+    heads: int,
+    num_tokens: int,
+    width: int,
+    item: int,
+    *,
+    has_size: bool,
+    block: int | None = None,
+    gpu: str = DEFAULT,
+) -> list[KernelCost]:
+    """Sums of columns, of each block of queries, and the mean of these. Keys that no single pass holds come twice."""
+    tiles = launch_config("attention_received", "forward", gpu, N=num_tokens, D=width, itemsize=item)
+    blocks, pairs, padded = _attention_tiles(tiles, num_tokens, width)
+    passes = 1 if num_tokens <= tiles["BLOCK_N"] else 2
+    rows = heads * num_tokens * width * item  # of q or k, of one image
+    sizes = num_tokens * _FLOAT * has_size
+    written = heads * blocks * num_tokens * _FLOAT
+    sums = KernelCost(
+        "attention_received.sums",
+        block,
+        multiply_adds=batch * heads * num_tokens**2 * width,
+        tile_multiply_adds=batch * heads * passes * pairs * padded,
+        exponentials=batch * heads * passes * pairs,
+        bytes_read=batch * (2 * rows + sizes),
+        bytes_written=batch * written,
+        bytes_loaded=batch * (rows + passes * blocks * (rows + heads * sizes)),
+        bytes_stored=batch * written,
+        programs=batch * heads * blocks,
+    )
+    mean = _mean_over_groups("attention_received.mean", batch, heads * blocks, num_tokens, block, of_logits=False)
+    return [sums, mean]
+
+
+def _mean_over_groups(
+    name: str, batch: int, groups: int, num_tokens: int, block: int | None, *, of_logits: bool = True
+) -> KernelCost:
+    """The mean of an image's rows, of heads or parts of them; with ``of_logits``, of their softmax."""
+    rows, stats = groups * num_tokens * _FLOAT, 2 * groups * _FLOAT * of_logits
     return KernelCost(
         name,
         block,
-        exponentials=batch * heads * ceil_div(num_tokens, REDUCE_BLOCK) * REDUCE_BLOCK,
+        exponentials=batch * groups * ceil_div(num_tokens, REDUCE_BLOCK) * REDUCE_BLOCK * of_logits,
         bytes_read=batch * (rows + stats),
         bytes_written=batch * num_tokens * _FLOAT,
         bytes_loaded=batch * (rows + stats * ceil_div(num_tokens, REDUCE_BLOCK)),
@@ -105,7 +149,7 @@ def class_attention_sort(
         bytes_loaded=batch * (num_tokens + others) * _FLOAT,
         bytes_stored=batch * num_tokens * _LONG,
     )
-    return [scores, _mean_over_heads("class_attention_sort.mean", batch, heads, num_tokens, block), order]
+    return [scores, _mean_over_groups("class_attention_sort.mean", batch, heads, num_tokens, block), order]
 
 
 def prune_merge(

@@ -124,7 +124,7 @@ inline void head_width(const char* op, const char* argument, const Tensor& tenso
                     shape_name(tensor.sizes()));
 }
 
-inline void qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& size) {
+inline void qk(const char* op, const Tensor& q, const Tensor& k) {
   dim(op, "q", q, "[B, H, N, D]");
   floating(op, "q", q);
   TORCH_CHECK_VALUE(q.size(2) >= 1, op, ": q must hold at least one token, got a tensor of shape ",
@@ -132,6 +132,10 @@ inline void qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& 
   head_width(op, "q", q);
   shape(op, "k", k, "[B, H, N, D]", q.sizes());
   like(op, "k", k, "q", q);
+}
+
+inline void qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& size) {
+  qk(op, q, k);
   shape(op, "v", v, "[B, H, N, D]", q.sizes());
   like(op, "v", v, "q", q);
   per_token(op, "size", size, "q", q, {q.size(0), q.size(2)});
@@ -249,6 +253,14 @@ inline void check_attention_backward(const Tensor& grad_out, const Tensor& q, co
   checks::qkv(op, q, k, v, size);
   checks::shape(op, "grad_out", grad_out, "[B, H, N, D]", q.sizes());
   checks::like(op, "grad_out", grad_out, "q", q);
+}
+
+inline void check_attention_received(const Tensor& q, const Tensor& k, const OptionalTensor& size,
+                                     int64_t num_prefix_tokens) {
+  const char* op = "attention_received";
+  checks::qk(op, q, k);
+  checks::per_token(op, "size", size, "q", q, {q.size(0), q.size(2)});
+  checks::prefix(op, num_prefix_tokens, q.size(2));
 }
 
 inline void check_tome_merge(const Tensor& x, const Tensor& metric, int64_t r, const OptionalTensor& size,

@@ -2,7 +2,7 @@
 // the passes over it; a longer one is read again, 256 keys at a time.
 #pragma once
 
-#include "device.cuh"
+#include "partial_sums.cuh"
 
 namespace tokcomp::cuda {
 
@@ -185,24 +185,6 @@ __global__ void __launch_bounds__(kThreads, 2) masked_softmax_backward_kernel(Ma
   }
 }
 
-// grad_mask[b, n] = the sum of `count` partial sums, in order.
-struct MaskSumParams {
-  const float* partial;  // [B, count, N]
-  float* grad_mask;      // [B, N]
-  int64_t batch, count;
-  int num_tokens;
-};
-
-static __global__ void __launch_bounds__(kThreads) mask_sum_kernel(MaskSumParams p) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;  // image and token
-  if (index >= p.batch * p.num_tokens) return;
-  const float* partial = p.partial + index / p.num_tokens * p.count * p.num_tokens + index % p.num_tokens;
-  float sum = 0.f;
-#pragma unroll 4
-  for (int64_t i = 0; i < p.count; ++i) sum += partial[i * p.num_tokens];
-  p.grad_mask[index] = sum;
-}
-
 template <typename T, typename Launch>
 void launch_masked_softmax(const MaskedSoftmaxParams<T>& p, const Launch& launch) {
   launch(masked_softmax_kernel<T>, ceil_div(p.batch * p.num_heads * p.num_tokens, kWarps), 0, p);
@@ -223,8 +205,7 @@ void launch_masked_softmax_backward(const MaskedSoftmaxBackwardParams<T>& p, con
   const int64_t count = f.num_heads * masked_softmax_row_blocks(f.num_tokens);
   launch(masked_softmax_backward_kernel<T>, f.batch * count,
          p.scratch ? 0 : masked_softmax_backward_shared(f.num_tokens), p);
-  launch(mask_sum_kernel, ceil_div(f.batch * f.num_tokens, kThreads), 0,
-         MaskSumParams{p.partial, p.grad_mask, f.batch, count, f.num_tokens});
+  launch_partial_sums({p.partial, p.grad_mask, f.batch, count, f.num_tokens, 1.f}, launch);
 }
 
 }  // namespace tokcomp::cuda

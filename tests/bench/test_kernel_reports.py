@@ -71,8 +71,8 @@ def test_unfit_kernels_are_named() -> None:
 
 def test_reading_ptxas() -> None:
     log = """
-ptxas info    : Compiling entry function '_ZN7tokcomp4cudaL15mask_sum_kernelENS0_13MaskSumParamsE' for 'sm_90a'
-ptxas info    : Function properties for _ZN7tokcomp4cudaL15mask_sum_kernelENS0_13MaskSumParamsE
+ptxas info    : Compiling entry function '_ZN7tokcomp4cudaL19partial_sums_kernelENS0_17PartialSumsParamsE' for 'sm_90a'
+ptxas info    : Function properties for _ZN7tokcomp4cudaL19partial_sums_kernelENS0_17PartialSumsParamsE
     16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
 ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem, 432 bytes cmem[0]
 ptxas info    : Compiling entry function '_ZN7tokcomp4cuda21merge_backward_kernelI6__halfEEvNS0_4TIT_EE' for 'sm_80'
@@ -87,5 +87,5 @@ ptxas info    : Used 28 registers, used 0 barriers, 432 bytes cmem[0]
     ]
     assert found == [
         ("merge_backward_kernel", "float16", 80, 28, 0, 0),
-        ("mask_sum_kernel", "", 90, 40, 28, 1024),
+        ("partial_sums_kernel", "", 90, 40, 28, 1024),
     ]

@@ -66,6 +66,24 @@ def test_attention(dtype: str, num_tokens: int, width: int, has_size: bool, monk
     check(launches, traffic_triton.attention(batch, heads, num_tokens, width, item, has_size=has_size))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "num_tokens", "width", "has_size"),
+    [("float16", 197, 24, True), ("float32", 77, 16, False), ("float16", 40, 136, True)],  # one pass, and two
+)
+def test_attention_received(
+    dtype: str, num_tokens: int, width: int, has_size: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokcomp_kernels.triton.attention_received import attention_received_triton
+
+    batch, heads = 2, 3
+    q, k = random(2, batch, num_tokens, heads, width, dtype=DTYPES[dtype]).transpose(2, 3).unbind(0)
+    size = random(batch, num_tokens).exp() if has_size else None
+    with counting(monkeypatch) as launches:
+        attention_received_triton(q, k, size=size)
+    item = q.element_size()
+    check(launches, traffic_triton.attention_received(batch, heads, num_tokens, width, item, has_size=has_size))
+
+
 @pytest.mark.parametrize("has_size", [False, True], ids=["ones", "sizes"])
 def test_class_attention_sort(has_size: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokcomp_kernels.triton.class_attention_sort import class_attention_sort_triton

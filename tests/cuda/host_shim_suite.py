@@ -23,7 +23,7 @@ from tokcomp_kernels.testing import Sample, samples
 
 OPS = (
     *("class_attention_sort", "prune_merge", "prune_merge_norm", "add_layer_norm", "_merge_backward"),
-    *("masked_softmax", "_masked_softmax_backward"),
+    *("masked_softmax", "_masked_softmax_backward", "attention_received"),
 )
 #: Shared memory of a block, and whether there are clusters.
 DEVICES = {"sm_90": (227 * 1024, True), "sm_80": (163 * 1024, False)}
@@ -320,6 +320,28 @@ def test_masked_softmax_backward_keeps_the_masks_dtype(dtype: torch.dtype) -> No
     assert grad_mask.dtype == dtype and torch.equal(grad_mask, expected.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("num_tokens", "width"), [(256, 64), (257, 8), (40, 80), (70, 300), (520, 136)])
+def test_attention_received_tiles(num_tokens: int, width: int, dtype: torch.dtype) -> None:
+    """All keys and channels at a time; tiles of keys; slices of channels; both."""
+    for q, k in zip(*(layouts(randn(1, 2, num_tokens, width, dtype=dtype, seed=seed)) for seed in (1, 2)), strict=True):
+        check("attention_received", q, k, size=rand(1, num_tokens) * 4, scale=0.2)
+        if num_tokens > 70:
+            break
+
+
+@pytest.mark.parametrize("num_tokens", [40, 300])
+def test_attention_received_extremes(num_tokens: int) -> None:
+    """A query that is no number is seen in all of its image's keys; a tile of keys that none sees, in none."""
+    q, k = torch.ones(3, 1, num_tokens, 8), torch.ones(3, 1, num_tokens, 8)
+    q[1, 0, 7] = float("nan")
+    k[2, 0, : num_tokens // 2] = -1e38
+    (received,) = run("attention_received", q, k, scale=1e3)
+    assert torch.allclose(received[0], torch.tensor(1 / num_tokens)) and received[1].isnan().all()
+    assert not received[2, : num_tokens // 2].any()
+    assert torch.allclose(received[2, num_tokens // 2 :], torch.tensor(2 / num_tokens))
+
+
 def calls() -> dict[str, tuple[Any, ...]]:
     half, scores = torch.float16, randn(4, 2, 12, 12, dtype=torch.float16)
     mask = rand(4, 12)
@@ -330,6 +352,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "add_layer_norm": (randn(4, 12, 16, dtype=half), randn(4, 12, 16, dtype=half, seed=1)),
         "_merge_backward": (randn(4, 12, 16, dtype=half), torch.arange(9).remainder(4).expand(4, 9)),
         "masked_softmax": (scores, mask),
+        "attention_received": (randn(4, 2, 12, 8, dtype=half), randn(4, 2, 12, 8, dtype=half, seed=1)),
         "_masked_softmax_backward": (randn(4, 2, 12, 12, dtype=half, seed=1), scores, mask),
     }
 
@@ -356,8 +379,7 @@ def test_nothing_there() -> None:
     assert run("class_attention_sort", randn(2, 3, 8), randn(2, 3, 0, 8), None, None, 0)[0].shape == (2, 0)
     cls_attn, token_order = run("class_attention_sort", torch.empty(2, 0, 8), torch.empty(2, 0, 5, 8))
     assert cls_attn.isnan().all() and torch.equal(token_order, torch.arange(5).expand(2, -1))
-    cls_attn, _ = run("class_attention_sort", torch.empty(2, 3, 0), torch.empty(2, 3, 5, 0), None, 1.0)
-    assert torch.allclose(cls_attn, torch.full((2, 5), 1 / 5))
+    assert run("attention_received", *[torch.empty(2, 0, 5, 8)] * 2)[0].isnan().all()
     assert run("prune_merge", randn(2, 0, 4), randn(2, 0), 0, 0, num_prefix_tokens=0)[0].shape == (2, 0, 4)
     source = run("prune_merge", torch.empty(2, 9, 0), randn(2, 9), 8, 4)[2]
     assert torch.equal(source.sort(1).values[0], torch.tensor([-1, 0, 1, 1, 1, 1, 1, 2, 3]))

@@ -26,7 +26,7 @@ KERNELS: list[dict[str, Any]] = REPORT["kernels"]
 #: Kernels with more than one variant for each type: rows of up to two pieces a lane, and longer ones.
 VARIANTS = {"add_layer_norm_kernel": 2}
 #: Kernels that see scores and sums alone, whatever the type of the rows.
-TYPELESS = ("rank_kernel", "mask_sum_kernel")
+TYPELESS = ("rank_kernel", "partial_sums_kernel")
 OPERATORS = sorted(
     re.findall(r"^TOKCOMP_REGISTER_CUDA\((\w+),", "\n".join(p.read_text() for p in CUDA.glob("*.cu")), re.MULTILINE)
 )

@@ -21,11 +21,12 @@ BLOCKS = {
     "prune_merge_resident_kernel": (2, 3),
     "prune_merge_streaming_kernel": (2, 3),
     "class_attention_sort_kernel": (3, 3),
+    "attention_received_kernel": (2, 3),
     "masked_softmax_kernel": (4, 4),
     "masked_softmax_backward_kernel": (2, 2),
     "add_layer_norm_kernel": (3, 3),
     "merge_backward_kernel": (4, 4),
-    "mask_sum_kernel": (6, 6),
+    "partial_sums_kernel": (6, 6),
     "rank_kernel": (6, 6),
 }
 #: At most so many shuffles and block barriers. A loop that is unrolled repeats them, and so do the copies of a loop for
@@ -34,11 +35,12 @@ LIMITS = {
     "prune_merge_resident_kernel": (30, 19),
     "prune_merge_streaming_kernel": (28, 7),
     "class_attention_sort_kernel": (28, 3),
+    "attention_received_kernel": (30, 4),
     "masked_softmax_kernel": (10, 0),
     "masked_softmax_backward_kernel": (30, 1),
     "add_layer_norm_kernel": (10, 0),
     "merge_backward_kernel": (10, 0),
-    "mask_sum_kernel": (0, 0),
+    "partial_sums_kernel": (0, 0),
     "rank_kernel": (0, 2),
 }
 #: Whose rows or sums lie in shared memory or in device memory, as they fit; the resident one reads other blocks'.

@@ -107,6 +107,7 @@ def test_importing_does_not_import_triton() -> None:
         ("tk.masked_attention(q, q, q, one * 2)", "masked_attention: token_mask must be between 0 and 1, got 2.0"),
         ("tk.masked_softmax(q @ q.mT * float('nan'), one)", "masked_softmax: scores must not be NaN, got nan"),
         ("tk.attention(q, q, q, size=one * 0)", "attention: size must be positive and finite, got 0.0"),
+        ("tk.attention_received(q / 0, q)", "attention_received: q must be finite, got"),
         (
             "tk.class_attention_sort(q[:, :, 0], q, nan)",
             "class_attention_sort: size must be positive and finite, got nan",

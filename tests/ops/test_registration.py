@@ -99,6 +99,14 @@ def test_autocast_lowers_q_k_v_alone(op: str) -> None:
     assert torch.equal(cls_attn, want_cls)
 
 
+def test_autocast_lowers_what_attention_is_received_from() -> None:
+    q, k = torch.randn(2, 2, 2, 9, 8, device=DEVICE).unbind()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        received = torch.ops.tokcomp.attention_received(q, k)
+    assert received.dtype == torch.float32
+    assert torch.equal(received, torch.ops.tokcomp.attention_received(q.bfloat16(), k.bfloat16()))
+
+
 def test_autocast_keeps_softmax_in_float32_and_merging_as_it_is() -> None:
     scores, mask = torch.randn(1, 2, 5, 5, device=DEVICE).bfloat16(), torch.ones(1, 5, device=DEVICE)
     x, importance = torch.randn(1, 5, 8, device=DEVICE), torch.rand(1, 5, device=DEVICE)

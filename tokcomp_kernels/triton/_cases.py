@@ -109,6 +109,7 @@ def _block_cases(block: Block, dtype: torch.dtype, *, sizes: bool) -> Iterator[C
     yield Case("_attention_backward", name, (grad_out, q, k, v), sized)
     yield Case("_masked_attention_backward", name, (grad_out, q, k, v, per_token), sized)
     yield Case("class_attention_sort", name, (q[:, :, 0], k, size))
+    yield Case("attention_received", name, (q, k), sized)
     yield Case("prune_merge", name, (x, *call), sized)
     yield Case("prune_merge_norm", name, (x, x, *call, *norm), sized)
     prunes = (per_token, block.merged, block.merged)
@@ -144,6 +145,7 @@ def _attention_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case("_attention_backward", name, (grad_out, q, k, v), {"size": per_token})
         yield Case("_masked_attention_backward", name, (grad_out, q, k, v, per_token), {"size": per_token})
         yield Case("class_attention_sort", name, (q[:, :, 0], k, per_token))
+        yield Case("attention_received", name, (q, k), {"size": per_token})
 
 
 def _other_cases(dtype: torch.dtype) -> Iterator[Case]:

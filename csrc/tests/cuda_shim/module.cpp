@@ -42,6 +42,7 @@ void tokcomp::cuda::Launcher::operator()(void (*kernel)(Params), int64_t blocks,
   TORCH_LIBRARY_IMPL(tokcomp_shim, CPU, m) { m.impl(#op, function); }
 
 #include "../../cuda/add_layer_norm.cu"
+#include "../../cuda/attention_received.cu"
 #include "../../cuda/class_attention_sort.cu"
 #include "../../cuda/masked_softmax.cu"
 #include "../../cuda/merge_backward.cu"
