@@ -42,11 +42,12 @@ def compress(model: ModelT, method: Method) -> ModelT:
         got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
         raise TypeError(f"method must be a DiffRate, ToMe, EViT or other Method object, got {got}")
     adapter = find_adapter(model)
+    geometry = adapter.geometry(model)
     adapter.validate(model, method)
-    method.validate(adapter.geometry(model))
+    method.validate(geometry)
     require_same_method(fold_of(model), method.name)
     require_idle(model)
-    _change(adapter, model, method)
+    _change(adapter, model, method.fitted(geometry))
     return model
 
 

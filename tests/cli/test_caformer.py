@@ -43,9 +43,6 @@ def test_visualize(run, picture, schedule, tmp_path):
 
 def test_what_cannot_be_done_is_refused(run, image_folder, schedule):
     command = ("evaluate", image_folder, *SMALL)
-    status, _, err = run(*command, "--method", "evit", "--keep-rate", "0.7")
-    assert status == 2
-    assert "EViT needs a class token" in err
     status, _, err = run(*command, "--method", "diffrate", "--schedule", schedule, "--metric", "cls_attn")
     assert status == 2
     assert "metric 'cls_attn' needs a class token" in err

@@ -17,7 +17,7 @@ METHODS = {
     "merge": DIFFRATE,
     "merge, weighted size": tokcomp.DiffRate(SCHEDULE, metric="image_attn", pipeline="merge"),
     "prune": tokcomp.DiffRate(SCHEDULE, metric="image_attn", pipeline="prune"),
-    "prune_merge": tokcomp.DiffRate(SCHEDULE, metric="image_attn"),
+    "prune_merge": tokcomp.DiffRate(SCHEDULE),
     "merge_prune": tokcomp.DiffRate(SCHEDULE, metric="image_attn", pipeline="merge_prune"),
     "tome": tokcomp.ToMe(3),
     "tome, no sizes": tokcomp.ToMe([5, 0, 4, 2], prop_attn=False),
@@ -219,6 +219,20 @@ def test_pruned_positions_keep_what_they_had_when_they_were_pruned():
     source = tokcomp.trace(model, images)[-1]
     assert (source < 0).sum(1).tolist() == [14, 14, 14]
     assert torch.equal(grids[0][source < 0], seen[0][source < 0])
+
+
+def test_evit_gives_fused_positions_the_fused_token():
+    model, images = caformer().double(), images_of().double()
+    tokcomp.compress(model, tokcomp.EViT(num_pruned=3))
+    grids = []
+    model.stages[2].register_forward_hook(lambda stage, args, out: grids.append(out.flatten(2).transpose(1, 2)))
+    with torch.no_grad():
+        model(images)
+    source = tokcomp.trace(model, images)[-1]
+    assert source.min() == 0 and int(source.max()) == TOKENS - 4 * (3 - 1) - 1  # every block fuses three into one
+    for grid, slots in zip(grids[0], source, strict=True):
+        fused = slots == slots.max()
+        assert fused.sum() >= 3 and len(torch.unique(grid[fused], dim=0)) == 1
 
 
 def test_trace_and_pictures():

@@ -58,12 +58,11 @@ def test_schedules_may_go_on_for_the_last_stage():
             tokcomp.compress(caformer(), tokcomp.DiffRate(wrong, metric="image_attn", pipeline="merge"))
 
 
-def test_methods_that_need_a_class_token_are_refused():
+def test_metrics_of_a_class_token_are_refused():
     model = caformer()
     classes = [type(module) for module in model.modules()]
     for method, message in (
-        (tokcomp.EViT(0.7, blocks=(1,)), "EViT needs a class token, which this model does not have"),
-        (tokcomp.DiffRate(SCHEDULE), "metric 'cls_attn' needs a class token, which this model does not have"),
+        (tokcomp.DiffRate(SCHEDULE, "cls_attn"), "metric 'cls_attn' needs a class token, which this model does not"),
         (tokcomp.DiffRate(SCHEDULE, "cls_attn_v"), "metric 'cls_attn_v' needs a class token"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -151,7 +151,7 @@ def test_tome(make_vit, family):
 
 
 @pytest.mark.parametrize("family", CLASSLESS)
-def test_image_attention_needs_no_class_token(make_vit, family):
+def test_without_a_class_token_the_attention_received_ranks(make_vit, family):
     model = make_vit(**CLASSLESS[family]).double()
 
     def reduce(index, x, size, attn, k, prefix):
@@ -160,7 +160,20 @@ def test_image_attention_needs_no_class_token(make_vit, family):
         counts = PRUNE[index], MERGE[index]
         return prune_merge_reference(x, attn.mean((1, 2)), *counts, size=size, num_prefix_tokens=prefix)[:2]
 
-    assert_matches(model, tokcomp.DiffRate(DIFFRATE.schedule, metric="image_attn"), reduce)
+    expected = assert_matches(model, DIFFRATE, reduce)
+    asked_for = tokcomp.compress(model.double(), tokcomp.DiffRate(DIFFRATE.schedule, metric="image_attn"))
+    torch.testing.assert_close(asked_for(images_for(model)), expected, atol=1e-6, rtol=0)  # weights rounded to float32
+
+
+@pytest.mark.parametrize("family", CLASSLESS)
+def test_evit_without_a_class_token(make_vit, family):
+    def reduce(index, x, size, attn, k, prefix):
+        received = attn.mean((1, 2))
+        kept, _, source = prune_merge_reference(x, received, x.shape[1] - 3, x.shape[1] - 3, num_prefix_tokens=prefix)
+        fused = (received * (source < 0)).unsqueeze(1) @ x
+        return torch.cat([kept, fused], 1), None
+
+    assert_matches(make_vit(**CLASSLESS[family]).double(), tokcomp.EViT(num_pruned=3), reduce)
 
 
 @pytest.mark.parametrize("family", FAMILIES | CLASSLESS)

@@ -5,6 +5,8 @@ That each computes what it should is tested in tests/oracle.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tokcomp
 import torch
@@ -113,13 +115,25 @@ def test_merging_nothing_into_the_prefix_is_no_error(make_vit):
 
 @pytest.mark.parametrize(
     "method",
-    [tokcomp.DiffRate(SCHEDULE), tokcomp.DiffRate(SCHEDULE, metric="cls_attn_v"), tokcomp.EViT(0.7, blocks=(1,))],
-    ids=repr,
+    [
+        tokcomp.DiffRate(SCHEDULE, metric="cls_attn"),
+        tokcomp.DiffRate(SCHEDULE, metric="cls_attn_v"),
+        tokcomp.DiffRate(replace(SCHEDULE, method={"metric": "cls_attn"})),
+    ],
+    ids=["cls_attn", "cls_attn_v", "of the schedule"],
 )
-def test_class_attention_needs_a_class_token(make_vit, method):
+def test_class_attention_that_is_asked_for_needs_a_class_token(make_vit, method):
     model = make_vit(class_token=False, global_pool="avg")
     with pytest.raises(ValueError, match="needs a class token, which this model does not have; use"):
         tokcomp.compress(model, method)
+
+
+@pytest.mark.parametrize("make", [lambda: tokcomp.DiffRate(SCHEDULE), lambda: tokcomp.EViT(num_pruned=3)])
+def test_what_a_method_leaves_to_the_model_is_chosen_for_each(make_vit, make):
+    images, used = torch.randn(2, 3, 32, 32), make()
+    tokcomp.compress(make_vit(class_token=False, global_pool="avg"), used)(images)
+    assert used.needs == {"cls_attn"}
+    assert torch.equal(tokcomp.compress(make_vit(), used)(images), tokcomp.compress(make_vit(), make())(images))
 
 
 def test_evidence_that_needs_do_not_name_is_an_error(make_vit):

@@ -66,8 +66,8 @@ def test_foretells_the_compressed_model(make_vit, images_for, metric, pipeline):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(make_vit, images_for, family):
     model = make_vit(**FAMILIES[family]).double()
-    metric = "image_attn" if "class_token" in FAMILIES[family] else "cls_attn"
-    search = draw_logits(DiffRateSearch(model, metric=metric, match_inference=True).eval())
+    search = draw_logits(DiffRateSearch(model, match_inference=True).eval())
+    assert search.metric == ("image_attn" if "class_token" in FAMILIES[family] else "cls_attn")
     images = images_for(model).double()
     assert_foretells(search, images)
     logits, flops = search(images)
@@ -247,7 +247,7 @@ def test_wrong_models_are_refused(make_vit):
     with pytest.raises(tokcomp.UnsupportedModelError, match="global_pool=''"):
         DiffRateSearch(make_vit(global_pool=""))
     with pytest.raises(ValueError, match="class token"):
-        DiffRateSearch(make_vit(class_token=False, global_pool="avg"))
+        DiffRateSearch(make_vit(class_token=False, global_pool="avg"), metric="cls_attn")
 
 
 def test_other_image_sizes_are_refused(make_vit):

@@ -45,7 +45,7 @@ def attend(
     else:
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     if "image_attn" in needs:
-        image_attn = mean_received_attention(q, k, scale=scale, size=size)
+        image_attn = torch.ops.tokcomp.attention_received(q, k, size=size, scale=scale)
     evidence = Evidence(
         cls_attn if "cls_attn" in needs else None,
         image_attn,
@@ -116,20 +116,6 @@ def _mean_received_under_mask(q: Tensor, k: Tensor, mask: Tensor, *, scale: floa
     for head in range(heads):
         scores = _scores(q[:, head], k[:, head], scale, bias).unsqueeze(1)  # [B, 1, N, N]
         total = total + (weight @ torch.ops.tokcomp.masked_softmax(scores, mask)[:, 0])[:, 0]
-    return total / heads
-
-
-@torch.no_grad()
-def mean_received_attention(q: Tensor, k: Tensor, *, scale: float, size: Tensor | None = None) -> Tensor:
-    """Attention each token receives, mean over heads and over all queries: [B, N], float32 (float64 for float64 input).
-
-    One head at a time, so that only [B, N, N] is ever held.
-    """
-    heads = q.shape[1]
-    bias = _log_size(size)
-    total = _probabilities(q[:, 0], k[:, 0], scale, bias).mean(1)  # [B, N]
-    for head in range(1, heads):
-        total = total + _probabilities(q[:, head], k[:, head], scale, bias).mean(1)
     return total / heads
 
 

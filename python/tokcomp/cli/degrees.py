@@ -40,7 +40,7 @@ def add_degree_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--metric",
         choices=("cls_attn", "image_attn", "cls_attn_v", "random"),
-        help="diffrate: what ranks the tokens (default: what the schedules say, or cls_attn; image_attn for CAFormers)",
+        help="diffrate: what ranks tokens (default: the schedules'; cls_attn; image_attn without a class token)",
     )
     add_rescale_option(group)
     group.add_argument("--no-prop-attn", action="store_true", help="tome: attention that ignores token sizes")

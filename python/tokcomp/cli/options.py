@@ -131,7 +131,7 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
     group.add_argument(
         "--metric",
         choices=("cls_attn", "image_attn", "cls_attn_v", "random"),
-        help="diffrate: what ranks the tokens (default: what the schedule says, or cls_attn; image_attn for CAFormers)",
+        help="diffrate: what ranks tokens (default: the schedule's; cls_attn; image_attn without a class token)",
     )
     group.add_argument(
         "--pipeline",

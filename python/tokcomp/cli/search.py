@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--metric",
         choices=("cls_attn", "image_attn", "cls_attn_v", "random"),
-        help="what ranks the tokens (default: cls_attn; image_attn for CAFormers)",
+        help="what ranks the tokens (default: cls_attn; image_attn without a class token)",
     )
     search.add_argument(
         "--pipeline",

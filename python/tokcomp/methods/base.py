@@ -96,6 +96,10 @@ class Method(ABC):
     def validate(self, geometry: Geometry) -> None:
         """Raise ValueError or TypeError if this method cannot compress a model of this geometry."""
 
+    def fitted(self, geometry: Geometry) -> Method:
+        """The method with what was left to the model chosen for one of this geometry; itself where nothing was."""
+        return self
+
     def check_tokens(self, num_tokens: int, num_prefix_tokens: int) -> None:  # noqa: B027  most take any number
         """Raise ValueError if a model cannot be compressed at an image size that makes ``num_tokens`` enter block 0.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +41,14 @@ class Settings(NamedTuple):
 
 
 def published_settings(geometry: Geometry) -> Settings:
-    """What was published for models of this geometry: hierarchical ones merge only, by the attention received."""
+    """What was published for models of this geometry: hierarchical ones merge only.
+
+    Without a class token it is the attention received that ranks, as published for hierarchical models.
+    """
+    metric = "cls_attn" if geometry.has_class_token else "image_attn"
     if geometry.spreads_tokens:
-        return Settings("image_attn", "merge", similarity_weighted_size=False)
-    return Settings("cls_attn", "prune_merge", similarity_weighted_size=True)
+        return Settings(metric, "merge", similarity_weighted_size=False)
+    return Settings(metric, "prune_merge", similarity_weighted_size=True)
 
 
 class DiffRate(Method):
@@ -55,7 +60,7 @@ class DiffRate(Method):
     importance, of the kept token it was merged into.
 
     The arguments after the schedule default to what the schedule's ``method`` says, and otherwise to the first value
-    listed here.
+    listed here; the metric then is ``image_attn`` for a model without a class token.
 
     Args:
         schedule: tokens to keep per block.
@@ -85,6 +90,7 @@ class DiffRate(Method):
     ) -> None:
         if not isinstance(schedule, CompressionSchedule):
             raise TypeError(f"schedule must be a CompressionSchedule, got {type(schedule).__name__}")
+        self._metric_is_open = metric is None and "metric" not in (schedule.method or {})
         metric = _setting(schedule, "metric", metric, "cls_attn")
         pipeline = _setting(schedule, "pipeline", pipeline, "prune_merge")
         if not isinstance(metric, str) or metric not in METRICS:
@@ -131,7 +137,7 @@ class DiffRate(Method):
         require_depth("schedule", len(self.schedule), geometry, hint="; search one for this depth (tokcomp search)")
         if geometry.num_tokens is not None:
             self.check_tokens(geometry.num_tokens, geometry.num_prefix_tokens)
-        if "cls_attn" in self.needs:
+        if "cls_attn" in self.needs and not self._metric_is_open:
             require_class_token(f"metric {self.metric!r}", geometry, 'metric="image_attn" or ToMe')
         prefix = geometry.num_prefix_tokens
         alive = geometry.num_tokens
@@ -148,6 +154,14 @@ class DiffRate(Method):
                 )
             if alive is not None:
                 alive = min(alive, num_prune_kept, num_merge_kept)
+
+    def fitted(self, geometry: Geometry) -> DiffRate:
+        if not self._metric_is_open:
+            return self
+        fitted = copy.copy(self)
+        fitted.metric, fitted._metric_is_open = published_settings(geometry).metric, False
+        fitted.needs = METRICS[fitted.metric]
+        return fitted
 
     def check_tokens(self, num_tokens: int, num_prefix_tokens: int) -> None:
         wanted = self.schedule.num_tokens

@@ -1,7 +1,8 @@
-"""EViT (ICLR 2022): keep the tokens that the class token attends to, fuse the others into one."""
+"""EViT (ICLR 2022): keep the tokens that the class token attends to, or all do, and fuse the others into one."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -17,7 +18,6 @@ from tokcomp.methods.base import (
     is_list,
     most_important,
     non_negative,
-    require_class_token,
     require_depth,
 )
 
@@ -26,7 +26,8 @@ class EViT(Method):
     """Keep the most attended patch tokens and fuse the dropped ones into their attention-weighted sum.
 
     The fused token comes last, counts among the patch tokens of the next block and competes like any other. There are
-    no sizes and no proportional attention. The weights of the sum carry no gradient.
+    no sizes and no proportional attention. The weights of the sum carry no gradient. Attention is the class token's, or
+    the mean of all tokens' if the model has no class token.
 
     Args:
         keep_rate: share of the patch tokens to keep, rounded up, in each of ``blocks``; or one per block of the model
@@ -66,11 +67,17 @@ class EViT(Method):
         return f"EViT(keep_rate={self.keep_rate}{blocks}, fuse={self.fuse})"
 
     def validate(self, geometry: Geometry) -> None:
-        require_class_token("EViT", geometry, 'DiffRate(metric="image_attn") or ToMe')
         if isinstance(self.keep_rate, tuple):
             require_depth("keep_rate", len(self.keep_rate), geometry)
         elif self.keep_rate is not None and any(block >= geometry.depth for block in self.blocks):
             raise ValueError(f"blocks must be below the model's depth {geometry.depth}, got {self.blocks}")
+
+    def fitted(self, geometry: Geometry) -> EViT:
+        if geometry.has_class_token or self.needs != EViT.needs:
+            return self
+        fitted = copy.copy(self)
+        fitted.needs = frozenset({"image_attn"})
+        return fitted
 
     def assign(self, block: int, num_tokens: int, num_prefix_tokens: int) -> Assignment | None:
         patches = num_tokens - num_prefix_tokens
@@ -89,7 +96,7 @@ class EViT(Method):
         return Assignment(kept, kept, kept + self.fuse)
 
     def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
-        return evidence.require("cls_attn")
+        return evidence.require("cls_attn" if "cls_attn" in self.needs else "image_attn")
 
     def kept_places(self, score: Tensor, source: Tensor, num_tokens_out: int, num_prefix_tokens: int) -> Tensor:
         """A fused token has the place of the most attended one in it."""

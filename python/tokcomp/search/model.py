@@ -32,8 +32,8 @@ class DiffRateSearch(nn.Module):
         model: a plain timm model of a family that :func:`tokcomp.compress` understands.
         granularity: step between the candidate numbers of tokens to keep.
         metric, pipeline: as in :class:`tokcomp.DiffRate`; with ``prune`` or ``merge`` the proxies of the other kind
-            never move. By default what was published for the family: ``cls_attn`` and ``prune_merge``, and for
-            CAFormers ``image_attn`` and ``merge``.
+            never move. By default ``cls_attn``, or ``image_attn`` without a class token, and ``prune_merge``, or
+            ``merge`` for CAFormers.
         match_inference: merged tokens add their size times their similarity, as in inference, and keep their own size.
             In the published search they add at least 1, and what they add becomes their size, which enters their mask's
             gradient.

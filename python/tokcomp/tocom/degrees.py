@@ -59,12 +59,15 @@ def diffrate_degrees(
     Args:
         model: the model that they are for; it is not changed.
         schedules: the schedules, usually two or more; a DiffRate keeps its own metric and pipeline.
-        metric: importance for bare schedules; by default the one they name, or ``cls_attn``.
+        metric: importance for bare schedules; by default as for :class:`tokcomp.DiffRate`.
 
     Raises:
         ValueError: two of them cost the same, or one does not fit the model.
     """
-    methods = [one if isinstance(one, DiffRate) else DiffRate(one, metric=metric) for one in schedules]
+    adapter = find_adapter(model)
+    geometry = adapter.geometry(model)
+    given = [one if isinstance(one, DiffRate) else DiffRate(one, metric=metric) for one in schedules]
+    methods = [method.fitted(geometry) for method in given]
     costs = [flops_by(model, method) for method in methods]
     order = sorted(range(len(methods)), key=lambda index: -costs[index])
     for first, second in pairwise(order):
@@ -72,8 +75,7 @@ def diffrate_degrees(
             raise ValueError(
                 f"schedules must differ in cost, got two of {costs[first] / 1e9:.6g} GFLOPs, at {first} and {second}"
             )
-    adapter = find_adapter(model)
-    keep_all = [adapter.num_tokens(model)] * adapter.geometry(model).depth
+    keep_all = [adapter.num_tokens(model)] * geometry.depth
     uncompressed = DiffRate(CompressionSchedule(keep_all, keep_all), metric=methods[0].metric if methods else metric)
     return {0: uncompressed, **{degree: methods[index] for degree, index in enumerate(order, start=1)}}
 
