@@ -151,7 +151,7 @@ def test_exceptions_leave_the_model_clean(make_vit, make_plugin):
     plugin, before, clean = make_plugin(model), qkv_weights(model), structure(model)
     with pytest.raises(KeyboardInterrupt), plugin.applied(model, 0, 2), plugin.applied(model, 2, 4):
         raise KeyboardInterrupt
-    with contextlib.suppress(RuntimeError), plugin.applied(model, 0, 2):
+    with contextlib.suppress(RuntimeError, ValueError), plugin.applied(model, 0, 2):
         model(IMAGES[:, :2])
     assert structure(model) == clean and same_bits(qkv_weights(model), before)
 
