@@ -33,7 +33,7 @@ function(tokcomp_add_cpu_level level flags)
   target_compile_options(tokcomp_cpu_${level} PRIVATE ${cxx_flags} ${flags})
   target_compile_definitions(tokcomp_cpu_${level} PRIVATE
     CPU_CAPABILITY=${capability} CPU_CAPABILITY_${capability})
-  # Half of a file's compilation is torch's headers: seven files share them.
+  # Most of a file's compilation is torch's headers: seven files share them, and must not use one name for two things.
   set_target_properties(tokcomp_cpu_${level} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 7)
 endfunction()
 

@@ -15,8 +15,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=os.environ | (env or {}))
+def run(*command: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    words, env = [str(part) for part in command], os.environ | (env or {})
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=cwd)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done.stdout
 

@@ -180,6 +180,18 @@ def test_libtokcomp_takes_every_level(dispatched: Dispatched, by_level: dict[str
     assert refused.returncode != 0 and "TOKCOMP_CPU_CAPABILITY must be one of default" in refused.stderr
 
 
+@on_x86_64
+@pytest.mark.slow
+def test_a_missing_module_is_said(dispatched: Dispatched, tmp_path: Path):
+    shutil.copytree(dispatched.package, tmp_path / "tokcomp_kernels")
+    (gone,) = (tmp_path / "tokcomp_kernels").glob("_C.*.default.so")
+    gone.unlink()
+    look = "import tokcomp_kernels as t; print(t.load_error, t.build_info(), t.native_kernels()['cpu'])"
+    said = run(sys.executable, "-c", look, env={"PYTHONPATH": str(tmp_path), VARIABLE: "default"}, cwd=tmp_path)
+    assert f"{gone.name}: cannot open shared object file" in said
+    assert said.endswith("rebuild with pip install -e . (or make build) {} frozenset()\n")
+
+
 def test_a_wrong_level_is_an_error():
     """Not a reason to compute with something else."""
     env = os.environ | {VARIABLE: "sse9"}
