@@ -1,9 +1,9 @@
-# Instruction sets of the CPU kernels, and the definitions by which at::vec picks its width. Each level's kernels are the
-# object library tokcomp_cpu_<level>; sets tokcomp_cpu_levels.
+# Instruction sets of the CPU kernels, and the definitions by which at::vec picks its width. Each level's kernels are
+# the object library tokcomp_cpu_<level>; sets tokcomp_cpu_levels.
 #
 # TOKCOMP_CPU_ARCH=dispatch compiles csrc/cpu for every level and links each into a module of its own, of which one is
-# loaded (csrc/cpu_level.h). Modules and not one library: templates of the standard library and of torch, and their static
-# initialisers, are compiled at every level under the same names, of which a linker keeps any one for all.
+# loaded (csrc/cpu_level.h). Modules and not one library: templates of the standard library and of torch, and their
+# static initialisers, are compiled at every level under the same names, of which a linker keeps any one for all.
 set(flags_generic "")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(x86 TRUE)
@@ -33,8 +33,8 @@ function(tokcomp_add_cpu_level level flags)
   target_compile_options(tokcomp_cpu_${level} PRIVATE ${cxx_flags} ${flags})
   target_compile_definitions(tokcomp_cpu_${level} PRIVATE
     CPU_CAPABILITY=${capability} CPU_CAPABILITY_${capability})
-  # Most of a file's compilation is torch's headers: seven files share them, and must not use one name for two things.
-  set_target_properties(tokcomp_cpu_${level} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 7)
+  # Most of a file's compilation is torch's headers: eight files share them, and must not use one name for two things.
+  set_target_properties(tokcomp_cpu_${level} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 8)
 endfunction()
 
 set(tokcomp_cpu_features "")
