@@ -95,7 +95,7 @@ class TimmEva(TimmVisionTransformer):
 
     def place(self, model: Any, x: Tensor) -> tuple[Tensor, Places | None]:
         x, table = model._pos_embed(x)
-        return model.norm_pre(x), None if table is None else Places(table)
+        return x, None if table is None else Places(table)
 
     def head(self, model: Any, x: Tensor, weights: Weights | None, pre_logits: bool = False) -> Tensor:
         # Attention pooling reads the prefix tokens as well.

@@ -71,8 +71,12 @@ class TimmVisionTransformer(IsotropicAdapter):
         return self.layout_of_block(tower.blocks[0])
 
     def place(self, model: Any, x: Tensor) -> tuple[Tensor, Places | None]:
-        """Tokens [B, N, C] for block 0 of embedded patches x, and their places where attention goes by them."""
-        return model.norm_pre(model.patch_drop(model._pos_embed(x))), None
+        """A token for every position, [B, N, C], of embedded patches x, and their places if attention uses them."""
+        return model._pos_embed(x), None
+
+    def enter(self, model: Any, x: Tensor) -> Tensor:
+        """What of the positions' tokens x [B, N, C] enters block 0: fewer of them where training drops patches."""
+        return model.norm_pre(x if model.patch_drop is None else model.patch_drop(x))
 
     def head(self, model: Any, x: Tensor, weights: Weights | None, pre_logits: bool = False) -> Tensor:
         """Logits of normalised tokens x [B, M, C]."""

@@ -63,8 +63,9 @@ class CompressedModel(CompressedTower):
             with widened(images):
                 x = self.patch_embed(images)
         x, places = self._tokcomp_adapter.place(self, x)
+        # Before patches are dropped in training: that leaves fewer tokens of an image that has the right size.
         self._tokcomp_method.check_tokens(x.shape[1], self.num_prefix_tokens)
-        return x, places
+        return self._tokcomp_adapter.enter(self, x), places
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         refuse_symbols(x)

@@ -33,6 +33,7 @@ def _run_blocks(adapter: Any, model: Any, images: Tensor, blocks: Sequence[Block
     with widened(images):
         x = embed(images) if packed is None else search_fast.embed_patches(embed, images, packed)
     x, places = adapter.place(model, x)
+    x = adapter.enter(model, x)
     wanted = blocks[0].num_tokens
     if x.shape[1] != wanted:
         raise ValueError(f"images must give {wanted} tokens as the model's own size does, got {x.shape[1]}")
