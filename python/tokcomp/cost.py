@@ -24,15 +24,18 @@ def counts_of(model: nn.Module, method: Method | None = None, img_size: tuple[in
 
     ``img_size``: height and width of the images, by default the model's own.
     """
-    adapter = find_adapter(model)
-    geometry = adapter.geometry(model)
-    num_tokens = _num_tokens(model, img_size)
+    geometry = find_adapter(model).geometry(model)
+    return counts_under(method, _num_tokens(model, img_size), geometry.depth, geometry.num_prefix_tokens)
+
+
+def counts_under(method: Method | None, num_tokens: int, depth: int, prefix: int) -> TokenCounts:
+    """The same for any model of ``depth`` blocks that ``num_tokens`` enter, ``prefix`` of them no patches."""
     if method is not None:
-        method.check_tokens(num_tokens, geometry.num_prefix_tokens)
+        method.check_tokens(num_tokens, prefix)
     num_in, num_out = [], []
-    for block in range(geometry.depth):
+    for block in range(depth):
         num_in.append(num_tokens)
-        assignment = None if method is None else method.assign(block, num_tokens, geometry.num_prefix_tokens)
+        assignment = None if method is None else method.assign(block, num_tokens, prefix)
         num_out.append(num_tokens if assignment is None else assignment.num_tokens_out)
         num_tokens = num_tokens if method is not None and method.unmerges else num_out[-1]
     return TokenCounts(torch.tensor(num_in, dtype=torch.float64), torch.tensor(num_out, dtype=torch.float64))

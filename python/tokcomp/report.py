@@ -136,3 +136,45 @@ def steps(series: Mapping[str, Sequence[float]], *, caption: str, x_label: str, 
     parts.append(f'<text class="dim" x="{left}" y="{top - 9}">{escape(y_label)}</text>')
     svg = f'<svg viewBox="0 -8 480 {top + height + 64}" role="img">{"".join(parts)}{"".join(legend)}</svg>'
     return _figure(svg, caption)
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, caption: str, x_label: str, y_label: str) -> str:
+    """Points (x, y) of each series, joined in the order of x; a series of more than five is dashed."""
+    left, top, width, height = 52, 18, 402, 230
+    points = [point for values in series.values() for point in values]
+    (x_least, x_most), (y_least, y_most) = (_padded([point[axis] for point in points]) for axis in (0, 1))
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        x, y = (point[0] - x_least) / (x_most - x_least), (point[1] - y_least) / (y_most - y_least)
+        return left + width * x, top + height * (1 - y)
+
+    parts = []
+    for step in range(5):
+        x_value, y_value = x_least + (x_most - x_least) * step / 4, y_least + (y_most - y_least) * step / 4
+        x, y = place((x_value, y_value))
+        parts.append(f'<line class="grid" x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="dim" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{y_value:.4g}</text>')
+        parts.append(f'<text class="dim" x="{x:.1f}" y="{top + height + 17}" text-anchor="middle">{x_value:.4g}</text>')
+    row = top + height + 54
+    for index, (name, values) in enumerate(series.items()):
+        colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
+        dash = ' stroke-dasharray="5 4"' if index >= len(SERIES_COLOURS) else ""
+        places = [place(point) for point in sorted(values)]
+        path = "L".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in places]
+        x, y = left + (index % 2) * 205, row + (index // 2) * 18
+        parts.append(f'<path d="M{x},{y - 4}h18" stroke="{colour}" stroke-width="3"{dash}/>')
+        parts.append(f'<text x="{x + 24}" y="{y}">{escape(name)}</text>')
+    middle, bottom = left + width / 2, row + (len(series) + 1) // 2 * 18
+    parts.append(
+        f'<text class="dim" x="{middle}" y="{top + height + 34}" text-anchor="middle">{escape(x_label)}</text>'
+    )
+    parts.append(f'<text class="dim" x="{left}" y="{top - 9}">{escape(y_label)}</text>')
+    return _figure(f'<svg viewBox="0 -8 480 {bottom}" role="img">{"".join(parts)}</svg>', caption)
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis that these values lie well within."""
+    margin = 0.06 * (max(values) - min(values)) or max(abs(values[0]), 1.0) * 0.05
+    return min(values) - margin, max(values) + margin

@@ -15,7 +15,7 @@ import timm
 import tokcomp
 import torch
 from tokcomp.assets import DIGITS_MODEL
-from tokcomp.equal_cost import evit_for_budget, tome_for_budget
+from tokcomp.equal_cost import Counts, Ruler, evit_for_budget, tome_for_budget
 
 from benchmarks.reproduce.diffrate import __main__ as diffrate
 from benchmarks.reproduce.diffrate import schedules
@@ -48,7 +48,7 @@ def test_random_schedules_cost_the_budget(model: Any, pipeline: str, share: floa
     for _ in range(5):
         method = schedules.random_method(model, budget, generator, pipeline=pipeline)
         assert schedules.cost(model, method) == pytest.approx(budget, rel=0.01)
-        before_merge, kept = schedules.effective_counts(method, 65, 6)
+        before_merge, kept = schedules.counts(model, method)
         assert kept == tokens_left(model, method)
         assert kept[0] == 65 and kept == sorted(kept, reverse=True)
         assert all(
@@ -59,11 +59,11 @@ def test_random_schedules_cost_the_budget(model: Any, pipeline: str, share: floa
 def test_the_pipelines_drop_the_same_tokens_by_the_same_steps(model: Any) -> None:
     before_merge, kept = [65, 50, 40, 20, 10, 8], [65, 40, 30, 20, 6, 8]
     for pipeline in ("prune_merge", "merge_prune"):
-        method = schedules.diffrate(before_merge, kept, pipeline=pipeline, metric="cls_attn")
-        assert schedules.effective_counts(method, 65, 6) == ([65, 50, 40, 20, 10, 6], [65, 40, 30, 20, 6, 6])
+        method = Ruler(model).diffrate(Counts(before_merge, kept), pipeline=pipeline)
+        assert schedules.counts(model, method) == ([65, 50, 40, 20, 10, 6], [65, 40, 30, 20, 6, 6])
     for pipeline in ("prune", "merge"):
-        method = schedules.diffrate(before_merge, kept, pipeline=pipeline, metric="cls_attn")
-        assert schedules.effective_counts(method, 65, 6)[1] == [65, 40, 30, 20, 6, 6]
+        method = Ruler(model).diffrate(Counts(before_merge, kept), pipeline=pipeline)
+        assert schedules.counts(model, method)[1] == [65, 40, 30, 20, 6, 6]
 
 
 @pytest.mark.parametrize("share", [0.5, 0.4, 0.33])
@@ -71,7 +71,7 @@ def test_uniform_drops_the_same_share(model: Any, share: float) -> None:
     budget = share * tokcomp.flops(model)
     method = schedules.uniform(model, budget)
     assert schedules.cost(model, method) == pytest.approx(budget, rel=0.01)
-    _, kept = schedules.effective_counts(method, 65, 6)
+    _, kept = schedules.counts(model, method)
     ratio = (kept[1] - 1) / 64
     expected = [64.0]
     for block in range(1, 6):
@@ -87,23 +87,21 @@ def test_uniform_drops_the_same_share(model: Any, share: float) -> None:
 
 def test_fit_reaches_the_budget_and_keeps_the_shape(model: Any) -> None:
     found = tokcomp.DiffRate(tokcomp.CompressionSchedule([65, 60, 50, 70, 20, 12], [65, 40, 45, 30, 30, 9]))
-    assert schedules.effective_counts(found, 65, 6) == ([65, 60, 40, 40, 20, 12], [65, 40, 40, 30, 20, 9])
+    assert schedules.counts(model, found) == ([65, 60, 40, 40, 20, 12], [65, 40, 40, 30, 20, 9])
     for share in (0.6, 0.5, 0.4):
         budget = share * tokcomp.flops(model)
         fitted = schedules.fit(model, found, budget)
         assert schedules.cost(model, fitted) == pytest.approx(budget, rel=0.01)
-        _, kept = schedules.effective_counts(fitted, 65, 6)
+        _, kept = schedules.counts(model, fitted)
         assert kept[1] == kept[2] > kept[3] > kept[4] > kept[5]
     own = schedules.cost(model, found)
-    assert schedules.effective_counts(schedules.fit(model, found, own), 65, 6) == schedules.effective_counts(
-        found, 65, 6
-    )
+    assert schedules.counts(model, schedules.fit(model, found, own)) == schedules.counts(model, found)
 
 
 @pytest.mark.parametrize(("pipeline", "wanted"), [("merge", tome_for_budget), ("prune", evit_for_budget)])
 def test_other_methods_counts_cost_what_they_cost(model: Any, pipeline: str, wanted: Any) -> None:
     other = wanted(model, 0.5 * tokcomp.flops(model))
-    method = schedules.from_counts(other, 65, 6, pipeline)
+    method = schedules.like(model, other, pipeline)
     assert tokens_left(model, method) == tokens_left(model, other)
     assert schedules.cost(model, method) == schedules.cost(model, other)
 

@@ -118,11 +118,10 @@ def find(folder: Path, shape: str, seed: int, held_out: int, settings: dict[str,
     budget = one.share * schedules.cost(model, None)
     found = search.search_schedule(model, one, seed)
     fitted = schedules.fit(model, found.method, budget)
-    depth, tokens = len(model.blocks), 1 + model.patch_embed.num_patches
     return {
         "num_prune_kept": found.method.schedule.num_prune_kept,
         "num_merge_kept": found.method.schedule.num_merge_kept,
-        "counts": schedules.effective_counts(fitted, tokens, depth),
+        "counts": schedules.counts(model, fitted),
         "gap": search.gap(model, found),
         "log": found.log,
         "measured": _measured(model, {"found": found.method, "fitted": fitted}, held_out),
@@ -133,7 +132,6 @@ def others(folder: Path, shape: str, seed: int, held_out: int, shares: Sequence[
     """The uncompressed model and, at each budget, what DiffRate is compared with."""
     model = models.load_model(folder, Model(shape, seed))
     dense = schedules.cost(model, None)
-    depth, tokens = len(model.blocks), 1 + model.patch_embed.num_patches
     result: dict[str, Any] = {"uncompressed": _measured(model, {"uncompressed": None}, held_out)["uncompressed"]}
     for share in shares:
         tome, evit = tome_for_budget(model, share * dense), evit_for_budget(model, share * dense)
@@ -143,8 +141,8 @@ def others(folder: Path, shape: str, seed: int, held_out: int, shares: Sequence[
             "EViT": evit,
             "uniform": schedules.uniform(model, share * dense),
             # The other methods' counts under DiffRate's operators: what the schedule alone does.
-            "ToMe's counts, merge": schedules.from_counts(tome, tokens, depth, "merge"),
-            "EViT's counts, prune": schedules.from_counts(plain, tokens, depth, "prune"),
+            "ToMe's counts, merge": schedules.like(model, tome, "merge"),
+            "EViT's counts, prune": schedules.like(model, plain, "prune"),
         }
         result[f"{share:g}"] = _measured(model, methods, held_out)
     return result
@@ -158,8 +156,8 @@ def parts(folder: Path, shape: str, seed: int, held_out: int, searches: dict[str
     for share, unit in searches.items():
         kept = load_result(folder, unit)["counts"][1]
         methods: dict[str, Method | None] = {
-            "DiffRate's counts, merge": schedules.diffrate(kept, kept, pipeline="merge"),
-            "DiffRate's counts, prune": schedules.diffrate(kept, kept, pipeline="prune"),
+            "DiffRate's counts, merge": schedules.from_counts(model, kept, "merge"),
+            "DiffRate's counts, prune": schedules.from_counts(model, kept, "prune"),
         }
         with contextlib.suppress(ValueError):  # out of its reach: no row
             methods["ToMe from block 1"] = schedules.tome_from_block_1(model, float(share) * dense)

@@ -21,6 +21,7 @@ COMMANDS = {
     "info": ("tokcomp.cli.info", "versions, what was built, devices, and which backend each operator would use"),
     "search": ("tokcomp.cli.search", "find a model's compression schedule for a budget (DiffRate)"),
     "evaluate": ("tokcomp.cli.evaluate", "accuracy and images per second on a folder of images or a timm data set"),
+    "compare": ("tokcomp.cli.compare", "every method at every budget at equal cost, on your model and images"),
     "finetune": ("tokcomp.cli.finetune", "train a compressed model: fine-tuning, or from scratch"),
     "tocom": ("tokcomp.cli.tocom", "move a trained model between compression degrees (ToCom)"),
     "dense": ("tokcomp.cli.dense", "segmentation with tokens merged for each MLP: train, compensate, score, draw"),

@@ -1,4 +1,4 @@
-"""ToMe and EViT at a given number of multiply-adds, so that methods can be compared at equal cost."""
+"""ToMe and EViT at a given number of multiply-adds."""
 
 from __future__ import annotations
 
@@ -7,22 +7,8 @@ from collections.abc import Callable
 from torch import nn
 
 from tokcomp.adapters import find_adapter
-from tokcomp.api import compress, restore
-from tokcomp.cost import flops
+from tokcomp.equal_cost.counts import Ruler
 from tokcomp.methods import EViT, Method, ToMe
-
-
-def _depth_and_patches(model: nn.Module) -> tuple[int, int]:
-    adapter = find_adapter(model)
-    geometry = adapter.geometry(model)
-    return geometry.depth, adapter.num_tokens(model) - geometry.num_prefix_tokens
-
-
-def _cost(model: nn.Module, method: Method) -> int:
-    try:
-        return flops(compress(model, method))
-    finally:
-        restore(model)
 
 
 def _last_at_least(holds: Callable[[int], bool], end: int) -> int:
@@ -34,16 +20,18 @@ def _last_at_least(holds: Callable[[int], bool], end: int) -> int:
     return low
 
 
-def _nearest(model: nn.Module, budget: float, candidate: Callable[[int], Method], end: int) -> Method:
+def _nearest(model: nn.Module, ruler: Ruler, budget: float, candidate: Callable[[int], Method], end: int) -> Method:
     """Of candidates 0 .. end, in order of falling cost, the one whose cost is nearest to the budget."""
-    above = _last_at_least(lambda index: _cost(model, candidate(index)) >= budget, end)
+    adapter = find_adapter(model)
+    adapter.validate(model, candidate(end))
+    candidate(end).validate(ruler.geometry)
+    above = _last_at_least(lambda index: ruler.flops(candidate(index)) >= budget, end)
     choices = [candidate(index) for index in range(above, min(above + 1, end) + 1)]
-    best = min(choices, key=lambda method: abs(_cost(model, method) - budget))
-    cost = _cost(model, best)
-    if abs(cost - budget) > 0.05 * budget:
+    best = min(choices, key=lambda method: abs(ruler.flops(method) - budget))
+    if abs(ruler.flops(best) - budget) > 0.05 * budget:
         raise ValueError(
-            f"the budget must lie between {_cost(model, candidate(end)) / 1e9:.4g} and "
-            f"{_cost(model, candidate(0)) / 1e9:.4g} GFLOPs for {type(best).__name__}, got {budget / 1e9:.4g}"
+            f"the budget must lie between {ruler.flops(candidate(end)) / 1e9:.4g} and "
+            f"{ruler.flops(candidate(0)) / 1e9:.4g} GFLOPs for {type(best).__name__}, got {budget / 1e9:.4g}"
         )
     return best
 
@@ -56,13 +44,14 @@ def tome_for_budget(model: nn.Module, budget: float) -> ToMe:
     Raises:
         ValueError: no r comes within 5 % of the budget; the message gives the range.
     """
-    depth, num_patches = _depth_and_patches(model)
+    ruler = Ruler(model)
+    depth = ruler.depth
 
     def candidate(index: int) -> ToMe:
         r, more = divmod(index, depth)
         return ToMe([r + 1] * more + [r] * (depth - more))
 
-    return _nearest(model, budget, candidate, depth * num_patches // 2)  # type: ignore[return-value]
+    return _nearest(model, ruler, budget, candidate, depth * ruler.patches // 2)  # type: ignore[return-value]
 
 
 def evit_blocks(depth: int) -> list[int]:
@@ -75,11 +64,11 @@ def evit_for_budget(model: nn.Module, budget: float, *, fuse: bool = True) -> EV
 
     Same terms as :func:`tome_for_budget`.
     """
-    depth, _ = _depth_and_patches(model)
-    blocks = evit_blocks(depth)
+    ruler = Ruler(model)
+    blocks = evit_blocks(ruler.depth)
     steps = 200
 
     def candidate(index: int) -> EViT:
         return EViT(1.0 - index / steps, blocks=blocks, fuse=fuse)
 
-    return _nearest(model, budget, candidate, steps - 1)  # type: ignore[return-value]
+    return _nearest(model, ruler, budget, candidate, steps - 1)  # type: ignore[return-value]

@@ -1,0 +1,109 @@
+"""What ``tokcomp compare`` works on: the model with its head, the images to search on, the searches."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokcomp.cli import options, training
+from tokcomp.cli.data import data_config, open_data
+from tokcomp.cli.errors import UserError, blame
+from tokcomp.runs.recipe import SEARCH_RECIPE
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.utils.data import Dataset
+
+    from tokcomp.compare.searches import Searches, SearchImages
+    from tokcomp.runs.distributed import World
+    from tokcomp.runs.steps import StopRequest
+
+
+def make_model(args: argparse.Namespace, head: Any, device: torch.device, **more: Any) -> nn.Module:
+    from tokcomp.compare.probe import attach_head
+
+    model = options.build_model(args, **more)
+    if head is not None:
+        with blame("--probe"):
+            attach_head(model, *head)
+    if model.num_classes < 1:
+        raise UserError(f"{args.model} must have a classifier, got a model without one; add --probe N")
+    return model.eval().to(device)
+
+
+def fit_probe(args: argparse.Namespace, root: Path | None, device: torch.device, world: World) -> Any:
+    """Weight and bias of a head for the headless model that the options describe, from its training images."""
+    from tokcomp.compare.probe import check_headless, features_of, fit_head
+    from tokcomp.runs.batches import held_out_batches
+    from tokcomp.runs.data import Part, spread_sample
+    from tokcomp.runs.recipe import plain_transform
+
+    if args.num_classes is not None:
+        raise UserError("--probe and --num-classes exclude each other, got both; the images say how many classes it is")
+    model = options.build_model(args, num_classes=0).to(device)
+    with blame("--probe"):
+        check_headless(model)
+    dataset = open_data(args, root, args.train_split)
+    part = Part(dataset, spread_sample(dataset, args.probe, args.seed), plain_transform(data_config(args, model)))
+
+    def fit() -> Any:
+        print(f"fitting a head on {len(part)} images", file=sys.stderr)
+        features, labels = features_of(model, held_out_batches(part, args.batch_size, workers=args.workers)(), device)
+        return fit_head(features, labels)[:2]
+
+    with blame("--probe"):
+        return world.from_main(fit)
+
+
+def make_searches(
+    args: argparse.Namespace,
+    root: Path | None,
+    head: Any,
+    facts: dict[str, Any],
+    device: torch.device,
+    world: World,
+    stop: StopRequest,
+) -> Searches:
+    from tokcomp.compare.searches import Searches
+    from tokcomp.search.settings import SearchSettings
+
+    given = argparse.Namespace(**{**vars(args), "epochs": None, "batch_size": args.search_batch_size})
+    settings = SearchSettings(
+        recipe=training.read_recipe(given, SEARCH_RECIPE),
+        steps=args.steps,
+        granularity=args.granularity,
+        match_inference=args.match_inference,
+        amp=args.amp,
+    )
+    described = {**facts, "data": [facts["data"], args.train_split]}
+    return Searches(
+        partial(make_model, args, head, device, drop_path_rate=settings.recipe.drop_path),
+        partial(_search_images, args, root, settings.recipe),
+        settings,
+        args.output,
+        facts=described,
+        world=world,
+        stop=stop,
+        show_progress=True,
+    )
+
+
+def _search_images(args: argparse.Namespace, root: Path | None, recipe: Any, model: Any) -> SearchImages:
+    from tokcomp.compare.searches import SearchImages
+    from tokcomp.data import num_images
+    from tokcomp.runs.data import check_labels, spread_sample, training_part
+
+    dataset = open_data(args, root, args.train_split)
+    with blame("--train-split"):
+        check_labels(dataset, model.num_classes)
+    config = data_config(args, model)
+
+    def part(count: int | None) -> Dataset:
+        indices = None if count is None else spread_sample(dataset, count, args.seed)
+        return training_part(dataset, indices, recipe, config)
+
+    return SearchImages(part, num_images(dataset), workers=args.workers, pieces=args.grad_accum_steps)

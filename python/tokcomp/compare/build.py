@@ -1,0 +1,114 @@
+"""From an entry and a budget to a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tokcomp.adapters import find_adapter
+from tokcomp.compare.entries import SEARCHED, Entry, Variant
+from tokcomp.equal_cost import (
+    Ruler,
+    evit_for_budget,
+    fit,
+    nearest_published,
+    random_schedule,
+    tome_for_budget,
+    uniform,
+)
+from tokcomp.methods import DiffRate, Method
+from tokcomp.runs.steps import derived_seed
+from tokcomp.schedule import CompressionSchedule, published_schedule
+
+#: Share of a budget by which a comparison's costs may differ from it.
+TOLERANCE = 0.02
+
+
+class Builder:
+    """Makes the methods of a comparison.
+
+    Args:
+        model: plain, and left so.
+        name: timm's name for it, under which schedules may have been published.
+        search: (GFLOPs, variant) -> a searched schedule; None: no entry may need a search.
+    """
+
+    def __init__(self, model: nn.Module, name: str, search: Callable[[float, Variant], DiffRate] | None = None) -> None:
+        self.model, self.name, self.ruler = model, name, Ruler(model)
+        self._search = search
+
+    def build(self, entry: Entry, gflops: float) -> Method:
+        """The entry's method at a cost of ``gflops``.
+
+        Raises:
+            ValueError: it cannot have that cost within 2 %, or there is nothing that the entry could be made from.
+            Stopped: a search was asked to stop.
+        """
+        method = self._method(entry, gflops)
+        cost = self.ruler.flops(method) / 1e9
+        if abs(cost - gflops) > TOLERANCE * gflops:
+            raise ValueError(f"the nearest cost is {cost:.4g} GFLOPs")
+        if entry.pipeline is not None:
+            method = self.ruler.like(method, pipeline=entry.pipeline)
+        self.model_takes(method)
+        return method
+
+    def model_takes(self, method: Method) -> None:
+        """Raise ValueError or TypeError unless the model can be compressed by the method."""
+        find_adapter(self.model).validate(self.model, method)
+        method.validate(self.ruler.geometry)
+
+    def _method(self, entry: Entry, gflops: float) -> Method:
+        budget = gflops * 1e9
+        if entry.kind == "tome":
+            return tome_for_budget(self.model, budget)
+        if entry.kind == "evit":
+            # Counts for pruning come from EViT as it would be without its fused token.
+            return evit_for_budget(self.model, budget, fuse=entry.pipeline is None)
+        if entry.kind == "uniform":
+            return uniform(self.ruler, budget)
+        if entry.kind == "random":
+            generator = torch.Generator().manual_seed(derived_seed(entry.number))
+            return random_schedule(self.ruler, budget, generator)
+        if entry.kind == "file":
+            assert entry.file is not None
+            return fit(self.ruler, self._rescaled(entry.file, budget), budget)
+        if entry.kind == "published":
+            found = nearest_published(self.ruler, self.name, budget)
+            if found is None:
+                raise ValueError(f"no schedule was published for a model of {self.ruler.depth} blocks")
+            return found
+        if entry.kind == "diffrate":
+            published = self._published(gflops)
+            if published is not None:
+                return published
+        if self._search is None:
+            raise ValueError(f"{entry.name} needs a search, and there are no images to search on")
+        return fit(self.ruler, self._search(gflops, entry.variant), budget)
+
+    def _published(self, gflops: float) -> DiffRate | None:
+        """The schedule published for this very model, budget and number of tokens, if there is one."""
+        try:
+            schedule = published_schedule(self.name, gflops)
+        except ValueError:
+            return None
+        return DiffRate(schedule) if schedule.num_tokens == self.ruler.num_tokens else None
+
+    def _rescaled(self, path: Path, budget: float) -> DiffRate:
+        """The schedule of a file, or of another comparison's searched ones that of the nearest cost, for this model."""
+        files = sorted((path / "schedules").glob("*.json")) if path.is_dir() else [path]
+        searched = [file for file in files if not path.is_dir() or file.name.startswith(SEARCHED)]
+        methods = []
+        for file in searched:
+            schedule = CompressionSchedule.load(file)
+            if schedule.num_tokens is not None:
+                schedule = schedule.rescaled(self.ruler.num_tokens, self.ruler.prefix)
+            if len(schedule) != self.ruler.depth:
+                raise ValueError(f"'{file}' is for {len(schedule)} blocks, and the model has {self.ruler.depth}")
+            methods.append(DiffRate(schedule))
+        if not methods:
+            raise ValueError(f"'{path}' holds no searched schedule")
+        return min(methods, key=lambda method: abs(self.ruler.flops(method) - budget))

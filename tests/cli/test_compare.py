@@ -1,0 +1,96 @@
+"""tokcomp compare, end to end on the digits."""
+
+from __future__ import annotations
+
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+from tokcomp.compare import run as comparison
+
+DIGITS = ("compare", "--dataset", "digits", "-m", "tokcomp_digits_vit", "--device", "cpu", "-j", "0", "--images", "24")
+FAST = ("--gflops", "0.012", "--speed-batch", "0", "--pictures", "0")
+SEARCH = ("--steps", "1", "--search-batch-size", "4", "--search-images", "8", "--mixup", "0", "--cutmix", "0")
+
+
+def test_one_command_compares_and_goes_on(run, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    argv = (*DIGITS, "--pretrained", *FAST[:2], "--speed-batch", "2", "--pictures", "1", *SEARCH, "-o", folder)
+    methods = ("--methods", "search", "tome", "random:2", "published")
+    status, out, err = run(*argv, *methods)
+    assert status == 0, err
+    assert "compare step 1/6: uncompressed: top-1" in err and "random, median of 2" in out
+    results = json.loads((folder / "results.json").read_text())
+    assert results["finished"] and results["num_images"] == 24
+    (budget,) = results["budgets"]
+    rows = {row["name"]: row for row in budget["rows"]}
+    assert list(rows) == ["search", "tome", "random, median of 2"] and list(budget["impossible"]) == ["published"]
+    for row in rows.values():
+        assert row["gflops"] == pytest.approx(0.012, rel=0.02) and 80 <= row["top1"] <= 100 and row["same"] > 80
+    assert rows["tome"]["images_per_second"] > 0 and any(row["less_best"] == [0, 0] for row in rows.values())
+    page = (folder / "compare.html").read_text()
+    assert "<script" not in page and not re.search(r'(?:src|href)="(?!data:)', page)
+    plots = re.findall(r"<svg.*?</svg>", page, re.S)
+    assert len(plots) == 2 and all(ElementTree.fromstring(plot) is not None for plot in plots)
+    assert page.count("data:image/png;base64,") == 1
+    # The schedule that was found is one for 'tokcomp evaluate'.
+    evaluate = ("evaluate", *DIGITS[1:-2], "--pretrained", "--num-samples", "24", "--json", "--method", "diffrate")
+    found = json.loads(run(*evaluate, "--schedule", folder / rows["search"]["schedule"])[1])
+    assert found["gflops"] == pytest.approx(rows["search"]["gflops"], abs=1e-6)
+    # The same command computes nothing, another method only itself.
+    asked = []
+    answer = comparison.answer
+    monkeypatch.setattr(comparison, "answer", lambda *a, **k: asked.append(1) or answer(*a, **k))
+    assert run(*argv, *methods)[0] == 0 and asked == []
+    assert json.loads((folder / "results.json").read_text())["budgets"] == results["budgets"]
+    moved = ("--schedule-of", folder, folder / rows["search"]["schedule"])
+    status, out, err = run(*argv, *methods, "--json", *moved)
+    assert status == 0 and len(asked) == 2, err
+    names = [row["name"] for row in json.loads(out)["budgets"][0]["rows"]]
+    assert names[-3:-1] == ["schedule of out", "schedule of search-0.012"]
+
+
+def test_time_that_is_up_ends_it_between_cells(run, tmp_path, monkeypatch):
+    argv = (*DIGITS, *FAST, "--methods", "tome", "evit", "-o", tmp_path)
+    status, _, err = run(*argv, "--minutes", "1e-9")
+    assert status == 1 and not (tmp_path / "results.json").exists()
+    answer = comparison.answer
+    monkeypatch.setattr(comparison.time, "monotonic", iter([0.0, 0.0, 61.0]).__next__)
+    status, _, err = run(*argv, "--minutes", "1")
+    assert status == 1 and "stopped after 1 of 3 cells; the same command goes on from here" in err
+    assert not json.loads((tmp_path / "results.json").read_text())["finished"]
+    monkeypatch.undo()
+    asked = []
+    monkeypatch.setattr(comparison, "answer", lambda *a, **k: asked.append(1) or answer(*a, **k))
+    assert run(*argv)[0] == 0 and len(asked) == 2
+    assert json.loads((tmp_path / "results.json").read_text())["finished"]
+
+
+def test_a_backbone_gets_a_head(run, tmp_path):
+    argv = (*DIGITS, "--pretrained", *FAST, "--methods", "tome", "--json", "-o", tmp_path)
+    assert json.loads(run(*argv)[1])["uncompressed"]["top1"] > 90
+    status, out, err = run(*argv, "--probe", "60")
+    assert status == 0, err
+    found = json.loads(out)
+    # The trunk is trained, and sixty drawings tell its features apart; the model's own head is not used.
+    assert found["uncompressed"]["top1"] > 60 and "head fitted on 60 images" in found["facts"]["weights"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--methods", "tomo"), "--methods: must be diffrate, search, published, tome, evit, uniform, random:N"),
+        (("--gflops", "9"), "--gflops must be below the uncompressed model's 0.02261, got 9"),
+        (("--metrics", "size"), "--metrics must be among cls_attn, image_attn, cls_attn_v, random, got 'size'"),
+        (("--steps", "3", "--epochs", "1"), "--steps and --epochs both set the length of the searches, got both"),
+        (("--schedule-of", "nowhere"), "--schedule-of must be a file or a folder, got 'nowhere', which does not exist"),
+        (("--probe", "20", "--num-classes", "10"), "--probe and --num-classes exclude each other, got both"),
+        (("--probe", "5"), "--probe: labels must be 0 to "),
+        (("--images", "0"), "argument --images: must be a whole number above 0"),
+    ],
+)
+def test_mistakes_are_named(run, tmp_path, options, message):
+    status, out, err = run(*DIGITS, *FAST, *options, "-o", tmp_path / "out")
+    assert status == 2 and message in err and out == ""
+    assert not (tmp_path / "out").exists()
