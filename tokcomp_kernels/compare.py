@@ -12,13 +12,15 @@ Where the budget comes from. A result's error is a sum of many roundings, each a
 it is about normal, with a spread that the operator and its inputs set. Both terms are the largest of many draws of it:
 reference_error rounds where the operator rounds, in another order of sums than the kernel's and on other inputs, so
 that the reference can fail too; rounding_band moves each input by up to 2 u, as a kernel does that rounds what lies
-between two products to their type. A kernel's own error is one draw more: of one normal variable it exceeds twice both
-largest ones together with probability 2e-3 after 3 draws, 4e-6 after 8. An image's largest errors may all come from one
-row, so images of few values are drawn more often.
+between two products to their type. Attention's backward takes two passes, the second of which computes every score
+again, with other roundings. A kernel's own error is one draw more: of one normal variable it exceeds twice both largest
+ones together with probability 2e-3 after 3 draws, 4e-6 after 8. An image's largest errors may all come from one row, so
+images of few values are drawn more often.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +31,9 @@ from tokcomp_kernels import reference
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.reference._common import cosine, descending_order, effective_size
 from tokcomp_kernels.reference.add_layer_norm import layer_norm
+from tokcomp_kernels.reference.masked_attention import biased_scores
 from tokcomp_kernels.reference.masked_merge import live_order
+from tokcomp_kernels.reference.masked_softmax import masked_probabilities
 from tokcomp_kernels.testing import Sample
 
 #: Values to draw of each image, and how many draws that may be.
@@ -141,6 +145,39 @@ def _cosine_slack(features: Tensor) -> float:
     err: 2 * (1 + 1/2 + 1/2) * 2 u sqrt(K) = 4 epsilon sqrt(K).
     """
     return 4 * max(features.shape[-1], 1) ** 0.5 * torch.finfo(accumulate_dtype(features)).eps
+
+
+def _compare_attention_backward(sample: Sample, *grads: Tensor) -> None:
+    def two_passes(call: Sample) -> tuple[Tensor, ...]:
+        return _attention_backward_in_two_passes(call)[: len(grads)]
+
+    assert_within_rounding(sample, two_passes, grads)
+
+
+def _attention_backward_in_two_passes(call: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dQ, dK, dV [B, H, N, D] and the mask's gradient [B, N] as kernels find them, without a [B, H, N, N] tensor kept.
+
+    The row pass leaves each row's maximum and sum; the column pass recomputes the scores, which then differ by their
+    rounding from those in the sum: here its products are added up from the last feature to the first.
+    """
+    bound = inspect.signature(reference.REFERENCES[call.op]).bind(*call.args, **call.kwargs).arguments
+    grad_out, q, k, v = (bound[name] for name in ("grad_out", "q", "k", "v"))
+    mask, eps, scale = bound.get("token_mask"), bound.get("eps", 1e-6), bound.get("scale")
+    if mask is None:
+        mask, eps = torch.ones_like(q[:, 0, :, 0]), 0.0
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = biased_scores(q, k, bound.get("size"), scale)
+    probabilities, _, by_row, total = masked_probabilities(scores, mask, eps)
+    again = biased_scores(q.flip(-1), k.flip(-1), bound.get("size"), scale)
+    row_max = scores.amax(-1, keepdim=True) if scores.numel() else total
+    powers = (again - torch.where(row_max == float("-inf"), 0.0, row_max)).exp()
+    own = torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
+    by_column = powers * torch.where(own, 1.0, mask.to(q.dtype)[:, None, None, :])
+    grad = grad_out @ v.mT
+    grad = (grad - (grad * probabilities).sum(-1, keepdim=True)) / total
+    grad_v = ((by_column + eps / max(q.shape[2], 1)) / total).mT @ grad_out
+    grad_mask = torch.where(own, 0.0, powers * grad).sum((1, 2))
+    return (grad * by_row) @ k * scale, (grad * by_column).mT @ q * scale, grad_v, grad_mask
 
 
 def _compare_prune_merge(sample: Sample, x_out: Tensor, size_out: Tensor, source: Tensor) -> None:
@@ -321,6 +358,8 @@ def _masked_merge_given(
 
 
 _COMPARE: dict[str, Callable[..., None]] = {
+    "_attention_backward": _compare_attention_backward,
+    "_masked_attention_backward": _compare_attention_backward,
     "class_attention_sort": _compare_class_attention_sort,
     "prune_merge": _compare_prune_merge,
     "tome_merge": _compare_tome_merge,

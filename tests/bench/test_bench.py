@@ -15,7 +15,7 @@ import torch
 from tokcomp.bench import models
 from tokcomp.cli import main
 from tokcomp.measure.provenance import find_device, provenance, save_record
-from tokcomp.measure.timing import Samples, copies_beyond_cache, interleave, rotating
+from tokcomp.measure.timing import Samples, copies_beyond_cache, device_rates, interleave, rotating
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -187,3 +187,9 @@ def test_devices_are_refused_by_name() -> None:
         find_device("tpu")
     with pytest.raises(ValueError, match=r"device must be one of the [0-9]+ GPUs that PyTorch sees, got 'cuda:99'"):
         find_device("cuda:99")
+
+
+def test_rates_are_of_the_type_that_products_are_computed_in(set_products: Callable[..., None]) -> None:
+    """oneDNN cannot multiply bfloat16 by a weight that was packed in float32."""
+    set_products(bfloat16="float32")
+    assert device_rates(CPU, torch.bfloat16)["matrix_flops_per_s"] > 0

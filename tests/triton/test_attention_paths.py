@@ -177,8 +177,6 @@ def test_masked_keys_far_above_the_visible_ones(path, dtype, force_tiles):
     sample = Sample("masked_attention", path, (q, k, v, token_mask))
     out, cls_attn = masked_attention_triton(*sample.args)
     assert_right(sample, (out, cls_attn))
-    if dtype == torch.float32:
-        return  # powers of two this small carry the rounding of scale * log2(e), which the budget's reference has not
     sample = Sample("_masked_attention_backward", path, (inputs.normal(1, 2, num_tokens, width), *sample.args))
     assert_right(sample, masked_attention_backward_triton(*sample.args))
 

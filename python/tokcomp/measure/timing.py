@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp.fastpath import packed_weights
+from tokcomp_kernels.product_types import product_dtype
 
 #: Rounds from which a median is reported.
 MIN_ROUNDS = 7
@@ -125,9 +126,11 @@ def copies_beyond_cache(tensors: Sequence[Any], device: torch.device) -> int:
 def device_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """The rates that this device reaches now: matrix multiplication in FLOP/s, copying in bytes/s (read plus write).
 
-    On CPU the matrix rate is that of the faster of PyTorch's two products, MKL's and oneDNN's with a packed weight.
+    The matrix rate is for the type that products of ``dtype`` are computed in (product_types.py). On CPU it is that of
+    the faster of PyTorch's two products, MKL's and oneDNN's with a packed weight.
     """
     side, elements = (8192, 1 << 28) if device.type == "cuda" else (2048, 1 << 24)
+    dtype = product_dtype(dtype, device.type)
     left, right = torch.randn(2, side, side, device=device).to(dtype).unbind(0)
     source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
