@@ -35,7 +35,7 @@ test-fast: rebuild
 oracle: rebuild  ## Random models and schedules against plain functions: CASES=200 of each kind, SEED=N of the first
 	TOKCOMP_ORACLE_CASES=$(or $(CASES),200) $(if $(SEED),TOKCOMP_ORACLE_SEED=$(SEED)) $(PYTEST) tests/oracle
 
-attack: rebuild  ## Hostile arguments, files, pictures, threads, kills and full disks for MINUTES=10; ONLY=killed, SEED=N repeats one
+attack: rebuild  ## Hostile arguments (also under sanitizers), files, pictures, threads, kills for MINUTES=10; ONLY=killed, SEED=N
 	TOKCOMP_ATTACK_MINUTES=$(or $(MINUTES),10) TOKCOMP_ATTACK_OUT=$(or $(OUT_ATTACK),attack-output) \
 	$(if $(SEED),TOKCOMP_ATTACK_SEED=$(SEED)) $(BIN)/python -m pytest -n 0 tests/attack $(if $(ONLY),-k "$(ONLY)")
 

@@ -3,7 +3,7 @@
 Standard library only, so it also serves a machine with no setuptools and no network. Environment variables are handed
 to CMakeLists.txt, which owns their meaning and defaults: TOKCOMP_BUILD_CUDA, TORCH_CUDA_ARCH_LIST, TOKCOMP_CPU_ARCH.
 One default is set here: a wheel may go to another machine, so it is built for every CPU of its kind. MAX_JOBS bounds
-the parallel compilations.
+the parallel compilations. TOKCOMP_SANITIZE=address,undefined or thread builds a package of its own, in ``build``.
 """
 
 from __future__ import annotations
@@ -61,10 +61,14 @@ def torch_version() -> str | None:
     return json.loads(facts.stdout)["version"] if facts.returncode == 0 else None
 
 
-def build(output: Path | None = None) -> None:
-    """Build ``_C`` for a wheel into ``output``; without it, in place and for this machine.
+def build(output: Path | None = None, *, sanitize: str | None = None) -> Path:
+    """Build ``_C`` for a wheel into ``output``; without it, in place and for this machine. Returns the build folder.
 
-    Each of the two has a build folder of its own and keeps it, so that the next build compiles what changed alone.
+    With ``sanitize``, the CPU kernels under these sanitizers, in a copy of ``tokcomp_kernels`` in the build folder, so
+    that no other program meets them: they load where PYTHONPATH begins with that folder and LD_PRELOAD is what its
+    ``preload.txt`` says.
+
+    Each of the kinds has a build folder of its own and keeps it, so that the next build compiles what changed alone.
 
     Raises:
         RuntimeError: no CMake, or it failed; its own message has been printed.
@@ -72,9 +76,22 @@ def build(output: Path | None = None) -> None:
     cmake = program("cmake")
     if cmake is None:
         raise RuntimeError("tokcomp: CMake is needed to build the kernels: pip install cmake ninja")
-    settings = {"TOKCOMP_OUTPUT_DIR": None, **{name: os.environ.get(name) for name in VARIABLES}}
+    settings = {
+        "TOKCOMP_OUTPUT_DIR": None,
+        "TOKCOMP_SANITIZE": None,
+        **{name: os.environ.get(name) for name in VARIABLES},
+    }
     folder = ROOT / "build" / str(sys.implementation.cache_tag)
-    if output is not None:
+    if sanitize:
+        folder = folder.with_name(f"{folder.name}-{sanitize.replace(',', '-')}")
+        copy = shutil.ignore_patterns("_C.*", "__pycache__")
+        shutil.copytree(ROOT / "tokcomp_kernels", folder / "tokcomp_kernels", ignore=copy, dirs_exist_ok=True)
+        settings |= {
+            "TOKCOMP_SANITIZE": sanitize,
+            "TOKCOMP_BUILD_CUDA": "0",
+            "TOKCOMP_OUTPUT_DIR": str(folder / "tokcomp_kernels"),
+        }
+    elif output is not None:
         folder = folder.with_name(f"{folder.name}-wheel")
         for old in output.glob("_C.*"):  # setuptools keeps this folder too, and packs what it finds there
             old.unlink()
@@ -92,10 +109,11 @@ def build(output: Path | None = None) -> None:
     for command in (configure, [cmake, "--build", str(folder), "--target", "_C", "--parallel", jobs]):
         if subprocess.run(command).returncode:
             raise RuntimeError(f"tokcomp: the build failed, see above: {' '.join(command)}")
+    return folder
 
 
 if __name__ == "__main__":
     try:
-        build()
+        build(sanitize=os.environ.get("TOKCOMP_SANITIZE"))
     except RuntimeError as error:
         sys.exit(str(error))

@@ -23,6 +23,14 @@ PROMISES = {
         "wrong arguments are refused on every backend in the reference's words",
         "one argument of a right call changed in shape, type or range",
     ),
+    "memory": (
+        "no operator touches memory that is not its own, and none computes what C++ leaves undefined",
+        "the three kinds of call above, the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer",
+    ),
+    "races": (
+        "no two threads of an operator, and no two callers, touch a number unordered",
+        "two callers at once, on four threads each, the CPU kernels under ThreadSanitizer",
+    ),
     "damaged": (
         "a damaged file is refused by name; what has a digest is read as written or not at all",
         "ten formats, truncated, with flipped, lost, repeated and random bytes",
@@ -65,10 +73,16 @@ PROMISES = {
 
 
 def rows(parts: dict[str, Any]) -> list[str]:
-    """A row of the table for each part, with its figures."""
+    """A row of the table for each part, with its figures.
+
+    Raises:
+        ValueError: the run left parts out. A table has the figures of one run.
+    """
+    if missing := [part for part in PROMISES if part not in parts]:
+        raise ValueError(f"the figures must be of a run of all parts, got none of {', '.join(missing)}: make attack")
     table = []
     for part, (promise, how) in PROMISES.items():
-        figures = parts.get(part, {"tried": 0, "failed": 0})
+        figures = parts[part]
         table.append(f"| {promise} | {how} | {part} | {figures['tried']:,} | {figures['failed']:,} |")
     return table
 
@@ -85,4 +99,7 @@ def render(page: str, figures: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     found = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    try:
+        PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    except ValueError as error:
+        sys.exit(str(error))

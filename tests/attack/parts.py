@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 MINUTES = float(os.environ.get("TOKCOMP_ATTACK_MINUTES", "0"))
@@ -24,6 +25,8 @@ SEED = os.environ.get("TOKCOMP_ATTACK_SEED")
 _MOST_FAILURES = 20
 #: Every part that has run in this process, for the table.
 DONE: list[Part] = []
+#: What takes longer than the suite may.
+alone = pytest.mark.skipif(not MINUTES, reason="a part of make attack")
 
 
 class Part:

@@ -1,118 +1,52 @@
-"""Operators on arguments that nobody chose: ordinary ones, values out of any range, and wrong ones."""
+"""Operators on arguments that nobody chose, also under the sanitizers."""
 
 from __future__ import annotations
 
-import random
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
-import torch
 
-from tests.attack.parts import Part
-from tokcomp_kernels import testing
-from tokcomp_kernels._sample_maker import Maker
-from tokcomp_kernels._schema import OPERATORS
-from tokcomp_kernels.compare import assert_right
-from tokcomp_kernels.reference import REFERENCES
-from tokcomp_kernels.testing import Sample, samples
+from tests.attack import calls
+from tests.attack.parts import Part, alone
+from tests.attack.sanitized import Sanitized
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NAMES = [operator.name for operator in OPERATORS]
-ODD = (float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e-45, 1e30, -1e30, 65504.0, 1e-8)
+
+def test_ordinary_values() -> None:
+    Part("operators", share=0.1, few=30).each(calls.ordinary)
+
+
+def test_values_out_of_any_range() -> None:
+    Part("values", share=0.07, few=30).each(calls.out_of_any_range)
+
+
+def test_wrong_arguments() -> None:
+    Part("arguments", share=0.07, few=60).each(calls.wrong)
 
 
 @pytest.fixture
-def draw(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """draw(rng): a call of any operator, of any token count, dtype and layout, with values of its own."""
+def under() -> Iterator[Callable[[str], Sanitized]]:
+    """under("thread"): the operators in a process under that sanitizer, which has reported what it must."""
+    begun: list[Sanitized] = []
 
-    def one(rng: random.Random) -> Sample:
-        seed, count = rng.random(), rng.randint(1, 150)
-        with monkeypatch.context() as patch:
-            patch.setattr(testing, "TOKEN_COUNTS", (count,))
-            patch.setattr(testing, "Maker", lambda name, *rest: Maker(f"{seed} {name}", *rest))
-            return rng.choice(list(samples(rng.choice(NAMES), rng.choice(DTYPES))))
+    def begin(kinds: str) -> Sanitized:
+        begun.append(Sanitized(kinds))
+        begun[-1].check_probes()
+        return begun[-1]
 
-    return one
-
-
-def run(sample: Sample) -> tuple[Any, ...]:
-    outputs = getattr(torch.ops.tokcomp, sample.op)(*sample.args, **sample.kwargs)
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    yield begin
+    for one in begun:
+        one.end()
 
 
-def test_ordinary_values(draw: Any) -> None:
-    def check(rng: random.Random) -> None:
-        sample = draw(rng)
-        assert_right(sample, run(sample))
-
-    Part("operators", share=0.12, few=30).each(check)
-
-
-def test_values_out_of_any_range(draw: Any) -> None:
-    """Nothing is read or written outside, what is an index is one, and two runs agree to the bit."""
-
-    def check(rng: random.Random) -> None:
-        sample = draw(rng)
-
-        def spoil(tensor: torch.Tensor) -> torch.Tensor:
-            tensor = tensor.clone()
-            for _ in range(rng.randint(0, 6) if tensor.numel() else 0):
-                place = tuple(rng.randrange(size) for size in tensor.shape)
-                tensor[place] = rng.choice(ODD)
-            return tensor
-
-        spoilt = sample.map(spoil)
-        outputs, again = run(spoilt), run(spoilt)
-        plain = run(sample)
-        for have, twice, ordinary in zip(outputs, again, plain, strict=True):
-            assert have.shape == ordinary.shape and have.dtype == ordinary.dtype, sample
-            assert torch.equal(have.isnan(), twice.isnan()) and torch.equal(have.nan_to_num(), twice.nan_to_num())
-            if not have.is_floating_point() and have.numel():
-                assert int(have.min()) >= -1 and int(have.max()) < max(ordinary.shape[-1], plain[0].shape[1]) + 6
-
-    Part("values", share=0.08, few=30).each(check)
+@alone
+def test_memory(under: Callable[[str], Sanitized]) -> None:
+    """No access outside of memory that is the operator's, and no undefined arithmetic."""
+    process = under("address,undefined")
+    Part("memory", share=0.1, few=30).each(lambda rng: process.call(rng.random()))
 
 
-def test_wrong_arguments(draw: Any) -> None:
-    """Refused in the reference's own words, or answered as it answers."""
-
-    def wrong(rng: random.Random, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return rng.choice(
-                [
-                    lambda: value[..., :-1],
-                    lambda: value.unsqueeze(0),
-                    lambda: value[0] if value.dim() and value.shape[0] else value.long(),
-                    lambda: value.to(rng.choice([torch.int64, torch.bool, torch.float16, torch.complex64])),
-                    lambda: value[:0],
-                    lambda: None,
-                    lambda: torch.cat([value, value]),
-                ]
-            )()
-        if isinstance(value, bool) or value is None:
-            return value
-        return rng.choice([-1, 0, 1, 3, 2**31, -(2**62)]) if isinstance(value, int) else rng.choice([-1.0, 0.0, *ODD])
-
-    def answer(function: Any, sample: Sample) -> Any:
-        try:
-            return function(*sample.args, **sample.kwargs)
-        except (ValueError, TypeError, RuntimeError) as error:
-            return f"{type(error).__name__}: {error}"
-
-    def check(rng: random.Random) -> str:
-        sample = draw(rng)
-        args, kwargs = list(sample.args), dict(sample.kwargs)
-        place: Any = rng.choice([*range(len(args)), *kwargs])
-        holder: Any = args if isinstance(place, int) else kwargs
-        holder[place] = wrong(rng, holder[place])
-        changed = Sample(sample.op, sample.id, tuple(args), kwargs)
-        have, want = (answer(f, changed) for f in (getattr(torch.ops.tokcomp, sample.op), REFERENCES[sample.op]))
-        if isinstance(have, str) and have.startswith("RuntimeError: tokcomp::"):
-            return "refused by the schema"
-        assert isinstance(have, str) == isinstance(want, str), f"{sample.op}, {place}: {have} where reference: {want}"
-        if isinstance(want, str) and not want.startswith("RuntimeError"):
-            rule = want.split(", got ")[0]  # what arrived is spelled as C++ and Python spell numbers and types
-            assert rule in have, f"{sample.op}, {place}: {have}, not {want}"
-        return "refused" if isinstance(have, str) else "answered"
-
-    Part("arguments", share=0.08, few=60).each(check)
+@alone
+def test_races(under: Callable[[str], Sanitized]) -> None:
+    """Two callers at once, on four threads each, and no number that two threads touch unordered."""
+    process = under("thread")
+    Part("races", share=0.08, few=30).each(lambda rng: process.call(rng.random()))

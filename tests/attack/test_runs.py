@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from tokcomp.reading import digest, read_tensors
 
-from tests.attack.parts import MINUTES, Part
+from tests.attack.parts import MINUTES, Part, alone
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ("-m", "tokcomp_digits_vit", "--pretrained", "--device", "cpu", "--dataset", "digits", "-j", "0")
@@ -38,8 +38,6 @@ COMMANDS = {
 NAMES = list(COMMANDS) if MINUTES else ["search"]
 #: What a run must write alike whatever happened to it.
 RESULTS = ("*.safetensors", "log.csv", "schedule.json")
-#: What takes longer than the suite may, and is tested there in the loop that all commands share.
-alone = pytest.mark.skipif(not MINUTES, reason="a part of make attack")
 STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 
 

@@ -73,6 +73,7 @@ def test_an_nvcc_that_cannot_compile(configure: Configure, fake_torch: FakeTorch
     [
         ("TOKCOMP_BUILD_CUDA", "yes", "TOKCOMP_BUILD_CUDA must be auto, 0 or 1, got yes"),
         ("TOKCOMP_CPU_ARCH", "sse9", "TOKCOMP_CPU_ARCH must be native, dispatch, avx512_bf16, avx512, avx2 or generic"),
+        ("TOKCOMP_SANITIZE", "memory", "TOKCOMP_SANITIZE must be address,undefined or thread, got memory"),
         ("TORCH_CUDA_ARCH_LIST", "8.0;hopper", "TORCH_CUDA_ARCH_LIST must list versions such as 8.0 or 9.0+PTX"),
     ],
 )

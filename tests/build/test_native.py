@@ -59,6 +59,21 @@ def test_a_wheel_is_for_every_machine(
     assert not stale.exists(), "what an earlier build left would be packed"
 
 
+def test_sanitizers_have_a_package_of_their_own(native: ModuleType, commands: list[list[str]]):
+    package = native.ROOT / "tokcomp_kernels"
+    package.mkdir()
+    for name in ("__init__.py", "_C.cpython-311-x86_64-linux-gnu.so"):
+        (package / name).touch()
+    native.build()
+    folder = native.build(sanitize="address,undefined")
+    in_place, sanitized = commands[::2]
+    assert "-UTOKCOMP_SANITIZE" not in sanitized and "-UTOKCOMP_SANITIZE" in in_place
+    assert "-DTOKCOMP_SANITIZE=address,undefined" in sanitized and "-DTOKCOMP_BUILD_CUDA=0" in sanitized
+    assert f"-DTOKCOMP_OUTPUT_DIR={folder / 'tokcomp_kernels'}" in sanitized
+    assert sanitized[sanitized.index("-B") + 1] == str(folder) != in_place[in_place.index("-B") + 1]
+    assert [path.name for path in (folder / "tokcomp_kernels").iterdir()] == ["__init__.py"], "not the kernels in place"
+
+
 @pytest.mark.parametrize(
     ("ninja", "generator", "make_program", "stale"),
     [
