@@ -17,8 +17,12 @@ from tokcomp.reading import parse_json, read_json
 
 FORMAT = "tokcomp.CompressionSchedule"
 VERSION = 1
-#: The arguments of DiffRate that a schedule may record, and their types.
-METHOD_SETTINGS = {"metric": str, "pipeline": str, "seed": int, "similarity_weighted_size": bool}
+#: Method -> its arguments that a schedule may record, and their types. A schedule that names no method is DiffRate's.
+METHOD_SETTINGS: dict[str, dict[str, type]] = {
+    "diffrate": {"metric": str, "pipeline": str, "seed": int, "similarity_weighted_size": bool},
+    "tome": {"prop_attn": bool},
+    "evit": {"fuse": bool},
+}
 
 
 @dataclass
@@ -38,7 +42,8 @@ class CompressionSchedule:
         num_prefix_tokens: how many of ``num_tokens`` are not patches; only :meth:`rescaled` uses it.
         method: the arguments of :class:`tokcomp.DiffRate`, among :data:`METHOD_SETTINGS`, that the counts were found
             with: ``{"metric": "image_attn", "pipeline": "merge"}``. DiffRate adopts them and refuses arguments that
-            contradict them. None, or a name left out: unspecified.
+            contradict them. None, or a name left out: unspecified. ``{"name": "tome"}`` and ``{"name": "evit"}``: the
+            counts are for that method, with its arguments; :func:`tokcomp.methods.scheduled` makes it.
 
     Raises:
         ValueError: the lists differ in length, are both missing, or hold a count below 1; ``num_tokens`` is not above
@@ -175,6 +180,11 @@ class CompressionSchedule:
         except (TypeError, ValueError, OverflowError) as error:  # of a number beyond any float
             raise ValueError(f"{path}: {error}") from error
 
+    @property
+    def method_name(self) -> str:
+        """The method that the counts are for: ``diffrate`` unless ``method`` names another."""
+        return str((self.method or {}).get("name", "diffrate"))
+
     @classmethod
     def _from_file(cls, data: Any) -> CompressionSchedule:
         if not isinstance(data, dict) or not {"num_prune_kept", "num_merge_kept"} <= data.keys():
@@ -226,12 +236,17 @@ def _method(settings: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(settings, Mapping):
         raise TypeError(f"method must be a dict of DiffRate's arguments, got {settings!r}")
+    chosen = settings.get("name", "diffrate")
+    if chosen not in METHOD_SETTINGS:
+        raise ValueError(f"method['name'] must be one of {', '.join(METHOD_SETTINGS)}, got {chosen!r}")
+    known = METHOD_SETTINGS[chosen]
     for name, value in settings.items():
-        if name not in METHOD_SETTINGS:
-            raise ValueError(f"method must have no settings but {', '.join(METHOD_SETTINGS)}, got {name!r}")
-        kind = METHOD_SETTINGS[name]
-        if type(value) is not kind:
-            raise TypeError(f"method[{name!r}] must be of type {kind.__name__}, got {value!r}")
+        if name == "name":
+            continue
+        if name not in known:
+            raise ValueError(f"method must have no settings but {', '.join(known)}, got {name!r}")
+        if type(value) is not known[name]:
+            raise TypeError(f"method[{name!r}] must be of type {known[name].__name__}, got {value!r}")
     return dict(settings)
 
 

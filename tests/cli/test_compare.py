@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from xml.etree import ElementTree
 
 import pytest
@@ -15,17 +16,21 @@ SEARCH = ("--steps", "1", "--search-batch-size", "4", "--search-images", "8", "-
 
 
 def test_one_command_compares_and_goes_on(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "images_per_second", partial(comparison.images_per_second, rounds=1))
     folder = tmp_path / "out"
     argv = (*DIGITS, "--pretrained", *FAST[:2], "--speed-batch", "2", "--pictures", "1", *SEARCH, "-o", folder)
-    methods = ("--methods", "search", "tome", "random:2", "published")
+    argv += ("--refine-candidates", "6", "--refine-images", "8")
+    methods = ("--methods", "search", "tome", "refine", "random:2", "published")
     status, out, err = run(*argv, *methods)
     assert status == 0, err
-    assert "compare step 1/6: uncompressed: top-1" in err and "random, median of 2" in out
+    assert "compare step 1/7: uncompressed: top-1" in err and "random, median of 2" in out
     results = json.loads((folder / "results.json").read_text())
     assert results["finished"] and results["num_images"] == 24
     (budget,) = results["budgets"]
     rows = {row["name"]: row for row in budget["rows"]}
-    assert list(rows) == ["search", "tome", "random, median of 2"] and list(budget["impossible"]) == ["published"]
+    assert list(rows) == ["search", "tome", "refine", "random, median of 2"] and list(budget["impossible"]) == [
+        "published"
+    ]
     for row in rows.values():
         assert row["gflops"] == pytest.approx(0.012, rel=0.02) and 80 <= row["top1"] <= 100 and row["same"] > 80
     assert rows["tome"]["images_per_second"] > 0 and any(row["less_best"] == [0, 0] for row in rows.values())
@@ -80,7 +85,10 @@ def test_a_backbone_gets_a_head(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--methods", "tomo"), "--methods: must be diffrate, search, published, tome, evit, uniform, random:N"),
+        (
+            ("--methods", "tomo"),
+            "--methods: must be diffrate, search, refine, published, tome, evit, uniform, random:N",
+        ),
         (("--gflops", "9"), "--gflops must be below the uncompressed model's 0.02261, got 9"),
         (("--metrics", "size"), "--metrics must be among cls_attn, image_attn, cls_attn_v, random, got 'size'"),
         (("--steps", "3", "--epochs", "1"), "--steps and --epochs both set the length of the searches, got both"),

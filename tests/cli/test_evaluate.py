@@ -84,10 +84,10 @@ def test_samples_are_spread_over_the_classes(run, image_folder):
             "--r belongs to --method tome or tome_mlp, got --method none; change the method",
         ),
         (("--method", "tome", "--keep-rate", "0.7"), "--keep-rate belongs to --method evit, got --method tome"),
-        (("--method", "tome"), "--method tome needs --r or --gflops, got none of them"),
+        (("--method", "tome"), "--method tome needs --r or --gflops or --schedule, got none of them"),
         (
             ("--method", "tome", "--r", "0", "--gflops", "1"),
-            "needs exactly one of --r or --gflops, got --r and --gflops",
+            "needs exactly one of --r or --gflops or --schedule, got --r and --gflops",
         ),
         (("--method", "tome", "--r", "-1"), "argument --r: "),
         (

@@ -10,7 +10,7 @@ import pytest
     [
         (["-b", 9, "--max-batch", 8, "-o", "m.pt2"], "--batch-size must be at most --max-batch, 8, got 9"),
         (["-o", "."], "--output must be a file, got the folder '.'; add a file name"),
-        (["-o", "m.pt2", "--method", "tome"], "--method tome needs --r or --gflops, got none of them"),
+        (["-o", "m.pt2", "--method", "tome"], "--method tome needs --r or --gflops or --schedule, got none of them"),
         (
             ["-m", "resnet18", "-o", "m.pt2", "--method", "tome", "--r", 3],
             "--model 'resnet18': a timm.models.resnet.ResNet is not a model",

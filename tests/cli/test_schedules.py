@@ -79,7 +79,7 @@ def test_rescale_needs_a_schedule_that_knows_its_tokens(run, tmp_path):
     status, _, err = run(*EVALUATE, "--schedule", tmp_path / "old.json", "--rescale")
     assert status == 2 and "--rescale needs a schedule that says how many tokens it is for" in err
     status, _, err = run("evaluate", *DIGITS, "--method", "tome", "--r", "4", "--rescale")
-    assert status == 2 and "--rescale belongs to --method diffrate, got --method tome" in err
+    assert status == 2 and "--rescale goes with --schedule, got --r; leave it out" in err
 
 
 def test_a_published_table(run, tmp_path):
@@ -116,3 +116,38 @@ def test_degrees_are_rescaled_and_keep_their_methods(run, tmp_path):
     assert [degrees(degree).metric for degree in (0, 1, 2)] == ["cls_attn_v"] * 3
     assert degrees(1).schedule.num_merge_kept == [65, 61, 57, 53, 49, 45]
     assert degrees(2).schedule.num_tokens == 65
+
+
+@pytest.mark.parametrize("method", [{"name": "tome", "prop_attn": False}, {"name": "evit", "fuse": True}])
+def test_a_schedule_of_another_method_is_run_by_that(run, tmp_path, picture, method):
+    name = method["name"]
+    pruned, merged = (None, [57, 50, 40, 30, 20, 12]) if name == "tome" else ([65, 50, 50, 30, 30, 12], None)
+    path = tmp_path / "other.json"
+    tokcomp.CompressionSchedule(pruned, merged, num_tokens=65, method=method).save(path)
+    status, _, err = run(*EVALUATE, "--schedule", path)
+    assert status == 2 and f"--method must be {name}, which the schedule was made for, got diffrate" in err
+    found = settings_of(run, *EVALUATE[:-1], name, "--schedule", path)
+    assert found.startswith({"tome": "ToMe(r=(8, 7, 10, 10, 10, 8), prop_attn=False)", "evit": "EViT("}[name])
+    # No method named: the schedule says which.
+    status, out, err = run("visualize", picture, *DIGITS[2:-2], "--schedule", path, "-o", tmp_path / "drawn")
+    assert status == 0 and {"tome": "ToMe(", "evit": "EViT("}[name] in out, err
+
+
+def test_the_refined_schedule_is_what_evaluate_reads(run, tmp_path):
+    search = ("search", *DIGITS, "-b", "8", "--steps", "1", "--images", "16", "--held-out", "0", "--mixup", "0")
+    options = ("--target-gflops", "0.012", "--cutmix", "0", "--refine", "8", "--refine-images", "12")
+    status, out, err = run(*search, *options, "-o", tmp_path / "run")
+    assert status == 0, err
+    refined = tokcomp.CompressionSchedule.load(tmp_path / "run" / "refined.json")
+    starts = refined.provenance["starts"]
+    assert set(starts) == {"search", "tome", "evit", "uniform"} and refined.provenance["loss"] <= min(starts.values())
+    found = out.split("Next: tokcomp ")[1].split()
+    status, out, err = run(*found, "--num-samples", "20", "--json", "--device", "cpu", "-j", "0")
+    assert status == 0, err
+    assert json.loads(out)["gflops"] == pytest.approx(refined.provenance["gflops"], abs=1e-6)
+    # More candidates go on from those.
+    options = tuple("12" if option == "8" else option for option in options)
+    status, _, err = run(*search, *options, "-o", tmp_path / "run", "--resume")
+    assert status == 0 and "start tome" not in err
+    more = tokcomp.CompressionSchedule.load(tmp_path / "run" / "refined.json").provenance
+    assert more["candidates"] == 12 and more["loss"] <= refined.provenance["loss"] and more["starts"] == starts

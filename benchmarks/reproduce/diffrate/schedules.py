@@ -43,7 +43,7 @@ def random_method(
     return equal_cost.random_schedule(Ruler(model), budget, generator, pipeline=pipeline)
 
 
-def fit(model: nn.Module, found: tokcomp.DiffRate, budget: float) -> tokcomp.DiffRate:
+def fit(model: nn.Module, found: Method, budget: float) -> Method:
     return equal_cost.fit(Ruler(model), found, budget)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tokcomp.cli.errors import UserError, blame
 from tokcomp.cli.misfits import load_checkpoint
 from tokcomp.cli.model_arguments import add_model_kwargs, add_pooling_option, model_settings
-from tokcomp.cli.schedules import add_rescale_option, diffrate_method
+from tokcomp.cli.schedules import add_rescale_option, scheduled_method
 
 if TYPE_CHECKING:
     import torch
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 METHODS = ("none", "diffrate", "tome", "tome_mlp", "evit")
 #: option -> the methods that read it
 _READERS = {
-    "schedule": ("diffrate",),
+    "schedule": ("diffrate", "tome", "evit"),
     "schedules": ("diffrate",),
     "metric": ("diffrate",),
     "pipeline": ("diffrate",),
-    "rescale": ("diffrate",),
+    "rescale": ("diffrate", "tome", "evit"),
     "gflops": ("diffrate", "tome", "evit"),
     "r": ("tome", "tome_mlp"),
     "no_prop_attn": ("tome",),
@@ -125,7 +125,8 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
         "--schedule",
         type=Path,
         metavar="FILE",
-        help="diffrate: a schedule saved as JSON; or a table like DiffRate's compression_rate.json, with --gflops",
+        help="a schedule saved as JSON, for the method that it names (if none, diffrate); or, for diffrate, a table "
+        "like DiffRate's compression_rate.json, with --gflops",
     )
     add_rescale_option(group)
     group.add_argument(
@@ -298,7 +299,7 @@ def build_method(args: argparse.Namespace, model: nn.Module) -> Method | None:
     require_readers(args)
     if args.method == "none":
         return None
-    build = {"diffrate": diffrate_method, "tome": _tome, "tome_mlp": _tome_mlp, "evit": _evit}[args.method]
+    build = {"diffrate": scheduled_method, "tome": _tome, "tome_mlp": _tome_mlp, "evit": _evit}[args.method]
     return build(args, model)
 
 
@@ -322,11 +323,20 @@ def _one_of(args: argparse.Namespace, *options: str) -> str:
     return given[0]
 
 
+def _refuse_rescale(args: argparse.Namespace, chosen: str) -> None:
+    if args.rescale:
+        raise UserError(f"--rescale goes with --schedule, got {_flag(chosen)}; leave it out")
+
+
 def _tome(args: argparse.Namespace, model: nn.Module) -> Method:
     from tokcomp import ToMe
     from tokcomp.equal_cost import tome_for_budget
 
-    if _one_of(args, "r", "gflops") == "gflops":
+    chosen = _one_of(args, "r", "gflops", "schedule")
+    if chosen == "schedule":
+        return scheduled_method(args, model)
+    _refuse_rescale(args, chosen)
+    if chosen == "gflops":
         with blame("--gflops"):
             r = tome_for_budget(model, args.gflops * 1e9).r
     else:
@@ -345,7 +355,10 @@ def _evit(args: argparse.Namespace, model: nn.Module) -> Method:
     from tokcomp import EViT
     from tokcomp.equal_cost import evit_for_budget
 
-    chosen = _one_of(args, "keep_rate", "num_pruned", "gflops")
+    chosen = _one_of(args, "keep_rate", "num_pruned", "gflops", "schedule")
+    if chosen == "schedule":
+        return scheduled_method(args, model)
+    _refuse_rescale(args, chosen)
     if args.keep_blocks is not None and chosen != "keep_rate":
         raise UserError(f"--keep-blocks goes with --keep-rate, got {_flag(chosen)}; leave it out")
     if chosen == "gflops":

@@ -1,4 +1,4 @@
-"""--schedule and --gflops: which DiffRate schedule, with which method, for how many tokens."""
+"""--schedule and --gflops: which schedule, with which method, for how many tokens."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tokcomp import CompressionSchedule, DiffRate
+    from tokcomp.methods import Method
 
 
 def add_rescale_option(group: Any) -> None:
     group.add_argument(
         "--rescale",
         action="store_true",
-        help="diffrate: adapt a schedule for another image size, keeping the same shares of the patches",
+        help="adapt a schedule for another image size, keeping the same shares of the patches",
     )
 
 
@@ -32,8 +33,8 @@ def load_schedule(path: Path, option: str, *, model: str, gflops: float | None =
         return CompressionSchedule.load(path, model=model, gflops=gflops)
 
 
-def diffrate_method(args: argparse.Namespace, model: nn.Module) -> DiffRate:
-    """DiffRate from --schedule FILE, from the published --gflops, or from both: one budget of a table in a file."""
+def scheduled_method(args: argparse.Namespace, model: nn.Module) -> Method:
+    """The method of --schedule FILE, of the published --gflops, or of both: one budget of a table in a file."""
     from tokcomp import DiffRate
 
     if args.schedule is not None:
@@ -43,7 +44,23 @@ def diffrate_method(args: argparse.Namespace, model: nn.Module) -> DiffRate:
             schedule = DiffRate.published(args.model, args.gflops).schedule
     else:
         raise UserError(f"--method {args.method} needs --gflops or --schedule, got none of them")
-    return method_of(fitted(schedule, model, args.model, rescale=args.rescale), args, model)
+    if schedule.method_name != args.method:
+        raise UserError(
+            f"--method must be {schedule.method_name}, which the schedule was made for, got {args.method}; "
+            f"pass --method {schedule.method_name}"
+        )
+    schedule = fitted(schedule, model, args.model, rescale=args.rescale)
+    if args.method == "diffrate":
+        return method_of(schedule, args, model)
+    for option, setting in (("no_prop_attn", "prop_attn"), ("no_fuse", "fuse")):
+        if getattr(args, option) and (schedule.method or {}).get(setting, True):
+            raise UserError(
+                f"--{option.replace('_', '-')} contradicts the schedule, which was made with {setting}; leave it out"
+            )
+    from tokcomp.methods import scheduled
+
+    with blame("--schedule"):
+        return scheduled(schedule)
 
 
 def fitted(schedule: CompressionSchedule, model: nn.Module, name: str, *, rescale: bool) -> CompressionSchedule:

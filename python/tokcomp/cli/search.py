@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,17 @@ from tokcomp.cli.budgets import add_budget_options, build_targets, check_budget_
 from tokcomp.cli.data import add_data_options, data_config, data_root, open_data
 from tokcomp.cli.errors import UserError, blame
 from tokcomp.cli.model_arguments import model_settings
+from tokcomp.cli.refine import add_refine_options, refine_run
 from tokcomp.cli.search_report import report
 from tokcomp.cli.training import Job
 from tokcomp.runs.recipe import SEARCH_RECIPE
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.utils.data import Dataset
 
     from tokcomp.budgets import Budget
+    from tokcomp.runs.steps import StopRequest
     from tokcomp.search.run import SearchRun
     from tokcomp.search.settings import SearchSettings
 
@@ -49,6 +52,8 @@ examples:
       three schedules from one pass over the data, with 1,000 images
   torchrun --nproc-per-node 8 -m tokcomp search /data/imagenet -m deit_base_patch16_224 --pretrained --target-gflops 8.7
       on 8 GPUs, each with an eighth of every batch
+  tokcomp search /data/imagenet -m deit_small_patch16_224 --pretrained --target-gflops 2.3 --refine
+      then moves counts by the loss with tokens really dropped; never worse than ToMe, EViT and others at that cost
   tokcomp search ... -o run --resume
       continue a run that was stopped, with all other options unchanged
 """
@@ -96,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="epochs at the start that ignore the budget (default: %(default)s)",
     )
+    add_refine_options(parser.add_argument_group("second stage, not in the paper"), switch=True)
     recipe = parser.add_argument_group(
         "recipe (defaults are the paper's, its Table 5; names and meanings as in timm's scripts)"
     )
@@ -152,7 +158,25 @@ def run(args: argparse.Namespace) -> int:
             f"--val-data must be a folder or archive of images, got '{args.val_data}', which does not exist"
         )
     settings = _settings(args)
-    return training.train(args, lambda job: _prepare(job, settings, root), lambda run: report(args, run), traces=TRACES)
+
+    def then(job: Job, run: SearchRun, stop: StopRequest) -> bool:
+        return args.refine is None or refine_run(job, run, stop, _calibration(job, root, run))
+
+    return training.train(
+        args, lambda job: _prepare(job, settings, root), lambda run: report(args, run), traces=TRACES, then=then
+    )
+
+
+def _calibration(job: Job, root: Path | None, run: SearchRun) -> Callable[[], Iterable[tuple[Tensor, Tensor]]]:
+    """Starts a pass over the images that judge a refinement: of those that are searched on, as in evaluation."""
+    from tokcomp.runs.data import Part, spread_sample
+    from tokcomp.runs.recipe import plain_transform
+
+    config = data_config(job.args, run.model)
+    dataset, indices, _, _ = _parts(job.args, root, int(run.model.num_classes), config)  # type: ignore[arg-type]
+    part = Part(dataset, indices)
+    chosen = [indices[place] for place in spread_sample(part, job.args.refine_images, job.args.seed)]
+    return job.held_out(Part(dataset, chosen, plain_transform(config)))
 
 
 def _settings(args: argparse.Namespace) -> SearchSettings:

@@ -36,6 +36,8 @@ def report(args: argparse.Namespace, run: SearchRun) -> None:
         rows.append(
             [name or "found", costs, f"{result.gflops:.4g}", _percent(result.top1), kept, folder.schedule(name).name]
         )
+        if args.refine is not None:
+            rows.append(_refined_row(folder.refined(name), name))
     if all(row[1] in ("", "-") for row in rows):
         rows = [[row[0], *row[2:]] for row in rows]
         header = ["target", "GFLOPs", "top-1", "tokens after each block", "schedule"]
@@ -47,15 +49,45 @@ def report(args: argparse.Namespace, run: SearchRun) -> None:
     for name, found in _hardware(folder).items():
         settings = ", ".join(f"{parameter} {value:g}" for parameter, value in found.items())
         print(f"{args.hardware}{f' of {name}' if name else ''}: {settings}")
+    if args.refine is not None:
+        for name in results:
+            print(_what_refining_did(folder.refined(name)))
     print(f"written: {args.output}")
-    print(f"Next: {_next_command(args, folder.schedule(next(iter(results))))}")
+    first = next(iter(results))
+    print(f"Next: {_next_command(args, folder.schedule(first) if args.refine is None else folder.refined(first))}")
+
+
+def _refined_row(path: Path, name: str) -> list[str]:
+    from tokcomp import CompressionSchedule
+
+    schedule = CompressionSchedule.load(path)
+    counts = [one for one in (schedule.num_prune_kept, schedule.num_merge_kept) if one is not None]
+    kept = " ".join(str(min(block)) for block in zip(*counts, strict=True))
+    found = schedule.provenance
+    return [f"{name} refined".strip(), "", f"{found['gflops']:.4g}", _percent(found["top1"]), kept, path.name]
+
+
+def _what_refining_did(path: Path) -> str:
+    """One line: the loss before and after, and what it took."""
+    from tokcomp import CompressionSchedule
+
+    schedule = CompressionSchedule.load(path)
+    found = schedule.provenance
+    best = min(found["starts"], key=found["starts"].__getitem__)
+    starts = ", ".join(f"{name} {loss:.4f}" for name, loss in found["starts"].items())
+    return (
+        f"{path.name}: {schedule.method_name}, loss {found['loss']:.4f} (best start: {best}; {starts}), "
+        f"{found['candidates']} candidates in {found['seconds']:.0f} s"
+    )
 
 
 def _next_command(args: argparse.Namespace, schedule: Path) -> str:
     """The command that evaluates the result on the model and data of the search."""
+    from tokcomp import CompressionSchedule
+
     words = ["tokcomp evaluate", str(args.data or args.data_dir or "")]
     words += [f"--dataset {args.dataset}" if args.dataset else "", *model_words(args)]
-    words += [f"--method diffrate --schedule {schedule}"]
+    words += [f"--method {CompressionSchedule.load(schedule).method_name} --schedule {schedule}"]
     return " ".join(word for word in words if word)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tokcomp.runs.batches import LoaderBatches
     from tokcomp.runs.distributed import World
     from tokcomp.runs.loop import Run
+    from tokcomp.runs.steps import StopRequest
 
 R = TypeVar("R", bound="Run")
 
@@ -237,7 +238,12 @@ def versions() -> dict[str, Any]:
 
 
 def train(
-    args: argparse.Namespace, prepare: Callable[[Job], R], report: Callable[[R], None], *, traces: Iterable[str] = ()
+    args: argparse.Namespace,
+    prepare: Callable[[Job], R],
+    report: Callable[[R], None],
+    *,
+    traces: Iterable[str] = (),
+    then: Callable[[Job, R, StopRequest], bool] | None = None,
 ) -> int:
     """Prepare a run, run it until it ends or is stopped, report it, and return the exit status.
 
@@ -246,6 +252,7 @@ def train(
         prepare: makes the run; whatever can be refused is refused there, with nothing written.
         report: prints, in the main process, the outcome of a run that has reached its end.
         traces: further patterns of files that mark the output folder as holding a run.
+        then: what follows the last step, in every process; returns whether it reached its own end.
     """
     from tokcomp.runs.distributed import join, leave, local_device
     from tokcomp.runs.loop import Run, check_free
@@ -260,18 +267,25 @@ def train(
     except RuntimeError as error:
         raise UserError(str(error)) from error
     try:
-        return _to_its_end(args, prepare(Job(args, device, world)), report)
+        return _to_its_end(Job(args, device, world), prepare, report, then)
     finally:
         leave()
 
 
-def _to_its_end(args: argparse.Namespace, run: R, report: Callable[[R], None]) -> int:
+def _to_its_end(
+    job: Job,
+    prepare: Callable[[Job], R],
+    report: Callable[[R], None],
+    then: Callable[[Job, R, StopRequest], bool] | None,
+) -> int:
     from tokcomp.runs.checkpoint import CheckpointError
     from tokcomp.runs.steps import DivergedError, StopRequest
 
+    args, run = job.args, prepare(job)
     with StopRequest() as stop:
         try:
-            finished = run.train(stop, resumed=args.resume)
+            reached = run.train(stop, resumed=args.resume)
+            finished = reached and (then is None or then(job, run, stop))
         except DivergedError as error:
             raise RunFailed(str(error)) from error
         except CheckpointError as error:
@@ -282,7 +296,7 @@ def _to_its_end(args: argparse.Namespace, run: R, report: Callable[[R], None]) -
             ) from error
     if run.world.is_main and finished:
         report(run)
-    elif run.world.is_main:
+    elif run.world.is_main and not reached:
         print(
             f"stopped after step {run.step_number} of {run.total_steps}; the same command with --resume continues from "
             "there",

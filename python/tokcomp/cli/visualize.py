@@ -11,6 +11,7 @@ from tokcomp.cli import options
 from tokcomp.cli.data import add_strict_option, strict_error
 from tokcomp.cli.errors import UserError, blame, check_output_file, check_output_folder
 from tokcomp.cli.pictures import check_overwrites, drawing_names, png_bytes
+from tokcomp.cli.schedules import load_schedule
 from tokcomp.files import write_whole
 
 DESCRIPTION = """\
@@ -119,6 +120,8 @@ def _choose_method(args: argparse.Namespace, model: Any) -> None:
     given = options.given_method_options(args)
     if given:
         args.method = options.methods_reading(given[0])[0]
+        if args.schedule is not None:
+            args.method = load_schedule(args.schedule, "--schedule", model=args.model, gflops=args.gflops).method_name
         return
     budgets = published_budgets().get(args.model) or published_budgets().get(args.model.split(".")[0])
     if budgets:

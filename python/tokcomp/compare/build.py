@@ -19,7 +19,8 @@ from tokcomp.equal_cost import (
     tome_for_budget,
     uniform,
 )
-from tokcomp.methods import DiffRate, Method
+from tokcomp.methods import DiffRate, Method, scheduled
+from tokcomp.refine import starts_for
 from tokcomp.runs.steps import derived_seed
 from tokcomp.schedule import CompressionSchedule, published_schedule
 
@@ -34,11 +35,18 @@ class Builder:
         model: plain, and left so.
         name: timm's name for it, under which schedules may have been published.
         search: (GFLOPs, variant) -> a searched schedule; None: no entry may need a search.
+        refine: (GFLOPs, variant, starts by name) -> the best that a refinement finds; None: no entry may need one.
     """
 
-    def __init__(self, model: nn.Module, name: str, search: Callable[[float, Variant], DiffRate] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        search: Callable[[float, Variant], DiffRate] | None = None,
+        refine: Callable[[float, Variant, dict[str, Method]], Method] | None = None,
+    ) -> None:
         self.model, self.name, self.ruler = model, name, Ruler(model)
-        self._search = search
+        self._search, self._refine = search, refine
 
     def build(self, entry: Entry, gflops: float) -> Method:
         """The entry's method at a cost of ``gflops``.
@@ -87,7 +95,13 @@ class Builder:
                 return published
         if self._search is None:
             raise ValueError(f"{entry.name} needs a search, and there are no images to search on")
-        return fit(self.ruler, self._search(gflops, entry.variant), budget)
+        searched = fit(self.ruler, self._search(gflops, entry.variant), budget)
+        if entry.kind != "refine":
+            return searched
+        if self._refine is None:
+            raise ValueError(f"{entry.name} needs images to judge by, and there are none")
+        starts = starts_for(self.model, self.name, self.ruler, budget, {"search": searched})
+        return self._refine(gflops, entry.variant, starts)
 
     def _published(self, gflops: float) -> DiffRate | None:
         """The schedule published for this very model, budget and number of tokens, if there is one."""
@@ -97,7 +111,7 @@ class Builder:
             return None
         return DiffRate(schedule) if schedule.num_tokens == self.ruler.num_tokens else None
 
-    def _rescaled(self, path: Path, budget: float) -> DiffRate:
+    def _rescaled(self, path: Path, budget: float) -> Method:
         """The schedule of a file, or of another comparison's searched ones that of the nearest cost, for this model."""
         files = sorted((path / "schedules").glob("*.json")) if path.is_dir() else [path]
         searched = [file for file in files if not path.is_dir() or file.name.startswith(SEARCHED)]
@@ -108,7 +122,7 @@ class Builder:
                 schedule = schedule.rescaled(self.ruler.num_tokens, self.ruler.prefix)
             if len(schedule) != self.ruler.depth:
                 raise ValueError(f"'{file}' is for {len(schedule)} blocks, and the model has {self.ruler.depth}")
-            methods.append(DiffRate(schedule))
+            methods.append(scheduled(schedule))
         if not methods:
             raise ValueError(f"'{path}' holds no searched schedule")
         return min(methods, key=lambda method: abs(self.ruler.flops(method) - budget))

@@ -11,9 +11,9 @@ from typing import Any
 from tokcomp.methods.diffrate import METRICS, PIPELINES
 
 #: Methods by the names that users give; what each does is in the help of ``tokcomp compare``.
-NAMES = ("diffrate", "search", "published", "tome", "evit", "uniform")
+NAMES = ("diffrate", "search", "refine", "published", "tome", "evit", "uniform")
 #: Those that depend on a search, and so on its seed.
-SEARCHED = ("diffrate", "search")
+SEARCHED = ("diffrate", "search", "refine")
 
 
 @dataclass(frozen=True)

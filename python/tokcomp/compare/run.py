@@ -21,7 +21,7 @@ from tokcomp.compare.entries import UNCOMPRESSED, Entry
 from tokcomp.compare.summary import summarize
 from tokcomp.files import sole_writer, write_whole
 from tokcomp.measure.info import machine, package_versions
-from tokcomp.methods import DiffRate, Method
+from tokcomp.methods import Method
 from tokcomp.runs.distributed import ALONE, World
 from tokcomp.runs.steps import Progress, StopRequest
 
@@ -175,7 +175,7 @@ class Comparison:
                 progress.advance()
                 if self.world.is_main:
                     self._write()
-        except Stopped:
+        except Stopped:  # a search or a refinement, if not the cell in hand, goes on from its own file
             return False
         finally:
             progress.close()
@@ -251,14 +251,14 @@ class Comparison:
         return dict(zip(("images_per_second", "uncompressed_images_per_second", "speedup"), found, strict=True))
 
     def _keep_schedule(self, entry: Entry, gflops: float, method: Method) -> dict[str, Any]:
-        """The counts, and the schedule as a file if the method has one."""
+        """The counts, and the schedule as a file."""
         counts = self.builder.ruler.counts(method)
         kept: dict[str, Any] = {"method": repr(method), "kept": counts.kept, "before_merge": counts.before_merge}
-        if isinstance(method, DiffRate) and entry.kind != "random":
+        if entry.kind != "random":
             name = "".join(letter if letter.isalnum() else "-" for letter in entry.name)
             path = self.folder / "schedules" / f"{name}-{gflops:g}.json"
-            schedule = copy.copy(method.schedule)
-            schedule.provenance = {**schedule.provenance, "source": f"tokcomp compare, {entry.name}", **self._facts}
+            schedule = self.builder.ruler.as_schedule(method)
+            schedule.provenance = {"source": f"tokcomp compare, {entry.name}", **self._facts}
             schedule.save(path)
             kept["schedule"] = str(path.relative_to(self.folder))
         return kept

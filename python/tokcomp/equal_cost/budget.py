@@ -25,26 +25,26 @@ def _nearest(model: nn.Module, ruler: Ruler, budget: float, candidate: Callable[
     adapter = find_adapter(model)
     adapter.validate(model, candidate(end))
     candidate(end).validate(ruler.geometry)
-    above = _last_at_least(lambda index: ruler.flops(candidate(index)) >= budget, end)
+    above = _last_at_least(lambda index: ruler.cost(candidate(index)) >= budget, end)
     choices = [candidate(index) for index in range(above, min(above + 1, end) + 1)]
-    best = min(choices, key=lambda method: abs(ruler.flops(method) - budget))
-    if abs(ruler.flops(best) - budget) > 0.05 * budget:
+    best = min(choices, key=lambda method: abs(ruler.cost(method) - budget))
+    if abs(ruler.cost(best) - budget) > 0.05 * budget:
         raise ValueError(
-            f"the budget must lie between {ruler.flops(candidate(end)) / 1e9:.4g} and "
-            f"{ruler.flops(candidate(0)) / 1e9:.4g} GFLOPs for {type(best).__name__}, got {budget / 1e9:.4g}"
+            f"the budget must lie between {ruler.cost(candidate(end)) / 1e9:.4g} and "
+            f"{ruler.cost(candidate(0)) / 1e9:.4g} GFLOPs for {type(best).__name__}, got {budget / 1e9:.4g}"
         )
     return best
 
 
-def tome_for_budget(model: nn.Module, budget: float) -> ToMe:
+def tome_for_budget(model: nn.Module, budget: float, *, ruler: Ruler | None = None) -> ToMe:
     """ToMe with r + 1 in the first blocks and r in the others, at the cost nearest to ``budget`` multiply-adds.
 
-    ``model`` must be plain (not compressed) and is left so.
+    ``model`` must be plain (not compressed) and is left so. Another cost than multiply-adds takes a ``ruler`` for it.
 
     Raises:
         ValueError: no r comes within 5 % of the budget; the message gives the range.
     """
-    ruler = Ruler(model)
+    ruler = ruler or Ruler(model)
     depth = ruler.depth
 
     def candidate(index: int) -> ToMe:
@@ -59,12 +59,12 @@ def evit_blocks(depth: int) -> list[int]:
     return sorted({max(1, depth * k // 4) for k in (1, 2, 3)})
 
 
-def evit_for_budget(model: nn.Module, budget: float, *, fuse: bool = True) -> EViT:
+def evit_for_budget(model: nn.Module, budget: float, *, fuse: bool = True, ruler: Ruler | None = None) -> EViT:
     """EViT in three blocks, spread as published (4, 7 and 10 of 12), at the cost nearest to ``budget`` multiply-adds.
 
     Same terms as :func:`tome_for_budget`.
     """
-    ruler = Ruler(model)
+    ruler = ruler or Ruler(model)
     blocks = evit_blocks(ruler.depth)
     steps = 200
 

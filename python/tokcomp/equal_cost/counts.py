@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from tokcomp.adapters import find_adapter
-from tokcomp.cost import counts_under, flops_of
-from tokcomp.methods import DiffRate, Method
+from tokcomp.cost import TokenCounts, counts_under, flops_of
+from tokcomp.methods import DiffRate, EViT, Method, ToMe, scheduled
 from tokcomp.methods.diffrate import published_settings
 from tokcomp.schedule import CompressionSchedule
 
@@ -61,23 +61,30 @@ class Ruler:
 
     Args:
         model: of a family that :func:`tokcomp.compress` understands; what it is compressed by does not matter.
+        measure: another cost of token counts than multiply-adds, such as a latency, that must not fall as they rise.
 
     Raises:
         TypeError: (UnsupportedModelError) the model is not understood, or its multiply-adds are not known.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, measure: Callable[[TokenCounts], float] | None = None) -> None:
         adapter = find_adapter(model)
         self.geometry = adapter.geometry(model)
         self.num_tokens = adapter.num_tokens(model)
         self.prefix, self.depth = self.geometry.num_prefix_tokens, self.geometry.depth
         self.patches = self.num_tokens - self.prefix
-        self._cost = adapter.cost(model)
+        self._coefficients, self._measure = adapter.cost(model), measure
 
     def flops(self, method: Method | None) -> int:
         """Multiply-adds of one image under a method; None: uncompressed."""
-        counts = counts_under(method, self.num_tokens, self.depth, self.prefix)
-        return int(flops_of(self._cost, counts, self.num_tokens))
+        return int(flops_of(self._coefficients, self._token_counts(method), self.num_tokens))
+
+    def cost(self, method: Method | None) -> float:
+        """What budgets are compared with: multiply-adds, or what ``measure`` says."""
+        return self.flops(method) if self._measure is None else self._measure(self._token_counts(method))
+
+    def _token_counts(self, method: Method | None) -> TokenCounts:
+        return counts_under(method, self.num_tokens, self.depth, self.prefix)
 
     def counts(self, method: Method) -> Counts:
         """What the method's counts amount to."""
@@ -86,6 +93,43 @@ class Ruler:
     def arriving(self, kept: Sequence[int]) -> list[int]:
         """Tokens that enter each block if the blocks leave ``kept``."""
         return [self.num_tokens, *kept[:-1]]
+
+    def schedule(self, counts: Counts, method: Mapping[str, Any]) -> CompressionSchedule:
+        """The schedule under which a method leaves ``counts.kept`` tokens in each block.
+
+        Args:
+            counts: per block, falling; ToMe and EViT read those that are kept.
+            method: as a schedule records it, with all settings of the method.
+        """
+        name = method.get("name", "diffrate")
+        pipeline = {"tome": "merge", "evit": "prune"}.get(name) or method["pipeline"]
+        pruned, merged = lists_for(pipeline, counts, self.num_tokens)
+        return CompressionSchedule(
+            pruned if "prune" in pipeline else None,
+            merged if "merge" in pipeline else None,
+            num_tokens=self.num_tokens,
+            num_prefix_tokens=self.prefix,
+            method=dict(method),
+        )
+
+    def settings_of(self, method: Method) -> dict[str, Any]:
+        """A method as a schedule records it.
+
+        Raises:
+            TypeError: it is no method that follows a schedule.
+        """
+        if isinstance(method, ToMe):
+            return {"name": "tome", "prop_attn": method.prop_attn}
+        if isinstance(method, EViT):
+            return {"name": "evit", "fuse": method.fuse}
+        if not isinstance(method, DiffRate):
+            raise TypeError(f"method must be a DiffRate, ToMe or EViT, got {type(method).__name__}")
+        names = ("metric", "pipeline", "similarity_weighted_size", *(["seed"] if method.metric == "random" else []))
+        return {name: getattr(method, name) for name in names}
+
+    def as_schedule(self, method: Method) -> CompressionSchedule:
+        """A DiffRate, ToMe or EViT as a schedule for this model, which :func:`tokcomp.methods.scheduled` turns back."""
+        return self.schedule(self.counts(method), self.settings_of(method))
 
     def diffrate(self, counts: Counts, **settings: Any) -> DiffRate:
         """DiffRate that leaves ``counts.kept`` tokens in each block, whatever the pipeline.
@@ -97,16 +141,7 @@ class Ruler:
         """
         method = published_settings(self.geometry)._asdict()
         method |= {name: value for name, value in settings.items() if value is not None}
-        pruned, merged = lists_for(method["pipeline"], counts, self.num_tokens)
-        return DiffRate(
-            CompressionSchedule(
-                pruned if "prune" in method["pipeline"] else None,
-                merged if "merge" in method["pipeline"] else None,
-                num_tokens=self.num_tokens,
-                num_prefix_tokens=self.prefix,
-                method=method,
-            )
-        )
+        return scheduled(self.schedule(counts, method))  # type: ignore[return-value]
 
     def like(self, method: Method, **settings: Any) -> DiffRate:
         """DiffRate that leaves as many tokens in each block as another method does: what its schedule alone does."""

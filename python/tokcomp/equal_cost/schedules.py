@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tokcomp.equal_cost.counts import Counts, Ruler
-from tokcomp.methods import DiffRate, Method
+from tokcomp.methods import DiffRate, Method, scheduled
 from tokcomp.schedule import PUBLISHED_MODELS, published_budgets, published_schedule
 
 #: How often a random schedule is drawn anew because its shape does not reach the budget.
@@ -19,8 +19,8 @@ def _bisect(ruler: Ruler, budget: float, low: float, high: float, at: Callable[[
     """The method whose strength between ``low`` (dear) and ``high`` (cheap) costs nearest to the budget."""
     for _ in range(24):
         middle = (low + high) / 2
-        low, high = (middle, high) if ruler.flops(at(middle)) > budget else (low, middle)
-    return min((at(low), at(high)), key=lambda method: abs(ruler.flops(method) - budget))
+        low, high = (middle, high) if ruler.cost(at(middle)) > budget else (low, middle)
+    return min((at(low), at(high)), key=lambda method: abs(ruler.cost(method) - budget))
 
 
 def at_cost(
@@ -55,10 +55,10 @@ def at_cost(
         return ruler.diffrate(Counts(before_merge, kept), **settings)
 
     found = _bisect(ruler, budget, 0.0, 40.0, method)
-    nearest = ruler.flops(found)
+    nearest = ruler.cost(found)
     if abs(nearest - budget) > tolerance * budget:
         raise ValueError(
-            f"the budget must be reachable, got {budget / 1e9:.4g} GFLOPs where the nearest is {nearest / 1e9:.4g}"
+            f"the budget must be reachable, got {budget:.4g} where the nearest is {nearest:.4g} (multiply-adds)"
         )
     return found  # type: ignore[return-value]
 
@@ -90,11 +90,11 @@ def random_schedule(ruler: Ruler, budget: float, generator: torch.Generator, **s
             return at_cost(ruler, budget, [1.0, *shares], merged, **settings)
         except ValueError:
             continue  # such a shape does not reach the budget at any power
-    raise ValueError(f"the budget must be reachable by some schedule, got {budget / 1e9:.4g} GFLOPs")
+    raise ValueError(f"the budget must be reachable by some schedule, got {budget:.4g} (multiply-adds)")
 
 
-def fit(ruler: Ruler, found: DiffRate, budget: float) -> DiffRate:
-    """A schedule at the very budget: every patch count times one factor, and each block's split as it was.
+def fit(ruler: Ruler, found: Method, budget: float) -> Method:
+    """A DiffRate, ToMe or EViT at the very budget: every patch count times one factor, each block's split as it was.
 
     A search ends within some per cent of its target, and comparisons are at equal cost, so the counts are stretched
     or shrunk together until the cost is the nearest possible. A block that keeps every token keeps doing so.
@@ -104,14 +104,9 @@ def fit(ruler: Ruler, found: DiffRate, budget: float) -> DiffRate:
         (middle - after) / max(1, there - after)
         for there, middle, after in zip(ruler.arriving(kept), before_merge, kept, strict=True)
     ]
-    settings = {
-        "metric": found.metric,
-        "pipeline": found.pipeline,
-        "similarity_weighted_size": found.similarity_weighted_size,
-        "seed": found.seed if found.metric == "random" else None,
-    }
+    settings = ruler.settings_of(found)
 
-    def method(shrinkage: float) -> DiffRate:
+    def method(shrinkage: float) -> Method:
         scaled = [
             count
             if count == ruler.num_tokens
@@ -122,12 +117,12 @@ def fit(ruler: Ruler, found: DiffRate, budget: float) -> DiffRate:
             after + round((there - after) * share)
             for there, after, share in zip(ruler.arriving(scaled), scaled, split, strict=True)
         ]
-        return ruler.diffrate(Counts(middle, scaled), **settings)
+        return scheduled(ruler.schedule(Counts(middle, scaled), settings))
 
-    return _bisect(ruler, budget, 0.25, 4.0, method)  # type: ignore[return-value]
+    return _bisect(ruler, budget, 0.25, 4.0, method)
 
 
-def nearest_published(ruler: Ruler, name: str, budget: float) -> DiffRate | None:
+def nearest_published(ruler: Ruler, name: str, budget: float) -> Method | None:
     """The published schedule whose cost on this model is nearest to a budget, rescaled to its tokens and fitted.
 
     Of the schedules for the timm model ``name``; if there are none, of those for every model of as many blocks whose
@@ -144,4 +139,4 @@ def nearest_published(ruler: Ruler, name: str, budget: float) -> DiffRate | None
     methods = [ruler.diffrate(ruler.counts(DiffRate(one))) for one in candidates]  # by the metric that suits the model
     if not methods:
         return None
-    return fit(ruler, min(methods, key=lambda method: abs(ruler.flops(method) - budget)), budget)
+    return fit(ruler, min(methods, key=lambda method: abs(ruler.cost(method) - budget)), budget)

@@ -74,8 +74,8 @@ class DiffRate(Method):
             ViTs; False: its whole size.
 
     Raises:
-        ValueError: unknown metric or pipeline, a pipeline whose list the schedule does not have, or an argument that
-            contradicts the schedule's ``method``.
+        ValueError: the schedule is another method's, unknown metric or pipeline, a pipeline whose list the schedule
+            does not have, or an argument that contradicts the schedule's ``method``.
     """
 
     proportional_attention = True
@@ -90,6 +90,11 @@ class DiffRate(Method):
     ) -> None:
         if not isinstance(schedule, CompressionSchedule):
             raise TypeError(f"schedule must be a CompressionSchedule, got {type(schedule).__name__}")
+        if schedule.method_name != "diffrate":
+            raise ValueError(
+                f"schedule must be for DiffRate, got one for {schedule.method_name}; "
+                "tokcomp.methods.scheduled(schedule) makes its method"
+            )
         self._metric_is_open = metric is None and "metric" not in (schedule.method or {})
         metric = _setting(schedule, "metric", metric, "cls_attn")
         pipeline = _setting(schedule, "pipeline", pipeline, "prune_merge")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokcomp.search.settings import SearchResult
 
 #: Patterns of files that mark a folder as holding a search.
-TRACES = (CHECKPOINT, SUMMARY, "schedule*.json", "log*.csv")
+TRACES = (CHECKPOINT, SUMMARY, "schedule*.json", "refine*.json", "log*.csv")
 
 
 class SearchFolder:
@@ -37,6 +37,10 @@ class SearchFolder:
 
     def schedule(self, target: str) -> Path:
         return self.file("schedule", target, ".json")
+
+    def refined(self, target: str) -> Path:
+        """The schedule of ``--refine``."""
+        return self.file("refined", target, ".json")
 
     def log(self, target: str) -> Path:
         return self.file("log", target, ".csv")

@@ -300,22 +300,27 @@ class SearchRun(Run):
 
     def _accuracy(self, target: Target | None) -> float:
         """Top-1 on the held-out images, per cent: with tokens really dropped, or for the plain model."""
-        assert self.held_out is not None
-        training = self.model.training
         if target is not None:
             compress(self.model, target.search.method())
         try:
-            amp_dtype = torch.bfloat16 if self.told.amp else None
+            return self.accuracy_now()
+        finally:
+            restore(self.model)
+
+    def accuracy_now(self) -> float:
+        """Top-1 of the model as it is now, on the held-out images, per cent."""
+        assert self.held_out is not None
+        training = self.model.training
+        try:
             found = evaluate(
                 self.model.eval(),
                 self.held_out(),
                 device=self.device,
                 dtype=self.dtype,
-                amp_dtype=amp_dtype,
+                amp_dtype=torch.bfloat16 if self.told.amp else None,
                 world=self.world,
             )
         finally:
-            restore(self.model)
             self.model.train(training)
         return found.top1
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokcomp.cli import options, training
-from tokcomp.cli.compare.parts import fit_probe, make_model, make_searches
+from tokcomp.cli.compare.parts import fit_probe, make_model, make_refiner, make_searches
 from tokcomp.cli.data import add_data_options, data_config, data_root, scored_images
 from tokcomp.cli.errors import RunFailed, UserError, blame, check_output_folder
 from tokcomp.cli.model_arguments import model_settings
+from tokcomp.cli.refine import add_refine_options
 from tokcomp.cli.table import table
 from tokcomp.files import write_whole
 from tokcomp.runs.recipe import SEARCH_RECIPE
@@ -32,6 +33,8 @@ Every method at every budget, at equal cost, on your model and your images: the 
 
   diffrate    the schedule published for this model and budget if there is one, otherwise a searched one
   search      a searched schedule (the DiffRate paper's gradient search on --search-images of the training images)
+  refine      the best of a search, ToMe, EViT, uniform and published schedules, moved on by the loss with tokens really
+              dropped, on --refine-images of the training images: never worse than these there
   published   the published schedule that is nearest in cost, rescaled to the model's tokens; for a model that has none,
               of any model with as many blocks
   tome, evit  ToMe with the r, EViT with the keep rate, that meets the budget
@@ -182,6 +185,7 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
         "--grad-accum-steps", type=options.positive_int, default=1, metavar="N", help="as for tokcomp search"
     )
     training.add_recipe_options(group, _RECIPE_FIELDS, SEARCH_RECIPE)
+    add_refine_options(group, switch=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -256,7 +260,7 @@ def _prepare(
     seed_all(args.seed)  # for random weights
     dtype = getattr(torch, args.model_dtype or "float32")
     head = fit_probe(args, root, device, world) if args.probe else None
-    model = make_model(args, head, device)
+    model = make_model(args, head, device).to(dtype)
     dataset = scored_images(args, root, args.split, model, "mark")
     start = held_out_batches(
         dataset, args.batch_size, workers=args.workers, pin_memory=device.type == "cuda", world=world
@@ -271,8 +275,9 @@ def _prepare(
         "img_size": data_config(args, model)["input_size"][-1],
     }
     searches = make_searches(args, root, head, facts, device, world, stop)
+    refiner = make_refiner(args, root, model, facts, world, stop)
     try:
-        builder = Builder(model, args.model, searches.find)
+        builder = Builder(model, args.model, searches.find, refiner.find)
     except TypeError as error:
         raise UserError(f"--model '{args.model}': {error}") from error
     dense = builder.ruler.flops(None) / 1e9
@@ -290,9 +295,7 @@ def _prepare(
         command=shlex.join(["tokcomp", *sys.argv[1:]]),
     )
     images = Images(start, len(dataset))
-    return Comparison(
-        model.to(dtype), images, builder, plan, args.output, device=device, world=world, show_progress=True
-    )
+    return Comparison(model, images, builder, plan, args.output, device=device, world=world, show_progress=True)
 
 
 def _report(args: argparse.Namespace, comparison: Comparison, methods: dict[str, Method], finished: bool) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import Dataset
 
+    from tokcomp.compare.refining import Refiner
     from tokcomp.compare.searches import Searches, SearchImages
     from tokcomp.runs.distributed import World
     from tokcomp.runs.steps import StopRequest
@@ -107,3 +108,35 @@ def _search_images(args: argparse.Namespace, root: Path | None, recipe: Any, mod
         return training_part(dataset, indices, recipe, config)
 
     return SearchImages(part, num_images(dataset), workers=args.workers, pieces=args.grad_accum_steps)
+
+
+def make_refiner(
+    args: argparse.Namespace, root: Path | None, model: Any, facts: dict[str, Any], world: World, stop: StopRequest
+) -> Refiner:
+    import torch
+
+    from tokcomp.cli.refine import noting, refine_settings
+    from tokcomp.compare.refining import Refiner
+    from tokcomp.runs.batches import held_out_batches
+    from tokcomp.runs.data import Part, check_labels, spread_sample
+    from tokcomp.runs.recipe import plain_transform
+
+    def batches() -> Any:
+        dataset = open_data(args, root, args.train_split)
+        with blame("--train-split"):
+            check_labels(dataset, model.num_classes)
+        chosen = spread_sample(dataset, args.refine_images, args.seed)
+        part = Part(dataset, chosen, plain_transform(data_config(args, model)))
+        return held_out_batches(part, args.batch_size, workers=args.workers, world=world)()
+
+    return Refiner(
+        model,
+        batches,
+        refine_settings(args, args.seed),
+        args.output,
+        facts={**facts, "data": [facts["data"], args.train_split], "images": args.refine_images},
+        amp_dtype=torch.bfloat16 if args.amp else None,
+        world=world,
+        stop=stop,
+        note=noting(world.is_main, "refine", args.refine),
+    )
