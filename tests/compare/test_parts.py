@@ -13,7 +13,7 @@ from tokcomp.compare.answers import Answers, answer, packed, paired, unpacked
 from tokcomp.compare.build import Builder
 from tokcomp.compare.cells import Cells, weights_digest
 from tokcomp.compare.entries import Entry, Variant, parse_methods, sweep, with_seeds
-from tokcomp.compare.probe import attach_head, features_of, fit_head
+from tokcomp.compare.probe import attach_head, features_of, fit_head, kept_head
 from tokcomp.compare.summary import summarize
 from tokcomp.equal_cost import Ruler, nearest_published
 from tokcomp.runs.distributed import World
@@ -151,7 +151,7 @@ def test_other_weights_are_other_cells(model, tmp_path):
     assert cells.load("a") is None
 
 
-def test_the_probe_is_the_optimum_and_becomes_the_head():
+def test_the_probe_is_the_optimum_and_becomes_the_head(tmp_path):
     torch.manual_seed(0)
     backbone = timm.models.VisionTransformer(**{**TWELVE, "depth": 1, "num_classes": 0}).eval()
     images, labels = torch.randn(40, 3, 32, 32), torch.arange(40) % 3
@@ -163,6 +163,11 @@ def test_the_probe_is_the_optimum_and_becomes_the_head():
     loss = F.cross_entropy(rows @ free.T + (bias + weight @ features.mean(0)), labels)
     (gradient,) = torch.autograd.grad(loss + penalty * free.square().sum() / 3, free)
     assert gradient.abs().max() < 1e-5
+    path = tmp_path / "probe.safetensors"
+    for facts, fits in (({"n": 1}, 1), ({"n": 1}, 0), ({"n": 2}, 1)):
+        fitted = []
+        kept = kept_head(path, facts, lambda fitted=fitted: fitted.append(1) or (weight, bias, penalty))
+        assert len(fitted) == fits and torch.equal(kept[0], weight) and torch.equal(kept[1], bias)
     logits = attach_head(backbone, weight, bias)(images)
     torch.testing.assert_close(logits.double(), features @ weight.T + bias, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"labels must be 0 to 2, each at least once, got \[0, 2\]"):

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tokcomp.files import write_whole
-from tokcomp.reading import read_json
+from tokcomp.reading import digest, read_json
 
 
 def key_of(facts: Mapping[str, Any]) -> str:
@@ -20,14 +19,9 @@ def key_of(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@torch.no_grad()
 def weights_digest(model: nn.Module) -> str:
     """A digest of a model's weights: other weights, other results."""
-    found = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+    return digest(dict(model.state_dict()))[:16]
 
 
 class Cells:

@@ -25,6 +25,7 @@ class Variant:
         images: images to search on; None: all.
         epochs: passes over the training images; None: what the search's other settings say.
         seed: of everything random in the search.
+        match_inference: as for :class:`tokcomp.DiffRateSearch`; None: what the search's other settings say.
     """
 
     metric: str | None = None
@@ -32,6 +33,7 @@ class Variant:
     images: int | None = 1000
     epochs: float | None = None
     seed: int = 0
+    match_inference: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Entry:
         variant: of the search, where the kind depends on one.
         pipeline: instead of the method itself, DiffRate with its counts under this pipeline.
         number: which random schedule.
-        file: a schedule's file, for kind "file".
+        file: a schedule's file or another comparison's folder, for kind "file".
+        only: the budgets at which it is compared, of a comparison's; empty: all.
     """
 
     name: str
@@ -53,11 +56,12 @@ class Entry:
     pipeline: str | None = None
     number: int = 0
     file: Path | None = None
+    only: tuple[float, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """Everything that the method follows from, besides model and budget, as JSON data."""
         facts = {**asdict(self), "file": None if self.file is None else str(self.file)}
-        facts.pop("name")
+        del facts["name"], facts["only"]
         if self.kind not in SEARCHED:
             facts.pop("variant")
         return facts

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tokcomp.files import write_whole
+from tokcomp.reading import read_tensors, tensors_to_bytes
 
 #: Strengths of the penalty that are tried: of the mean squared weight per class, on standardized features.
 PENALTIES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
@@ -81,6 +87,24 @@ def _fit(rows: Tensor, labels: Tensor, classes: int, penalty: float) -> tuple[Te
 
     optimizer.step(closure)
     return weight.detach(), bias.detach()
+
+
+def kept_head(
+    path: Path, facts: Mapping[str, Any], fit: Callable[[], tuple[Tensor, Tensor, float]]
+) -> tuple[Tensor, Tensor]:
+    """The head in a file, if it was fitted under the same facts; otherwise the one that ``fit`` gives, then kept there.
+
+    A head that is fitted again may differ in its last bits, as features do with the number of threads, and with it
+    everything that was computed before would be another model's.
+    """
+    key = json.dumps(facts, sort_keys=True)
+    if path.is_file():
+        tensors, metadata = read_tensors(path, "the head of a probe")
+        if metadata.get("facts") == key and tensors.keys() == {"weight", "bias"}:
+            return tensors["weight"], tensors["bias"]
+    weight, bias, penalty = fit()
+    write_whole(path, tensors_to_bytes({"weight": weight, "bias": bias}, {"facts": key, "penalty": str(penalty)}))
+    return weight, bias
 
 
 def attach_head(model: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:

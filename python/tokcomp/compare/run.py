@@ -92,7 +92,8 @@ class Plan:
     @property
     def cells(self) -> list[tuple[Entry, float]]:
         """All of them, in order: the uncompressed model, then each method at every budget."""
-        return [(UNCOMPRESSED, 0.0), *((entry, gflops) for entry in self.entries for gflops in self.gflops)]
+        pairs = [(entry, gflops) for entry in self.entries for gflops in self.gflops]
+        return [(UNCOMPRESSED, 0.0), *((one, gflops) for one, gflops in pairs if not one.only or gflops in one.only)]
 
 
 class Comparison:

@@ -92,8 +92,14 @@ class Searches:
         recipe = self._settings.recipe
         if variant.epochs is not None:
             recipe = replace(recipe, epochs=variant.epochs)
+        matching = variant.match_inference
         return replace(
-            self._settings, recipe=recipe, metric=variant.metric, pipeline=variant.pipeline, seed=variant.seed
+            self._settings,
+            recipe=recipe,
+            metric=variant.metric,
+            pipeline=variant.pipeline,
+            seed=variant.seed,
+            match_inference=self._settings.match_inference if matching is None else matching,
         )
 
     def _run(self, gflops: float, variant: Variant, settings: SearchSettings, folder: Path) -> None:

@@ -38,7 +38,8 @@ def make_model(args: argparse.Namespace, head: Any, device: torch.device, **more
 
 def fit_probe(args: argparse.Namespace, root: Path | None, device: torch.device, world: World) -> Any:
     """Weight and bias of a head for the headless model that the options describe, from its training images."""
-    from tokcomp.compare.probe import check_headless, features_of, fit_head
+    from tokcomp.compare.cells import weights_digest
+    from tokcomp.compare.probe import check_headless, features_of, fit_head, kept_head
     from tokcomp.runs.batches import held_out_batches
     from tokcomp.runs.data import Part, spread_sample
     from tokcomp.runs.recipe import plain_transform
@@ -54,10 +55,15 @@ def fit_probe(args: argparse.Namespace, root: Path | None, device: torch.device,
     def fit() -> Any:
         print(f"fitting a head on {len(part)} images", file=sys.stderr)
         features, labels = features_of(model, held_out_batches(part, args.batch_size, workers=args.workers)(), device)
-        return fit_head(features, labels)[:2]
+        return fit_head(features, labels)
 
+    facts = {
+        "weights": weights_digest(model),
+        "data": [args.dataset or str(root), args.train_split, args.probe, args.seed],
+        "img_size": data_config(args, model)["input_size"][-1],
+    }
     with blame("--probe"):
-        return world.from_main(fit)
+        return world.from_main(lambda: kept_head(args.output / "probe.safetensors", facts, fit))
 
 
 def make_searches(

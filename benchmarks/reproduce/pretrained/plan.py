@@ -1,0 +1,95 @@
+"""What the study consists of. Every size of an experiment is here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tokcomp.compare.entries import Entry, Variant, parse_methods, sweep
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole run: the most telling cells first, so that one that is stopped has those.
+
+    Args:
+        sizes: of the images; the first has every experiment, the others have fewer.
+        shares: budgets, as shares of the uncompressed multiply-adds.
+        head, search, refine, test: images that the head is fitted on, that a search and a refinement use, and that
+            everything is measured on.
+        steps, batch, lr: of a search.
+        candidates: of a refinement.
+        random: schedules at each budget.
+        seeds: of search and refinement.
+        swept_images, swept_steps: for Table 4, c and d.
+        speed_batch: images in a batch when speed is measured; 0: it is not.
+        width: of the model; None: as published.
+    """
+
+    sizes: tuple[int, ...] = (112, 224)
+    shares: tuple[float, ...] = (0.75, 0.55, 0.4)
+    head: int = 3000
+    search: int = 1000
+    refine: int = 400
+    test: int = 2000
+    steps: int = 200
+    batch: int = 32
+    lr: float = 0.1
+    candidates: int = 150
+    random: int = 100
+    seeds: int = 3
+    swept_images: tuple[int, ...] = (100, 4000)
+    swept_steps: tuple[int, ...] = (50, 800)
+    speed_batch: int = 16
+    width: int | None = None
+
+    @property
+    def variant(self) -> Variant:
+        return Variant(images=self.search)
+
+
+QUICK = Settings(
+    sizes=(84, 70),
+    head=40,
+    search=16,
+    refine=10,
+    test=20,
+    shares=(0.75, 0.6),
+    steps=1,
+    batch=4,
+    candidates=7,
+    random=2,
+    seeds=2,
+    swept_images=(8,),
+    swept_steps=(2,),
+    speed_batch=0,
+    width=48,
+)
+
+
+def entries_for(settings: Settings, place: int, budgets: Sequence[float], folders: Sequence[Path]) -> list[Entry]:
+    """The rows at the image size of that place, the most telling first; ``folders`` are those of each size."""
+    variant, middle = settings.variant, (budgets[len(budgets) // 2],)
+    entries = parse_methods(["tome", "evit", "uniform", "published", "tome/merge", "evit/prune"], variant)
+    stages = parse_methods(["search", "refine"], variant)
+    if place > 0:
+        other = Entry(f"search at {settings.sizes[0]} px", "file", file=folders[0])
+        return [*entries, other, *stages]
+    entries += stages
+    entries += parse_methods([f"random:{settings.random}", "search/merge"], variant)
+    for seed in range(1, settings.seeds):
+        entries += [
+            replace(one, name=f"{one.name}, seed {seed}", variant=replace(variant, seed=seed)) for one in stages
+        ]
+    matching = Entry("search, match_inference", "search", replace(variant, match_inference=True))
+    ablations = sweep(
+        variant,
+        metrics=["image_attn", "cls_attn_v", "random"],
+        pipelines=["merge_prune", "prune", "merge"],
+        images=settings.swept_images,
+        # A step is an update: the study's epochs are as many as the updates divided by those of an epoch.
+        epochs=[float(steps) for steps in settings.swept_steps],
+    )
+    named = [replace(one, name=one.name.replace(" epochs", " updates")) for one in ablations]
+    return [*entries, *(replace(one, only=middle) for one in [matching, *named])]

@@ -1,0 +1,158 @@
+"""The study at each image size: one comparison after the other, on the same images, within the time that there is."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from tokcomp.compare.build import Builder
+from tokcomp.compare.cells import weights_digest
+from tokcomp.compare.page import render
+from tokcomp.compare.probe import attach_head, features_of, fit_head, kept_head
+from tokcomp.compare.refining import Refiner
+from tokcomp.compare.run import RESULTS, Comparison, Images, Plan
+from tokcomp.compare.searches import Searches, SearchImages
+from tokcomp.cost import flops
+from tokcomp.files import write_whole
+from tokcomp.reading import read_json
+from tokcomp.refine import RefineSettings
+from tokcomp.runs.batches import held_out_batches
+from tokcomp.runs.data import Part, spread_sample, training_part
+from tokcomp.runs.recipe import SEARCH_RECIPE, plain_transform
+from tokcomp.runs.steps import StopRequest, seed_all
+from tokcomp.search.settings import SearchSettings
+from torch import nn
+from torch.utils.data import Dataset
+
+from benchmarks.reproduce.pretrained.images import FashionMNIST, Noise
+from benchmarks.reproduce.pretrained.plan import Settings, entries_for
+from benchmarks.reproduce.pretrained.weights import MODEL, load_backbone
+
+CPU = torch.device("cpu")
+#: The paper's recipe with few, larger updates, and nothing but the pictures themselves.
+RECIPE = replace(
+    SEARCH_RECIPE, aa=None, hflip=0.0, color_jitter=0.0, mixup=0.0, cutmix=0.0, drop_path=0.0, scale=(1.0, 1.0)
+)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the study works on: weights and pictures from files, or random ones."""
+
+    weights: Path | None
+    data: Path | None
+
+    def backbone(self, size: int, settings: Settings) -> nn.Module:
+        if self.weights is not None:
+            return load_backbone(self.weights, size)
+        seed_all(0)
+        width = {} if settings.width is None else {"embed_dim": settings.width, "num_heads": 3}
+        return timm.create_model(MODEL, img_size=size, num_classes=0, **width).eval()
+
+    def images(self, settings: Settings) -> tuple[Dataset, Dataset]:
+        """To train on, and to measure on."""
+        if self.data is not None:
+            return FashionMNIST(self.data, train=True), FashionMNIST(self.data, train=False)
+        return Noise(settings.head, 1), Noise(settings.test, 2)
+
+    def describe(self) -> dict[str, str]:
+        return {
+            "weights": "random" if self.weights is None else self.weights.name,
+            "data": "noise" if self.data is None else "Fashion-MNIST",
+        }
+
+
+def run_study(
+    sources: Sources,
+    settings: Settings,
+    folder: Path,
+    stop: StopRequest,
+    *,
+    minutes: float | None = None,
+    show_progress: bool = True,
+) -> bool:
+    """Every size in turn; returns whether all was done. What is there already is not computed again."""
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    for place, size in enumerate(settings.sizes):
+        left = None if end is None else (end - time.monotonic()) / 60
+        comparison = _comparison(sources, settings, folder, place, stop, left, show_progress)
+        finished = comparison.run(stop)
+        results = folder / str(size) / RESULTS
+        if results.is_file():
+            page = render(read_json(results), f"{MODEL} at {size} x {size}")
+            write_whole(folder / str(size) / "compare.html", page)
+        if not finished:
+            return False
+    return True
+
+
+def _comparison(
+    sources: Sources,
+    settings: Settings,
+    folder: Path,
+    place: int,
+    stop: StopRequest,
+    minutes: float | None,
+    show_progress: bool,
+) -> Comparison:
+    size = settings.sizes[place]
+    here = folder / str(size)
+    training, testing = sources.images(settings)
+    model = sources.backbone(size, settings)
+    config: dict[str, Any] = {**resolve_model_data_config(model), "input_size": (3, size, size), "crop_pct": 1.0}
+
+    def batches(dataset: Dataset, count: int, seed: int) -> Callable[[], Any]:
+        part = Part(dataset, spread_sample(dataset, count, seed), plain_transform(config))
+        return held_out_batches(part, 50)
+
+    def head() -> Any:
+        return fit_head(*features_of(model, batches(training, settings.head, 0)(), CPU))
+
+    facts: dict[str, Any] = {**sources.describe(), "weights_digest": weights_digest(model), "img_size": size}
+    attach_head(model, *kept_head(here / "probe.safetensors", {**facts, "head": settings.head}, head))
+    facts |= {"head_images": settings.head, "with_head": weights_digest(model)}
+    search = SearchSettings(
+        replace(RECIPE, lr=settings.lr, min_lr=settings.lr / 10, epochs=settings.steps, batch_size=settings.batch),
+        eval_interval=0,
+    )
+    searches = Searches(
+        lambda: copy.deepcopy(model),
+        lambda _: SearchImages(partial(_searched, training, config, settings), epoch_images=settings.batch),
+        search,
+        here,
+        facts=facts,
+        stop=stop,
+        show_progress=show_progress,
+    )
+    refiner = Refiner(
+        model,
+        batches(training, settings.refine, 2),
+        RefineSettings(settings.candidates),
+        here,
+        facts={**facts, "images": settings.refine},
+        stop=stop,
+        note=(lambda step, text: print(f"refine candidate {step}: {text}", flush=True)) if show_progress else None,
+    )
+    dense = flops(model) / 1e9
+    # Four digits, so that the name of a budget says it all.
+    budgets = [float(f"{share * dense:.4g}") for share in settings.shares]
+    entries = entries_for(settings, place, budgets, [folder / str(one) for one in settings.sizes])
+    told = f"{settings.steps} updates of {settings.batch} of {settings.search} pictures, AdamW at {settings.lr:g}"
+    facts |= {"search": told, "refine_images": settings.refine}
+    plan = Plan(entries, budgets, facts, speed_batch=settings.speed_batch, minutes=minutes)
+    images = Images(batches(testing, settings.test, 0), settings.test)
+    builder = Builder(model, MODEL, searches.find, refiner.find)
+    return Comparison(model, images, builder, plan, here, device=CPU, show_progress=show_progress)
+
+
+def _searched(training: Dataset, config: dict[str, Any], settings: Settings, count: int | None) -> Dataset:
+    indices = spread_sample(training, count or settings.search, 1)
+    return training_part(training, indices, RECIPE, config)
