@@ -90,6 +90,60 @@ void test_attention(at::Device device, const std::string& where) {
   expect(at::allclose(got[1].cpu(), shares.select(2, 0).mean(1), 0., 1e-5), "attention: class row, " + where);
 }
 
+void test_attention_received(at::Device device, const std::string& where) {
+  at::manual_seed(6);
+  const at::Tensor q = at::randn({2, 3, 9, 8}), k = at::randn({2, 3, 9, 8}), size = at::rand({2, 9}) * 4;
+  const at::Tensor scores = at::matmul(q, k.mT()) / std::sqrt(8.) + size.log().view({2, 1, 1, 9});
+  const at::Tensor got = call("attention_received", {q.to(device), k.to(device), size.to(device)})[0].cpu();
+  expect(at::allclose(got, at::softmax(scores, -1).mean({1, 2}), 0., 1e-6), "attention_received, " + where);
+}
+
+// With nothing masked this is attention, but for eps.
+void test_masked_attention() {
+  at::manual_seed(7);
+  const at::Tensor q = at::randn({2, 3, 9, 8}), k = at::randn({2, 3, 9, 8}), v = at::randn({2, 3, 9, 8});
+  const Tensors got = call("masked_attention", {q, k, v, at::ones({2, 9})}), plain = call("attention", {q, k, v});
+  expect(at::allclose(got[0], plain[0], 0., 1e-5), "masked_attention: output");
+  expect(at::allclose(got[1], plain[1], 0., 1e-5), "masked_attention: class row");
+}
+
+// Of tokens 2 and 4, token 4 is the more similar to one of tokens 1 and 3: to token 1, of which it becomes a part.
+void test_tome_merge() {
+  const at::Tensor x = at::tensor({5., 5., 1., 0., 0., 2., 0., -2., 2., 0.}, at::kFloat).view({1, 5, 2});
+  const Tensors merged = call("tome_merge", {x, x, 1});
+  const at::Tensor x_out = at::tensor({5., 5., 0., 2., 1.5, 0., 0., -2.}, at::kFloat).view({1, 4, 2});
+  expect(at::allclose(merged[0], x_out), "tome_merge: tokens");
+  expect(merged[1].equal(at::tensor({1., 1., 2., 1.}, at::kFloat).view({1, 4})), "tome_merge: sizes");
+  expect(merged[2].equal(at::tensor({0, 2, 1, 3, 2}, at::kLong).view({1, 5})), "tome_merge: sources");
+}
+
+// Position 2 went into token 0, position 3 was pruned.
+void test_unmerge() {
+  const at::Tensor x = at::tensor({1., 2., 3., 4.}, at::kFloat).view({1, 2, 2});
+  const at::Tensor source = at::tensor({0, 1, 0, -1}, at::kLong).view({1, 4});
+  const at::Tensor expected = at::tensor({1., 2., 3., 4., 1., 2., 0., 0.}, at::kFloat).view({1, 4, 2});
+  expect(call("unmerge", {x, source})[0].equal(expected), "unmerge");
+  const at::Tensor sums = at::tensor({2., 4., 3., 4.}, at::kFloat).view({1, 2, 2});
+  expect(call("_unmerge_backward", {expected, source, 2})[0].equal(sums), "unmerge: gradient");
+}
+
+void test_norms(at::Device device, const std::string& where) {
+  at::manual_seed(8);
+  const at::Tensor x = at::randn({2, 9, 16}), branch = at::randn({2, 9, 16}), importance = at::rand({2, 9});
+  const at::Tensor weight = at::randn({16}), bias = at::randn({16});
+  const auto there = [&](const at::Tensor& one) { return c10::IValue(one.to(device)); };
+  const auto norm = [&](const at::Tensor& one) { return at::layer_norm(one, {16}, weight, bias, 1e-6); };
+  const Tensors sum = call("add_layer_norm", {there(x), there(branch), there(weight), there(bias)});
+  expect(sum[0].cpu().equal(x + branch), "add_layer_norm: sum, " + where);
+  expect(at::allclose(sum[1].cpu(), norm(x + branch), 0., 1e-5), "add_layer_norm: normalized, " + where);
+  const Tensors left = call("prune_merge", {there(x + branch), there(importance), 7, 5});
+  const Tensors both =
+      call("prune_merge_norm", {there(x), there(branch), there(importance), 7, 5, there(weight), there(bias)});
+  expect(at::allclose(both[0], left[0], 0., 1e-5), "prune_merge_norm: tokens, " + where);
+  expect(at::allclose(both[1].cpu(), norm(left[0].cpu()), 0., 1e-5), "prune_merge_norm: normalized, " + where);
+  expect(both[3].equal(left[2]), "prune_merge_norm: sources, " + where);
+}
+
 void test_linear_gelu() {
   at::manual_seed(5);
   const at::Tensor x = at::randn({2, 3, 4}), weight = at::randn({5, 4}), bias = at::randn({5});
@@ -146,6 +200,9 @@ int main() {
   test_every_operator_answers_on_cpu();
   test_refusal();
   test_masked_merge(at::kCPU, "cpu");
+  test_masked_attention();
+  test_tome_merge();
+  test_unmerge();
   test_linear_gelu();
   test_composed_attention(at::kFloat, 1e-5);
   test_composed_attention(at::kBFloat16, 4e-2);  // values of up to 4 and 8 bits, rounded in other places
@@ -154,6 +211,8 @@ int main() {
   for (const at::Device& device : devices) {
     test_prune_merge(device, device.str());
     test_attention(device, device.str());
+    test_attention_received(device, device.str());
+    test_norms(device, device.str());
     test_masked_softmax(device, device.str());
     test_class_attention_sort(device, device.str());
   }

@@ -13,10 +13,13 @@ import sys
 import threading
 
 import torch
-from tokcomp import assets  # noqa: F401
+from tokcomp import assets, visualize  # noqa: F401
+from tokcomp.cli import compare as _compare_command  # noqa: F401
 from tokcomp.cli import main
 from tokcomp.cli.dense import tocom as _dense_tocom  # noqa: F401
 from tokcomp.cli.dense import train as _dense_train  # noqa: F401
+from tokcomp.compare import run as _compare  # noqa: F401
+from tokcomp.dense import evaluate as _scores  # noqa: F401
 from tokcomp.dense import train as _segmenters  # noqa: F401
 from tokcomp.finetune import run as _finetune  # noqa: F401
 from tokcomp.search import run as _search  # noqa: F401

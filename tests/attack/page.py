@@ -45,7 +45,7 @@ PROMISES = {
     ),
     "killed": (
         "a run that is killed or stopped at any moment goes on to the same bits",
-        "search, finetune, tocom and dense training, by SIGKILL, SIGTERM and SIGINT at random moments",
+        "search, finetune, tocom, dense training, comparing, scoring, drawing; SIGKILL, SIGTERM or SIGINT at any time",
     ),
     "full disk": (
         "a disk that is full ends a run in one clear sentence, and what was written before stays whole",

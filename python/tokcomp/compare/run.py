@@ -19,13 +19,13 @@ from tokcomp.compare.build import Builder
 from tokcomp.compare.cells import Cells, key_of
 from tokcomp.compare.entries import UNCOMPRESSED, Entry
 from tokcomp.compare.summary import summarize
-from tokcomp.files import sole_writer, write_whole
+from tokcomp.files import remove_drafts, sole_writer, write_whole
 from tokcomp.measure.info import machine, package_versions
 from tokcomp.methods import Method
 from tokcomp.runs.distributed import ALONE, World
 from tokcomp.runs.steps import Progress, StopRequest
 
-RESULTS = "results.json"
+RESULTS, SCHEDULES = "results.json", "schedules"
 
 
 class Images:
@@ -146,6 +146,8 @@ class Comparison:
         if not self.world.is_main:
             return self._run(stop)
         with sole_writer(self.folder):
+            for folder in (self.folder, self._cells.folder, self.folder / SCHEDULES):
+                remove_drafts(folder)
             return self._run(stop)
 
     def methods_at(self, gflops: float, most: int = 6) -> dict[str, Method]:
@@ -257,7 +259,7 @@ class Comparison:
         kept: dict[str, Any] = {"method": repr(method), "kept": counts.kept, "before_merge": counts.before_merge}
         if entry.kind != "random":
             name = "".join(letter if letter.isalnum() else "-" for letter in entry.name)
-            path = self.folder / "schedules" / f"{name}-{gflops:g}.json"
+            path = self.folder / SCHEDULES / f"{name}-{gflops:g}.json"
             schedule = self.builder.ruler.as_schedule(method)
             schedule.provenance = {"source": f"tokcomp compare, {entry.name}", **self._facts}
             schedule.save(path)
