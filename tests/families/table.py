@@ -60,6 +60,25 @@ def _eva(**options: Any) -> nn.Module:
     return Eva(**{**_VIT, **options})
 
 
+def _beit(**options: Any) -> nn.Module:
+    from timm.models.beit import Beit
+
+    return Beit(**{**_VIT, **options})
+
+
+def _relpos(block: str = "RelPosBlock", **options: Any) -> nn.Module:
+    from timm.models import vision_transformer_relpos as relpos
+
+    options = {"init_values": 0.3, "block_fn": getattr(relpos, block), **options}
+    return relpos.VisionTransformerRelPos(**{**_VIT, **options})
+
+
+def _block(name: str, **options: Any) -> nn.Module:
+    from timm.models import vision_transformer
+
+    return _timm_vit(block_fn=getattr(vision_transformer, name), **options)
+
+
 def _transformers(name: str, config: str, **options: Any) -> nn.Module:
     import transformers
 
@@ -140,6 +159,42 @@ FAMILIES = (
         note="rotary places follow their tokens",
     ),
     Family("EVA, post-norm", "timm", "eva_large's relatives", partial(_eva, use_post_norm=True, global_pool="token")),
+    Family(
+        "BEiT",
+        "timm",
+        "beit_*, beitv2_*",
+        partial(_beit, use_abs_pos_emb=False, use_rel_pos_bias=True, qkv_bias=True, init_values=0.3, global_pool="avg"),
+        note="the bias of a pair of tokens is that of their places",
+    ),
+    Family(
+        "relative positions",
+        "timm",
+        "vit_relpos_*",
+        partial(_relpos, rel_pos_type="bias", class_token=True, global_pool="token", qk_norm=True),
+        tocom=True,
+        note="the bias of a pair of tokens is that of their places",
+    ),
+    Family(
+        "relative positions, post-norm",
+        "timm",
+        "vit_relpos_*_rpn, vit_srelpos_*",
+        partial(_relpos, block="ResPostRelPosBlock", shared_rel_pos=True, rel_pos_dim=16),
+        tocom=True,
+        note="the bias of a pair of tokens is that of their places",
+    ),
+    Family(
+        "ViT, parallel scaling",
+        "timm",
+        "VisionTransformer(block_fn=ParallelScalingBlock)",
+        partial(_block, "ParallelScalingBlock", qkv_bias=False),
+        note="tokens are reduced after attention and MLP, which run side by side",
+    ),
+    Family(
+        "ViT, parallel attentions",
+        "timm",
+        "vit_*x2_*, ParallelThingsBlock",
+        partial(_block, "ParallelThingsBlock", init_values=0.3),
+    ),
     Family(
         "ViT",
         "transformers",

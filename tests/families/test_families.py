@@ -190,6 +190,25 @@ def test_rotary_places_follow_pruned_tokens(index):
     torch.testing.assert_close(ours, model.norm(x), rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["timm: BEiT", "timm: relative positions, post-norm"])
+def test_biases_follow_pruned_tokens(name):
+    """timm's own blocks, told not to look at the tokens that were pruned before, compute the same."""
+    model = FAMILIES[IDS.index(name)].build().double()
+    prefix, images = model.num_prefix_tokens, images_for(model, torch.float64)
+    tokcomp.compress(model, diffrate(model, "prune"))
+    ours, maps = model(images), tokcomp.trace(model, images)
+    x, places = find_adapter(model).place(tokcomp.restore(model), model.patch_embed(images))
+    alive = torch.ones(x.shape[:2], dtype=torch.bool)
+    for block, now in zip(model.blocks, maps, strict=True):
+        hidden = x.new_zeros(x.shape[:2]).masked_fill(~alive, float("-inf"))[:, None, None]
+        x = block(x, hidden if places.table is None else places.table + hidden)
+        alive = now >= 0
+    patches = alive[:, prefix:, None].double()
+    pooled = (model.norm(x)[:, prefix:] * patches).sum(1) / patches.sum(1)
+    torch.testing.assert_close(ours, model.head(model.fc_norm(pooled)), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("prefix", [0, 1, 3])
 def test_a_slot_s_place_is_that_of_a_token_in_it(prefix):
     x = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(1))

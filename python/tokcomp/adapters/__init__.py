@@ -9,6 +9,7 @@ from tokcomp.adapters.multihead import OpenClipViT, TorchvisionViT
 from tokcomp.adapters.refusals import reason_for
 from tokcomp.adapters.timm_caformer.adapter import TimmCAFormer
 from tokcomp.adapters.timm_eva import TimmEva
+from tokcomp.adapters.timm_relpos import TimmBeit, TimmRelPos
 from tokcomp.adapters.timm_vit.adapter import TimmVisionTransformer
 from tokcomp.adapters.transformers_vit import (
     TransformersCLIP,
@@ -22,6 +23,8 @@ from tokcomp.adapters.transformers_vit import (
 ADAPTERS: list[Adapter] = [
     TimmVisionTransformer(),
     TimmEva(),
+    TimmBeit(),
+    TimmRelPos(),
     TimmCAFormer(),
     TransformersViT(),
     TransformersDinov2(),

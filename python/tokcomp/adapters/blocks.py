@@ -18,19 +18,7 @@ class CompressedAttention(Swapped):
     """Attention that takes sizes into account and leaves evidence in the block's state."""
 
     def forward(self, x: Tensor, *args: Any, state: BlockState | None = None, **kwargs: Any) -> Tensor:
-        state = require_state(state, args, kwargs)
-        layout: Layout = state.layout
-        q, k, v = layout.project(self, x, state.places, state.block)
-        out, state.evidence = attend(
-            q,
-            k,
-            v,
-            scale=layout.score_scale(self),
-            size=state.attention_size,
-            needs=state.needs,
-            dropout_p=layout.dropout_p(self),
-        )
-        return layout.join(self, out, x)
+        return compressed_attention(self, x, require_state(state, args, kwargs))
 
 
 class CompressedBlock(Swapped):
@@ -44,8 +32,26 @@ class CompressedBlock(Swapped):
     def attention_half(self, x: Tensor, state: BlockState) -> Tensor:
         """x + attention: the block up to where the tokens are reduced. Leaves the evidence in ``state``."""
         layout: Layout = state.layout
-        attended = layout.attention_of(self)(layout.attention_input(self, x), state=state)
+        attn, normalized = layout.attention_of(self), layout.attention_input(self, x)
+        attended = compressed_attention(self, normalized, state) if attn is self else attn(normalized, state=state)
         return layout.add_attention(self, x, attended)
+
+
+def compressed_attention(attn: Any, x: Tensor, state: BlockState) -> Tensor:
+    """Attention of normalised tokens x [B, N, C] by their sizes; leaves the evidence in ``state``."""
+    layout: Layout = state.layout
+    q, k, v = layout.project(attn, x, state.places, state.block)
+    out, state.evidence = attend(
+        q,
+        k,
+        v,
+        scale=layout.score_scale(attn),
+        size=state.attention_size,
+        needs=state.needs,
+        dropout_p=layout.dropout_p(attn),
+        bias=layout.pair_bias(attn, state.places),
+    )
+    return layout.join(attn, out, x)
 
 
 def search_block(
@@ -74,7 +80,8 @@ def search_attention(
     attn = layout.attention_of(block)
     normalized = layout.attention_input(block, x)
     q, k, v = layout.project(attn, normalized, places, search.block)
-    out, importance = search.attend(q, k, v, state, scale=layout.score_scale(attn))
+    bias = layout.pair_bias(attn, places)
+    out, importance = search.attend(q, k, v, state, scale=layout.score_scale(attn), bias=bias)
     branch = layout.join(attn, out, search.read(normalized))
     x = layout.add_attention(block, search.read(x), branch)
     if before is not None:

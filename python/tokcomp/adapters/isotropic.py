@@ -149,7 +149,8 @@ class IsotropicAdapter(Adapter):
         layout = self.layout_of(tower)
         for block in self.blocks(tower):
             swap_class(block, self.compressed_block)
-            swap_class(layout.attention_of(block), CompressedAttention)
+            if layout.attention_of(block) is not block:
+                swap_class(layout.attention_of(block), CompressedAttention)
         for module, mixin in self.outer(model).items():
             swap_class(module, mixin)
         swap_class(tower, self.compressed_tower)

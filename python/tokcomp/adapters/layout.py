@@ -41,6 +41,8 @@ class Layout:
     out_norm: str | None = "norm"
     out: str = "proj"
     out_dropout: str | None = "proj_drop"
+    #: Whether the block has an MLP after its attention, for which tokens can be reduced.
+    has_mlp: bool = True
 
     def project(self, attn: Any, x: Tensor, places: Places | None = None, block: int = 0) -> tuple[Tensor, ...]:
         """Queries, keys and values [B, H, N, D] of normalised tokens x [B, N, C], views of packed ones where possible.
@@ -75,6 +77,10 @@ class Layout:
         """Queries or keys x [B, H, N, D] turned by their tokens' places; for families that have any."""
         raise NotImplementedError(f"{type(self).__name__} says nothing of places")
 
+    def pair_bias(self, attn: Any, places: Places | None) -> Tensor | None:
+        """What is added to the scores for each pair of tokens, [B or 1, H, N, N]; None: nothing."""
+        return None
+
     def score_scale(self, attn: Any) -> float:
         """The factor on q k^T."""
         return float(getattr(attn, self.scale))
@@ -99,7 +105,7 @@ class Layout:
         return out if self.out_dropout is None else getattr(attn, self.out_dropout)(out)
 
     def attention_of(self, block: Any) -> Any:
-        """The block's attention module."""
+        """The block's attention module; the block itself where that holds the attention's layers."""
         return getattr(block, self.attention)
 
     def attention_input(self, block: Any, x: Tensor) -> Tensor:
@@ -156,6 +162,19 @@ class Layout:
         require(self.attention_of(block), known_attention, tuple(filter(None, parts)), attention)
         for part in (self.norm1, self.norm2, self.mlp):
             require_tokenwise(getattr(block, part), f"{name}.{part}")
+
+
+class PostNormLayout(Layout):
+    """A block that normalises what its attention and its MLP give, not what they get."""
+
+    def attention_input(self, block: Any, x: Tensor) -> Tensor:
+        return x
+
+    def add_attention(self, block: Any, x: Tensor, branch: Tensor) -> Tensor:
+        return x + block.drop_path1(block.norm1(branch))
+
+    def mlp_branch(self, block: Any, x: Tensor) -> Tensor:
+        return block.drop_path2(block.norm2(block.mlp(x)))
 
 
 def require(module: nn.Module, known: type, parts: tuple[str, ...], name: str) -> None:

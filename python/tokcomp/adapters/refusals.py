@@ -16,8 +16,6 @@ _REASONS = {
     "mvit": ("it pools the grid inside its attention", "caformer_s36, compressed in its third stage"),
     "convnext": ("it is convolutional: it has no tokens to drop", "caformer_s36, whose third stage is attention"),
     "resnet": ("it is convolutional: it has no tokens to drop", "caformer_s36, whose third stage is attention"),
-    "beit": ("its attention adds a bias per pair of places", "EVA02, whose places turn with their tokens"),
-    "relpos": ("its attention adds a bias per pair of places", "a ViT with added or rotary positions"),
     "naflex": ("its images share a padded batch", "timm's VisionTransformer at one image size"),
     "siglip2": ("its images share a padded batch", "SigLIP at one image size"),
     "cait": ("its class token joins in the last blocks alone", "deit3_small_patch16_224"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokcomp.adapters.base import UnsupportedModelError
 from tokcomp.adapters.blocks import CompressedBlock
-from tokcomp.adapters.layout import Layout
+from tokcomp.adapters.layout import Layout, PostNormLayout
 from tokcomp.adapters.pooling import Weights
 from tokcomp.adapters.timm_vit.adapter import TimmVisionTransformer
 from tokcomp.adapters.timm_vit.head import head
@@ -54,21 +54,12 @@ class EvaLayout(Layout):
         return super().packed_layer(attn, name)
 
 
-class PostNormLayout(EvaLayout):
-    """A block that normalises what its attention and its MLP give, not what they get."""
-
-    def attention_input(self, block: Any, x: Tensor) -> Tensor:
-        return x
-
-    def add_attention(self, block: Any, x: Tensor, branch: Tensor) -> Tensor:
-        return x + block.drop_path1(block.norm1(branch))
-
-    def mlp_branch(self, block: Any, x: Tensor) -> Tensor:
-        return block.drop_path2(block.norm2(block.mlp(x)))
+class EvaPostNormLayout(PostNormLayout, EvaLayout):
+    """The same, with norms after attention and MLP."""
 
 
 _PRE_NORM = EvaLayout(scale1="gamma_1", scale2="gamma_2")
-_POST_NORM = PostNormLayout(scale1=None, scale2=None)
+_POST_NORM = EvaPostNormLayout(scale1=None, scale2=None)
 
 
 class TimmEva(TimmVisionTransformer):

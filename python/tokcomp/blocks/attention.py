@@ -23,8 +23,9 @@ def attend(
     size: Tensor | None = None,
     needs: frozenset[str] = frozenset(),
     dropout_p: float = 0.0,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Evidence]:
-    """softmax(q k^T * scale + log size) v, and the evidence that ``needs`` names.
+    """softmax(q k^T * scale + bias + log size) v, and the evidence that ``needs`` names.
 
     Args:
         q, k, v: [B, H, N, D], any strides.
@@ -32,10 +33,13 @@ def attend(
         size: [B, N] patches per token, or None for no bias.
         needs: names of :class:`~tokcomp.methods.Evidence` fields to fill in.
         dropout_p: dropout on the map, in training; this one case computes the map explicitly.
+        bias: [B or 1, H, N, N] added to the scores, or None; no operator of ours takes one, PyTorch's attention does.
 
     Returns:
         out [B, H, N, D] and the evidence; evidence carries no gradient.
     """
+    if bias is not None:
+        return _attend_with_bias(q, k, v, scale, size, needs, dropout_p, bias)
     cls_attn = image_attn = None
     own_kernel = _COMPILED_ON_CPU and q.device.type == "cpu"
     if dropout_p > 0 and (size is not None or "cls_attn" in needs):
@@ -64,15 +68,20 @@ def masked_attend(
     scale: float,
     size: Tensor | None = None,
     needs: frozenset[str] = frozenset(),
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Evidence]:
     """:func:`attend` under a token mask [B, N] that has a gradient (DiffRate, Eq. 11-12); a token still sees itself.
 
     The attention a token receives is the mean over the queries that are alive, as in inference.
     """
-    out, cls_attn = torch.ops.tokcomp.masked_attention(q, k, v, mask, size=size, scale=scale)
+    if bias is None:
+        out, cls_attn = torch.ops.tokcomp.masked_attention(q, k, v, mask, size=size, scale=scale)
+    else:
+        attn = torch.ops.tokcomp.masked_softmax(_scores(q, k, scale, _with_log_size(bias, size)), mask)
+        out, cls_attn = attn.to(v.dtype) @ v, attn[:, :, 0].detach().mean(1)
     image_attn = None
     if "image_attn" in needs:
-        image_attn = _mean_received_under_mask(q, k, mask, scale=scale, size=size)
+        image_attn = _mean_received_under_mask(q, k, mask, scale=scale, size=size, bias=bias)
     evidence = Evidence(
         cls_attn if "cls_attn" in needs else None,
         image_attn,
@@ -91,6 +100,7 @@ def prefix_masked_attend(
     scale: float,
     size: Tensor | None = None,
     eps: float = 1e-6,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The first rows of :func:`masked_attend` alone: q [B, H, P, D] of prefix tokens, which are never masked.
 
@@ -98,23 +108,25 @@ def prefix_masked_attend(
         out [B, H, P, D].
     """
     dtype = accumulate_dtype(q)
-    scores = (q @ k.transpose(-2, -1)).to(dtype) * scale  # [B, H, P, N]
-    bias = _log_size(size)
     if bias is not None:
-        scores = scores + bias.unsqueeze(1)
+        bias = bias[:, :, : q.shape[2]]
+    scores = _scores(q, k, scale, _with_log_size(bias, size))  # [B, H, P, N]
     weight = (scores - scores.detach().amax(-1, keepdim=True)).exp() * mask[:, None, None].to(dtype)
     probabilities = (weight + eps / k.shape[2]) / (weight.sum(-1, keepdim=True) + eps)
     return probabilities.to(v.dtype) @ v
 
 
 @torch.no_grad()
-def _mean_received_under_mask(q: Tensor, k: Tensor, mask: Tensor, *, scale: float, size: Tensor | None) -> Tensor:
+def _mean_received_under_mask(
+    q: Tensor, k: Tensor, mask: Tensor, *, scale: float, size: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
     heads = q.shape[1]
-    bias = _log_size(size)
     weight = (mask / mask.sum(1, keepdim=True)).unsqueeze(1)  # [B, 1, N] of each query
     total = q.new_zeros(mask.shape, dtype=accumulate_dtype(q))
     for head in range(heads):
-        scores = _scores(q[:, head], k[:, head], scale, bias).unsqueeze(1)  # [B, 1, N, N]
+        one = slice(head, head + 1)
+        pairs = None if bias is None else bias[:, one]
+        scores = _scores(q[:, one], k[:, one], scale, _with_log_size(pairs, size))  # [B, 1, N, N]
         total = total + (weight @ torch.ops.tokcomp.masked_softmax(scores, mask)[:, 0])[:, 0]
     return total / heads
 
@@ -122,10 +134,32 @@ def _mean_received_under_mask(q: Tensor, k: Tensor, mask: Tensor, *, scale: floa
 def _attend_with_dropout(
     q: Tensor, k: Tensor, v: Tensor, scale: float, size: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    bias = _log_size(size)
-    attn = _probabilities(q, k, scale, bias if bias is None else bias.unsqueeze(1))  # [B, H, N, N]
+    attn = _probabilities(q, k, scale, _with_log_size(None, size))  # [B, H, N, N]
     cls_attn = attn[:, :, 0].detach().mean(1)
     return F.dropout(attn, dropout_p).to(v.dtype) @ v, cls_attn
+
+
+def _attend_with_bias(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    size: Tensor | None,
+    needs: frozenset[str],
+    dropout_p: float,
+    bias: Tensor,
+) -> tuple[Tensor, Evidence]:
+    whole = _with_log_size(bias, size)
+    assert whole is not None
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=whole.to(q.dtype), dropout_p=dropout_p, scale=scale)
+    cls_attn = image_attn = None
+    with torch.no_grad():
+        if "cls_attn" in needs:
+            cls_attn = _probabilities(q[:, :, :1], k, scale, whole[:, :, :1])[:, :, 0].mean(1)
+        if "image_attn" in needs:
+            everyone = torch.ones(q.shape[0], q.shape[2], dtype=accumulate_dtype(q), device=q.device)
+            image_attn = _mean_received_under_mask(q, k, everyone, scale=scale, size=size, bias=bias)
+    return out, Evidence(cls_attn, image_attn, k if "keys" in needs else None, v if "values" in needs else None)
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
@@ -137,8 +171,9 @@ def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     return scores if bias is None else scores + bias
 
 
-def _log_size(size: Tensor | None) -> Tensor | None:
-    """[B, 1, N]; sizes that are not above MIN_SIZE (NaN too) count as MIN_SIZE, as in the operators."""
+def _with_log_size(bias: Tensor | None, size: Tensor | None) -> Tensor | None:
+    """bias [B, H, N, N] + log size, or [B, 1, 1, N] without a bias; sizes below MIN_SIZE, or NaN, count as that."""
     if size is None:
-        return None
-    return torch.where(size > MIN_SIZE, size, MIN_SIZE).log().unsqueeze(1)
+        return bias
+    log_size = torch.where(size > MIN_SIZE, size, MIN_SIZE).log()[:, None, None]
+    return log_size if bias is None else bias + log_size

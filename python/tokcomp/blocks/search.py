@@ -80,16 +80,18 @@ class BlockSearch:
         self.num_tokens = num_tokens
         self.prefix_only = prefix_only
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: TokenState, *, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, state: TokenState, *, scale: float, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Attention under the mask: out [B, H, N, D], and the importance [B, N] of each token (no gradient).
 
         The importance is empty ([B, 0]) where this block keeps every token; ``prefix_only`` gives [B, H, prefix, D].
         """
         if self.prefix_only:
-            out = prefix_masked_attend(self._read(q, 2), k, v, state.mask, scale=scale, size=state.size)
+            out = prefix_masked_attend(self._read(q, 2), k, v, state.mask, scale=scale, size=state.size, bias=bias)
             return out, q.new_empty(q.shape[0], 0)
         needs = METRICS[self.metric] if self.proxies is not None else frozenset[str]()
-        out, evidence = masked_attend(q, k, v, state.mask, scale=scale, size=state.size, needs=needs)
+        out, evidence = masked_attend(q, k, v, state.mask, scale=scale, size=state.size, needs=needs, bias=bias)
         if self.proxies is None:
             return out, q.new_empty(q.shape[0], 0)
         with torch.no_grad():

@@ -19,7 +19,8 @@ from tokcomp.adapters.pooling import Weights
 from tokcomp.adapters.swap import Swapped, original_class, swap_class
 from tokcomp.adapters.timm_vit import fast, search_fast
 from tokcomp.adapters.timm_vit.embedding import counted_embedding, image_shape, is_plain_projection
-from tokcomp.adapters.timm_vit.head import head, reads_patches
+from tokcomp.adapters.timm_vit.head import attention_pool, head, reads_patches
+from tokcomp.adapters.timm_vit.layouts import LAYOUTS
 from tokcomp.adapters.timm_vit.modules import CompressedModel, CompressedTimmBlock
 from tokcomp.adapters.timm_vit.search import run_search
 from tokcomp.adapters.timm_vit.unmerging import Place, UnmergingBlock, UnmergingModel
@@ -58,14 +59,18 @@ class TimmVisionTransformer(IsotropicAdapter):
             )
         for index, block in enumerate(model.blocks):
             self.check_block(block, f"blocks.{index}")
+            if self.layout_of_block(block) is not self.layout_of(model):
+                kinds = [original_class(one).__name__ for one in (model.blocks[0], block)]
+                raise UnsupportedModelError(f"blocks.{index}: a {kinds[1]} after a {kinds[0]} is not understood")
 
     def check_block(self, block: Any, name: str) -> None:
         """Raise UnsupportedModelError naming the first part of a block that is not understood."""
-        self.layout.check(block, self.block, self.attention[0], name)
+        known = next((one for one in LAYOUTS if isinstance(block, one)), self.block)
+        self.layout_of_block(block).check(block, known, self.attention[0], name)
 
     def layout_of_block(self, block: Any) -> Layout:
         """Where this block keeps its parts."""
-        return self.layout
+        return next((layout for known, layout in LAYOUTS.items() if isinstance(block, known)), self.layout)
 
     def layout_of(self, tower: Any) -> Layout:
         return self.layout_of_block(tower.blocks[0])
@@ -100,9 +105,14 @@ class TimmVisionTransformer(IsotropicAdapter):
         return tower.num_prefix_tokens
 
     def validate(self, model: Any, method: Method) -> None:
+        if method.unmerges and not self.layout_of(model).has_mlp:
+            raise UnsupportedModelError(
+                f"{type(method).__name__} reduces tokens for the MLP, and {type(model.blocks[0]).__name__} computes its MLP "
+                "beside its attention; use ToMe"
+            )
         if model.global_pool not in ("", "token", "avg", "avgmax", "max", "map"):
             raise UnsupportedModelError(f"global_pool={model.global_pool!r} cannot be compressed")
-        pool = model.attn_pool
+        pool = attention_pool(model)
         if pool is None:
             return
         if getattr(pool, "pos_embed", None) is not None:
@@ -130,8 +140,8 @@ class TimmVisionTransformer(IsotropicAdapter):
         head_per_token, head = 0, linear_cost(model.head)
         if isinstance(model, VisionTransformerDistilled):
             head += linear_cost(model.head_dist)
-        if model.attn_pool is not None:
-            pool = model.attn_pool
+        pool = attention_pool(model)
+        if pool is not None:
             head_per_token = linear_cost(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
             head += pool.latent_len * (linear_cost(pool) - linear_cost(pool.kv))
         elif model.global_pool == "":
@@ -187,7 +197,7 @@ class TimmVisionTransformer(IsotropicAdapter):
             self.products_of(model, torch.empty(0, dtype=weight.dtype, device=weight.device))
 
     def check_search(self, model: Any) -> None:
-        if model.global_pool == "" and model.attn_pool is None:
+        if model.global_pool == "" and attention_pool(model) is None:
             raise UnsupportedModelError("global_pool='' leaves the tokens unpooled, so a search has no logits to go by")
 
     def reads_patches(self, model: Any) -> bool:

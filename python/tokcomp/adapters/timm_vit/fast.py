@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.layers import LayerNorm, Mlp, PatchEmbed
-from timm.models.vision_transformer import LayerScale
+from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 
 from tokcomp.blocks.attention import attend
@@ -140,6 +140,8 @@ def is_plain(block: nn.Module) -> bool:
 
 def has_known_parts(block: nn.Module) -> bool:
     """Whether the block is made of what this module knows, with nobody watching its parts; dropout is not looked at."""
+    if not isinstance(block, Block):
+        return False
     parts: dict[str, Any] = block._modules
     attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
     if type(parts["mlp"]) is not Mlp or not _is_absent(mlp.get("norm")):

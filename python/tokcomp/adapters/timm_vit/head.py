@@ -15,18 +15,24 @@ WEIGHTED = ("avg", "avgmax", "map")
 
 def reads_patches(model: Any) -> bool:
     """Whether the head reads patch tokens, so that the last block's compression would cost what it saves no one."""
-    return model.attn_pool is not None or model.global_pool != "token"
+    return attention_pool(model) is not None or model.global_pool != "token"
+
+
+def attention_pool(model: Any) -> Any:
+    """The module that pools by attention; None for a model without."""
+    return getattr(model, "attn_pool", None)
 
 
 def head(model: Any, x: Tensor, weights: Weights | None, pre_logits: bool = False, with_prefix: bool = False) -> Tensor:
     """Logits of normalised tokens x [B, M, C]; ``with_prefix``: this model pools over prefix tokens too."""
     weighted = (*WEIGHTED, "max") if weights is not None and weights.mask is not None else WEIGHTED
-    if weights is None or (model.global_pool not in weighted and model.attn_pool is None):
+    pool = attention_pool(model)
+    if weights is None or (model.global_pool not in weighted and pool is None):
         return original_class(model).forward_head(model, x, pre_logits=pre_logits)  # type: ignore[attr-defined]
     if not with_prefix:
         x, weights = x[:, model.num_prefix_tokens :], weights.without(model.num_prefix_tokens)
-    if model.attn_pool is not None:
-        pooled = model.attn_pool(x, attn_mask=weights.log(x.dtype))
+    if pool is not None:
+        pooled = pool(x, attn_mask=weights.log(x.dtype))
     elif model.global_pool == "max":
         pooled = weights.max(x)
     else:
