@@ -107,7 +107,7 @@ class TimmVisionTransformer(IsotropicAdapter):
     def validate(self, model: Any, method: Method) -> None:
         if method.unmerges and not self.layout_of(model).has_mlp:
             raise UnsupportedModelError(
-                f"{type(method).__name__} reduces tokens for the MLP, and {type(model.blocks[0]).__name__} computes its MLP "
+                f"{type(method).__name__} reduces tokens for the MLP, which {type(model.blocks[0]).__name__} computes "
                 "beside its attention; use ToMe"
             )
         if model.global_pool not in ("", "token", "avg", "avgmax", "max", "map"):
