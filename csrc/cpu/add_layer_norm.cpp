@@ -2,9 +2,9 @@
 #include <ATen/ops/empty.h>
 
 #include "../common/checks.h"
-#include "../common/cpu_layer_norm.h"
 #include "../common/dispatch.h"
 #include "../common/registration.h"
+#include "layer_norm.h"
 
 namespace tokcomp {
 namespace {

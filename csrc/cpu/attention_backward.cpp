@@ -1,5 +1,5 @@
+#include "attention_backward.h"
 #include "../common/checks.h"
-#include "../common/cpu_attention_backward.h"
 #include "../common/registration.h"
 
 namespace tokcomp {

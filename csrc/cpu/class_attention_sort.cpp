@@ -1,9 +1,9 @@
 #include <ATen/ops/empty.h>
 
 #include "../common/checks.h"
-#include "../common/cpu_attention.h"
-#include "../common/rank.h"
 #include "../common/registration.h"
+#include "attention.h"
+#include "rank.h"
 
 namespace tokcomp {
 namespace {

@@ -1,6 +1,6 @@
 #include "../common/checks.h"
-#include "../common/cpu_attention_forward.h"
 #include "../common/registration.h"
+#include "attention_forward.h"
 
 namespace tokcomp {
 namespace {

@@ -1,6 +1,6 @@
 #include "../common/checks.h"
-#include "../common/cpu_attention_backward.h"
 #include "../common/registration.h"
+#include "attention_backward.h"
 
 namespace tokcomp {
 namespace {

@@ -3,11 +3,11 @@
 #include <ATen/ops/empty_like.h>
 
 #include "../common/checks.h"
-#include "../common/cpu_cosine.h"
-#include "../common/cpu_rows.h"
 #include "../common/dispatch.h"
-#include "../common/rank.h"
 #include "../common/registration.h"
+#include "cosine.h"
+#include "rank.h"
+#include "rows.h"
 
 namespace tokcomp {
 namespace {

@@ -1,8 +1,8 @@
 #include <ATen/ops/empty.h>
 
 #include "../common/checks.h"
-#include "../common/cpu_attention.h"
 #include "../common/registration.h"
+#include "attention.h"
 
 namespace tokcomp {
 namespace {

@@ -4,9 +4,9 @@
 #include <cmath>
 
 #include "../common/checks.h"
-#include "../common/cpu_rows.h"
 #include "../common/dispatch.h"
 #include "../common/registration.h"
+#include "rows.h"
 
 namespace tokcomp {
 namespace {

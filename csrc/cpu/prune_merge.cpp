@@ -1,4 +1,4 @@
-#include "../common/cpu_prune_merge.h"
+#include "prune_merge.h"
 #include "../common/registration.h"
 
 namespace tokcomp {

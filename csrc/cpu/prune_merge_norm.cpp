@@ -1,5 +1,5 @@
-#include "../common/cpu_prune_merge.h"
 #include "../common/registration.h"
+#include "prune_merge.h"
 
 namespace tokcomp {
 namespace {

@@ -2,9 +2,9 @@
 #include <ATen/ops/empty.h>
 
 #include "../common/checks.h"
-#include "../common/cpu_rows.h"
 #include "../common/dispatch.h"
 #include "../common/registration.h"
+#include "rows.h"
 
 namespace tokcomp {
 namespace {

@@ -13,7 +13,7 @@
 #include <memory>
 #include <type_traits>
 
-#include "dispatch.h"
+#include "../common/dispatch.h"
 
 #define TOKCOMP_INLINE inline __attribute__((always_inline))
 

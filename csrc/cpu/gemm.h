@@ -7,7 +7,7 @@
 
 #include <cstring>
 
-#include "cpu_vector.h"
+#include "vector.h"
 
 namespace tokcomp {
 

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cpu_rows.h"
+#include "rows.h"
 
 namespace tokcomp {
 

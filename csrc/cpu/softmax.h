@@ -7,7 +7,7 @@
 
 #include <utility>
 
-#include "cpu_vector.h"
+#include "vector.h"
 
 namespace tokcomp {
 

@@ -4,7 +4,7 @@
 #include <tuple>
 #include <utility>
 
-#include "cpu_attention.h"
+#include "attention.h"
 
 namespace tokcomp {
 

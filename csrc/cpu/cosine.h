@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "cpu_rows.h"
+#include "rows.h"
 
 namespace tokcomp::cosine {
 

@@ -10,8 +10,8 @@
 
 #include <optional>
 
-#include "cpu_gemm.h"
-#include "cpu_softmax.h"
+#include "gemm.h"
+#include "softmax.h"
 
 namespace tokcomp {
 

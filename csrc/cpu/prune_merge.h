@@ -4,12 +4,12 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
-#include "checks.h"
-#include "cpu_cosine.h"
-#include "cpu_layer_norm.h"
-#include "cpu_rows.h"
-#include "dispatch.h"
+#include "../common/checks.h"
+#include "../common/dispatch.h"
+#include "cosine.h"
+#include "layer_norm.h"
 #include "rank.h"
+#include "rows.h"
 
 namespace tokcomp::prune_merging {
 

@@ -9,8 +9,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu_vector.h"
-#include "dispatch.h"
+#include "../common/dispatch.h"
+#include "vector.h"
 
 namespace tokcomp {
 
