@@ -1,4 +1,4 @@
-"""The type sums run in and the least size of a token, for all of Python; C++ has both in csrc/common/dispatch.h."""
+"""The type sums run in and the least size of a token, for all of Python; C++ has them in csrc/common."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@
 
 #include <optional>
 
+#include "min_size.h"
+
 // Runs a lambda with `scalar_t` set to the tensor's type; the operator's checks have refused all other types before.
 #define TOKCOMP_DISPATCH_CPU(type, name, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::ScalarType::Half, at::ScalarType::BFloat16, type, name, __VA_ARGS__)
@@ -23,8 +25,6 @@ template <typename scalar_t>
 using acc_type = at::opmath_type<scalar_t>;
 
 inline at::ScalarType acc_scalar_type(at::ScalarType type) { return at::toOpMathType(type); }
-
-constexpr double kMinSize = 1e-6;  // as tokcomp_kernels/_numbers.py says it: a test compares them
 
 // Sizes stay above zero wherever they are read or written; NaN becomes the least size.
 template <typename acc_t>

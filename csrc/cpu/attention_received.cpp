@@ -1,6 +1,6 @@
 #include "../common/checks.h"
-#include "../common/cpu_attention.h"
 #include "../common/registration.h"
+#include "attention.h"
 
 namespace tokcomp {
 namespace {

@@ -13,6 +13,8 @@
 #include "shim.h"
 #endif
 
+#include "../common/min_size.h"
+
 namespace tokcomp::cuda {
 
 constexpr int kWarp = 32;
@@ -26,8 +28,6 @@ struct DeviceLimits {
   int64_t shared_bytes;  // of a block
   bool clusters;
 };
-
-constexpr float kMinSize = 1e-6f;
 
 #ifdef __CUDACC__
 // The block's dynamic shared memory. Every kernel carves its arrays out of it.
@@ -77,7 +77,7 @@ __device__ __forceinline__ __half2 add_pair(__half2 a, __half2 b) { return __had
 __device__ __forceinline__ __nv_bfloat162 add_pair(__nv_bfloat162 a, __nv_bfloat162 b) { return __hadd2(a, b); }
 
 // Also what a NaN becomes.
-__device__ __forceinline__ float effective_size(float size) { return size > kMinSize ? size : kMinSize; }
+__device__ __forceinline__ float effective_size(float size) { return size > float(kMinSize) ? size : float(kMinSize); }
 
 // Elements of T in a 16-byte access.
 template <typename T>
