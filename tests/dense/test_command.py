@@ -48,14 +48,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run, trained, tmp_path, monkeypa
     def stop_early(self, stop, *, resumed=False):
         if resumed:
             return step(self, stop, resumed=True)
-        add = self.tuner.step
+        add = self.trainee.step
 
         def counted(*batch):
             if self.step_number == 1:
                 stop.signal = 15
             return add(*batch)
 
-        self.tuner.step = counted
+        self.trainee.step = counted
         return step(self, stop)
 
     monkeypatch.setattr(DenseRun, "train", stop_early)

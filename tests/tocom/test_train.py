@@ -244,7 +244,7 @@ class StopAfter:
 
     @property
     def wanted(self):
-        return self.step is not None and self.run.distiller.step_number >= self.step
+        return self.step is not None and self.run.trainee.step_number >= self.step
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ def test_a_stopped_run_goes_on_exactly(make_run, tmp_path, at=5):
     whole = make_run(tmp_path / "whole")
     assert whole.train(StopAfter(whole))
     parts = make_run(tmp_path / "parts")
-    assert not parts.train(StopAfter(parts, at)) and parts.distiller.step_number == at
+    assert not parts.train(StopAfter(parts, at)) and parts.trainee.step_number == at
     assert not (tmp_path / "parts" / "tocom.safetensors").exists()
     parts = make_run(tmp_path / "parts")
     parts.resume()
@@ -283,7 +283,7 @@ def test_what_comes_out(make_run, make_vit, tmp_path):
     run = make_run(tmp_path)
     run.train(StopAfter(run))
     plugin = tokcomp.ToCom.load(tmp_path / "tocom.safetensors", make_vit())
-    assert torch.equal(plugin.v_up[2], run.distiller.plugin.v_up[2]) and plugin.v_up[2].any()
+    assert torch.equal(plugin.v_up[2], run.trainee.plugin.v_up[2]) and plugin.v_up[2].any()
     assert plugin.provenance == {"source": "ToCom training", "model": "tiny", "settings": {"lr": LIVELY.lr}}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 8 and summary["loss"] > 0 and summary["images_per_second"] > 0
@@ -297,4 +297,4 @@ def test_a_run_that_diverges_keeps_its_checkpoint(make_run, tmp_path):
         run.train(StopAfter(run))
     again = make_run(tmp_path)
     again.resume()
-    assert again.distiller.step_number == 2 and again.distiller.is_finite()
+    assert again.trainee.step_number == 2 and again.trainee.is_finite()

@@ -230,7 +230,7 @@ class StopAfter:
 
     @property
     def wanted(self):
-        return self.step is not None and self.run.tuner.step_number >= self.step
+        return self.step is not None and self.run.trainee.step_number >= self.step
 
 
 RECIPE = replace(ADAPTFORMER_RECIPE, lr=1e-2, batch_size=4, mixup=0.8, model_ema_decay=0.5, drop_path=0.1)
@@ -249,7 +249,7 @@ def test_training_moves_branches_and_classifier_alone_and_resumes(make_vit, tmp_
     before = {name: tensor.clone() for name, tensor in model().state_dict().items()}
     whole = make_run(tmp_path / "whole", model(), recipe)
     assert whole.train(StopAfter(whole))
-    after = whole.tuner.model.state_dict()
+    after = whole.trainee.model.state_dict()
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert moved == {name for name in before if ".adapter." in name or name.startswith("head.")}
 
@@ -263,7 +263,7 @@ def test_training_moves_branches_and_classifier_alone_and_resumes(make_vit, tmp_
         assert set(ours) == moved and all(torch.equal(ours[key], theirs[key]) for key in ours), name
     loaded = tokcomp.compress(adaptformer.load(tmp_path / "whole" / "last.safetensors", make_vit()), tokcomp.ToMe(3))
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(IMAGES), whole.tuner.model.eval()(IMAGES))
+        assert torch.equal(loaded.eval()(IMAGES), whole.trainee.model.eval()(IMAGES))
 
 
 def test_the_recipe_of_the_paper():

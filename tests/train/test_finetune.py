@@ -98,7 +98,7 @@ class StopAfter:
 
     @property
     def wanted(self):
-        return self.step is not None and self.run.tuner.step_number >= self.step
+        return self.step is not None and self.run.trainee.step_number >= self.step
 
 
 def flat(state):
@@ -202,12 +202,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stopped_after):
     assert whole.train(StopAfter(whole))
     first = make_run(tmp_path / "parts", checkpoint_steps=3)
     assert not first.train(StopAfter(first, stopped_after))
-    assert first.tuner.step_number == stopped_after
+    assert first.trainee.step_number == stopped_after
     second = make_run(tmp_path / "parts", checkpoint_steps=3)
     second.resume()
-    assert second.tuner.step_number == stopped_after
+    assert second.trainee.step_number == stopped_after
     assert second.train(StopAfter(second), resumed=True)
-    want, have = flat(whole.tuner.state()), flat(second.tuner.state())
+    want, have = flat(whole.trainee.state()), flat(second.trainee.state())
     assert want.keys() == have.keys() and len(want) > 3 * 30
     for name, tensor in want.items():
         assert torch.equal(tensor, have[name]), name
@@ -245,34 +245,34 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, bad_step=4):
         run.train(StopAfter(run))
     kept = make_run(tmp_path, PLAIN)
     kept.resume()
-    assert kept.tuner.step_number == bad_step - 1 and kept.tuner.is_finite()
+    assert kept.trainee.step_number == bad_step - 1 and kept.trainee.is_finite()
     assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [0, 3][: 1 + (bad_step > 3)]
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     """A step whose loss is finite may still ruin the weights, by an infinite gradient."""
     run = make_run(tmp_path, PLAIN)
-    step = run.tuner.step
+    step = run.trainee.step
 
     def ruinous(*batch):
         loss = step(*batch)
-        if run.tuner.step_number == 3:
-            run.tuner.model.head.bias.data[2] = float("inf")
+        if run.trainee.step_number == 3:
+            run.trainee.model.head.bias.data[2] = float("inf")
         return loss
 
-    monkeypatch.setattr(run.tuner, "step", ruinous)
+    monkeypatch.setattr(run.trainee, "step", ruinous)
     with pytest.raises(DivergedError, match="the weights are not finite numbers after step 3; the checkpoint before"):
         run.train(StopAfter(run))
     kept = make_run(tmp_path, PLAIN)
     kept.resume()
-    assert kept.tuner.step_number == 2 and not (tmp_path / "best.safetensors").exists()
+    assert kept.trainee.step_number == 2 and not (tmp_path / "best.safetensors").exists()
 
 
 def test_the_weights_load_into_timm(tmp_path):
     run = make_run(tmp_path)
     run.train(StopAfter(run))
     images, _ = make_images(6)
-    for name, model in (("last", run.tuner.model), ("last_ema", run.tuner.ema.module)):
+    for name, model in (("last", run.trainee.model), ("last_ema", run.trainee.ema.module)):
         path = tmp_path / f"{name}.safetensors"
         assert load_file(path).keys() == VisionTransformer(**SHAPE).state_dict().keys()
         fresh = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(path), **SHAPE)

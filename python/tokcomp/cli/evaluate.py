@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -77,6 +79,100 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="print the result as JSON rather than as a table")
 
 
+@dataclass(frozen=True)
+class _Job:
+    """The command's options, where the images are, and this process's place among those that evaluate."""
+
+    args: argparse.Namespace
+    root: Path | None
+    device: torch.device
+    world: World
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights and images."""
+        import torch
+
+        name = self.args.model_dtype or "float32"
+        found: torch.dtype = getattr(torch, name)
+        return found
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        import torch
+
+        if not self.args.amp:
+            return None
+        name = self.args.amp_dtype or ("float16" if self.device.type == "cuda" else "bfloat16")
+        found: torch.dtype = getattr(torch, name)
+        return found
+
+    def dataset(self) -> Dataset:
+        """This process's share of the images; the whole of a stream."""
+        from torch.utils.data import IterableDataset
+
+        from tokcomp.data import EveryNth, SpreadSubset
+
+        dataset = open_data(self.args, self.root, self.args.split, marking(self.args))
+        if isinstance(dataset, IterableDataset):
+            return dataset
+        if self.args.num_samples is not None:
+            dataset = SpreadSubset(dataset, self.args.num_samples)
+        return dataset if self.world.size == 1 else EveryNth(dataset, self.world.rank, self.world.size)
+
+    def batches(self, dataset: Dataset, config: dict[str, Any]) -> tuple[Iterator[Any], int | None]:
+        """Batches of images and labels, and how many images they hold if that is known."""
+        from timm.data import create_loader
+        from torch.utils.data import IterableDataset
+
+        from tokcomp.data import num_images
+
+        transform = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+        loader = create_loader(
+            cast(Any, dataset),
+            batch_size=self.args.batch_size,
+            use_prefetcher=False,
+            num_workers=self.args.workers,
+            persistent_workers=False,
+            pin_memory=self.device.type == "cuda",
+            device=self.device,
+            **{name: config[name] for name in transform},
+        )
+        if not isinstance(dataset, IterableDataset):
+            return iter(loader), num_images(dataset)
+        wanted = self.args.num_samples
+        return islice(loader, None if wanted is None else -(-wanted // self.args.batch_size)), wanted
+
+    def evaluate(self, model: Any, dataset: Dataset, config: dict[str, Any]) -> Evaluation:
+        """Evaluate ``model`` with a progress bar on stderr, and say errors in the command's words."""
+        from tqdm import tqdm
+
+        from tokcomp.data import UnreadableImageError
+        from tokcomp.measure.evaluate import evaluate
+
+        batches, total = self.batches(dataset, config)
+        hidden = None if self.world.is_main else True
+        with tqdm(total=total, unit=" images", leave=False, disable=hidden, file=sys.stderr) as bar:
+
+            def advance(seen: int, top1: float) -> None:
+                bar.set_postfix_str(f"top-1 {top1:.2f} %", refresh=False)
+                bar.update(seen - bar.n)
+
+            place: dict[str, Any] = {"device": self.device, "dtype": self.dtype, "world": self.world}
+            try:
+                return evaluate(model, batches, amp_dtype=self.amp_dtype, on_batch=advance, **place)
+            except UnreadableImageError as error:
+                raise strict_error(error) from error
+            except ValueError as error:
+                raise UserError(
+                    f"the data set does not fit the model: {error}; check --num-classes and --class-map"
+                ) from error
+            except KeyboardInterrupt:
+                bar.close()
+                print(f"stopped after {bar.n} images; nothing was written", file=sys.stderr)
+                raise
+
+
 def run(args: argparse.Namespace) -> int:
     from tokcomp.runs.distributed import join, leave, local_device
 
@@ -84,28 +180,28 @@ def run(args: argparse.Namespace) -> int:
         check_output_file("--results-file", args.results_file)
     root = data_root(args)
     device = local_device(options.chosen_device(args.device))
-    world = join(device)
+    job = _Job(args, root, device, join(device))
     try:
-        return _run(args, root, device, world)
+        return _run(job)
     finally:
         leave()
 
 
-def _run(args: argparse.Namespace, root: Path | None, device: torch.device, world: World) -> int:
+def _run(job: _Job) -> int:
     import torch
 
+    args = job.args
     model = options.build_model(args)
-    dataset = _open_dataset(args, root, world)
+    dataset = job.dataset()
     check_classes(args, dataset, model.num_classes)
     method = options.build_method(args, model)
     options.compress_by(args, model, method)
     cost = options.gflops(model)
-    dtype = getattr(torch, args.model_dtype) if args.model_dtype else torch.float32
-    model.to(device, dtype)
+    model.to(job.device, job.dtype)
     runner = torch.compile(model) if args.torchcompile else model
     config = data_config(args, model)
-    found = _evaluate(args, runner, dataset, config, device, dtype, world)
-    if world.is_main or found.unreadable:
+    found = job.evaluate(runner, dataset, config)
+    if job.world.is_main or found.unreadable:
         report_oddities(dataset, found, model.num_classes)
     result = {
         "model": args.model,
@@ -114,7 +210,7 @@ def _run(args: argparse.Namespace, root: Path | None, device: torch.device, worl
         "method": args.method,
         "method_settings": repr(method) if method is not None else None,
         "gflops": cost,
-        "data": args.dataset or str(root),
+        "data": args.dataset or str(job.root),
         "num_images": found.num_images,
         "num_unreadable": found.num_unreadable,
         "num_not_finite": found.num_not_finite,
@@ -123,92 +219,15 @@ def _run(args: argparse.Namespace, root: Path | None, device: torch.device, worl
         "images_per_second": round(found.images_per_second, 2),
         "batch_size": args.batch_size,
         "img_size": config["input_size"][-1],
-        "device": str(device),
-        "processes": world.size,
-        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(job.device),
+        "processes": job.world.size,
+        "dtype": str(job.dtype).removeprefix("torch."),
         "amp": args.amp,
         "torch": torch.__version__,
     }
-    if world.is_main:
+    if job.world.is_main:
         _report(args, result)
     return 0
-
-
-def _open_dataset(args: argparse.Namespace, root: Path | None, world: World) -> Dataset:
-    from torch.utils.data import IterableDataset
-
-    from tokcomp.data import EveryNth, SpreadSubset
-
-    dataset = open_data(args, root, args.split, marking(args))
-    if isinstance(dataset, IterableDataset):
-        return dataset
-    if args.num_samples is not None:
-        dataset = SpreadSubset(dataset, args.num_samples)
-    return dataset if world.size == 1 else EveryNth(dataset, world.rank, world.size)
-
-
-def _evaluate(
-    args: argparse.Namespace,
-    model: Any,
-    dataset: Dataset,
-    config: dict[str, Any],
-    device: torch.device,
-    dtype: torch.dtype,
-    world: World,
-) -> Evaluation:
-    import torch
-    from timm.data import create_loader
-    from torch.utils.data import IterableDataset
-    from tqdm import tqdm
-
-    from tokcomp.data import UnreadableImageError, num_images
-    from tokcomp.measure.evaluate import evaluate
-
-    loader = create_loader(
-        cast(Any, dataset),
-        input_size=config["input_size"],
-        batch_size=args.batch_size,
-        use_prefetcher=False,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-        num_workers=args.workers,
-        persistent_workers=False,
-        pin_memory=device.type == "cuda",
-        device=device,
-    )
-    batches = iter(loader)
-    total = None if isinstance(dataset, IterableDataset) else num_images(dataset)
-    if total is None and args.num_samples is not None:
-        batches = islice(batches, -(-args.num_samples // args.batch_size))
-        total = args.num_samples
-    amp_dtype = None
-    if args.amp:
-        amp_dtype = getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "bfloat16"))
-    with tqdm(
-        total=total, unit=" images", leave=False, disable=None if world.is_main else True, file=sys.stderr
-    ) as bar:
-
-        def advance(seen: int, top1: float) -> None:
-            bar.set_postfix_str(f"top-1 {top1:.2f} %", refresh=False)
-            bar.update(seen - bar.n)
-
-        try:
-            return evaluate(
-                model, batches, device=device, dtype=dtype, amp_dtype=amp_dtype, on_batch=advance, world=world
-            )
-        except UnreadableImageError as error:
-            raise strict_error(error) from error
-        except ValueError as error:
-            raise UserError(
-                f"the data set does not fit the model: {error}; check --num-classes and --class-map"
-            ) from error
-        except KeyboardInterrupt:
-            bar.close()
-            print(f"stopped after {bar.n} images; nothing was written", file=sys.stderr)
-            raise
 
 
 def _report(args: argparse.Namespace, result: dict[str, Any]) -> None:

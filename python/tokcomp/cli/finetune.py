@@ -174,11 +174,7 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> FineTuneRun:
             num_classes=model.num_classes,
             total_steps=total_steps,
             steps_per_epoch=batches.steps_per_epoch,
-            device=job.device,
-            seed=args.seed,
-            world=job.world,
-            pieces=job.pieces,
-            amp_dtype=job.amp_dtype,
+            **job.place,
             compiled=args.torchcompile,
         )
     method_settings = repr(method) if method is not None else None
@@ -210,8 +206,7 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> FineTuneRun:
         settings=settings,
         facts=facts,
         total_steps=total_steps,
-        checkpoint_steps=args.checkpoint_interval,
-        log_steps=args.log_interval,
+        **job.intervals,
     )
 
 

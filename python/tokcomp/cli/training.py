@@ -225,6 +225,22 @@ class Job:
         }
 
     @property
+    def place(self) -> dict[str, Any]:
+        """Where and how a step is computed, as :class:`FineTuner` and :class:`Distiller` take it."""
+        return {
+            "device": self.device,
+            "seed": self.args.seed,
+            "world": self.world,
+            "pieces": self.pieces,
+            "amp_dtype": self.amp_dtype,
+        }
+
+    @property
+    def intervals(self) -> dict[str, int]:
+        """How often the run writes, as :class:`TrainingRun` takes it."""
+        return {"checkpoint_steps": self.args.checkpoint_interval, "log_steps": self.args.log_interval}
+
+    @property
     def _loading(self) -> dict[str, Any]:
         return {"workers": self.args.workers, "pin_memory": self.device.type == "cuda"}
 

@@ -34,7 +34,7 @@ class SegmenterTuner(FineTuner):
         return F.cross_entropy(logits.to(wide), targets, ignore_index=IGNORE)
 
 
-class DenseRun(TrainingRun):
+class DenseRun(TrainingRun[SegmenterTuner]):
     """Trains a segmenter, and scores it every ``validate_steps``.
 
     Args:
@@ -43,11 +43,8 @@ class DenseRun(TrainingRun):
         validate: returns the segmenter's scores on the held-out images.
         output: folder for everything that the run writes.
         build: how the segmenter is built, for the resulting file.
-        settings, facts: as for :class:`TrainingRun`.
-        total_steps: steps of the whole run.
-        checkpoint_steps: steps between checkpoints.
-        log_steps: steps between rows of the log.
         validate_steps: steps between validations; there is also one at the last step.
+        run: the other arguments of :class:`TrainingRun`.
     """
 
     kind = label = "dense"
@@ -62,34 +59,20 @@ class DenseRun(TrainingRun):
         output: Path,
         *,
         build: SegmenterSettings,
-        settings: Mapping[str, Any],
-        facts: Mapping[str, Any],
-        total_steps: int,
-        checkpoint_steps: int,
-        log_steps: int,
         validate_steps: int,
+        **run: Any,
     ) -> None:
-        super().__init__(
-            tuner,
-            batches,
-            output,
-            settings=settings,
-            facts=facts,
-            total_steps=total_steps,
-            checkpoint_steps=checkpoint_steps,
-            log_steps=log_steps,
-            evaluate_steps=validate_steps,
-        )
-        self.tuner, self.validate, self.build = tuner, validate, build
+        super().__init__(tuner, batches, output, evaluate_steps=validate_steps, **run)
+        self.validate, self.build = validate, build
         self.scores: Scores | None = None
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.tuner.step(images, labels)
+        return self.trainee.step(images, labels)
 
     def row(self, step: int, loss: float, evaluates: bool) -> dict[str, float | None]:
         text, found = f"loss {loss:.4g}", {}
         if evaluates:
-            model: Any = self.tuner.model
+            model: Any = self.trainee.model
             self.scores = self.validate(model.eval())
             model.train()
             found = {"mean_iou": self.scores.mean_iou, "pixel_accuracy": self.scores.pixel_accuracy}
@@ -121,5 +104,5 @@ class DenseRun(TrainingRun):
         self.scores = None if scores is None else Scores(**{**scores, "iou": tuple(scores["iou"])})
 
     def write_weights(self) -> None:
-        model: Any = self.tuner.model
+        model: Any = self.trainee.model
         save_segmenter(self.folder / WEIGHTS, model, self.build, self.summary())

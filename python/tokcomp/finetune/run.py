@@ -25,7 +25,7 @@ CURVES = "curves.png"
 BEST, LAST, LAST_EMA = "best.safetensors", "last.safetensors", "last_ema.safetensors"
 
 
-class FineTuneRun(TrainingRun):
+class FineTuneRun(TrainingRun[FineTuner]):
     """Trains a model, compressed or not, and validates it before the first step and after each epoch.
 
     The resulting weights are the whole model's or, if it has AdaptFormer branches, the branches and the classifier.
@@ -35,11 +35,8 @@ class FineTuneRun(TrainingRun):
         batches: the images.
         validate: accuracy of a model on the validation images, over all processes.
         output: folder for everything that the run writes.
-        settings, facts: as for :class:`TrainingRun`.
-        total_steps: steps of the whole run.
-        checkpoint_steps: steps between checkpoints, and so the most that a killed run can lose; there is also one after
-            every epoch.
-        log_steps: steps between rows of the log; there is also one after every epoch.
+        run: the other arguments of :class:`TrainingRun`, without ``evaluate_steps``; there are also a checkpoint and a
+            row of the log after every epoch.
     """
 
     kind = "finetune"
@@ -52,31 +49,16 @@ class FineTuneRun(TrainingRun):
         batches: Batches,
         validate: Callable[[nn.Module], Evaluation],
         output: Path,
-        *,
-        settings: Mapping[str, Any],
-        facts: Mapping[str, Any],
-        total_steps: int,
-        checkpoint_steps: int,
-        log_steps: int,
+        **run: Any,
     ) -> None:
-        super().__init__(
-            tuner,
-            batches,
-            output,
-            settings=settings,
-            facts=facts,
-            total_steps=total_steps,
-            checkpoint_steps=checkpoint_steps,
-            log_steps=log_steps,
-            evaluate_steps=batches.steps_per_epoch,
-        )
-        self.tuner, self.validate = tuner, validate
+        super().__init__(tuner, batches, output, evaluate_steps=batches.steps_per_epoch, **run)
+        self.validate = validate
         self._before: dict[str, float] | None = None
         self._last: dict[str, float] = {}
         self._best: dict[str, Any] | None = None
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.tuner.step(images, labels)
+        return self.trainee.step(images, labels)
 
     def begin(self) -> Sequence[Mapping[str, float]]:
         self._before = self._accuracy()
@@ -110,27 +92,27 @@ class FineTuneRun(TrainingRun):
         self._before, self._last, self._best = state["before"], state["last"], state["best"]
 
     def write_weights(self) -> None:
-        self._save_weights(LAST, self.tuner.model, self._last.get("top1"))
-        if self.tuner.ema is not None:
-            self._save_weights(LAST_EMA, self.tuner.ema.module, self._last.get("ema_top1"))
+        self._save_weights(LAST, self.trainee.model, self._last.get("top1"))
+        if self.trainee.ema is not None:
+            self._save_weights(LAST_EMA, self.trainee.ema.module, self._last.get("ema_top1"))
 
     def _accuracy(self) -> dict[str, float]:
-        found = self.validate(self.tuner.model.eval())
-        self.tuner.model.train()
+        found = self.validate(self.trainee.model.eval())
+        self.trainee.model.train()
         accuracy = {"top1": found.top1, "top5": found.top5}
-        if self.tuner.ema is not None:
-            averaged = self.validate(self.tuner.ema.module)
+        if self.trainee.ema is not None:
+            averaged = self.validate(self.trainee.ema.module)
             accuracy |= {"ema_top1": averaged.top1, "ema_top5": averaged.top5}
         return accuracy
 
     def _keep_best(self) -> None:
-        candidates = [("weights", "top1", self.tuner.model)]
-        if self.tuner.ema is not None:
-            candidates.append(("moving average", "ema_top1", self.tuner.ema.module))
+        candidates = [("weights", "top1", self.trainee.model)]
+        if self.trainee.ema is not None:
+            candidates.append(("moving average", "ema_top1", self.trainee.ema.module))
         for kind, name, model in candidates:
             if self._best is None or self._last[name] > self._best["top1"]:
                 self._best = {"top1": self._last[name], "of": kind, "epoch": self.epoch, "step": self.step_number}
-                if self.tuner.world.is_main:
+                if self.trainee.world.is_main:
                     self._save_weights(BEST, model, self._last[name])
 
     def _save_weights(self, name: str, model: nn.Module, top1: float | None) -> None:

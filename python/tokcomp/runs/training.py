@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 
@@ -32,7 +32,10 @@ class Trainee(Protocol):
     def load_state(self, state: Mapping[str, Any]) -> None: ...
 
 
-class TrainingRun(Run):
+T = TypeVar("T", bound=Trainee)
+
+
+class TrainingRun(Run, Generic[T]):
     """A run over one trainee. A row of its log holds the mean loss of the steps since the previous row.
 
     Args:
@@ -51,7 +54,7 @@ class TrainingRun(Run):
 
     def __init__(
         self,
-        trainee: Trainee,
+        trainee: T,
         batches: Batches,
         output: Path,
         *,
@@ -62,7 +65,7 @@ class TrainingRun(Run):
         super().__init__(batches, output, settings=settings, device=trainee.device, world=trainee.world, **steps)
         self.folder, self.facts = output, dict(facts)
         self.last_loss: float | None = None  # of the log's last row
-        self._trainee = trainee
+        self.trainee = trainee
         self._losses: list[float] = []  # since the log's last row
 
     @abstractmethod
@@ -91,10 +94,10 @@ class TrainingRun(Run):
 
     @property
     def step_number(self) -> int:
-        return self._trainee.step_number
+        return self.trainee.step_number
 
     def is_finite(self) -> bool:
-        return self._trainee.is_finite()
+        return self.trainee.is_finite()
 
     def note(self, step: int, losses: Sequence[float]) -> None:
         self._losses += losses
@@ -102,16 +105,16 @@ class TrainingRun(Run):
     def rows(self, step: int, evaluates: bool) -> list[dict[str, float | None]]:
         loss = self.last_loss = math.fsum(self._losses) / max(len(self._losses), 1)
         self._losses = []
-        return [{"loss": loss, "lr": self._trainee.learning_rate, **self.row(step, loss, evaluates)}]
+        return [{"loss": loss, "lr": self.trainee.learning_rate, **self.row(step, loss, evaluates)}]
 
     def log_files(self) -> list[tuple[Path, Sequence[str], Path]]:
         return [(self.folder / LOG, self.fields, self.folder / "tensorboard")]
 
     def state(self) -> dict[str, Any]:
-        return {self.trainee_name: self._trainee.state(), "losses": self._losses, "last_loss": self.last_loss}
+        return {self.trainee_name: self.trainee.state(), "losses": self._losses, "last_loss": self.last_loss}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self._trainee.load_state(state[self.trainee_name])
+        self.trainee.load_state(state[self.trainee_name])
         self._losses, self.last_loss = list(state["losses"]), state["last_loss"]
 
     def finish(self) -> None:

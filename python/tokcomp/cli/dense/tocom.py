@@ -111,12 +111,8 @@ def _prepare(job: Job) -> TocomRun:
             recipe,
             total_steps=args.steps,
             steps_per_epoch=batches.steps_per_epoch,
-            device=job.device,
             scale=args.scale,
-            seed=args.seed,
-            world=job.world,
-            pieces=job.pieces,
-            amp_dtype=job.amp_dtype,
+            **job.place,
             read=segmenter.patch_answers if args.loss == "kl" else None,
         )
     facts = {"segmenter": str(args.segmenter), "model": settings.model, "method": plugin.method}
@@ -140,6 +136,5 @@ def _prepare(job: Job) -> TocomRun:
         settings=told,
         facts=facts,
         total_steps=args.steps,
-        checkpoint_steps=args.checkpoint_interval,
-        log_steps=args.log_interval,
+        **job.intervals,
     )

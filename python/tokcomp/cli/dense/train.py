@@ -156,11 +156,7 @@ def _prepare(job: Job) -> DenseRun:
             num_classes=len(classes),
             total_steps=args.steps,
             steps_per_epoch=batches.steps_per_epoch,
-            device=job.device,
-            seed=args.seed,
-            world=job.world,
-            pieces=job.pieces,
-            amp_dtype=job.amp_dtype,
+            **job.place,
         )
     held_out_start = held_out_batches(held_out, args.batch_size, workers=args.workers)
 
@@ -192,8 +188,7 @@ def _prepare(job: Job) -> DenseRun:
         settings=settings,
         facts=facts,
         total_steps=args.steps,
-        checkpoint_steps=args.checkpoint_interval,
-        log_steps=args.log_interval,
+        **job.intervals,
         validate_steps=args.validate_interval,
     )
 

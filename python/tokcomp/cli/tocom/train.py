@@ -90,7 +90,7 @@ def _report(args: argparse.Namespace, found: TocomRun) -> None:
     from tokcomp.tocom.train import PLUGIN
 
     summary = found.summary()
-    print(f"{summary['model']} ({summary['weights']}), {args.method}, degrees 0 to {found.distiller.degrees[-1]}")
+    print(f"{summary['model']} ({summary['weights']}), {args.method}, degrees 0 to {found.trainee.degrees[-1]}")
     print(f"loss {summary['loss']:.4g} after {summary['steps']} steps", end="")
     print(f", {summary['images_per_second']:.1f} images/s" if summary["images_per_second"] else "")
     print(f"written: {args.output / PLUGIN}")
@@ -138,12 +138,8 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> TocomRun:
             recipe,
             total_steps=total_steps,
             steps_per_epoch=batches.steps_per_epoch,
-            device=job.device,
             scale=args.scale,
-            seed=args.seed,
-            world=job.world,
-            pieces=job.pieces,
-            amp_dtype=job.amp_dtype,
+            **job.place,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"--model '{args.model}', --method {args.method}: {error}") from error
@@ -173,6 +169,5 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> TocomRun:
         settings=settings,
         facts=facts,
         total_steps=total_steps,
-        checkpoint_steps=args.checkpoint_interval,
-        log_steps=args.log_interval,
+        **job.intervals,
     )
