@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokcomp.adapters import UnsupportedModelError
-    from tokcomp.api import compress, restore, trace
+    from tokcomp.api import compress, restore, trace, uncompress
     from tokcomp.cost import flops
     from tokcomp.deploy.compiled import CompiledModel, compile
     from tokcomp.deploy.exported import ExportedModel, export, load_exported
@@ -46,6 +46,7 @@ _HOMES = {
     "restore": "tokcomp.api",
     "__version__": "tokcomp_kernels._version",
     "trace": "tokcomp.api",
+    "uncompress": "tokcomp.api",
 }
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "load_exported",
     "restore",
     "trace",
+    "uncompress",
 ]
 
 

@@ -112,3 +112,27 @@ def trace(model: nn.Module, images: Tensor) -> list[Tensor]:
             current = compose_sources(current, source)
         maps.append(current.clone())
     return maps
+
+
+def uncompress(features: Tensor, source: Tensor, fill: Tensor | None = None) -> Tensor:
+    """Give every position its token again. Differentiable in ``features`` and ``fill``.
+
+    For features of a compressed model's last block, ``source`` is ``tokcomp.trace(model, images)[-1]``.
+
+    Args:
+        features: [B, M, C], a token for each slot.
+        source: [B, N] int64, the slot that each position is in; -1 where its token was pruned.
+        fill: [B, N, C], what a pruned position gets; zeros by default.
+
+    Returns:
+        [B, N, C]: merged positions share a token.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: shapes that do not fit together.
+    """
+    for name, value in (("features", features), ("source", source)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    restored: Tensor = torch.ops.tokcomp.unmerge(features, source, pruned_fill=fill)
+    return restored

@@ -39,8 +39,8 @@ def test_the_vision_tower_of_a_transformers_clip():
         compressed = tokcomp.compress(model, tokcomp.ToMe(3))(input_ids=ids, pixel_values=images).logits_per_image
         assert compressed.shape == before.shape and not torch.equal(compressed, before)
         assert model(input_ids=ids, pixel_values=images, return_dict=False)[0].shape == before.shape
-        with pytest.raises(ValueError, match=r"output_hidden_states must be False, got True: .* use tokcomp\.trace"):
-            model.vision_model(images, output_hidden_states=True)
+        with pytest.raises(ValueError, match=r"output_attentions must be False, got True: .* use tokcomp\.trace"):
+            model.vision_model(images, output_attentions=True)
         after = tokcomp.restore(model)(input_ids=ids, pixel_values=images).logits_per_image
     assert torch.equal(after, before)
     with pytest.raises(tokcomp.UnsupportedModelError, match=r"needs texts as well, .* pass model\.vision_model"):

@@ -14,6 +14,7 @@ from tokcomp.adapters.images import refuse_symbols
 from tokcomp.adapters.pooling import Weights
 from tokcomp.adapters.swap import Swapped
 from tokcomp.blocks.places import Places
+from tokcomp.blocks.positions import Positions
 from tokcomp.blocks.search import BlockSearch, TokenState
 from tokcomp.blocks.state import BlockState
 from tokcomp.fastpath import Products, has_hooks
@@ -49,13 +50,19 @@ class CompressedTower(Tower):
         x, size = self.traced(None, *args, **kwargs)
         return x, None if size is None else Weights(size)
 
-    def traced(self, sources: list[Tensor | None] | None, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Tokens after the last block and their sizes [B, M]; ``sources`` collects each block's source map."""
+    def traced(
+        self, sources: list[Tensor | None] | None, *args: Any, maps: list[Tensor] | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens after the last block and their sizes [B, M].
+
+        ``sources`` collects each block's source map, ``maps`` every position's token [B, N, C] on the way into block 0
+        and out of each block.
+        """
         adapter = self._tokcomp_adapter
         x, places = adapter.embed(self, *args, **kwargs)
         self._tokcomp_method.check_tokens(x.shape[1], adapter.num_prefix_tokens(self))
         with unless_emulated(x.device.type):
-            return run_blocks(adapter, self, self._tokcomp_method, x, places, sources=sources)
+            return run_blocks(adapter, self, self._tokcomp_method, x, places, sources=sources, maps=maps)
 
 
 class SearchTower(Tower):
@@ -96,6 +103,8 @@ def run_blocks(
     *,
     products: Products | None = None,
     sources: list[Tensor | None] | None = None,
+    maps: list[Tensor] | None = None,
+    depth: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run a compressed tower's blocks on the tokens x [B, N, C] that enter block 0.
 
@@ -106,6 +115,8 @@ def run_blocks(
         places: theirs, where the family's attention goes by them.
         products: those of the blocks that the fast path can run.
         sources: collects each block's source map.
+        maps: collects every position's token [B, N, C] on the way into block 0 and out of each block.
+        depth: blocks to run; None: all.
 
     Returns:
         The tokens left [B, M, C] and their sizes [B, M], None while all are one patch.
@@ -133,8 +144,13 @@ def run_blocks(
             return block(x, state=state), state
 
     state: BlockState | None = None
-    for index in range(len(blocks)):
+    positions = None if maps is None else Positions(x)
+    for index in range(len(blocks) if depth is None else depth):
         x, state = checkpoint(run, index, x, state, use_reentrant=False) if checkpoints else run(index, x, state)
         if sources is not None:
             sources.append(state.source)
+        if positions is not None:
+            positions.follow(x.to(dtype), state.source)
+    if maps is not None and positions is not None:
+        maps.extend(positions.maps)
     return x.to(dtype), None if state is None else state.size

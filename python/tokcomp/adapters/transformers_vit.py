@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tokcomp.adapters.base import UnsupportedModelError
 from tokcomp.adapters.blocks import CompressedBlock
+from tokcomp.adapters.hidden_states import HiddenStatesTower, asked, run_with_hidden_states
 from tokcomp.adapters.images import check_images
 from tokcomp.adapters.isotropic import IsotropicAdapter
 from tokcomp.adapters.layout import Layout, linear_cost
@@ -74,17 +75,18 @@ class AveragingClassifier(Swapped):
 
         tower = getattr(self, _OUTER[_known_class(self).__name__])
         adapter = tower._tokcomp_adapter
-        x, weights = tower.tokens(pixel_values, **kwargs)
+        x, weights, hidden = run_with_hidden_states(tower, pixel_values, **kwargs)
         logits = self.classifier(adapter.average(tower, adapter.normalized(tower, x), weights))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        output = ImageClassifierOutput(loss=loss, logits=logits)
-        return output if _returns_dict(self, kwargs) else output.to_tuple()
+        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=hidden)
+        return output if asked(self, "return_dict", kwargs, True) else output.to_tuple()
 
 
 class TransformersAdapter(IsotropicAdapter):
     """Base of the families here: ``towers`` names their classes, ``layer`` and ``attention`` what is inside."""
 
     compressed_block = CompressedLayer
+    compressed_tower = HiddenStatesTower
     towers: tuple[str, ...]
     layer: str  # the layer's class is named so after the tower's, "{}Layer" of ViTModel: ViTLayer
     attention: str
@@ -137,12 +139,11 @@ class TransformersAdapter(IsotropicAdapter):
     def embed(self, tower: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Places | None]:
         pixel_values = args[0] if args else kwargs["pixel_values"]
         check_images(self.patch_projection(tower), pixel_values)
-        for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name) or (kwargs.get(name) is None and getattr(tower.config, name, False)):
-                raise ValueError(
-                    f"{name} must be False, got True: a compressed model's tokens differ from block to block; use "
-                    "tokcomp.trace, or tokcomp.restore the model first"
-                )
+        if asked(tower, "output_attentions", kwargs):
+            raise ValueError(
+                "output_attentions must be False, got True: a compressed model's tokens differ from block to block; "
+                "use tokcomp.trace, or tokcomp.restore the model first"
+            )
         if kwargs.get("attention_mask") is not None:
             raise ValueError("attention_mask must be None: a compressed model's tokens are re-ordered")
         options = {name: kwargs[name] for name in ("bool_masked_pos", "interpolate_pos_encoding") if kwargs.get(name)}
@@ -158,7 +159,7 @@ class TransformersAdapter(IsotropicAdapter):
 
         x = self.normalized(tower, x)
         output = BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=self.pooled(tower, x, weights))
-        return output if _returns_dict(tower, kwargs) else output.to_tuple()
+        return output if asked(tower, "return_dict", kwargs, True) else output.to_tuple()
 
     def normalized(self, tower: Any, x: Tensor) -> Tensor:
         """``last_hidden_state`` for tokens x [B, M, C] after the last block."""
@@ -371,8 +372,3 @@ def _get(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name, None)
     return module
-
-
-def _returns_dict(module: Any, kwargs: dict[str, Any]) -> bool:
-    asked = kwargs.get("return_dict")
-    return bool(getattr(module.config, "return_dict", True) if asked is None else asked)

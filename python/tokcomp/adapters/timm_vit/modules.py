@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from tokcomp.adapters.blocks import CompressedBlock, refuse_mask, require_state
@@ -37,18 +38,33 @@ class CompressedModel(CompressedTower):
 
     _tokcomp_adapter: Any
 
-    def traced(self, sources: list[Tensor | None] | None, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def traced(
+        self,
+        sources: list[Tensor | None] | None,
+        *args: Any,
+        maps: list[Tensor] | None = None,
+        depth: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         (images,) = args
         check_images(self.patch_embed, images)
         with unless_emulated(images.device.type):
-            return self._traced(images, sources)
+            return self._traced(images, sources, maps, depth)
 
-    def _traced(self, images: Tensor, sources: list[Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
+    def _traced(
+        self,
+        images: Tensor,
+        sources: list[Tensor | None] | None,
+        maps: list[Tensor] | None,
+        depth: int | None,
+    ) -> tuple[Tensor, Tensor | None]:
         adapter, method = self._tokcomp_adapter, self._tokcomp_method
         products = adapter.products_of(self, images)
         x, places = self.embed(images, products)
-        if products is None or sources is not None or has_hooks(self.blocks):
-            return run_blocks(adapter, self, method, x, places, products=products, sources=sources)
+        if products is None or sources is not None or maps is not None or has_hooks(self.blocks):
+            return run_blocks(
+                adapter, self, method, x, places, products=products, sources=sources, maps=maps, depth=depth
+            )
         parts = [run_blocks(adapter, self, method, part, places, products=products) for part in fast.split(x, products)]
         if len(parts) == 1:
             return parts[0]
@@ -101,11 +117,45 @@ class CompressedModel(CompressedTower):
         with widened(x):
             return self._head(x, getattr(x, _SIZE_ATTRIBUTE, None), pre_logits)
 
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            "a compressed model has no token per position, so it has no intermediate feature maps; use tokcomp.trace "
-            "and torch.ops.tokcomp.unmerge, or tokcomp.restore the model first"
-        )
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Any = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """timm's: feature maps after chosen blocks, of the plain model's shapes.
+
+        A merged position has the token that it was merged into, a pruned one keeps the value with which it entered the
+        block that pruned it. The final features, too, have a token for every position.
+        """
+        refuse_mask(attn_mask, is_causal)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        maps: list[Tensor] = []
+        self.traced(None, x, maps=maps, depth=last + 1 if stop_early else None)
+        prefix, chosen = self.num_prefix_tokens, [maps[index + 1] for index in taken]
+        with widened(x):
+            chosen = [self.norm(one) if norm else one for one in chosen]
+            final = None if intermediates_only else self.norm(maps[-1])
+        heads, chosen = [one[:, :prefix] for one in chosen], [one[:, prefix:] for one in chosen]
+        if output_fmt == "NCHW":
+            grid = self.patch_embed.dynamic_feat_size(x.shape[2:])
+            chosen = [one.transpose(1, 2).unflatten(2, grid).contiguous() for one in chosen]
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": chosen}
+            if prefix and return_prefix_tokens:
+                result["image_intermediates_prefix"] = heads
+            return result if final is None else {**result, "image_features": final}
+        found = list(zip(chosen, heads, strict=True)) if prefix and return_prefix_tokens else chosen
+        return found if final is None else (final, found)
 
     def _head(self, x: Tensor, size: Tensor | None, pre_logits: bool = False) -> Tensor:
         return self._tokcomp_adapter.head(self, x, None if size is None else Weights(size), pre_logits)
