@@ -32,7 +32,7 @@ class HiddenStatesTower(CompressedTower):
 
 def run_with_hidden_states(
     tower: Tower, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Weights | None, tuple[Tensor | None, ...] | None]:
+) -> tuple[Tensor, Weights | None, tuple[Any, ...] | None]:
     """What :meth:`Tower.tokens` returns, and the hidden states where they are asked for; a search keeps none."""
     wanted = asked(tower, "output_hidden_states", kwargs)
     if not wanted or not isinstance(tower, CompressedTower):
@@ -48,7 +48,7 @@ def asked(module: Any, name: str, kwargs: dict[str, Any], default: Any = False) 
     return getattr(module.config, name, default) if value is None else value
 
 
-def _selected(maps: list[Tensor], wanted: Any) -> tuple[Tensor | None, ...]:
+def _selected(maps: list[Tensor], wanted: Any) -> tuple[Any, ...]:
     """All of ``maps``, or None in place of those that ``wanted``, an index or several, does not name."""
     if wanted is True:
         return tuple(maps)
