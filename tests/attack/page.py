@@ -68,6 +68,10 @@ PROMISES = {
         "nothing that a client sends ends a Server or spoils another's answer",
         "three clients with images, things that are none, and cancellations",
     ),
+    "replicas": (
+        "servers of one model, in one process or in forked ones, do not disturb each other",
+        "two that share a Switchable, one of another Switchable of the model, and two in forks, two clients each",
+    ),
     "workers": ("operators work in forked loader processes", "DataLoader with one or two of them"),
 }
 

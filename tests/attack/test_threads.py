@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -22,13 +24,19 @@ CALLS = 40 if MINUTES else 6
 
 
 @pytest.fixture
-def switchable(make_vit: Any) -> tokcomp.Switchable:
+def make_switchable(make_vit: Any) -> Callable[[], tokcomp.Switchable]:
+    """Makes Switchables of one model."""
     model = make_vit()
     plugin = tokcomp.ToCom(model, max_degree=4)
     with torch.no_grad():
         for parameter in plugin.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
-    return tokcomp.Switchable(model, plugin, degrees=DEGREES)
+    return lambda: tokcomp.Switchable(model, plugin, degrees=DEGREES)
+
+
+@pytest.fixture
+def switchable(make_switchable: Callable[[], tokcomp.Switchable]) -> tokcomp.Switchable:
+    return make_switchable()
 
 
 def in_threads(*functions: Any) -> list[Any]:
@@ -103,39 +111,78 @@ def test_changing_a_model_that_threads_call(make_vit: Any) -> None:
     Part("changing", share=0.02, few=2).each(check)
 
 
+WRONG: list[Any] = [
+    None, "image", torch.zeros(3, 31, 32), torch.zeros(1, 3, 32, 32), torch.zeros(3, 32, 32).double(),
+    torch.zeros(3, 32, 32).to_sparse(), torch.zeros(0, 32, 32), torch.zeros(3, 32, 32, dtype=torch.int64),
+]  # fmt: skip
+
+
+def send(server: Server, seed: float) -> list[tuple[int, Future]]:
+    """A client's requests: what is no image is refused where it is sent, some are taken back. Which image each is."""
+    rng, sent = random.Random(seed), []
+    for _ in range(CALLS):
+        if rng.random() < 0.3:
+            with pytest.raises((TypeError, ValueError)):
+                server.submit(rng.choice(WRONG))
+            continue
+        index = rng.randrange(len(IMAGES))
+        sent.append((index, server.submit(IMAGES[index])))
+        if rng.random() < 0.1:
+            sent.pop()[1].cancel()
+    return sent
+
+
+def serve(model: tokcomp.Switchable, alone: dict[int, torch.Tensor], seeds: list[float]) -> None:
+    """A server with a client for each seed. Every answer is as if its image were alone: alone[degree][image]."""
+    policy = QueueLength(DEGREES, up=[3, 6], down=[1, 2])
+    with Server(model, policy, max_batch=4, max_wait_ms=1) as server:
+        sent = in_threads(*(lambda seed=seed: send(server, seed) for seed in seeds))
+    for index, future in (one for requests in sent for one in requests):
+        answer = future.result(timeout=0)
+        # A batch's product may round as another batch's does not.
+        torch.testing.assert_close(answer.logits, alone[answer.degree][index], atol=1e-5, rtol=1e-5)
+
+
+def serve_in_a_fork(*args: Any) -> None:
+    torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them
+    serve(*args)
+
+
+def answers_alone(model: tokcomp.Switchable) -> dict[int, torch.Tensor]:
+    return {degree: torch.cat([model(image[None], degree) for image in IMAGES]) for degree in DEGREES}
+
+
 def test_a_server_that_anybody_sends_to(switchable: tokcomp.Switchable) -> None:
     """What is no image is refused where it is sent; everything else is answered, as if it were alone."""
-    alone = {degree: torch.cat([switchable(image[None], degree) for image in IMAGES]) for degree in DEGREES}
-    wrong: list[Any] = [
-        None, "image", torch.zeros(3, 31, 32), torch.zeros(1, 3, 32, 32), torch.zeros(3, 32, 32).double(),
-        torch.zeros(3, 32, 32).to_sparse(), torch.zeros(0, 32, 32), torch.zeros(3, 32, 32, dtype=torch.int64),
-    ]  # fmt: skip
+    alone = answers_alone(switchable)
 
     def check(rng: random.Random) -> str:
-        def client(seed: float) -> list[tuple[int, Future]]:
-            mine, sent = random.Random(seed), []
-            for _ in range(CALLS):
-                if mine.random() < 0.3:
-                    with pytest.raises((TypeError, ValueError)):
-                        server.submit(mine.choice(wrong))
-                    continue
-                index = mine.randrange(len(IMAGES))
-                sent.append((index, server.submit(IMAGES[index])))
-                if mine.random() < 0.1:
-                    sent.pop()[1].cancel()
-            return sent
-
-        policy = QueueLength(DEGREES, up=[3, 6], down=[1, 2])
-        with Server(switchable, policy, max_batch=4, max_wait_ms=1) as server:
-            seeds = [rng.random() for _ in range(3)]
-            answers = [one for sent in in_threads(*(lambda s=s: client(s) for s in seeds)) for one in sent]
-        for index, future in answers:
-            answer = future.result(timeout=0)
-            # A batch's product may round as another batch's does not.
-            torch.testing.assert_close(answer.logits, alone[answer.degree][index], atol=1e-5, rtol=1e-5)
+        serve(switchable, alone, [rng.random() for _ in range(3)])
         return "answers right"
 
-    Part("server", share=0.05, few=2).each(check)
+    Part("server", share=0.04, few=2).each(check)
+
+
+def test_replicas(switchable: tokcomp.Switchable, make_switchable: Any) -> None:
+    """Servers that share a Switchable, one of another Switchable of the same model, and those of forked processes."""
+    alone, context = answers_alone(switchable), get_context("fork")
+    other = make_switchable()
+
+    def check(rng: random.Random) -> str:
+        forks = [
+            context.Process(target=serve_in_a_fork, args=(model, alone, [rng.random(), rng.random()]))
+            for model in (switchable, other)
+        ]
+        for fork in forks:
+            fork.start()
+        here = [(model, [rng.random(), rng.random()]) for model in (switchable, switchable, other)]
+        in_threads(*(lambda one=one: serve(one[0], alone, one[1]) for one in here))
+        for fork in forks:
+            fork.join(120)
+        assert [fork.exitcode for fork in forks] == [0, 0]
+        return "answers right"
+
+    Part("replicas", share=0.04, few=1).each(check)
 
 
 class Reduced(Dataset):
