@@ -9,9 +9,10 @@ from tokcomp.cli import options
 from tokcomp.cli.errors import UserError, blame, check_output_file
 
 DESCRIPTION = """\
-Compile a model, compressed or not, ahead of time into one file (torch.export and AOTInductor), weights included. Python
-programs run it with tokcomp.load_exported, C++ programs with LibTorch and libtokcomp: docs/deploying.md. It is
-built by a C++ compiler, and computes on the kind of device and in the type that are chosen here.
+Write a model, compressed or not, into one file, weights included (docs/deploying.md). Either compiled ahead of time by
+torch.export and AOTInductor: Python programs run it with tokcomp.load_exported, C++ programs with LibTorch and
+libtokcomp; it is built by a C++ compiler, and computes on the kind of device and in the type that are chosen here. Or
+as ONNX, for ONNX Runtime, OpenVINO and TensorRT, which needs pip install 'tokcomp[onnx]'.
 """
 
 EXAMPLES = """\
@@ -20,6 +21,8 @@ examples:
       the bundled model, for any batch up to 1024; no download
   tokcomp export -m deit_small_patch16_224 --pretrained --method diffrate --gflops 2.3 -o deit.pt2
       the schedule that the DiffRate paper published for this model and budget
+  tokcomp export -m deit_small_patch16_224 --pretrained --method diffrate --gflops 2.3 -o deit.onnx
+      the same as an ONNX file
   tokcomp export -m deit_base_patch16_224 --checkpoint mine.safetensors --method diffrate --schedule mine.json \\
       --device cuda --model-dtype float16 -b 64 --static-batch -o mine.pt2
       your own weights and schedule, in half precision, for exactly 64 images at a time
@@ -31,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model_options(parser, default="deit_small_patch16_224")
     options.add_method_options(parser)
     group = parser.add_argument_group("package")
-    group.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the package, usually .pt2")
+    group.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file, usually .pt2 or .onnx")
+    group.add_argument(
+        "--format", choices=("aoti", "onnx"), help="compiled package or ONNX (default: onnx for a FILE.onnx, else aoti)"
+    )
     group.add_argument(
         "--model-dtype", choices=("float32", "float16", "bfloat16"), help="convert the weights (default: as they are)"
     )
@@ -53,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     device = options.chosen_device(args.device)
     import torch
 
-    from tokcomp.deploy.exported import export
+    from tokcomp.deploy.exported import export, format_of
 
     model = options.build_model(args)
     options.compress_by(args, model, options.build_method(args, model))
@@ -67,11 +73,19 @@ def run(args: argparse.Namespace) -> int:
             dynamic_batch=not args.static_batch,
             max_batch=args.max_batch,
             img_size=args.img_size,
+            format=args.format,
         )
-    count = f"{args.batch_size}" if args.static_batch else f"1 to {args.max_batch}"
+    onnx = format_of(args.output, args.format) == "onnx"
+    count = "any number of" if onnx else f"1 to {args.max_batch}"
+    count = f"{args.batch_size}" if args.static_batch else count
     megabytes = args.output.stat().st_size / 1e6
     print(
-        f"written: {args.output} ({megabytes:.1f} MB, {options.describe_weights(args)}; {count} images, {device.type})"
+        f"written: {args.output} ({megabytes:.1f} MB, {options.describe_weights(args)}; {count} images"
+        + ("" if onnx else f", {device.type}")
+        + ")"
     )
-    print(f"run it:  tokcomp.load_exported('{args.output}')(images)")
+    if onnx:
+        print(f"run it:  onnxruntime.InferenceSession('{args.output}').run(None, {{'images': images}})[0]")
+    else:
+        print(f"run it:  tokcomp.load_exported('{args.output}')(images)")
     return 0

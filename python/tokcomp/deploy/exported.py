@@ -1,4 +1,4 @@
-"""tokcomp.export: a model compiled ahead of time into a package that Python and C++ programs run."""
+"""tokcomp.export: a model in one file, compiled ahead of time for Python and C++ programs, or as ONNX."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokcomp.adapters.swap import original_class
 from tokcomp.deploy.inputs import Inputs, check_images, checked_batch, inputs_of
+from tokcomp.deploy.onnx_file import check_onnx, write_onnx
 from tokcomp.deploy.watch import method_of
 from tokcomp.files import replacing
 from tokcomp_kernels._version import __version__  # importing this registers the operators that packages call
@@ -21,6 +22,8 @@ from tokcomp_kernels.product_types import widened
 #: Prefix of our keys in a package's metadata.
 _PREFIX = "tokcomp_"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+#: What can be written: an AOTInductor package, or an ONNX file.
+FORMATS = ("aoti", "onnx")
 
 
 def export(
@@ -32,33 +35,45 @@ def export(
     max_batch: int = 1024,
     img_size: int | Sequence[int] | None = None,
     inductor_configs: Mapping[str, Any] | None = None,
+    format: str | None = None,
 ) -> Path:
-    """Compile a model ahead of time (``torch.export`` and AOTInductor) into one file, weights included.
+    """Write a model into one file, weights included: a compiled package, or an ONNX file. The model is not changed.
 
-    Running it needs neither timm nor this library: in Python, ``import tokcomp_kernels`` and
-    ``torch._inductor.aoti_load_package``, or :func:`load_exported`, which checks its images; in C++, LibTorch and
-    libtokcomp. Exporting needs a C++ compiler; the package is for the model's current type and device, and for this
-    kind of processor. The model is not changed.
+    A package ("aoti": ``torch.export`` and AOTInductor) needs neither timm nor this library to run: in Python, ``import
+    tokcomp_kernels`` and ``torch._inductor.aoti_load_package``, or :func:`load_exported`, which checks its images; in
+    C++, LibTorch and libtokcomp. Making it needs a C++ compiler; it is for the model's current type and device, and for
+    this kind of processor.
+
+    An ONNX file ("onnx", opset 18, input "images" [batch, C, H, W], output "logits") runs in ONNX Runtime, OpenVINO and
+    TensorRT: the operators become sorts, gathers and matrix products, with neither a custom operator nor a scatter that
+    adds. Making it needs ``pip install 'tokcomp[onnx]'``. A model that returns several tensors has as many outputs, by
+    its own names.
 
     Args:
         model: in evaluation mode, compressed or plain, on the device where the package is to run, in the type in which
-            it is to compute; it must return one tensor of logits.
-        path: the file to write, by convention ``.pt2``; replaced if it exists.
+            it is to compute; for a package it must return one tensor of logits.
+        path: the file to write, by convention ``.pt2`` or ``.onnx``; replaced if it exists.
         batch: number of images; with ``dynamic_batch``, the number to tune for.
-        dynamic_batch: take any number of images from 1 to ``max_batch``.
-        max_batch: the largest batch.
+        dynamic_batch: take any number of images, from 1 to ``max_batch`` for a package.
+        max_batch: the largest batch of a package.
         img_size: side, or (height, width), of the images; None: the model's own.
         inductor_configs: further settings of ``torch._inductor.config``, such as ``{"max_autotune": True}``. On CPU
             ``freezing`` is set, which packs the weights for oneDNN.
+        format: "aoti" or "onnx"; None: "onnx" for a path that ends in ``.onnx``, else "aoti".
 
     Returns:
         The path.
 
     Raises:
-        TypeError: ``model`` is not a module, or of a type other than float32, float16 and bfloat16.
+        ImportError: an ONNX file is wanted, and onnxscript is not installed.
+        TypeError: ``model`` is not a module, or of a type other than float32, float16 and, for a package, bfloat16.
         ValueError: it is in training mode, on the meta device or on several devices, or has no image size; ``batch`` is
-            below 1 or above ``max_batch``; the folder of ``path`` does not exist.
+            below 1 or above ``max_batch``; the folder of ``path`` does not exist; ``format`` is unknown, or has no
+            ``inductor_configs``; the weights exceed the 2 GiB of an ONNX file.
     """
+    format = format_of(path, format)
+    if format == "onnx" and inductor_configs:
+        raise ValueError(f"inductor_configs must be left out for format='onnx', got {dict(inductor_configs)}")
     inputs = inputs_of(model, img_size)
     if inputs.dtype not in _DTYPES.values():
         raise TypeError(f"model must be of {', '.join(_DTYPES)}, got {inputs.dtype}: convert it, as by model.float()")
@@ -68,6 +83,8 @@ def export(
     if not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"path must be a file in an existing folder, got '{path}'")
     model = getattr(model, "_orig_mod", model)
+    if format == "onnx":
+        check_onnx(model, inputs.dtype)
     lowest, highest = (1, max_batch) if dynamic_batch else (batch, batch)
     facts = {
         "version": __version__,
@@ -82,13 +99,21 @@ def export(
         "min_batch": lowest,
         "max_batch": highest,
     }
+    if format == "onnx":
+        names = ("version", "torch", "model", "method", "channels", "height", "width", "dtype")
+        program = _program(model, inputs, batch, lowest, highest)
+        write_onnx(program, path, {_PREFIX + name: str(facts[name]) for name in names})
+        return path
     configs: dict[str, Any] = {"freezing": inputs.device.type == "cpu"}
     configs |= {"aot_inductor.metadata": {_PREFIX + name: str(value) for name, value in facts.items()}}
     if hasattr(torch._inductor.config.aot_inductor, "check_lowerbound"):
         # torch.export assumes two images or more, but the program it makes serves one as well.
         configs["aot_inductor.check_lowerbound"] = False
     configs |= inductor_configs or {}
-    program = _program(model, inputs, batch, lowest, highest)
+    with widened(inputs.batch(1)):
+        program = _program(model, inputs, batch, lowest, highest)
+    if not program.call_spec.out_spec.is_leaf():
+        raise TypeError(f"model must return one tensor, got {program.call_spec.out_spec.type.__name__}")
     with replacing(path) as file:
         torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=configs)
     return path
@@ -101,11 +126,21 @@ def _program(model: nn.Module, inputs: Inputs, batch: int, lowest: int, highest:
         batch = max(batch, 2)  # a dimension of 1 would be taken for a constant
     precision = torch.autocast(inputs.device.type, enabled=False)
     images = inputs.batch(batch)
-    with torch.inference_mode(False), torch.no_grad(), precision, widened(images):
-        program = torch.export.export(model, (images,), dynamic_shapes=shapes)
-    if not program.call_spec.out_spec.is_leaf():
-        raise TypeError(f"model must return one tensor, got {program.call_spec.out_spec.type.__name__}")
-    return program
+    with torch.inference_mode(False), torch.no_grad(), precision:
+        return torch.export.export(model, (images,), dynamic_shapes=shapes)
+
+
+def format_of(path: str | os.PathLike[str], format: str | None) -> str:
+    """The format that is asked for, or the one that the path's ending tells.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    if format is None:
+        return "onnx" if Path(path).suffix == ".onnx" else "aoti"
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    return format
 
 
 class ExportedModel:
