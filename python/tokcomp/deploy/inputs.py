@@ -100,6 +100,9 @@ def _own_size(model: Any) -> tuple[int, int]:
     if size is None:
         config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
         size = config["input_size"][1:] if "input_size" in config else None
+    if size is None:  # as transformers and torchvision say it
+        size = getattr(getattr(model, "config", model), "image_size", None)
+        size = (size, size) if isinstance(size, int) else size
     if size is None:
         raise ValueError(f"img_size must be given for a {type(model).__name__}, which has no image size of its own")
     return size[0], size[1]

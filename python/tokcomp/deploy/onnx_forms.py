@@ -5,7 +5,8 @@ What it leaves out is what runtimes lack or disagree on: scatters, above all tho
 
 - A merge is a product with a matrix of zeros and ones, which says where each token goes.
 - A row is fetched by one plain gather from the batch's rows laid end to end, not by an index for each of its channels.
-- A sort becomes TopK, whose ties go to the lower index by ONNX's definition, as the reference's stable sorts do.
+- A stable sort counts how many come before each and sorts these counts, of which no two are equal: ONNX gives TopK's ties
+  to the lower index, but OpenVINO does not.
 """
 
 from __future__ import annotations
@@ -51,16 +52,16 @@ def prune_merge(
     order = _descending_order(importance, num_prefix_tokens)  # [B, N]
     rows = _gather_rows(x, order[:, :alive]).to(accumulate_dtype(x))  # [B, P, C], the merged ones last
     sizes = size_or_ones(size, x).gather(1, order[:, :alive])
-    rank = order.sort(dim=1, stable=True).indices  # [B, N], the permutation's inverse
+    rank = order.sort(dim=1).indices  # [B, N], the permutation's inverse
     if kept == alive:
         source = torch.where(rank < kept, rank, -1)
         return rows.to(x.dtype), effective_size(sizes, sizes.dtype), source
 
     merged, merged_size = rows[:, kept:], sizes[:, kept:]  # [B, S, C], [B, S]
     similarity = cosine(merged, rows[:, num_prefix_tokens:kept])  # [B, S, M - prefix]
-    best = similarity.argmax(dim=2)
+    best, best_similarity = _first_best(similarity)
     if similarity_weighted_size:
-        merged_size = merged_size * similarity.amax(dim=2)
+        merged_size = merged_size * best_similarity
     goes = _goes(best + num_prefix_tokens, kept, rows.dtype)  # [B, S, M]
     x_out = (rows[:, :kept] + goes.mT @ merged) / (1 + goes.sum(1))[:, :, None]
     size_out = sizes[:, :kept] + (merged_size[:, None] @ goes).squeeze(1)
@@ -83,9 +84,9 @@ def tome_merge(
     first_b = num_prefix_tokens + 1 - num_prefix_tokens % 2
     features = metric.to(accumulate_dtype(metric))
     similarity = cosine(features[:, first_a::2], features[:, first_b::2])  # [B, A, B]
-    best = similarity.argmax(dim=2)  # [B, A]
-    edges = similarity.amax(dim=2).sort(dim=1, descending=True, stable=True).indices
-    by_place = torch.sort(edges[:, r:], dim=1, stable=True).values  # [B, A - r]
+    best, best_similarity = _first_best(similarity)  # [B, A]
+    edges = best_similarity.sort(dim=1, descending=True, stable=True).indices
+    by_place = edges[:, r:].sort(dim=1).values  # [B, A - r]
     from_a = torch.cat((edges[:, :r], by_place), dim=1)  # those that merge, then those that stay
     rest = positions[first_b::2].expand(batch, -1)
     prefix = positions[:num_prefix_tokens].expand(batch, -1)
@@ -101,28 +102,45 @@ def tome_merge(
     mean = (weighted[:, r:] + goes.mT @ weighted[:, :r]) / size_out[:, :, None]
     # A token that took part in no merge is copied, not multiplied and divided.
     x_out = torch.where((goes.sum(1) > 0)[:, :, None], mean, rows[:, r:])
-    rank = order.sort(dim=1, stable=True).indices
+    rank = order.sort(dim=1).indices
     source = torch.where(rank < r, dst.gather(1, rank.clamp(max=r - 1)), rank - r)
     return x_out.to(x.dtype), effective_size(size_out, size_out.dtype), source
 
 
 def unmerge(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = None) -> Tensor:
+    if x.shape[1] == 0:
+        return x.new_zeros(*source.shape, x.shape[2]) if pruned_fill is None else pruned_fill.clone()
     alive = ((source >= 0) & (source < x.shape[1]))[:, :, None]
     rows = _gather_rows(x, source.clamp(0, x.shape[1] - 1))
     return torch.where(alive, rows, torch.zeros_like(rows) if pruned_fill is None else pruned_fill)
 
 
 def _stable_sort(x: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
-    # Only in the exported program: PyTorch's own topk gives no order to ties, ONNX's TopK does.
-    values, indices = torch.topk(x, x.shape[dim], dim=dim, largest=descending)
-    return values, indices
+    """x [B, N], sorted along N by counting, which needs no rule for ties."""
+    if x.ndim != 2 or dim % 2 != 1:
+        return NotImplemented
+    one, other = x[:, :, None], x[:, None, :]
+    place = torch.arange(x.shape[1], device=x.device)
+    before = other > one if descending else other < one
+    before = before | ((other == one) & (place < place[:, None]))  # [B, N, N]
+    indices = before.to(torch.int32).sum(2).sort(dim=1).indices
+    return x.gather(1, indices), indices
 
 
-#: What ``run_decompositions`` replaces: the operators that a compressed model calls in inference, and stable sorts.
+def _scatter(x: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
+    """x [B, M] with src [B, S] written at index [B, S], as ToMe finds where its tokens' places are."""
+    if x.ndim != 2 or dim % 2 != 1:
+        return NotImplemented  # another scatter, which stays one
+    goes = index[:, :, None] == torch.arange(x.shape[1], device=x.device)  # [B, S, M]
+    return torch.where(goes.any(1), src.gather(1, goes.to(torch.int32).argmax(1)), x)
+
+
+#: What ``run_decompositions`` replaces: the operators that a compressed model calls in inference, and what ToMe's and
+#: DiffRate's ways of finding tokens' places are made of.
 FORMS: dict[Any, Callable[..., Any]] = {
     getattr(torch.ops.tokcomp, form.__name__).default: form
     for form in (attention, attention_received, prune_merge, tome_merge, unmerge)
-} | {torch.ops.aten.sort.stable: _stable_sort}
+} | {torch.ops.aten.sort.stable: _stable_sort, torch.ops.aten.scatter.src: _scatter}
 
 
 def _probabilities(q: Tensor, k: Tensor, size: Tensor | None, scale: float | None) -> Tensor:
@@ -144,6 +162,14 @@ def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
     batch, num_tokens, channels = x.shape
     first = torch.arange(batch, device=x.device)[:, None] * num_tokens  # each image's first row
     return x.reshape(-1, channels).index_select(0, (index + first).reshape(-1)).view(batch, index.shape[1], channels)
+
+
+def _first_best(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, S, M] -> the lowest index of each row's maximum, and that maximum, [B, S].
+
+    Not by comparing with the maximum: a runtime that fuses may compute a value twice, and not to the same bits.
+    """
+    return similarity.argmax(dim=2), similarity.amax(dim=2)
 
 
 def _goes(slots: Tensor, num_slots: int, dtype: torch.dtype) -> Tensor:
