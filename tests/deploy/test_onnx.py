@@ -102,7 +102,7 @@ class Order(nn.Module):
 @pytest.mark.parametrize("operator", [("prune_merge", 9, 5), ("tome_merge", 4)], ids=lambda one: one[0])
 @torch.no_grad()
 def test_ties_go_to_the_lower_index(operator, tmp_path):
-    """Tokens of two kinds in turn: half of them tie in importance, and those that merge have several equals to go to."""
+    """Tokens of two kinds in turn: half of them tie in importance, and those that merge have a choice of equals."""
     _needed()
     model = Order(*operator).eval()
     kinds = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # products of these are exact in any order of sums

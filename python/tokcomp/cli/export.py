@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model_options(parser, default="deit_small_patch16_224")
     options.add_method_options(parser)
     group = parser.add_argument_group("package")
-    group.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the file, usually .pt2 or .onnx")
+    group.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="the file, usually .pt2 or .onnx"
+    )
     group.add_argument(
         "--format", choices=("aoti", "onnx"), help="compiled package or ONNX (default: onnx for a FILE.onnx, else aoti)"
     )

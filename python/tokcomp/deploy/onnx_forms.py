@@ -5,8 +5,8 @@ What it leaves out is what runtimes lack or disagree on: scatters, above all tho
 
 - A merge is a product with a matrix of zeros and ones, which says where each token goes.
 - A row is fetched by one plain gather from the batch's rows laid end to end, not by an index for each of its channels.
-- A stable sort counts how many come before each and sorts these counts, of which no two are equal: ONNX gives TopK's ties
-  to the lower index, but OpenVINO does not.
+- A stable sort counts how many come before each and sorts these counts, of which no two are equal: ONNX gives ties in
+  TopK to the lower index, but OpenVINO does not.
 """
 
 from __future__ import annotations
