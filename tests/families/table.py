@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -30,10 +31,17 @@ class Family:
     search: bool = True
     tocom: bool = False
     note: str = ""
+    #: Before, the library's own model of the family runs in float32 alone.
+    since: tuple[int, ...] = ()
 
     @property
-    def missing(self) -> bool:
-        return find_spec(self.library) is None
+    def missing(self) -> str:
+        """Why it cannot be tested here; empty if it can."""
+        if find_spec(self.library) is None:
+            return f"{self.library} is not installed"
+        if self.since and tuple(int(part) for part in version(self.library).split(".")[:3]) < self.since:
+            return f"{self.library} {version(self.library)} runs it in float32 alone"
+        return ""
 
     def build(self) -> nn.Module:
         """A small model with lively weights, in eval mode."""
@@ -157,6 +165,7 @@ FAMILIES = (
         partial(_eva, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", global_pool="token"),
         tocom=True,
         note="rotary places follow their tokens",
+        since=(1, 0, 31),
     ),
     Family("EVA, post-norm", "timm", "eva_large's relatives", partial(_eva, use_post_norm=True, global_pool="token")),
     Family(

@@ -27,7 +27,7 @@ def maps_of(model, images):
 @pytest.mark.parametrize("family", ROWS, ids=[f"{one.library}: {one.name}" for one in ROWS])
 def test_every_position_has_its_token(family):
     if family.missing:
-        pytest.skip(f"{family.library} is not installed")
+        pytest.skip(family.missing)
     model = family.build().double()
     adapter, images = find_adapter(model), images_for(model, torch.float64)
     plain = maps_of(model, images)

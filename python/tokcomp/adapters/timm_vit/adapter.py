@@ -34,7 +34,7 @@ _MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "forwar
 
 
 class TimmVisionTransformer(IsotropicAdapter):
-    """Isotropic pre-norm vision transformers of timm >= 1.0.8."""
+    """Isotropic pre-norm vision transformers of timm >= 1.0.26."""
 
     family = "timm VisionTransformer"
     compressed_tower = CompressedModel
