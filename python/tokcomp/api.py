@@ -16,7 +16,7 @@ from tokcomp.methods import Method
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def compress(model: ModelT, method: Method) -> ModelT:
+def compress(model: ModelT, method: Method, attention: str = "tokcomp") -> ModelT:
     """Make a model compress its tokens by ``method``, in place.
 
     Parameters, state_dict keys, hooks and training flags stay as they are. A model that is already compressed switches
@@ -27,6 +27,9 @@ def compress(model: ModelT, method: Method) -> ModelT:
         model: of a family in docs/adding-a-model-family.md: timm's VisionTransformer, Eva or CAFormer, the ViTs and
             vision towers of transformers, torchvision and open_clip, or one that was registered.
         method: :class:`DiffRate`, :class:`ToMe`, :class:`EViT` or another :class:`Method`.
+        attention: "tokcomp" for our kernels, which deliver the tokens' ranks with the attention; "stock" for the
+            model's own: PyTorch's scaled_dot_product_attention, or what ``attn_implementation`` of transformers names.
+            Sizes then come as a mask, and the ranks take one more pass over the keys.
 
     Returns:
         ``model`` itself.
@@ -44,10 +47,14 @@ def compress(model: ModelT, method: Method) -> ModelT:
     adapter = find_adapter(model)
     geometry = adapter.geometry(model)
     adapter.validate(model, method)
+    if attention not in ("tokcomp", "stock"):
+        raise ValueError(f"attention must be 'tokcomp' or 'stock', got {attention!r}")
+    if attention == "stock":
+        adapter.check_attention(model, method)
     method.validate(geometry)
     require_same_method(fold_of(model), method.name)
     require_idle(model)
-    _change(adapter, model, method.fitted(geometry))
+    _change(adapter, model, method.fitted(geometry), attention == "stock")
     return model
 
 
@@ -69,21 +76,23 @@ def restore(model: ModelT) -> ModelT:
     return model
 
 
-def _change(adapter: Adapter, model: nn.Module, method: Method | None) -> None:
+def _change(adapter: Adapter, model: nn.Module, method: Method | None, stock: bool = False) -> None:
     """Change to a method, or to a plain model if None; change back if a call began in the meantime."""
-    before = adapter.method(model)
-    _set(adapter, model, method)
+    before, before_stock = adapter.method(model), adapter.keeps_attention(model)
+    _set(adapter, model, method, stock)
     try:
         require_idle(model)
     except RuntimeError:
-        _set(adapter, model, before)
+        _set(adapter, model, before, before_stock)
         raise
 
 
-def _set(adapter: Adapter, model: nn.Module, method: Method | None) -> None:
+def _set(adapter: Adapter, model: nn.Module, method: Method | None, stock: bool) -> None:
     adapter.unpatch(model)
     if method is not None:
         adapter.patch(model, method)
+        if stock:
+            adapter.keep_attention(model)
 
 
 @torch.no_grad()

@@ -84,6 +84,17 @@ class Adapter(ABC):
     def patch(self, model: nn.Module, method: Method) -> None:
         """Make ``model`` compress by ``method``. Called on a plain model that passed every check; must not fail."""
 
+    def check_attention(self, model: nn.Module, method: Method) -> None:
+        """Raise UnsupportedModelError if a model compressed by ``method`` cannot keep its own attention."""
+        raise UnsupportedModelError(f"{self.family}: its own attention cannot be kept; leave attention at 'tokcomp'")
+
+    def keep_attention(self, model: nn.Module) -> None:  # noqa: B027  those that can
+        """Make a compressed model run its own attention until :meth:`unpatch`."""
+
+    def keeps_attention(self, model: nn.Module) -> bool:
+        """Whether ``model`` is compressed and runs its own attention."""
+        return False
+
     @abstractmethod
     def unpatch(self, model: nn.Module) -> None:
         """Undo :meth:`patch`; does nothing to a plain model."""

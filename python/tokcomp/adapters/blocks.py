@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +51,7 @@ def compressed_attention(attn: Any, x: Tensor, state: BlockState) -> Tensor:
         needs=state.needs,
         dropout_p=layout.dropout_p(attn),
         bias=layout.pair_bias(attn, state.places),
+        stock=partial(layout.stock_attention, attn) if state.stock else None,
     )
     return layout.join(attn, out, x)
 

@@ -156,6 +156,15 @@ class IsotropicAdapter(Adapter):
         swap_class(tower, self.compressed_tower)
         tower._tokcomp_adapter, tower._tokcomp_method = self, method
 
+    def check_attention(self, model: Any, method: Method) -> None:
+        """Nothing: the layout says how the family attends, and sizes are a mask."""
+
+    def keep_attention(self, model: Any) -> None:
+        self.tower(model)._tokcomp_keeps_attention = True
+
+    def keeps_attention(self, model: Any) -> bool:
+        return getattr(self.tower(model), "_tokcomp_keeps_attention", False)
+
     def unpatch(self, model: Any) -> None:
         tower = self.tower(model)
         if not isinstance(tower, CompressedTower):
@@ -168,6 +177,7 @@ class IsotropicAdapter(Adapter):
             restore_class(module)
         restore_class(tower)
         del tower._tokcomp_adapter, tower._tokcomp_method
+        vars(tower).pop("_tokcomp_keeps_attention", None)
         forget(tower)
 
     def method(self, model: Any) -> Method | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokcomp.adapters.base import UnsupportedModelError
@@ -80,6 +81,13 @@ class Layout:
     def pair_bias(self, attn: Any, places: Places | None) -> Tensor | None:
         """What is added to the scores for each pair of tokens, [B or 1, H, N, N]; None: nothing."""
         return None
+
+    def stock_attention(
+        self, attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
+    ) -> Tensor:
+        """The attention [B, H, N, D] that the family itself runs; mask [B, 1, 1, N] is added to the scores."""
+        scale = self.score_scale(attn)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
 
     def score_scale(self, attn: Any) -> float:
         """The factor on q k^T."""

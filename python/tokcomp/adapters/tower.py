@@ -123,7 +123,7 @@ def run_blocks(
     """
     blocks, layout = adapter.blocks(tower), adapter.layout_of(tower)
     prefix = adapter.num_prefix_tokens(tower)
-    checkpoints, dtype = adapter.checkpoints(tower), x.dtype
+    checkpoints, dtype, stock = adapter.checkpoints(tower), x.dtype, adapter.keeps_attention(tower)
     # A hook may change what leaves a block, so nothing is computed of that beforehand.
     ahead = products is not None and not checkpoints and not has_hooks(blocks)
 
@@ -134,7 +134,7 @@ def run_blocks(
             own = products if adapter.has_products(block, products) else None
             x = x.to(dtype if own is None else own.dtype)
         size, here = (None, places) if before is None else (before.size, before.places)
-        state = BlockState(method, index, x.shape[1], prefix, size, own, layout, here)
+        state = BlockState(method, index, x.shape[1], prefix, size, own, layout, here, stock)
         if own is not None and ahead:
             if before is not None:
                 state.normalized = before.normalized

@@ -22,6 +22,7 @@ from tokcomp.adapters.layout import Layout, linear_cost
 from tokcomp.adapters.pooling import Weights
 from tokcomp.adapters.swap import Swapped, original_class
 from tokcomp.blocks.places import Places
+from tokcomp.methods.base import Method
 
 _SEPARATE: dict[str, Any] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -55,6 +56,22 @@ _OUTER = {
 _AVERAGING = {name for name in _OUTER if name.startswith(("Dinov2", "CLIPFor", "SiglipFor"))}
 #: The linear layers around a tower that one image goes through.
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier", "visual_projection")
+
+
+class TransformersLayout(Layout):
+    """A layer whose own attention is the function that ``attn_implementation`` names."""
+
+    def stock_attention(
+        self, attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
+    ) -> Tensor:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        eager = sys.modules[original_class(attn).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        name = attn.config._attn_implementation
+        if name == "flex_attention" and mask is not None:  # which reads the mask pair by pair
+            mask = mask.expand(-1, -1, q.shape[2], -1)
+        function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+        return function(attn, q, k, v, mask, scaling=self.score_scale(attn), dropout=dropout_p)[0].transpose(1, 2)
 
 
 class CompressedLayer(CompressedBlock):
@@ -203,6 +220,14 @@ class TransformersAdapter(IsotropicAdapter):
                 return getattr(output, name)
         return output.last_hidden_state[:, 0]
 
+    def check_attention(self, model: Any, method: Method) -> None:
+        name = self.tower(model).config._attn_implementation or "eager"
+        if "flash" in name and method.proportional_attention:
+            raise UnsupportedModelError(
+                f"attn_implementation={name!r} takes no mask, so sizes cannot reach it; use 'sdpa', or a method without "
+                "proportional attention, such as ToMe(r, prop_attn=False)"
+            )
+
     def checkpoints(self, tower: Any) -> bool:
         asked = any(getattr(block, "gradient_checkpointing", False) for block in self.blocks(tower))
         return asked and tower.training and torch.is_grad_enabled()
@@ -215,7 +240,7 @@ class TransformersViT(TransformersAdapter):
     towers = ("ViTModel", "DeiTModel")
     layer, attention = "{}Layer", "{}Attention"
     block_list, projection = "layers", "embeddings.patch_embeddings.projection"
-    layout = Layout(
+    layout = TransformersLayout(
         norm1="layernorm_before",
         scale1=None,
         drop1="dropout",
@@ -239,7 +264,7 @@ class TransformersDinov2(TransformersAdapter):
     towers = ("Dinov2Model", "Dinov2WithRegistersModel")
     layer, attention = "{}Layer", "{}Attention"
     block_list, projection = "encoder.layer", "embeddings.patch_embeddings.projection"
-    layout = Layout(**_DINO, **_VIT)
+    layout = TransformersLayout(**_DINO, **_VIT)
 
     def num_prefix_tokens(self, tower: Any) -> int:
         return 1 + getattr(tower.config, "num_register_tokens", 0)
@@ -248,7 +273,7 @@ class TransformersDinov2(TransformersAdapter):
         return torch.cat((x[:, 0], super().average(tower, x, weights)), dim=1)
 
 
-class Dinov3Layout(Layout):
+class Dinov3Layout(TransformersLayout):
     """Attention whose queries and keys turn by their tokens' places, prefix tokens aside."""
 
     def rotate(self, attn: Any, x: Tensor, places: Places, block: int) -> Tensor:
@@ -283,7 +308,7 @@ class TransformersDinov3(TransformersAdapter):
         return tower.norm(x)
 
 
-_CLIP = Layout(
+_CLIP = TransformersLayout(
     norm1="layer_norm1",
     attention="self_attn",
     scale1=None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +26,7 @@ def attend(
     needs: frozenset[str] = frozenset(),
     dropout_p: float = 0.0,
     bias: Tensor | None = None,
+    stock: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor] | None = None,
 ) -> tuple[Tensor, Evidence]:
     """softmax(q k^T * scale + bias + log size) v, and the evidence that ``needs`` names.
 
@@ -34,12 +37,16 @@ def attend(
         needs: names of :class:`~tokcomp.methods.Evidence` fields to fill in.
         dropout_p: dropout on the map, in training; this one case computes the map explicitly.
         bias: [B or 1, H, N, N] added to the scores, or None; no operator of ours takes one, PyTorch's attention does.
+        stock: the model's own attention, for q, k, v, a mask [B, 1, 1, N] to add to the scores or None, and dropout_p.
+            The evidence then takes one more pass over the keys.
 
     Returns:
         out [B, H, N, D] and the evidence; evidence carries no gradient.
     """
     if bias is not None:
         return _attend_with_bias(q, k, v, scale, size, needs, dropout_p, bias)
+    if stock is not None:
+        return _attend_by(stock, q, k, v, scale, size, needs, dropout_p)
     cls_attn = image_attn = None
     own_kernel = _COMPILED_ON_CPU and q.device.type == "cpu"
     if dropout_p > 0 and (size is not None or "cls_attn" in needs):
@@ -137,6 +144,27 @@ def _attend_with_dropout(
     attn = _probabilities(q, k, scale, _with_log_size(None, size))  # [B, H, N, N]
     cls_attn = attn[:, :, 0].detach().mean(1)
     return F.dropout(attn, dropout_p).to(v.dtype) @ v, cls_attn
+
+
+def _attend_by(
+    stock: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    size: Tensor | None,
+    needs: frozenset[str],
+    dropout_p: float,
+) -> tuple[Tensor, Evidence]:
+    mask = _with_log_size(None, size)
+    out = stock(q, k, v, None if mask is None else mask.to(q.dtype), dropout_p)
+    cls_attn = image_attn = None
+    with torch.no_grad():
+        if "cls_attn" in needs:
+            cls_attn, _ = torch.ops.tokcomp.class_attention_sort(q[:, :, 0], k, size=size, scale=scale)
+        if "image_attn" in needs:
+            image_attn = torch.ops.tokcomp.attention_received(q, k, size=size, scale=scale)
+    return out, Evidence(cls_attn, image_attn, k if "keys" in needs else None, v if "values" in needs else None)
 
 
 def _attend_with_bias(

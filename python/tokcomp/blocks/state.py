@@ -33,6 +33,7 @@ class BlockState:
         products: Products | None = None,
         layout: Any = None,
         places: Places | None = None,
+        stock: bool = False,
     ) -> None:
         self.method = method
         self.block = block
@@ -44,6 +45,7 @@ class BlockState:
         self.products = products  # weights for the fast path, None where the ordinary path runs
         self.layout = layout  # where the block keeps its parts: adapters.layout.Layout
         self.places = places  # of the tokens, for a family whose attention goes by them
+        self.stock = stock  # whether the model's own attention runs, not ours
         #: The next block's first norm, where the fast path may apply it, and what came of it; see timm_vit/fast.py.
         self.following: Norm | None = None
         self.normalized: Tensor | None = None  # on the way in: this block's first norm of x, where that is done

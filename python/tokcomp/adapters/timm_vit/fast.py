@@ -5,6 +5,7 @@ On CPU the products are oneDNN's with packed weights, GELU fused in; on CUDA the
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +102,10 @@ def attend_heads(block: nn.Module, x: Tensor, state: BlockState, products: Produ
     qkv = products.linear(attn["qkv"], norm(parts["norm1"], x) if normalized is None else normalized)
     q, k, v = qkv.view(batch, num_tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = norm(attn["q_norm"], q), norm(attn["k_norm"], k)
-    out, state.evidence = attend(q, k, v, scale=attention.scale, size=state.attention_size, needs=state.needs)
+    stock = partial(state.layout.stock_attention, attention) if state.stock else None
+    out, state.evidence = attend(
+        q, k, v, scale=attention.scale, size=state.attention_size, needs=state.needs, stock=stock
+    )
     return attn["proj"], out.transpose(1, 2).reshape(batch, num_tokens, heads * width)
 
 
