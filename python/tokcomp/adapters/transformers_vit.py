@@ -224,8 +224,8 @@ class TransformersAdapter(IsotropicAdapter):
         name = self.tower(model).config._attn_implementation or "eager"
         if "flash" in name and method.proportional_attention:
             raise UnsupportedModelError(
-                f"attn_implementation={name!r} takes no mask, so sizes cannot reach it; use 'sdpa', or a method without "
-                "proportional attention, such as ToMe(r, prop_attn=False)"
+                f"attn_implementation={name!r} takes no mask, so sizes cannot reach it; use 'sdpa', or a method "
+                "without proportional attention, such as ToMe(r, prop_attn=False)"
             )
 
     def checkpoints(self, tower: Any) -> bool:
