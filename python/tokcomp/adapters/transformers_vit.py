@@ -66,7 +66,7 @@ class TransformersLayout(Layout):
     ) -> Tensor:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        eager = sys.modules[original_class(attn).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        eager = sys.modules[original_class(attn).__module__].eager_attention_forward
         name = attn.config._attn_implementation
         if name == "flex_attention" and mask is not None:  # which reads the mask pair by pair
             mask = mask.expand(-1, -1, q.shape[2], -1)
