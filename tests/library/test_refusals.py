@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import tokcomp
 import torch
@@ -41,6 +43,35 @@ def test_models_that_are_not_understood_are_refused_by_name(meta_model, name):
         with pytest.raises(tokcomp.UnsupportedModelError, match=UNSUPPORTED[name]):
             call()
     assert [type(module) for module in model.modules()] == classes
+
+
+#: timm's file -> the class that all of its models have.
+GRIDS = {
+    "swin_transformer": "SwinTransformer",
+    "swin_transformer_v2": "SwinTransformerV2",
+    "swin_transformer_v2_cr": "SwinTransformerV2Cr",
+    "maxxvit": "MaxxVit",
+    "vision_transformer_sam": "VisionTransformerSAM",
+    "hiera": "Hiera",
+    "hieradet_sam2": "HieraDet",
+    "levit": "Levit",
+    "xcit": "Xcit",
+    "pvt_v2": "PyramidVisionTransformerV2",
+    "mvitv2": "MultiScaleVit",
+    "convnext": "ConvNeXt",
+    "resnet": "ResNet",
+    "cait": "Cait",
+    "naflexvit": "NaFlexVit",
+}
+
+
+@pytest.mark.parametrize("file", GRIDS)
+def test_models_that_need_their_grid_are_told_why_and_what_to_use(file):
+    cls = getattr(import_module(f"timm.models.{file}"), GRIDS[file])
+    model = object.__new__(cls)  # the class is enough to refuse it, and takes no time
+    nn.Module.__init__(model)
+    with pytest.raises(tokcomp.UnsupportedModelError, match=rf"timm\.models\.{file}\.{GRIDS[file]} .*; .+; use .+"):
+        tokcomp.compress(model, tokcomp.ToMe(4))
 
 
 def test_modules_that_are_not_understood_are_refused_by_name(make_vit, methods):

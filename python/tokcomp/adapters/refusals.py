@@ -7,13 +7,16 @@ from torch import nn
 #: Part of a class's name in small letters -> what is in the way, and what to use instead. The first match counts.
 _REASONS = {
     "swin": ("its windows need every token at its place", "a plain ViT of timm at the same size"),
-    "maxvit": ("its windows and convolutions need every token at its place", "caformer_s36"),
+    "maxxvit": ("its windows and convolutions need every token at its place", "caformer_s36"),
     "sam": ("its blocks attend in windows of the grid", "a plain ViT with ToMeMLP, which keeps every position"),
     "hiera": ("it pools units of the grid between its stages", "caformer_s36, compressed in its third stage"),
     "levit": ("its attention adds a bias per pair of places and shrinks the grid", "deit_small_patch16_224"),
     "xcit": ("its attention mixes channels, and its blocks convolve over the grid", "deit_small_patch16_224"),
-    "pvt": ("it shrinks the grid from stage to stage", "caformer_s36, compressed in its third stage"),
-    "mvit": ("it pools the grid inside its attention", "caformer_s36, compressed in its third stage"),
+    "pyramidvisiontransformer": (
+        "it shrinks the grid from stage to stage",
+        "caformer_s36, compressed in its third stage",
+    ),
+    "multiscalevit": ("it pools the grid inside its attention", "caformer_s36, compressed in its third stage"),
     "convnext": ("it is convolutional: it has no tokens to drop", "caformer_s36, whose third stage is attention"),
     "resnet": ("it is convolutional: it has no tokens to drop", "caformer_s36, whose third stage is attention"),
     "naflex": ("its images share a padded batch", "timm's VisionTransformer at one image size"),
