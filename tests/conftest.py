@@ -24,7 +24,10 @@ from tokcomp_kernels.product_types import ProductType
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
-SPREAD = Path(__file__).parent / "ops"
+TESTS = Path(__file__).parent
+SPREAD = TESTS / "ops"
+#: Folders whose tests take minutes together: kernels in Triton's interpreter and in the CUDA shim, random models, attacks.
+SLOW = {"triton", "cuda", "oracle", "attack"}
 
 
 @pytest.fixture
@@ -71,7 +74,10 @@ def half_products(request: pytest.FixtureRequest, set_products: Callable[..., No
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under loadgroup a file's tests stay together, for they share what they build; those of the operators do not."""
+    """Mark what is slow. Under loadgroup a file's tests stay together, for they share what they build; operators' do not."""
+    for item in items:
+        if item.path.relative_to(TESTS).parts[0] in SLOW:
+            item.add_marker("slow")
     if "PYTEST_XDIST_WORKER" in os.environ:
         for item in items:
             if SPREAD not in item.path.parents:

@@ -130,7 +130,7 @@ def test_autocast_is_no_worse_than_on_the_ordinary_path(make_vit, images_for, ca
     assert (fast - exact).abs().mean() < 1.5 * slow_error
     which = 1  # of all gradients, the one that is not zero
     slow_error = (slow_gradients[which] - exact_gradients[which]).norm()
-    assert 0 < slow_error < 0.1 * exact_gradients[which].norm()
+    assert 0 < slow_error < 0.5 * exact_gradients[which].norm()  # rounding, and the gradient is still recognisable
     assert (fast_gradients[which] - exact_gradients[which]).norm() < 1.5 * slow_error
     assert_same(step(search, images), (exact, exact_gradients), 1e-4)  # packed anew in float32
     calls.clear()
