@@ -63,3 +63,17 @@ def test_gradients_reach_a_transformers_model_under_checkpointing():
         gradients.append(model.vit.layers[0].attention.q_proj.weight.grad.clone())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=float(gradients[0].abs().max()) * 1e-5)
+
+
+@torch.no_grad()
+def test_the_timm_trunk_of_an_open_clip_model():
+    module = pytest.importorskip("open_clip.timm_model")
+    model = module.TimmModel("test_vit", 20, image_size=160, pretrained=False).eval()
+    images = torch.randn(1, 3, 160, 160)
+    before = model(images)
+    with pytest.raises(tokcomp.UnsupportedModelError, match=r"it holds a VisionTransformer: pass model\.trunk"):
+        tokcomp.compress(model, tokcomp.ToMe(8))
+    tokcomp.compress(model.trunk, tokcomp.ToMe(8))
+    assert model(images).shape == before.shape and not torch.equal(model(images), before)
+    tokcomp.restore(model.trunk)
+    assert torch.equal(model(images), before)
