@@ -26,7 +26,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 TESTS = Path(__file__).parent
 SPREAD = TESTS / "ops"
-#: Folders whose tests take minutes together: kernels in Triton's interpreter and in the CUDA shim, random models, attacks.
+#: Folders whose tests take minutes: kernels in Triton's interpreter and in the CUDA shim, random models, attacks.
 SLOW = {"triton", "cuda", "oracle", "attack"}
 
 
@@ -74,7 +74,7 @@ def half_products(request: pytest.FixtureRequest, set_products: Callable[..., No
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow. Under loadgroup a file's tests stay together, for they share what they build; operators' do not."""
+    """Mark what is slow. Under loadgroup a file's tests stay together, for what they share; operators' do not."""
     for item in items:
         if item.path.relative_to(TESTS).parts[0] in SLOW:
             item.add_marker("slow")
