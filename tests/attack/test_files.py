@@ -146,7 +146,7 @@ def test_damaged(formats: dict[str, Format], tmp_path: Path) -> None:
         assert not one.has_digest or DIGEST not in {*read_metadata(path)}, f"{name}: other contents were read"
         return "read as something else, without a digest"
 
-    Part("damaged", share=0.08, few=60).each(check)
+    Part("damaged", share=0.06, few=60).each(check)
 
 
 def leaf(rng: random.Random, data: Any) -> Any:
@@ -181,4 +181,4 @@ def test_hostile(formats: dict[str, Format], tmp_path: Path) -> None:
             return "refused"
         return "read"
 
-    Part("hostile", share=0.05, few=60).each(check)
+    Part("hostile", share=0.04, few=60).each(check)

@@ -12,15 +12,15 @@ from tests.attack.sanitized import Sanitized
 
 
 def test_ordinary_values() -> None:
-    Part("operators", share=0.1, few=30).each(calls.ordinary)
+    Part("operators", share=0.08, few=30).each(calls.ordinary)
 
 
 def test_values_out_of_any_range() -> None:
-    Part("values", share=0.07, few=30).each(calls.out_of_any_range)
+    Part("values", share=0.05, few=30).each(calls.out_of_any_range)
 
 
 def test_wrong_arguments() -> None:
-    Part("arguments", share=0.07, few=60).each(calls.wrong)
+    Part("arguments", share=0.05, few=60).each(calls.wrong)
 
 
 @pytest.fixture
@@ -42,11 +42,11 @@ def under() -> Iterator[Callable[[str], Sanitized]]:
 def test_memory(under: Callable[[str], Sanitized]) -> None:
     """No access outside of memory that is the operator's, and no undefined arithmetic."""
     process = under("address,undefined")
-    Part("memory", share=0.1, few=30).each(lambda rng: process.call(rng.random()))
+    Part("memory", share=0.08, few=30).each(lambda rng: process.call(rng.random()))
 
 
 @alone
 def test_races(under: Callable[[str], Sanitized]) -> None:
     """Two callers at once, on four threads each, and no number that two threads touch unordered."""
     process = under("thread")
-    Part("races", share=0.08, few=30).each(lambda rng: process.call(rng.random()))
+    Part("races", share=0.07, few=30).each(lambda rng: process.call(rng.random()))

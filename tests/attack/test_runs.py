@@ -205,7 +205,7 @@ def test_killed_and_stopped(nursery: Nursery, whole: dict[str, dict[str, Any]], 
         shutil.rmtree(folder)
         return f"{name}: resumed to the same bits"
 
-    Part("killed", share=0.25, few=1).each(check)
+    Part("killed", share=0.28, few=1).each(check)
 
 
 @alone
@@ -226,7 +226,7 @@ def test_out_of_space(nursery: Nursery, whole: dict[str, dict[str, Any]], tmp_pa
             return "resumed to the same bits"
         return "refused"
 
-    Part("full disk", share=0.08, few=1).each(check)
+    Part("full disk", share=0.05, few=1).each(check)
 
 
 def test_nowhere_to_write(nursery: Nursery, tmp_path: Path) -> None:
@@ -262,4 +262,4 @@ def test_two_writers(nursery: Nursery, whole: dict[str, dict[str, Any]], tmp_pat
         shutil.rmtree(folder)
         return "refused by the lock" if "is writing" in refusal else "refused by the files"
 
-    Part("two writers", share=0.07, few=1).each(check)
+    Part("two writers", share=0.04, few=1).each(check)

@@ -73,7 +73,7 @@ def test_switching_while_threads_call(switchable: tokcomp.Switchable) -> None:
             assert switches.result() > 0
         return "answers right"
 
-    Part("switching", share=0.05, few=2).each(check)
+    Part("switching", share=0.04, few=2).each(check)
 
 
 def test_changing_a_model_that_threads_call(make_vit: Any) -> None:
@@ -182,7 +182,7 @@ def test_replicas(switchable: tokcomp.Switchable, make_switchable: Any) -> None:
         assert [fork.exitcode for fork in forks] == [0, 0]
         return "answers right"
 
-    Part("replicas", share=0.04, few=1).each(check)
+    Part("replicas", share=0.03, few=1).each(check)
 
 
 class Reduced(Dataset):
