@@ -40,9 +40,9 @@ def compile(
     img_size: int | Sequence[int] | None = None,
     pad: bool = False,
 ) -> CompiledModel:
-    """Make a model ready to serve batches of known sizes.
+    """Capture a model for batches of known sizes: in CUDA graphs, nothing is compiled.
 
-    On CUDA the whole model is captured as one CUDA graph per batch size: one launch instead of hundreds. Batches of
+    On CUDA the whole model becomes one CUDA graph per batch size: one launch instead of hundreds. Batches of
     other sizes run without a graph, with a single warning, or with ``pad=True`` through the next larger graph. On other
     devices there are no graphs; the model runs once per size, so that weights are packed and memory is allocated.
 
