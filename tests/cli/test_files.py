@@ -113,3 +113,19 @@ def test_a_second_search_into_a_folder_is_refused(run, tmp_path, hold):
     status, _, err = run(*command, "--steps", "2", "--resume")
     assert status == 2 and "another run is writing into" in err
     assert (tmp_path / "log.csv").read_text() == before
+
+
+def test_a_result_that_finds_no_room_is_shown_all_the_same(run, tmp_path, monkeypatch):
+    """A disk that is full when an evaluation ends takes the file, not the figures."""
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    target = tmp_path / "result.json"
+    target.write_text("before")
+    monkeypatch.setattr("tokcomp.files.os.fsync", full)
+    command = ["evaluate", "--dataset", "digits", "-m", "tokcomp_digits_vit", "--pretrained", "-j", "0"]
+    status, out, err = run(*command, "--results-file", target)
+    assert status == 1 and "top-1" in out
+    assert f"--results-file: '{target}' could not be written: [Errno 28]" in err and "Traceback" not in err
+    assert target.read_text() == "before" and os.listdir(tmp_path) == ["result.json"]

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokcomp.cli import options
-from tokcomp.cli.errors import UserError, check_output_folder
+from tokcomp.cli.errors import UserError, check_output_folder, save
 from tokcomp.cli.table import table
-from tokcomp.files import write_whole
 
 if TYPE_CHECKING:
     from tokcomp.demo import DigitsRow, SpeedRow
@@ -102,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
         "deit_small_patch16_224": {"gflops": 2.3, "pretrained": args.pretrained, "speed": demo.as_data(speed)},
     }
     html = _page(args, results, digits, speed, digit_pictures, photos)
-    write_whole(args.output / "results.json", json.dumps(results, indent=2) + "\n")
-    write_whole(args.output / "report.html", html)
+    save("--output", args.output / "results.json", json.dumps(results, indent=2) + "\n")
+    save("--output", args.output / "report.html", html)
     print(f"\nwritten: {args.output / 'report.html'} and {args.output / 'results.json'}")
     print(f"{time.perf_counter() - started:.0f} seconds. Next: 'tokcomp evaluate --help', 'tokcomp visualize --help'.")
     return 0

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tokcomp.files import write_whole
+
 
 class UserError(Exception):
     """Something the user can fix. The message names the argument, the rule, what arrived and what to do."""
@@ -48,3 +50,11 @@ def check_output_file(argument: str, path: Path) -> Path:
         raise UserError(f"{argument} must be a file, got the folder '{path}'; add a file name")
     check_output_folder(f"the folder of {argument}", path.parent)
     return path
+
+
+def save(argument: str, path: Path, content: str | bytes) -> None:
+    """Write a result whole; a disk that is full, say, is an error of the run that names the argument."""
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise RunFailed(f"{argument}: '{path}' could not be written: {error}; what was there before is kept") from error

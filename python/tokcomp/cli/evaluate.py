@@ -23,10 +23,9 @@ from tokcomp.cli.data import (
     report_oddities,
     strict_error,
 )
-from tokcomp.cli.errors import UserError, check_output_file
+from tokcomp.cli.errors import UserError, check_output_file, save
 from tokcomp.cli.model_arguments import model_settings
 from tokcomp.cli.table import table
-from tokcomp.files import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -231,12 +230,19 @@ def _run(job: _Job) -> int:
 
 
 def _report(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Shown before it is saved: a disk that is full takes only the file."""
     text = json.dumps(result, indent=2)
-    if args.results_file is not None:
-        write_whole(args.results_file, text + "\n")
     if args.json:
         print(text)
-        return
+    else:
+        _show(result)
+    if args.results_file is not None:
+        save("--results-file", args.results_file, text + "\n")
+        if not args.json:
+            print(f"written: {args.results_file}")
+
+
+def _show(result: dict[str, Any]) -> None:
     settings = result["method_settings"] or "uncompressed"
     print(f"{result['model']} ({result['weights']}), {settings}")
     row = [
@@ -250,5 +256,3 @@ def _report(args: argparse.Namespace, result: dict[str, Any]) -> None:
     print(table(["top-1", "top-5", "GFLOPs", "images/s", "images", "on"], [row]))
     if result["weights"] == "random weights":
         print("The weights are random, so the accuracy is chance: pass --pretrained or --checkpoint FILE.")
-    if args.results_file is not None:
-        print(f"written: {args.results_file}")

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from tokcomp.cli import options
 from tokcomp.cli.data import add_data_options, data_root, scored_images
 from tokcomp.cli.degrees import add_degree_options, add_plugin_options, build_degrees, load_plugin
-from tokcomp.cli.errors import UserError, blame, check_output_folder
+from tokcomp.cli.errors import UserError, blame, check_output_folder, save
 from tokcomp.cli.table import table
-from tokcomp.files import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -341,11 +340,8 @@ def _write(args: argparse.Namespace, result: dict[str, Any], runs: list[Run], pr
         TABLE: text + "\n",
         RESULTS: json.dumps(result, indent=2) + "\n",
     }
-    try:
-        for name, content in files.items():
-            write_whole(args.output / name, content)
-    except OSError as error:
-        raise UserError(f"--output '{args.output}' could not be written to: {error}") from error
+    for name, content in files.items():
+        save("--output", args.output / name, content)
     print(json.dumps(result, indent=2) if args.json else text)
     if not args.json:
         print("\n".join(f"written: {args.output / name}" for name in files))

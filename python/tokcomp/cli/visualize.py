@@ -9,10 +9,9 @@ from typing import Any
 
 from tokcomp.cli import options
 from tokcomp.cli.data import add_strict_option, strict_error
-from tokcomp.cli.errors import UserError, blame, check_output_file, check_output_folder
+from tokcomp.cli.errors import UserError, blame, check_output_file, check_output_folder, save
 from tokcomp.cli.pictures import check_overwrites, drawing_names, png_bytes
 from tokcomp.cli.schedules import load_schedule
-from tokcomp.files import write_whole
 
 DESCRIPTION = """\
 Draw what a method does to an image's patches, as in Fig. 5 of the DiffRate paper: the input, then one column per block.
@@ -98,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
                 raise strict_error(error) from error
             unreadable.append(str(error))
             continue
-        write_whole(target, drawing)
+        save("--output", target, drawing)
         written.append(target)
     for reason in unreadable:
         print(f"not a readable picture: {reason}", file=sys.stderr)

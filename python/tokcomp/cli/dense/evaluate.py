@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokcomp.cli import dense, options
 from tokcomp.cli.degrees import load_plugin
-from tokcomp.cli.errors import UserError, blame, check_output_file
+from tokcomp.cli.errors import UserError, blame, check_output_file, save
 from tokcomp.cli.table import table
-from tokcomp.files import write_whole
 
 if TYPE_CHECKING:
     from tokcomp.tocom.plugin import ToCom
@@ -120,9 +119,9 @@ def run(args: argparse.Namespace) -> int:
         "device": str(device),
         "degrees": rows,
     }
-    if args.results_file is not None:
-        write_whole(args.results_file, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2) if args.json else _table(result))
+    if args.results_file is not None:
+        save("--results-file", args.results_file, json.dumps(result, indent=2) + "\n")
     return 0
 
 

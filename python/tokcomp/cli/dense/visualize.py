@@ -8,9 +8,8 @@ from typing import Any
 
 from tokcomp.cli import dense, options
 from tokcomp.cli.dense.evaluate import add_plugin_options, check_degrees, open_plugin
-from tokcomp.cli.errors import blame, check_output_file
+from tokcomp.cli.errors import blame, check_output_file, save
 from tokcomp.cli.pictures import check_overwrites, png_bytes
-from tokcomp.files import write_whole
 
 DESCRIPTION = """\
 Draw some held-out images, their masks, and a segmenter's predictions at some degrees of compression: one row per image.
@@ -66,6 +65,6 @@ def run(args: argparse.Namespace) -> int:
             title = f"r = {degree * args.tokens_per_degree}" + (" with plugin" if plugin is not None else "")
             row.append((title, paint_mask(predicted, len(settings.classes))))
     drawing = join_rows([join_columns(row) for row in columns])
-    write_whole(args.output, png_bytes(drawing))
+    save("--output", args.output, png_bytes(drawing))
     print(f"written: {args.output}")
     return 0
