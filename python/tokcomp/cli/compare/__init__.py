@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 from tokcomp.cli import options, training
 from tokcomp.cli.compare.parts import fit_probe, make_model, make_refiner, make_searches
 from tokcomp.cli.data import add_data_options, data_config, data_root, scored_images
-from tokcomp.cli.errors import RunFailed, UserError, blame, check_output_folder
+from tokcomp.cli.errors import RunFailed, UserError, blame, check_output_folder, save
 from tokcomp.cli.model_arguments import model_settings
 from tokcomp.cli.refine import add_refine_options
 from tokcomp.cli.table import table
-from tokcomp.files import write_whole
 from tokcomp.runs.recipe import SEARCH_RECIPE
 
 if TYPE_CHECKING:
@@ -312,7 +311,7 @@ def _report(args: argparse.Namespace, comparison: Comparison, methods: dict[str,
         config = data_config(args, comparison.model)
         images = comparison.images.first(args.pictures).to(comparison.device, comparison.plan.dtype)
         pictures = draw_kept(comparison.model, methods, images, config["mean"], config["std"])
-    write_whole(args.output / "compare.html", render(record, title, pictures))
+    save("--output", args.output / "compare.html", render(record, title, pictures))
     if args.json:
         print(text, end="")
     else:

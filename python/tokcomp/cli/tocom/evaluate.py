@@ -19,9 +19,8 @@ from tokcomp.cli.data import (
     strict_error,
 )
 from tokcomp.cli.degrees import add_degree_options, add_plugin_options, build_degrees, load_plugin
-from tokcomp.cli.errors import UserError, blame, check_output_file
+from tokcomp.cli.errors import UserError, blame, check_output_file, save
 from tokcomp.cli.table import table
-from tokcomp.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -223,7 +222,7 @@ def _report(args: argparse.Namespace, result: dict[str, Any]) -> None:
     cells = result["cells"]
     text = json.dumps(result, indent=2)
     if args.results_file is not None:
-        write_whole(args.results_file, text + "\n")
+        save("--results-file", args.results_file, text + "\n")
     if args.heat_map is not None:
         from tokcomp.tocom.plot import draw_gains
 
