@@ -189,7 +189,7 @@ def _compare_prune_merge(sample: Sample, x_out: Tensor, size_out: Tensor, source
     order = descending_order(importance, prefix)
     slots = source.gather(1, order)
     assert torch.equal(slots[:, :kept], torch.arange(kept, device=x.device).expand(x.shape[0], -1)), "kept slots"
-    assert bool((slots[:, alive:] == -1).all()), "tokens ranked behind num_prune_kept must be pruned"
+    assert bool((slots[:, alive:] == -1).all()), "tokens that rank after num_prune_kept must be pruned"
     merged = slots[:, kept:alive]
     if merged.numel():
         assert bool(((merged >= prefix) & (merged < kept)).all()), (

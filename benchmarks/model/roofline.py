@@ -191,7 +191,7 @@ def kernels(
 
     A block: qkv, attention and the mean of its class rows (PyTorch's own attention where it needs neither sizes nor
     class row), proj, prune_merge_norm or add_layer_norm, fc1, GELU, fc2, and add_layer_norm with the next block's
-    weights; behind the last block the model's own norm. Products are the library's.
+    weights; after the last block the model's own norm. Products are the library's.
 
     Args:
         model, method, batch, dtype: as for :func:`ideal_seconds`; of methods those that run on one operator per block,
@@ -249,7 +249,7 @@ def kernels(
         costs.append(traffic.linear("fc2", index, rows_out, hidden, channels, item))
         if index + 1 < shape.depth:
             costs += traffic_triton.add_layer_norm(rows_out, channels, item, block=index, gpu=gpu)
-    out = rows_out * channels  # behind the last block
+    out = rows_out * channels  # after the last block
     costs += [
         traffic.elementwise("residual", None, 2 * out, out, item),
         traffic.elementwise("norm", None, out, out, item),

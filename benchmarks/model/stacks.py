@@ -102,7 +102,7 @@ def pass_seconds(cost: KernelCost, gpu: Gpu, share: float = MEMORY_SHARE) -> tup
 def kernel_seconds(
     cost: KernelCost, gpu: Gpu, product_share: float | None = None, memory_share: float = MEMORY_SHARE
 ) -> tuple[float, str]:
-    """One kernel's time, without the gap behind it, and what bounds it; products as tuned libraries run them."""
+    """One kernel's time, without the gap after it, and what bounds it; products as tuned libraries run them."""
     if cost.matrix is None:
         return pass_seconds(cost, gpu, memory_share)
     share = max(PRODUCT_SHARE, gpu.product_share) if product_share is None else product_share

@@ -70,7 +70,7 @@ def linear(
 
 
 def elementwise(name: str, block: int | None, read: int, written: int, item: int) -> KernelCost:
-    """A pass that loads so many elements once and stores so many."""
+    """A pass that loads and stores the given numbers of elements, each once."""
     return KernelCost(
         name,
         block,

@@ -1,4 +1,4 @@
-// prune_merge of one image on CPU, and of x + branch with a LayerNorm behind it: what both operators share.
+// prune_merge of one image on CPU, and of x + branch with a LayerNorm after it: what both operators share.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -142,7 +142,7 @@ struct Result {
   Tensor x, normalized, size, source;
 };
 
-// The LayerNorm behind, and what is added to x before.
+// The LayerNorm that follows, and what is added to x before.
 struct Fused {
   const Tensor& branch;
   const OptionalTensor &weight, &bias;

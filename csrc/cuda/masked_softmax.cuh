@@ -60,7 +60,7 @@ struct MaskedRow {
     }
   }
 
-  // Unmasked weights exp(score - largest); 0 behind the row's end.
+  // Unmasked weights exp(score - largest); 0 past the row's end.
   __device__ __forceinline__ void load_weights(int first, float (&values)[kPerLane]) const {
     load(scores, first, -INFINITY, values);
     weigh(values);

@@ -111,7 +111,7 @@ def test_gradients_see_past_a_flat_step(make_vit, table):
     budget = LatencyBudget(make_vit(), table, target_ms=15)
     budget.cost(TokenCounts(num_in, num_out)).backward()
     assert (num_out.grad > 0).all() and (num_in.grad > 0).all()
-    # mlp rises by 0.5 ms per 4 tokens; the head adds 1/64 a token behind the last block alone.
+    # mlp rises by 0.5 ms per 4 tokens; the head adds 1/64 a token after the last block alone.
     assert num_out.grad[2].item() == pytest.approx(0.5 / 4, rel=0.15)
     assert num_out.grad[3].item() == pytest.approx(0.5 / 4 + 1 / 64, rel=0.15)
 

@@ -23,7 +23,7 @@ from tokcomp.search.model import DiffRateSearch
 
 
 def table_of(model: torch.nn.Module) -> LatencyTable:
-    """A machine that charges 1 ms per 4 tokens in attention and 0.1 ms for whatever is behind."""
+    """A machine that charges 1 ms per 4 tokens in attention and 0.1 ms for whatever follows."""
     counts = list(range(2, 18))
     block = dict(projections=24 * 72 + 24 * 24, width=24, mlp=2 * 24 * 96)
     return LatencyTable(

@@ -29,7 +29,7 @@ BLOCKS = {
     "partial_sums_kernel": (6, 6),
     "rank_kernel": (6, 6),
 }
-#: At most so many shuffles and block barriers. A loop that is unrolled repeats them, and so do the copies of a loop for
+#: The most shuffles and block barriers. A loop that is unrolled repeats them, and so do the copies of a loop for
 #: a cluster of one block and of several.
 LIMITS = {
     "prune_merge_resident_kernel": (30, 19),

@@ -41,7 +41,7 @@ def explicit_merge(x, metric, r, prefix):
 
 
 def explicit(model, pictures, r, merge_residual):
-    """Tokens [B, N, C] behind each block, with every attention map and every group formed by hand."""
+    """Tokens [B, N, C] after each block, with every attention map and every group formed by hand."""
     prefix = model.num_prefix_tokens
     x = model.norm_pre(model._pos_embed(model.patch_embed(pictures)))
     found = []

@@ -25,11 +25,11 @@ VARIANTS = {
     "norms with bias": dict(norm_layers=[LayerNorm2d, LayerNorm2d, nn.LayerNorm, nn.LayerNorm]),
     "one head": dict(head_dim=32, dims=(8, 16, 32, 64)),
     "one channel": dict(in_chans=1),
-    "convolutions behind": dict(
+    "convolutions after": dict(
         token_mixers=[SepConv, SepConv, Attention, SepConv],
         norm_layers=[LayerNorm2dNoBias, LayerNorm2dNoBias, LayerNormNoBias, LayerNorm2dNoBias],
     ),
-    "nothing behind": dict(
+    "nothing after": dict(
         depths=(1, 1, 4),
         dims=(8, 16, 32),
         token_mixers=[SepConv, SepConv, Attention],

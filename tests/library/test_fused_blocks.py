@@ -83,7 +83,7 @@ def test_a_block_is_six_kernels(dtype: torch.dtype, make_vit: Any, plain: list[s
     model = tokcomp.compress(make_vit().to(dtype), METHODS["prune_merge"])
     with torch.no_grad():
         model(IMAGES.to(dtype))
-    # Block 0 drops nothing; the last block has no norm of a next one behind it.
+    # Block 0 drops nothing; the last block has no norm of a next one after it.
     dropping = ["prune_merge_norm", "linear_gelu"]
     between = ["add_layer_norm"]
     assert plain == [*between, "linear_gelu", *between, *dropping, *between, *dropping, *between, *dropping]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 CASES = int(os.environ.get("TOKCOMP_ORACLE_CASES", "8"))
-#: What so many roundings may come to: 4 blocks of 1536 channels in the MLP (the widest case) or 7 of far fewer, forward
+#: What the roundings may add up to: 4 blocks of 1536 channels in the MLP (the widest case) or 7 of far fewer, forward
 #: and backward, a dozen sums in each.
 ROUNDING = 4 * 2 * 12 * 1536 * torch.finfo(torch.float64).eps
 

@@ -105,7 +105,7 @@ def test_the_result_is_the_best_and_no_start_is_better(model, batches):
 
 
 class AfterSome(StopRequest):
-    """Wants to stop after so many candidates."""
+    """Wants to stop after a given number of candidates."""
 
     def __init__(self, count):
         super().__init__()

@@ -16,6 +16,7 @@ import torch
 from torch.autograd import forward_ad
 
 from tokcomp_kernels import _checks
+from tokcomp_kernels._checked import checked_as
 from tokcomp_kernels._library import LIBRARY, native_kernels
 from tokcomp_kernels._schema import BY_NAME, NAMESPACE
 from tokcomp_kernels.ops._backends import Implementation
@@ -72,14 +73,15 @@ def register(
     """Register ``tokcomp::name``, whose schema names the differentiable inputs.
 
     ``autograd(arguments)`` gives the Function whose ``apply(keyset, *flat_arguments)`` runs where one of them requires
-    a gradient. ``autocast`` names the inputs that take autocast's dtype, or ``autocast_dtype`` where one is given.
+    a gradient. ``fake`` gets checked arguments. ``autocast`` names the inputs that take autocast's dtype, or
+    ``autocast_dtype`` where one is given.
     """
     implementation = Implementation(name)
     IMPLEMENTATIONS[name] = implementation
     LIBRARY.impl(name, implementation.reference, "CompositeExplicitAutograd")
     for device in _DISPATCH_KEYS:
         _give_key(implementation, device)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", checked_as(name.lstrip("_"), fake), lib=LIBRARY)
     arguments = Arguments(name)
     refuse_layout = refusal(name, arguments.names)
     for key in KEYS:

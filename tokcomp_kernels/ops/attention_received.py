@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_attention_received
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.ops._register import register
 
@@ -35,10 +36,7 @@ def attention_received(
     return torch.ops.tokcomp.attention_received(q, k, size=size, scale=scale, num_prefix_tokens=num_prefix_tokens)
 
 
-def _fake(
-    q: Tensor, k: Tensor, *, size: Tensor | None = None, scale: float | None = None, num_prefix_tokens: int = 0
-) -> Tensor:
-    check_attention_received(q, k, size=size, scale=scale, num_prefix_tokens=num_prefix_tokens)
+def _fake(q: Tensor, *rest: Any, **options: Any) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], dtype=accumulate_dtype(q))
 
 

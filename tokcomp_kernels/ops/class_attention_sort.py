@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_class_attention_sort
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.ops._register import register
 
@@ -33,10 +34,7 @@ def class_attention_sort(
     return torch.ops.tokcomp.class_attention_sort(q_cls, k, size, scale, num_prefix_tokens)
 
 
-def _fake(
-    q_cls: Tensor, k: Tensor, size: Tensor | None = None, scale: float | None = None, num_prefix_tokens: int = 1
-) -> tuple[Tensor, Tensor]:
-    check_class_attention_sort(q_cls, k, size, scale, num_prefix_tokens)
+def _fake(q_cls: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, _, num_tokens, _ = k.shape
     cls_attn = k.new_empty(batch, num_tokens, dtype=accumulate_dtype(k))
     return cls_attn, k.new_empty(batch, num_tokens, dtype=torch.int64)

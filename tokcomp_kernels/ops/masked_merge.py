@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_masked_merge, check_masked_merge_backward
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.ops._register import Arguments, register
 
@@ -64,26 +63,7 @@ def masked_merge(
     )
 
 
-def _fake(
-    x: Tensor,
-    importance: Tensor,
-    token_mask: Tensor,
-    counts: Tensor,
-    *,
-    size: Tensor | None = None,
-    num_prefix_tokens: int = 1,
-    similarity_weighted_size: bool = True,
-    min_weighted_size: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_masked_merge(
-        x,
-        importance,
-        token_mask,
-        counts,
-        size=size,
-        num_prefix_tokens=num_prefix_tokens,
-        min_weighted_size=min_weighted_size,
-    )
+def _fake(x: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, num_tokens, _ = x.shape
     return (
         x.new_empty(x.shape),
@@ -110,8 +90,7 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
     return MaskedMerge
 
 
-def _backward_fake(grad: Tensor, destination: Tensor) -> Tensor:
-    check_masked_merge_backward(grad, destination)
+def _backward_fake(grad: Tensor, *rest: Any) -> Tensor:
     return grad.new_empty(grad.shape)
 
 

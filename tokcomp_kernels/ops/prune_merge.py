@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_merge_backward, check_prune_merge
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.ops._register import Arguments, register
 
@@ -26,7 +25,7 @@ def prune_merge(
 
     The prefix tokens as they stand, then the others by descending importance (ties by lower index, NaN last), give each
     token its rank. The first M ranks are kept; each token ranked M .. P - 1 goes into the kept token, prefix excepted,
-    to which its cosine similarity is largest; what ranks behind is pruned. P = min(N, num_prune_kept), M = min(P,
+    to which its cosine similarity is largest; what ranks lower is pruned. P = min(N, num_prune_kept), M = min(P,
     num_merge_kept).
 
     Args:
@@ -59,16 +58,8 @@ def prune_merge(
 
 
 def _fake(
-    x: Tensor,
-    importance: Tensor,
-    num_prune_kept: int,
-    num_merge_kept: int,
-    *,
-    size: Tensor | None = None,
-    num_prefix_tokens: int = 1,
-    similarity_weighted_size: bool = True,
+    x: Tensor, importance: Tensor, num_prune_kept: int, num_merge_kept: int, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_prune_merge(x, importance, num_prune_kept, num_merge_kept, size=size, num_prefix_tokens=num_prefix_tokens)
     batch, num_tokens, channels = x.shape
     num_kept = min(num_tokens, num_prune_kept, num_merge_kept)
     return (
@@ -95,8 +86,7 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
     return PruneMerge
 
 
-def _merge_backward_fake(grad: Tensor, source: Tensor, size: Tensor | None = None) -> Tensor:
-    check_merge_backward(grad, source, size)
+def _merge_backward_fake(grad: Tensor, source: Tensor, *rest: Any) -> Tensor:
     return grad.new_empty(source.shape[0], source.shape[1], grad.shape[2])
 
 

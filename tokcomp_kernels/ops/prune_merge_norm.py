@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_prune_merge_norm
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.ops._register import Arguments, refuse_second_order, register
 from tokcomp_kernels.ops.add_layer_norm import layer_norm_grads
@@ -67,31 +66,8 @@ def prune_merge_norm(
 
 
 def _fake(
-    x: Tensor,
-    branch: Tensor,
-    importance: Tensor,
-    num_prune_kept: int,
-    num_merge_kept: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    size: Tensor | None = None,
-    num_prefix_tokens: int = 1,
-    similarity_weighted_size: bool = True,
-    norm_eps: float = 1e-6,
+    x: Tensor, branch: Tensor, importance: Tensor, num_prune_kept: int, num_merge_kept: int, *rest: Any, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_prune_merge_norm(
-        x,
-        branch,
-        importance,
-        num_prune_kept,
-        num_merge_kept,
-        weight,
-        bias,
-        size=size,
-        num_prefix_tokens=num_prefix_tokens,
-        norm_eps=norm_eps,
-    )
     batch, num_tokens, channels = x.shape
     num_kept = min(num_tokens, num_prune_kept, num_merge_kept)
     return (

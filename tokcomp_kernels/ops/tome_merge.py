@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_tome_merge
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.ops._register import Arguments, register
 
@@ -40,9 +39,8 @@ def tome_merge(
 
 
 def _fake(
-    x: Tensor, metric: Tensor, r: int, *, size: Tensor | None = None, num_prefix_tokens: int = 1
+    x: Tensor, metric: Tensor, r: int, *, num_prefix_tokens: int = 1, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_tome_merge(x, metric, r, size=size, num_prefix_tokens=num_prefix_tokens)
     batch, num_tokens, channels = x.shape
     num_kept = num_tokens - min(r, (num_tokens - num_prefix_tokens) // 2)
     return (

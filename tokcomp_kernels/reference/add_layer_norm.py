@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_add_layer_norm
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels._numbers import accumulate_dtype
 
 
+@checked
 def add_layer_norm_reference(
     x: Tensor, branch: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, norm_eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    check_add_layer_norm(x, branch, weight, bias, norm_eps)
     total = (x + branch).contiguous()
     return total, layer_norm(total, weight, bias, norm_eps)
 

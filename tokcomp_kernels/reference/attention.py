@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_attention
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.reference._common import log_size_bias, token_major
 
@@ -14,10 +14,10 @@ def probabilities_of(q: Tensor, k: Tensor, size: Tensor | None, scale: float) ->
     return torch.softmax((q @ k.mT) * scale + log_size_bias(size, q.dtype), dim=-1)
 
 
+@checked
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    check_attention(q, k, v, size=size, scale=scale)
     dtype = accumulate_dtype(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     probabilities = probabilities_of(q.to(dtype), k.to(dtype), size, scale)

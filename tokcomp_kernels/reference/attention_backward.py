@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_attention_backward
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.reference.attention import probabilities_of
 
 
+@checked
 def attention_backward_reference(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_attention_backward(grad_out, q, k, v, size=size, scale=scale)
     like = q.dtype
     dtype = accumulate_dtype(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_attention_received
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.reference.attention import probabilities_of
 
 
+@checked
 def attention_received_reference(
     q: Tensor, k: Tensor, *, size: Tensor | None = None, scale: float | None = None, num_prefix_tokens: int = 0
 ) -> Tensor:
-    check_attention_received(q, k, size=size, scale=scale, num_prefix_tokens=num_prefix_tokens)
     dtype = accumulate_dtype(q)
     batch, heads, num_tokens, width = q.shape
     scale = width**-0.5 if scale is None else scale

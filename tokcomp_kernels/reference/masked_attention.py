@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_masked_attention
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.reference._common import log_size_bias, token_major
 from tokcomp_kernels.reference.masked_softmax import masked_probabilities
@@ -14,6 +14,7 @@ def biased_scores(q: Tensor, k: Tensor, size: Tensor | None, scale: float) -> Te
     return (q @ k.mT) * scale + log_size_bias(size, q.dtype)
 
 
+@checked
 def masked_attention_reference(
     q: Tensor,
     k: Tensor,
@@ -24,7 +25,6 @@ def masked_attention_reference(
     scale: float | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    check_masked_attention(q, k, v, token_mask, size=size, scale=scale, eps=eps)
     dtype = accumulate_dtype(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     probabilities = masked_probabilities(biased_scores(q.to(dtype), k.to(dtype), size, scale), token_mask, eps)[0]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_masked_attention_backward
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.reference.masked_attention import biased_scores
 from tokcomp_kernels.reference.masked_softmax import masked_probabilities, masked_probabilities_backward
 
 
+@checked
 def masked_attention_backward_reference(
     grad_out: Tensor,
     q: Tensor,
@@ -21,7 +22,6 @@ def masked_attention_backward_reference(
     scale: float | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_masked_attention_backward(grad_out, q, k, v, token_mask, size=size, scale=scale, eps=eps)
     like = q.dtype
     dtype = accumulate_dtype(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_masked_merge
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.reference._common import (
     cosine,
@@ -17,6 +17,7 @@ from tokcomp_kernels.reference._common import (
 )
 
 
+@checked
 def masked_merge_reference(
     x: Tensor,
     importance: Tensor,
@@ -28,16 +29,6 @@ def masked_merge_reference(
     similarity_weighted_size: bool = True,
     min_weighted_size: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_masked_merge(
-        x,
-        importance,
-        token_mask,
-        counts,
-        size=size,
-        num_prefix_tokens=num_prefix_tokens,
-        similarity_weighted_size=similarity_weighted_size,
-        min_weighted_size=min_weighted_size,
-    )
     batch, num_tokens, _ = x.shape
     dtype = accumulate_dtype(x)
     token_size = size_or_ones(size, x)

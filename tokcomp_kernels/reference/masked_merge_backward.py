@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_masked_merge_backward
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.reference._common import gather_rows
 
 
+@checked
 def masked_merge_backward_reference(grad: Tensor, destination: Tensor) -> Tensor:
-    check_masked_merge_backward(grad, destination)
     num_tokens = grad.shape[1]
     dtype = accumulate_dtype(grad)
     own = torch.arange(num_tokens, device=grad.device)

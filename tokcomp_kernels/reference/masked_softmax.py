@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_masked_softmax, check_masked_softmax_backward
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels._numbers import accumulate_dtype
 
 
+@checked
 def masked_softmax_reference(scores: Tensor, token_mask: Tensor, eps: float = 1e-6) -> Tensor:
-    check_masked_softmax(scores, token_mask, eps)
     return masked_probabilities(scores, token_mask, eps)[0].to(scores.dtype).contiguous()
 
 
+@checked
 def masked_softmax_backward_reference(
     grad: Tensor, scores: Tensor, token_mask: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    check_masked_softmax_backward(grad, scores, token_mask, eps)
     grad_scores, grad_token_mask = masked_probabilities_backward(grad, scores, token_mask, eps)
     return grad_scores.to(scores.dtype).contiguous(), grad_token_mask.to(token_mask.dtype)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_merge_backward
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.reference._common import effective_size, gather_rows
 
 
+@checked
 def merge_backward_reference(grad: Tensor, source: Tensor, size: Tensor | None = None) -> Tensor:
-    check_merge_backward(grad, source, size)
     batch, num_kept, channels = grad.shape
     if num_kept == 0:
         return grad.new_zeros(batch, source.shape[1], channels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_prune_merge
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.reference._common import (
     cosine,
@@ -17,6 +17,7 @@ from tokcomp_kernels.reference._common import (
 )
 
 
+@checked
 def prune_merge_reference(
     x: Tensor,
     importance: Tensor,
@@ -27,7 +28,6 @@ def prune_merge_reference(
     num_prefix_tokens: int = 1,
     similarity_weighted_size: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_prune_merge(x, importance, num_prune_kept, num_merge_kept, size=size, num_prefix_tokens=num_prefix_tokens)
     batch, num_tokens, _ = x.shape
     num_alive = min(num_tokens, num_prune_kept)  # P: left by pruning
     num_kept = min(num_alive, num_merge_kept)  # M: left by merging

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_prune_merge_norm
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.reference.add_layer_norm import layer_norm
 from tokcomp_kernels.reference.prune_merge import prune_merge_reference
 
 
+@checked
 def prune_merge_norm_reference(
     x: Tensor,
     branch: Tensor,
@@ -23,18 +24,6 @@ def prune_merge_norm_reference(
     similarity_weighted_size: bool = True,
     norm_eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_prune_merge_norm(
-        x,
-        branch,
-        importance,
-        num_prune_kept,
-        num_merge_kept,
-        weight,
-        bias,
-        size=size,
-        num_prefix_tokens=num_prefix_tokens,
-        norm_eps=norm_eps,
-    )
     kept, kept_size, source = prune_merge_reference(
         x + branch,
         importance,

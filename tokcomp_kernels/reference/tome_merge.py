@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_tome_merge
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.reference._common import cosine, effective_size, gather_rows, scatter_add_rows, size_or_ones
 
 
+@checked
 def tome_merge_reference(
     x: Tensor, metric: Tensor, r: int, *, size: Tensor | None = None, num_prefix_tokens: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_tome_merge(x, metric, r, size=size, num_prefix_tokens=num_prefix_tokens)
     batch, num_tokens, _ = x.shape
     dtype = accumulate_dtype(x)
     token_size = size_or_ones(size, x)

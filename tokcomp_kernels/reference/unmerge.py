@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_unmerge, check_unmerge_backward
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels._numbers import accumulate_dtype
 from tokcomp_kernels.reference._common import gather_rows, scatter_add_rows
 
 
+@checked
 def unmerge_reference(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = None) -> Tensor:
-    check_unmerge(x, source, pruned_fill=pruned_fill)
     batch, num_kept, channels = x.shape
     fill = x.new_zeros(batch, source.shape[1], channels) if pruned_fill is None else pruned_fill
     if num_kept == 0:
@@ -20,8 +20,8 @@ def unmerge_reference(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None =
     return torch.where(alive[:, :, None], gather_rows(x, torch.where(alive, source, 0)), fill)
 
 
+@checked
 def unmerge_backward_reference(grad: Tensor, source: Tensor, num_tokens: int) -> Tensor:
-    check_unmerge_backward(grad, source, num_tokens)
     batch, _, channels = grad.shape
     alive = (source >= 0) & (source < num_tokens)
     # One slot more than there are tokens takes what was pruned, and is dropped.

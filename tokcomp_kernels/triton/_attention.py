@@ -51,7 +51,7 @@ def width_tiles(width):
 
 @triton.constexpr_function
 def first_of(tiles, index):
-    """Where one of several tiles begins that lie one behind the other."""
+    """Where one of several tiles begins that lie one after the other."""
     return sum(tiles[:index])
 
 

@@ -155,7 +155,7 @@ def _other_cases(dtype: torch.dtype) -> Iterator[Case]:
     for channels in (64, 1536, 2048):
         x, vector = _rows(dtype, _BATCH, 197, channels), _rows(dtype, channels)
         named = f"C{channels} {name}"
-        for merged in (180, 160):  # so many sources that they fill more than one tile
+        for merged in (180, 160):  # enough sources to fill more than one tile
             call = (per_token, 192, merged)
             yield Case("prune_merge", f"{named} M{merged}", (x, *call), {"size": per_token})
             yield Case("prune_merge_norm", f"{named} M{merged}", (x, x, *call, vector, vector), {"size": per_token})

@@ -25,7 +25,7 @@ ENABLE_FP_FUSION = True
 REDUCE_BLOCK = 128
 #: Tokens per program of the kernel that ranks tokens by class attention, and how many it compares them with at a time.
 ORDER_BLOCK = 64
-#: Up to so many keys are one tile in a single pass; a head is one tile above so many channels.
+#: Keys up to this number are one tile in a single pass; a head of more channels than this is one tile.
 ONE_TILE = 128
 #: Rows of more bytes are matched and merged in passes over their channels instead.
 MAX_RESIDENT = 3072

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_add_layer_norm
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.triton._common import device_guard, inner_contiguous, require_supported, strides
 from tokcomp_kernels.triton._configs import launch_config
 from tokcomp_kernels.triton._norm import chunks, compact, load_tiles, store_normalized, store_tiles
@@ -62,11 +62,11 @@ def _add_layer_norm_kernel(
     )
 
 
+@checked
 def add_layer_norm_triton(
     x: Tensor, branch: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, norm_eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """``tokcomp::add_layer_norm`` by Triton: x, branch [..., C] -> x + branch and its LayerNorm, [..., C] both."""
-    check_add_layer_norm(x, branch, weight, bias, norm_eps)
     require_supported("add_layer_norm", "x", x)
     x_out, normalized = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     if x_out.numel() == 0:

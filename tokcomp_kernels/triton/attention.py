@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_attention
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.triton._attention import (
     UNSPECIALIZED,
     add_values,
@@ -223,9 +223,9 @@ def attention_forward(
     return out, reduce_groups(cls_rows, stats=stats, mean=True, dtype=torch.float32)
 
 
+@checked
 def attention_triton(
     q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """``tokcomp::attention`` in Triton, for float16, bfloat16 and float32; see ``ops/attention.py``."""
-    check_attention(q, k, v, size=size, scale=scale)
     return attention_forward("attention", q, k, v, size=size, scale=scale)

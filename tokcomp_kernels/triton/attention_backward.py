@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_attention_backward
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.triton._attention import (
     UNSPECIALIZED,
     apply_mask,
@@ -318,10 +318,10 @@ def attention_backward(
     return grad_q, grad_k, grad_v, grad_mask
 
 
+@checked
 def attention_backward_triton(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``tokcomp::_attention_backward`` in Triton, for float16, bfloat16 and float32."""
-    check_attention_backward(grad_out, q, k, v, size=size, scale=scale)
     grad_q, grad_k, grad_v, _ = attention_backward("attention", grad_out, q, k, v, size=size, scale=scale)
     return grad_q, grad_k, grad_v

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_attention_received
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.triton._attention import (
     finite_max,
     first_of,
@@ -109,12 +109,12 @@ def _attention_received_kernel(
             _store_columns(sums_ptr, tl.exp2(tile - row_max[:, None]), weight / row_sum, offs_m, offs_n, N)
 
 
+@checked
 def attention_received_triton(
     q: Tensor, k: Tensor, *, size: Tensor | None = None, scale: float | None = None, num_prefix_tokens: int = 0
 ) -> Tensor:
     """``tokcomp::attention_received`` in Triton, for float16, bfloat16 and float32."""
     op = "attention_received"
-    check_attention_received(q, k, size=size, scale=scale, num_prefix_tokens=num_prefix_tokens)
     require_supported(op, "q", q)
     batch, heads, num_tokens, width = q.shape
     q, k = inner_contiguous(q), inner_contiguous(k)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_class_attention_sort
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.reference._common import descending_order
 from tokcomp_kernels.triton._attention import finite_max, load_bias, load_rows
 from tokcomp_kernels.triton._common import LOG2_E, device_guard, inner_contiguous, require_supported, strides
@@ -105,11 +105,11 @@ def token_order(cls_attn: Tensor, num_prefix_tokens: int) -> Tensor:
     return order
 
 
+@checked
 def class_attention_sort_triton(
     q_cls: Tensor, k: Tensor, size: Tensor | None = None, scale: float | None = None, num_prefix_tokens: int = 1
 ) -> tuple[Tensor, Tensor]:
     """``tokcomp::class_attention_sort`` in Triton, for float16, bfloat16 and float32."""
-    check_class_attention_sort(q_cls, k, size, scale, num_prefix_tokens)
     require_supported("class_attention_sort", "k", k)
     batch, heads, num_tokens, width = k.shape
     q_cls, k = inner_contiguous(q_cls), inner_contiguous(k)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_linear_gelu
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.triton._common import device_guard, dot, inner_contiguous, narrow, require_supported
 from tokcomp_kernels.triton._configs import launch_config
 
@@ -69,9 +69,9 @@ def _linear_gelu_kernel(
     )
 
 
+@checked
 def linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``tokcomp::linear_gelu`` by Triton: x [..., K], weight [F, K], bias [F] -> [..., F]."""
-    check_linear_gelu(x, weight, bias)
     require_supported("linear_gelu", "x", x)
     features, width = weight.shape
     out = torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=x.device)

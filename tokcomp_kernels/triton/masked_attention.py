@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_masked_attention
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.triton.attention import attention_forward
 
 
+@checked
 def masked_attention_triton(
     q: Tensor,
     k: Tensor,
@@ -19,5 +20,4 @@ def masked_attention_triton(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """``tokcomp::masked_attention`` in Triton, for float16, bfloat16 and float32; see ``ops/masked_attention.py``."""
-    check_masked_attention(q, k, v, token_mask, size=size, scale=scale, eps=eps)
     return attention_forward("masked_attention", q, k, v, size=size, scale=scale, token_mask=token_mask, eps=eps)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_masked_attention_backward
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.triton.attention_backward import attention_backward
 
 
+@checked
 def masked_attention_backward_triton(
     grad_out: Tensor,
     q: Tensor,
@@ -20,7 +21,6 @@ def masked_attention_backward_triton(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``tokcomp::_masked_attention_backward`` in Triton, for float16, bfloat16 and float32."""
-    check_masked_attention_backward(grad_out, q, k, v, token_mask, size=size, scale=scale, eps=eps)
     grad_q, grad_k, grad_v, grad_mask = attention_backward(
         "masked_attention", grad_out, q, k, v, size=size, scale=scale, token_mask=token_mask, eps=eps
     )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_masked_merge
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.reference.masked_merge import live_order
 from tokcomp_kernels.triton._common import (
     device_guard,
@@ -216,6 +216,7 @@ def _masked_merge_apply_kernel(
         tl.store(size_out_ptr + first + offs_n, effective_size(total_size), mask=mask_n)
 
 
+@checked
 def masked_merge_triton(
     x: Tensor,
     importance: Tensor,
@@ -228,16 +229,6 @@ def masked_merge_triton(
     min_weighted_size: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``tokcomp::masked_merge`` by Triton: x [B, N, C], the others [B, N] -> [B, N, C], and size, rank, destination."""
-    check_masked_merge(
-        x,
-        importance,
-        token_mask,
-        counts,
-        size=size,
-        num_prefix_tokens=num_prefix_tokens,
-        similarity_weighted_size=similarity_weighted_size,
-        min_weighted_size=min_weighted_size,
-    )
     require_supported("masked_merge", "x", x)
     x, counts = inner_contiguous(x), counts.contiguous()
     batch, num_tokens, channels = x.shape

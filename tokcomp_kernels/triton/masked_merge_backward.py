@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_masked_merge_backward
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.triton._common import device_guard, inner_contiguous, narrow, require_supported, strides
 from tokcomp_kernels.triton._configs import launch_config
 
@@ -63,9 +63,9 @@ def _masked_merge_bwd_kernel(
         )
 
 
+@checked
 def masked_merge_backward_triton(grad: Tensor, destination: Tensor) -> Tensor:
     """``tokcomp::_masked_merge_backward`` by Triton: grad [B, N, C], destination [B, N] -> [B, N, C]."""
-    check_masked_merge_backward(grad, destination)
     require_supported("_masked_merge_backward", "grad", grad)
     grad = inner_contiguous(grad)
     batch, num_tokens, channels = grad.shape

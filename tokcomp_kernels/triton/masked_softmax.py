@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_masked_softmax, check_masked_softmax_backward
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.triton._attention import apply_mask, finite_max, load_mask
 from tokcomp_kernels.triton._common import LOG2_E, device_guard, inner_contiguous, narrow, require_supported, strides
 from tokcomp_kernels.triton._configs import launch_config
@@ -192,9 +192,9 @@ def _launch_options(kernel: str, device: torch.device | str, num_tokens: int) ->
     return {"SINGLE_TILE": num_tokens <= config["BLOCK_N"], **config}
 
 
+@checked
 def masked_softmax_triton(scores: Tensor, token_mask: Tensor, eps: float = 1e-6) -> Tensor:
     """``tokcomp::masked_softmax`` in Triton, for float16, bfloat16 and float32; see ``ops/masked_softmax.py``."""
-    check_masked_softmax(scores, token_mask, eps)
     require_supported("masked_softmax", "scores", scores)
     batch, heads, num_tokens, _ = scores.shape
     out = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
@@ -217,11 +217,11 @@ def masked_softmax_triton(scores: Tensor, token_mask: Tensor, eps: float = 1e-6)
     return out
 
 
+@checked
 def masked_softmax_backward_triton(
     grad: Tensor, scores: Tensor, token_mask: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """``tokcomp::_masked_softmax_backward`` in Triton, for float16, bfloat16 and float32."""
-    check_masked_softmax_backward(grad, scores, token_mask, eps)
     require_supported("_masked_softmax_backward", "scores", scores)
     batch, heads, num_tokens, _ = scores.shape
     grad_scores = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_merge_backward
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.triton._common import (
     device_guard,
     effective_size,
@@ -79,9 +79,9 @@ def _merge_bwd_kernel(
         )
 
 
+@checked
 def merge_backward_triton(grad: Tensor, source: Tensor, size: Tensor | None = None) -> Tensor:
     """``tokcomp::_merge_backward`` by Triton: grad [B, M, C], source [B, N], size [B, N] -> [B, N, C]."""
-    check_merge_backward(grad, source, size)
     require_supported("_merge_backward", "grad", grad)
     grad = inner_contiguous(grad)
     batch, num_kept, channels = grad.shape

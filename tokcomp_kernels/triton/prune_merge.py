@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_prune_merge
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.reference._common import descending_order
 from tokcomp_kernels.triton._common import device_guard, inner_contiguous, require_supported, strides
 from tokcomp_kernels.triton._configs import MAX_RESIDENT, launch_config
@@ -94,6 +94,7 @@ def _prune_merge_match_kernel(
     tl.store(source_ptr + batch * num_tokens + src_token, best_slot.to(tl.int64), mask=mask_s)
 
 
+@checked
 def prune_merge_triton(
     x: Tensor,
     importance: Tensor,
@@ -105,15 +106,6 @@ def prune_merge_triton(
     similarity_weighted_size: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``tokcomp::prune_merge`` by Triton: x [B, N, C], importance [B, N] -> [B, M, C], size [B, M], source [B, N]."""
-    check_prune_merge(
-        x,
-        importance,
-        num_prune_kept,
-        num_merge_kept,
-        size=size,
-        num_prefix_tokens=num_prefix_tokens,
-        similarity_weighted_size=similarity_weighted_size,
-    )
     require_supported("prune_merge", "x", x)
     x_out, _, size_out, source = launch_prune_merge(
         x,

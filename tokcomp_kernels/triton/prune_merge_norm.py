@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_prune_merge_norm
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.triton._common import require_supported
 from tokcomp_kernels.triton._merge_norm import Norm
 from tokcomp_kernels.triton.prune_merge import launch_prune_merge
 
 
+@checked
 def prune_merge_norm_triton(
     x: Tensor,
     branch: Tensor,
@@ -31,19 +32,6 @@ def prune_merge_norm_triton(
     norm_eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``tokcomp::prune_merge_norm`` by Triton: x, branch [B, N, C] -> x, normalized [B, M, C], size, source."""
-    check_prune_merge_norm(
-        x,
-        branch,
-        importance,
-        num_prune_kept,
-        num_merge_kept,
-        weight,
-        bias,
-        size=size,
-        num_prefix_tokens=num_prefix_tokens,
-        similarity_weighted_size=similarity_weighted_size,
-        norm_eps=norm_eps,
-    )
     require_supported("prune_merge_norm", "x", x)
     x_out, normalized, size_out, source = launch_prune_merge(
         x,

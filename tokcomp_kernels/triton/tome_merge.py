@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_tome_merge
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.reference._common import descending_order, size_or_ones
 from tokcomp_kernels.triton._common import device_guard, dot, inner_contiguous, require_supported, strides
 from tokcomp_kernels.triton._configs import launch_config
@@ -131,11 +131,11 @@ def _tome_merge_assign_kernel(
         tl.store(source_ptr + position, position.to(tl.int64), mask=mask)
 
 
+@checked
 def tome_merge_triton(
     x: Tensor, metric: Tensor, r: int, *, size: Tensor | None = None, num_prefix_tokens: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``tokcomp::tome_merge`` by Triton: x [B, N, C], metric [B, N, K] -> [B, M, C], size [B, M], source [B, N]."""
-    check_tome_merge(x, metric, r, size=size, num_prefix_tokens=num_prefix_tokens)
     require_supported("tome_merge", "x", x)
     batch, num_tokens, _ = x.shape
     num_merged = min(r, (num_tokens - num_prefix_tokens) // 2)

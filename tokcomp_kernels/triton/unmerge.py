@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels._checks import check_unmerge, check_unmerge_backward
+from tokcomp_kernels._checked import checked
 from tokcomp_kernels.triton._common import device_guard, inner_contiguous, narrow, require_supported, strides
 from tokcomp_kernels.triton._configs import launch_config
 
@@ -109,9 +109,9 @@ def _unmerge_bwd_kernel(
     )
 
 
+@checked
 def unmerge_triton(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = None) -> Tensor:
     """``tokcomp::unmerge`` by Triton: x [B, M, C], source [B, N], pruned_fill [B, N, C] -> [B, N, C]."""
-    check_unmerge(x, source, pruned_fill=pruned_fill)
     require_supported("unmerge", "x", x)
     x = inner_contiguous(x)
     fill = None if pruned_fill is None else inner_contiguous(pruned_fill)
@@ -140,9 +140,9 @@ def unmerge_triton(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = No
     return out
 
 
+@checked
 def unmerge_backward_triton(grad: Tensor, source: Tensor, num_tokens: int) -> Tensor:
     """``tokcomp::_unmerge_backward`` by Triton: grad [B, N, C], source [B, N] -> [B, num_tokens, C]."""
-    check_unmerge_backward(grad, source, num_tokens)
     require_supported("_unmerge_backward", "grad", grad)
     grad = inner_contiguous(grad)
     batch, num_positions, channels = grad.shape

@@ -149,7 +149,7 @@ def others(folder: Path, shape: str, seed: int, held_out: int, shares: Sequence[
 
 
 def parts(folder: Path, shape: str, seed: int, held_out: int, searches: dict[str, str]) -> dict[str, Any]:
-    """What is behind a difference: the searched counts under one step alone, and ToMe that leaves block 0 as it is."""
+    """What explains a difference: the searched counts under one step alone, and ToMe that leaves block 0 as it is."""
     model = models.load_model(folder, Model(shape, seed))
     dense = schedules.cost(model, None)
     result = {}

@@ -46,7 +46,7 @@ def gather_tokens(x: Tensor, order: Tensor) -> Tensor:
 
 
 def merge_by_similarity(x: Tensor, size: Tensor, num_kept: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
-    """Mean of each of the first ``num_kept`` tokens and those behind that are most similar to it. size: [B, N, 1]."""
+    """Mean of each of the first ``num_kept`` tokens and the later ones that are most similar to it. size: [B, N, 1]."""
     unit = (x / x.norm(dim=-1, keepdim=True)).detach()
     similarity = unit[:, num_kept:] @ unit[:, :num_kept].transpose(-1, -2)
     similarity[..., :num_prefix_tokens] = float("-inf")

@@ -16,7 +16,7 @@ from tokcomp.reading import read_tensors, tensors_to_bytes
 
 #: Strengths of the penalty that are tried: of the mean squared weight per class, on standardized features.
 PENALTIES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
-#: Share of the images that choose among them: one in so many.
+#: Share of the images that choose among them: one in this number.
 _HELD_OUT = 5
 
 

@@ -30,7 +30,7 @@ class SearchImages:
     """Where the images of a search come from.
 
     Args:
-        part: so many of the training images (None: all), spread over the classes, as the search takes them.
+        part: how many of the training images to use (None: all), spread over the classes, as the search takes them.
         epoch_images: training images in an epoch, however many are searched on.
         workers: loader processes.
         pieces: parts in which a process computes its share of a batch.

@@ -49,19 +49,19 @@ class UnmergingBlock(CompressedTimmBlock):
 
 
 class UnmergingModel(CompressedModel):
-    """timm's VisionTransformer with a token for every position behind each block."""
+    """timm's VisionTransformer with a token for every position after each block."""
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of tokens [B, N, C]; none of them stands for more than one patch."""
         return self._head(x, None, pre_logits)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """timm's own: tokens or feature maps behind chosen blocks, without the packed weights of the CPU path."""
+        """timm's own: tokens or feature maps after chosen blocks, without the packed weights of the CPU path."""
         return super(CompressedModel, self).forward_intermediates(*args, **kwargs)  # type: ignore[misc]
 
 
 def _merge(x: Tensor, state: BlockState) -> Reduced:
-    """The tokens for the MLP. Sizes end with the block, and so does the map: behind it, each position has its own."""
+    """The tokens for the MLP. Sizes end with the block, and so does the map: after it, each position has its own."""
     assert state.assignment is not None
     score = state.method.score(state.evidence, state.block, x)
     state.evidence = Evidence()
