@@ -20,7 +20,13 @@ _GOLDEN_RATIO = 0.6180339887498949
 
 
 def paint_groups(
-    image: Tensor, source: Tensor, grid: tuple[int, int], *, cell: int = 24, outline: int = 2
+    image: Tensor,
+    source: Tensor,
+    grid: tuple[int, int],
+    *,
+    cell: int = 24,
+    outline: int = 2,
+    detail: bool = False,
 ) -> Image.Image:
     """Every patch in the mean colour of its group; each merged group is outlined in its own colour.
 
@@ -30,6 +36,7 @@ def paint_groups(
         grid: patches down and across; H and W are multiples of these.
         cell: side of a patch in the picture, in pixels.
         outline: width of the outlines, in the same pixels.
+        detail: patches that stand for themselves show the image itself, without an edge, instead of their mean colour.
 
     Raises:
         ValueError: the source does not have one entry per patch.
@@ -50,12 +57,23 @@ def paint_groups(
     labels = source.view(rows, columns).numpy()
     pixels = painted.view(rows, columns, 3).mul(255).round().byte().numpy()
     pixels = np.ascontiguousarray(pixels.repeat(cell, 0).repeat(cell, 1))
+    if detail:
+        size = torch.bincount(source[source >= 0], minlength=groups)
+        alone = ((size[members] == 1) & (source >= 0)).view(rows, columns).numpy()
+        whole = np.asarray(_as_picture(image, (columns * cell, rows * cell)))
+        pixels = np.where(alone.repeat(cell, 0).repeat(cell, 1)[..., None], whole, pixels)
     if outline > 0:
-        _outline(pixels, labels, cell, outline)
+        _outline(pixels, labels, cell, outline, hairlines=not detail)
     return Image.fromarray(pixels)
 
 
-def _outline(pixels: np.ndarray, labels: np.ndarray, cell: int, width: int) -> None:
+def _as_picture(image: Tensor, size: tuple[int, int]) -> Image.Image:
+    """[3, H, W] or [1, H, W] in 0..1 as a picture of another size, given as width and height."""
+    shown = image.expand(3, *image.shape[-2:]).float().cpu().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0)
+    return Image.fromarray(np.ascontiguousarray(shown.numpy())).resize(size, Image.Resampling.LANCZOS)
+
+
+def _outline(pixels: np.ndarray, labels: np.ndarray, cell: int, width: int, *, hairlines: bool) -> None:
     """Draw the inner edges of every group, in place."""
     padded = np.pad(labels, 1, constant_values=-2)
     sides = {
@@ -78,7 +96,8 @@ def _outline(pixels: np.ndarray, labels: np.ndarray, cell: int, width: int) -> N
         colour = palette[slot]
         if colour is None:
             # A patch that stands for itself needs no colour to be recognised: a hairline marks its edge.
-            square[:1] = square[:, :1] = square[-1, -1] // 4 * 3 + 32
+            if hairlines:
+                square[:1] = square[:, :1] = square[-1, -1] // 4 * 3 + 32
             continue
         for side, edge in (
             ("top", np.s_[:width]),
@@ -142,11 +161,10 @@ def draw_blocks(
     grid = adapter.grid(model, *image.shape[-2:])
     cell = cell or max(8, 320 // grid[1])
     size = (grid[1] * cell, grid[0] * cell)
-    shown = picture.expand(3, *picture.shape[-2:]).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
-    columns = [(label or "input", Image.fromarray(shown).resize(size, Image.Resampling.LANCZOS))]
+    columns = [(label or "input", _as_picture(picture, size))]
     for block in chosen:
         source = sources[block][0]
-        painted = paint_groups(picture, source[prefix:], grid, cell=cell, outline=outline)
+        painted = paint_groups(picture, source[prefix:], grid, cell=cell, outline=outline, detail=True)
         columns.append((f"block {block}: {_num_groups(source)} tokens", painted))
     return join_columns(columns)
 

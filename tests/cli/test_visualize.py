@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -32,6 +33,16 @@ def test_merged_groups_are_outlined_in_one_colour_and_not_inside():
     assert outline != (128, 128, 128)
     assert painted.getpixel((19, 19)) == painted.getpixel((10, 15)) == outline  # a corner, and the edge to patch 2
     assert painted.getpixel((9, 5)) == painted.getpixel((10, 5)) == (128, 128, 128)  # between patches 0 and 1
+
+
+def test_detail_shows_lone_patches_as_they_are():
+    image = torch.rand(3, 8, 8)
+    painted = paint_groups(image, torch.tensor([0, 0, -1, 1]), (2, 2), cell=4, outline=1, detail=True)
+    whole = torch.from_numpy(np.array(painted)).long()
+    lone = image.mul(255).round().byte().permute(1, 2, 0)[4:, 4:]
+    assert torch.equal(whole[4:, 4:], lone.long())
+    assert not whole[4:, :4].any()  # pruned
+    assert torch.equal(whole[1:3, 1:3], whole[1:3, 5:7])  # the pair has one colour within its outline
 
 
 def test_wrong_source_is_an_error():
