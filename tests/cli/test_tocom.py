@@ -62,10 +62,10 @@ def test_a_signal_stops_and_resume_goes_on_exactly(run, tmp_path, monkeypatch, n
     assert run(*command, "-o", tmp_path / "whole")[0] == 0
     step = Distiller.step
 
-    def interrupted(self, images):
+    def interrupted(self, images, labels):
         if self.step_number == 1:
             signal.raise_signal(number)
-        return step(self, images)
+        return step(self, images, labels)
 
     monkeypatch.setattr(Distiller, "step", interrupted)
     status, _, err = run(*command, "-o", tmp_path / "parts")
@@ -88,9 +88,25 @@ def test_a_signal_stops_and_resume_goes_on_exactly(run, tmp_path, monkeypatch, n
 
 def test_a_loss_that_is_not_finite_is_reported(run, tmp_path, monkeypatch):
     step = Distiller.step
-    monkeypatch.setattr(Distiller, "step", lambda self, images: step(self, images * float("nan")))
+    monkeypatch.setattr(Distiller, "step", lambda self, images, labels: step(self, images * float("nan")))
     status, _, err = run("tocom", "train", *DIGITS, *SHORT, "-o", tmp_path / "run")
     assert status == 1 and "tokcomp tocom: error: the loss of step 1 is nan" in err and "Traceback" not in err
+
+
+def test_the_ablations_of_table_5_are_options(run, tmp_path, digits_vit):
+    command = ("tocom", "train", *DIGITS, "-b", "8", "--epochs", "0.01", "--max-degree", "3", "--rank", "1")
+    varied = ("--arithmetic", "two_way", "--loss", "labels", "--scale", "0.2", "--smoothing", "0.05")
+    status, _, err = run(*command, *varied, "-o", tmp_path / "run")
+    assert status == 0, err
+    plugin = tokcomp.ToCom.load(tmp_path / "run" / "tocom.safetensors", digits_vit)
+    assert plugin.arithmetic == "two_way" and len(plugin.q_down[0]) == 6
+    settings = plugin.provenance["settings"]
+    assert {name: settings[name] for name in ("arithmetic", "loss", "scale", "rank")} == dict(
+        arithmetic="two_way", loss="labels", scale=0.2, rank=1
+    )
+    assert settings["recipe"]["smoothing"] == 0.05
+    status, _, err = run(*command, "--num-classes", "7", "--loss", "labels", "-o", tmp_path / "seven")
+    assert status == 2 and "--dataset" in err and "7" in err and not (tmp_path / "seven").exists()
 
 
 def test_processes_of_torchrun_train_together(run, tmp_path, digits_vit):

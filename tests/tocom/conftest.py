@@ -16,7 +16,7 @@ IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 def make_plugin():
     """A plugin for a model with random matrices, as if trained: make_plugin(model, seed, std, **arguments of ToCom)."""
 
-    def make(model: nn.Module, seed: int = 0, std: float = 0.5, **kwargs: int) -> tokcomp.ToCom:
+    def make(model: nn.Module, seed: int = 0, std: float = 0.5, **kwargs: int | str) -> tokcomp.ToCom:
         plugin = tokcomp.ToCom(model, **{"rank": 2, "max_degree": 4, **kwargs})
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

@@ -81,7 +81,11 @@ def rewrite(path, change):
 
 
 SPOILT = {
-    "newer": (lambda tensors, metadata: metadata.update(version="2"), "version must be 1, got 2"),
+    "newer": (lambda tensors, metadata: metadata.update(version="3"), "version must be 1 or 2, got 3"),
+    "arithmetic": (
+        lambda tensors, metadata: metadata.update(version="2", arithmetic="both"),
+        "arithmetic must be one of steps, two_way, shared, shared_by_distance, got 'both'",
+    ),
     "no rank": (lambda tensors, metadata: metadata.pop("rank"), "metadata must say rank"),
     "rank": (lambda tensors, metadata: metadata.update(rank="3"), r"q_down\.0 must be \(12, 24\), got \(8, 24\)"),
     "depth": (lambda tensors, metadata: metadata.update(depth="9999999999"), "9999999999 blocks in 16 tensors"),

@@ -34,8 +34,8 @@ _PLAIN = Recipe(
 class PluginSettings:
     """How one plugin is trained: the paper's way, and what an ablation changes."""
 
-    kind: str = "tocom"  # of variants.KINDS
-    loss: str = "distillation"  # of variants.LOSSES
+    arithmetic: str = "steps"
+    loss: str = "distillation"
     rank: int = 2
     scale: float = 0.1
     epochs: float = 20.0
@@ -43,7 +43,7 @@ class PluginSettings:
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.loss}-h{self.rank}-s{self.scale:g}"
+        return f"{self.arithmetic}-{self.loss}-h{self.rank}-s{self.scale:g}"
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,13 @@ def ablations(settings: Settings) -> dict[str, PluginSettings]:
     """Every other plugin that is trained, on the models of ``ablation_halves``."""
     default = settings.plugin
     found = {
-        "shared LoRA": replace(default, kind="shared"),
+        "shared LoRA": replace(default, arithmetic="shared"),
         "classification loss": replace(default, loss="labels"),
-        "no inversion": replace(default, kind="two_way"),
+        "no inversion": replace(default, arithmetic="two_way"),
     }
     found |= {f"h = {rank}": replace(default, rank=rank) for rank in settings.ranks}
     found |= {f"s = {scale:g}": replace(default, scale=scale) for scale in settings.training_scales}
-    return found | {"shared LoRA, by distance": replace(default, kind="shared_by_distance")}
+    return found | {"shared LoRA, by distance": replace(default, arithmetic="shared_by_distance")}
 
 
 QUICK = Settings(

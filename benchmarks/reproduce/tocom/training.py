@@ -17,11 +17,11 @@ from tokcomp.finetune.tuner import FineTuner
 from tokcomp.methods import Method
 from tokcomp.runs.batches import TensorBatches
 from tokcomp.runs.recipe import Recipe
+from tokcomp.tocom.distill import Distiller
 from torch import Tensor
 
 from benchmarks.reproduce.tocom.data import Drawing
 from benchmarks.reproduce.tocom.plan import PluginSettings
-from benchmarks.reproduce.tocom.variants import KINDS, LOSSES, LabelDistiller
 
 CPU = torch.device("cpu")
 
@@ -77,8 +77,8 @@ def train_plugin(
     batches = TensorBatches(ink, labels, recipe.batch_size, seed, augment=Drawing())
     steps = round(recipe.epochs * batches.steps_per_epoch)
     torch.manual_seed(seed)
-    plugin = KINDS[settings.kind](model, settings.rank, max_degree)
-    distiller = LOSSES[settings.loss](
+    plugin = ToCom(model, settings.rank, max_degree, settings.arithmetic)
+    distiller = Distiller(
         model,
         plugin,
         method_at,
@@ -88,10 +88,9 @@ def train_plugin(
         device=CPU,
         scale=settings.scale,
         seed=seed,
+        loss=settings.loss,
     )
     losses = []
     for images, answers in batches.iterate(0, steps):
-        if isinstance(distiller, LabelDistiller):
-            distiller.labels = answers
-        losses.append(distiller.step(images))
+        losses.append(distiller.step(images, answers))
     return plugin, float(torch.stack(losses[-max(1, steps // 10) :]).mean())

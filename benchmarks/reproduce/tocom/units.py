@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
+from tokcomp import ToCom
 from tokcomp.files import write_whole
 from tokcomp.runs.recipe import Recipe
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from benchmarks.reproduce.runner import Unit
 from benchmarks.reproduce.tocom import data, training
 from benchmarks.reproduce.tocom.measure import compensated_logits, logits_of, measured
 from benchmarks.reproduce.tocom.plan import CLASSES, OTHER, PluginSettings, Run, Settings, ablations, method_of, runs
-from benchmarks.reproduce.tocom.variants import KINDS
 
 _HERE = "benchmarks.reproduce.tocom.units"
 
@@ -153,7 +153,7 @@ def evaluate(
     one = PluginSettings(**settings)
     half, seed = grid["half"], grid["seed"]
     blank = training.new_model(0, CLASSES, 0.0)
-    trained = KINDS[one.kind](blank, one.rank, max_degree)
+    trained = ToCom(blank, one.rank, max_degree, one.arithmetic)
     trained.load_state_dict(load_file(_path(folder, f"plugin-{half}-{seed}-{one.name}")))
     return _evaluated(folder, trained, scales, grid)
 

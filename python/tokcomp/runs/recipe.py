@@ -106,7 +106,7 @@ ADAPTFORMER_RECIPE = Recipe(
     cutmix=0.0,
 )
 
-#: ToCom, Table 13: the plugin's self-distillation. The labels that it smooths are never used.
+#: ToCom, Table 13: the plugin's self-distillation. Smoothed labels are for its ablation.
 TOCOM_RECIPE = Recipe(lr=1e-3, min_lr=1e-5, weight_decay=0.05, epochs=10, reprob=0.25, repeated_aug=3)
 
 #: Segmenters: AdamW from scratch; nothing is mixed, and masks are augmented with their images.

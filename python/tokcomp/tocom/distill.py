@@ -1,4 +1,4 @@
-"""Training a plugin by self-distillation: one optimizer step (ToCom, Eq. 8-9, Alg. 1)."""
+"""Training a plugin by self-distillation: one optimizer step (ToCom, Eq. 8-9, Alg. 1; by labels: Table 5)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from tokcomp.adapters.twins import twin_model
 from tokcomp.api import compress
 from tokcomp.methods import Method
 from tokcomp.runs.distributed import ALONE, World
-from tokcomp.runs.recipe import LearningRate, Recipe, Targets, make_optimizer
+from tokcomp.runs.recipe import LearningRate, Recipe, Targets, make_optimizer, soft_cross_entropy
 from tokcomp.runs.steps import DEGREES, MODEL, derived_seed, seed_all
 from tokcomp.tocom.layers import qkv_layers
 from tokcomp.tocom.plugin import ToCom
+from tokcomp.tocom.variants import LOSSES
 from tokcomp_kernels.product_types import autocast
 
 
@@ -50,7 +51,8 @@ class Distiller:
         model: a timm model; moved to ``device`` and frozen, otherwise left as it is.
         plugin: the plugin to train; moved to ``device``. If its ``method`` is None, it is set to that of the degrees.
         method_at: gives the method of a degree.
-        recipe: optimizer, learning rate, mixup; drop path belongs to the model and acts on the student.
+        recipe: optimizer, learning rate, mixup; drop path belongs to the model and acts on the student. Its smoothing
+            is of labels.
         total_steps: steps of the whole run, over which the learning rate is scheduled.
         steps_per_epoch: for the recipe's warm-up, which is in epochs.
         device: the device to train on.
@@ -61,9 +63,12 @@ class Distiller:
         amp_dtype: run under autocast with this type, float32 or bfloat16.
         read: turns the model's output into the logits [..., classes] to compare, such as a dense model's head; by
             default the output itself. With it the loss is KL whether or not the model has a classifier.
+        loss: "distillation", or "labels": the student's cross entropy with labels, without a teacher; for a model with
+            a classifier, and without ``read``.
 
     Raises:
-        TypeError, ValueError: the plugin, a degree's method or the recipe does not fit, or ``amp_dtype`` is float16.
+        TypeError, ValueError: the plugin, a degree's method, the recipe or the loss does not fit, or ``amp_dtype`` is
+            float16.
     """
 
     def __init__(
@@ -82,9 +87,15 @@ class Distiller:
         pieces: int = 1,
         amp_dtype: torch.dtype | None = None,
         read: Callable[[Tensor], Tensor] | None = None,
+        loss: str = "distillation",
     ) -> None:
         if amp_dtype == torch.float16:
             raise ValueError("mixed precision must be in bfloat16 here, got float16")
+        num_classes = int(getattr(model, "num_classes", 0))
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+        if loss == "labels" and (num_classes < 1 or read is not None):
+            raise ValueError("loss must be 'distillation' for answers that are not a classifier's, got 'labels'")
         self.degrees = list(range(plugin.max_degree + 1))
         self.plugin = plugin.to(device)
         model.to(device).eval().requires_grad_(False)
@@ -104,9 +115,8 @@ class Distiller:
         self.step_number = 0
         self.learning_rate = 0.0  # of the last step
         self.drawn = (0, 0)  # degrees of the last step: teacher's, student's
-        num_classes = int(getattr(model, "num_classes", 0))
         self.headless = num_classes < 1 and read is None
-        self._read = read or (lambda output: output)
+        self._read, self._by_labels = read or (lambda output: output), loss == "labels"
         self.parameters = list(plugin.parameters())
         self.optimizer = make_optimizer(recipe, self.parameters)
         self._rate = LearningRate(recipe, self.optimizer, total_steps, steps_per_epoch)
@@ -117,19 +127,25 @@ class Distiller:
         """The method that ``degree`` stands for."""
         return self._methods[degree]
 
-    def step(self, images: Tensor) -> Tensor:
+    def step(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """One optimizer step.
 
         Args:
             images: [b, 3, H, W], normalized: this process's share of the batch, piece after piece; mixed in place.
+            labels: [b] their classes, which only the loss by labels reads.
 
         Returns:
             The loss of this process's share before the step: 0-dim, on the device, without synchronizing.
+
+        Raises:
+            ValueError: the loss is by labels, and there are none.
         """
+        if self._by_labels and labels is None:
+            raise ValueError("labels must be given, one per image, for the loss by labels; got None")
         self.learning_rate = self._rate.set(self.step_number)
         self.drawn = source, target = draw_degrees(self.seed, self.step_number, self.degrees)
-        parts = [self._mixed(part) for part in images.chunk(self._pieces)]
-        answers = self._teach(parts, source)
+        parts, targets = self._mixed(images, labels)
+        answers = targets if self._by_labels else self._teach(parts, source)
         self.optimizer.zero_grad(set_to_none=True)
         student = self.models[target].train()
         losses = []
@@ -138,7 +154,10 @@ class Distiller:
                 seed_all(self.seed, MODEL, self.step_number, self.world.rank * self._pieces + number)
                 with self._autocast():
                     found = self._read(student(part))
-                loss = distillation_loss(found, answer, headless=self.headless)
+                if self._by_labels:
+                    loss = soft_cross_entropy(found, answer)
+                else:
+                    loss = distillation_loss(found, answer, headless=self.headless)
                 (loss / len(parts)).backward()
                 losses.append(loss.detach())
         student.eval()
@@ -154,10 +173,17 @@ class Distiller:
         with self._autocast():
             return [self._read(self.models[degree](part)) for part in parts]
 
-    def _mixed(self, part: Tensor) -> Tensor:
-        part = part.to(self.device, non_blocking=True)
-        labels = torch.zeros(len(part), dtype=torch.int64, device=self.device)
-        return self._targets(part, labels, self.step_number)[0]
+    def _mixed(self, images: Tensor, labels: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """The pieces' images, mixed, and their soft targets [b, classes]."""
+        if labels is None:
+            labels = torch.zeros(len(images), dtype=torch.int64)
+        parts, targets = [], []
+        for part, classes in zip(images.chunk(self._pieces), labels.chunk(self._pieces), strict=True):
+            part, classes = (one.to(self.device, non_blocking=True) for one in (part, classes))
+            part, target = self._targets(part, classes, self.step_number)
+            parts.append(part)
+            targets.append(target)
+        return parts, targets
 
     def _share_gradients(self) -> None:
         """The mean over the processes, in one exchange."""

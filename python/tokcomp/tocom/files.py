@@ -14,9 +14,11 @@ from torch import Tensor
 from tokcomp.files import write_whole
 from tokcomp.reading import parse_json, read_pickle, read_tensors, tensors_to_bytes
 from tokcomp.tocom.layers import Width
+from tokcomp.tocom.variants import STEPS, check_arithmetic, num_slots
 
 FORMAT = "tokcomp.tocom"
-VERSION = 1
+#: The second is for another arithmetic than the published one, which readers of the first do not know.
+VERSIONS = ("1", "2")
 WHAT = "a ToCom plugin"
 _PARTS = ("q_down", "q_up", "v_down", "v_up")
 _PUBLISHED = re.compile(r"(?:module\.|model\.)*blocks\.(\d+)\.attn\.([qv])_tocom\.adapter_(down|up)\.weight")
@@ -32,6 +34,7 @@ class Contents(NamedTuple):
     tensors: dict[str, Tensor]
     method: str | None = None
     provenance: dict[str, Any] | None = None
+    arithmetic: str = STEPS
 
 
 def write_plugin(path: Path, contents: Contents) -> None:
@@ -44,13 +47,15 @@ def write_plugin(path: Path, contents: Contents) -> None:
         raise TypeError(f"method must be a name or None, got {contents.method!r}")
     metadata = {
         "format": FORMAT,
-        "version": str(VERSION),
+        "version": VERSIONS[contents.arithmetic != STEPS],
         "rank": str(contents.rank),
         "max_degree": str(contents.max_degree),
         "depth": str(len(contents.widths)),
         "width": json.dumps(_one_if_equal([width.tokens for width in contents.widths])),
         "attention_width": json.dumps(_one_if_equal([width.attention for width in contents.widths])),
     }
+    if contents.arithmetic != STEPS:
+        metadata["arithmetic"] = contents.arithmetic
     if contents.method is not None:
         metadata["method"] = contents.method
     if contents.provenance is not None:
@@ -91,18 +96,20 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_ours(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Contents:
-    if metadata.get("version") != str(VERSION):
-        raise ValueError(f"{path}: version must be {VERSION}, got {metadata.get('version')}; another tokcomp wrote it")
+    version = metadata.get("version")
+    if version not in VERSIONS:
+        raise ValueError(f"{path}: version must be {' or '.join(VERSIONS)}, got {version}; another tokcomp wrote it")
     try:
         rank, max_degree, depth = (int(metadata[name]) for name in ("rank", "max_degree", "depth"))
         if depth > len(tensors):  # before anything is made as long as the file says
             raise ValueError(f"{depth} blocks in {len(tensors)} tensors")
         tokens, attention = (_per_block(parse_json(metadata[name]), depth) for name in ("width", "attention_width"))
+        arithmetic = STEPS if version == VERSIONS[0] else check_arithmetic(metadata["arithmetic"])
         provenance = parse_json(metadata["provenance"]) if "provenance" in metadata else None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: the metadata must say rank, max_degree, depth and widths ({error})") from error
     widths = [Width(*width) for width in zip(tokens, attention, strict=True)]
-    contents = Contents(rank, max_degree, widths, tensors, metadata.get("method"), provenance)
+    contents = Contents(rank, max_degree, widths, tensors, metadata.get("method"), provenance, arithmetic)
     _require_shapes(path, contents)
     return contents
 
@@ -128,7 +135,7 @@ def _read_published(path: Path, published: dict[tuple[str | Any, ...], Tensor]) 
 
 
 def _require_shapes(path: Path, contents: Contents) -> None:
-    slots = contents.rank * contents.max_degree
+    slots = num_slots(contents.arithmetic, contents.rank, contents.max_degree)
     if contents.rank < 1 or contents.max_degree < 1:
         raise ValueError(f"{path}: rank and max_degree must be at least 1, got {contents.rank}, {contents.max_degree}")
     wanted = {}

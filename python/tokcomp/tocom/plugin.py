@@ -23,6 +23,7 @@ from tokcomp.tocom.applied import Term, terms_added
 from tokcomp.tocom.files import Contents, read_plugin, write_plugin
 from tokcomp.tocom.fold import original_rows, require_unchanged, take_out, write_fold
 from tokcomp.tocom.layers import Width, describe, qkv_layers, width_of
+from tokcomp.tocom.variants import STEPS, check_arithmetic, num_slots, slots_between
 
 
 class ToCom(nn.Module):
@@ -40,30 +41,33 @@ class ToCom(nn.Module):
             a float64 model).
         rank: rank of a step, 1 or more.
         max_degree: degrees are 0..max_degree.
+        arithmetic: how matrices make up the way between two degrees: "steps", as above, or an ablation of the paper's
+            Table 5: "two_way", "shared" or "shared_by_distance" (:mod:`tokcomp.tocom.variants`).
 
     Attributes:
         q_down, v_down: per block, Parameters [max_degree * rank, C].
         q_up, v_up: per block, Parameters [A, max_degree * rank], with A the width of all heads together (usually C).
             Rows ``rank * (d - 1)`` to ``rank * d - 1`` of a down matrix, and those columns of its up matrix, are the
-            step from degree d - 1 to d.
+            step from degree d - 1 to d. "two_way": as many again, for the steps back.
         method: name of the method it was trained with ("tome"), or None; a model compressed by another method is
         refused, and so is compressing a model by another method while the plugin is folded into it. provenance: JSON
         data about where it comes from, or None.
 
     Raises:
         TypeError: rank or max_degree is not an integer; or (UnsupportedModelError) the model is not understood.
-        ValueError: rank or max_degree is below 1.
+        ValueError: rank or max_degree is below 1, or there is no such arithmetic.
     """
 
-    def __init__(self, model: nn.Module, rank: int = 2, max_degree: int = 16) -> None:
+    def __init__(self, model: nn.Module, rank: int = 2, max_degree: int = 16, arithmetic: str = STEPS) -> None:
         super().__init__()
         self.rank, self.max_degree = _whole("rank", rank, 1), _whole("max_degree", max_degree, 1)
+        self.arithmetic = check_arithmetic(arithmetic)
         self.method: str | None = None
         self.provenance: dict[str, Any] | None = None
         _, layers = qkv_layers(model)
         self.widths = [width_of(layer) for layer in layers]
         self._identity = uuid.uuid4().hex
-        slots = self.rank * self.max_degree
+        slots = num_slots(self.arithmetic, self.rank, self.max_degree)
         for name in ("q_down", "q_up", "v_down", "v_up"):
             parameters = nn.ParameterList()
             for layer, width in zip(layers, self.widths, strict=True):
@@ -79,7 +83,8 @@ class ToCom(nn.Module):
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, max_degree={self.max_degree}, {describe(self.widths)}"
+        arithmetic = "" if self.arithmetic == STEPS else f"arithmetic={self.arithmetic}, "
+        return f"rank={self.rank}, max_degree={self.max_degree}, {arithmetic}{describe(self.widths)}"
 
     def fold(self, model: nn.Module, source: int = 0, target: int = 8, scale: float = 0.1) -> None:
         """Turn the weights of a model trained at degree ``source`` into weights for degree ``target``, in place.
@@ -175,8 +180,8 @@ class ToCom(nn.Module):
             TypeError: the method is not a string, or the provenance not JSON data.
         """
         tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
-        contents = Contents(self.rank, self.max_degree, self.widths, tensors, self.method, self.provenance)
-        write_plugin(Path(path), contents)
+        size = (self.rank, self.max_degree, self.widths)
+        write_plugin(Path(path), Contents(*size, tensors, self.method, self.provenance, self.arithmetic))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> ToCom:
@@ -196,7 +201,7 @@ class ToCom(nn.Module):
         contents = read_plugin(Path(path))
         _, layers = qkv_layers(model)
         _require_widths(contents.widths, [width_of(layer) for layer in layers], f"{path}: the plugin")
-        plugin = cls(model, contents.rank, contents.max_degree)
+        plugin = cls(model, contents.rank, contents.max_degree, contents.arithmetic)
         with torch.no_grad():
             for name, parameter in plugin.named_parameters():
                 parameter.data = contents.tensors[name].to(parameter.device)
@@ -225,8 +230,8 @@ class ToCom(nn.Module):
             raise TypeError(f"scale must be a number, got {scale!r}")
         if not math.isfinite(scale):
             raise ValueError(f"scale must be finite, got {scale}")
-        low, high = sorted((source, target))
-        return slice(self.rank * low, self.rank * high), float(scale) if target > source else -float(scale)
+        columns, factor = slots_between(self.arithmetic, self.rank, self.max_degree, source, target)
+        return columns, factor * float(scale)
 
     def _degree(self, name: str, value: int) -> int:
         degree = _whole(name, value, 0)

@@ -13,14 +13,14 @@ PLUGIN = "tocom.safetensors"
 
 
 class TocomRun(TrainingRun[Distiller]):
-    """Trains a plugin. It uses only the images of each batch; settings and facts are the plugin's provenance."""
+    """Trains a plugin. Settings and facts are the plugin's provenance."""
 
     kind = label = "tocom"
     fields = ("epoch", "loss", "lr")
     trainee_name = "distiller"
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.trainee.step(images)
+        return self.trainee.step(images, labels)
 
     def row(self, step: int, loss: float, evaluates: bool) -> dict[str, float | None]:
         self.progress.status(f"epoch {self.epoch:.2f} loss {loss:.4g}")

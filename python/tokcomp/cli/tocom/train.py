@@ -13,6 +13,7 @@ from tokcomp.cli.errors import UserError, blame
 from tokcomp.cli.model_arguments import model_settings
 from tokcomp.cli.training import Job
 from tokcomp.runs.recipe import TOCOM_RECIPE, Recipe
+from tokcomp.tocom.variants import ARITHMETICS, LOSSES, STEPS
 
 if TYPE_CHECKING:
     from tokcomp.tocom.train import TocomRun
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Train a plugin on a frozen, pre-trained model, on the data that it was pre-trained with. In each step the teacher is
 the model at one random degree, the student the model at another with the plugin between the two applied; the plugin
-learns to make their answers agree (their features, if the model has no classifier). Labels are not used.
+learns to make their answers agree (their features, if the model has no classifier). Labels are not used, except by
+--loss labels.
 
 DATA is a folder that contains 'train' with one sub-folder per class, or --dataset names any of timm's data sets that
 allows random access. The defaults are the paper's recipe. Ctrl-C and SIGTERM stop the run after its current step, and
@@ -38,12 +40,14 @@ examples:
       on 8 GPUs, using the features of a backbone without a classifier
   tokcomp tocom train ... --method diffrate --schedules dear.json middle.json cheap.json -o plugin
       between DiffRate schedules
+  tokcomp tocom train ... --arithmetic shared; ... --arithmetic two_way; ... --loss labels; ... --rank 4; ... --scale 1
+      the ablations of the paper's Table 5
 """
 
 #: Fields of the recipe that have an option.
 RECIPE_FIELDS = (
     *("epochs", "opt", "lr", "min_lr", "sched", "warmup_epochs", "weight_decay", "clip_grad", "aa", "hflip"),
-    *("color_jitter", "reprob", "repeated_aug", "mixup", "cutmix", "drop_path"),
+    *("color_jitter", "reprob", "repeated_aug", "mixup", "cutmix", "smoothing", "drop_path"),
 )
 
 
@@ -70,8 +74,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="factor on the plugin (default: %(default)s)",
     )
+    plugin.add_argument(
+        "--arithmetic",
+        choices=tuple(ARITHMETICS),
+        default=STEPS,
+        help="; ".join(f"{name}: {text}" for name, text in ARITHMETICS.items()) + " (default: %(default)s)",
+    )
+    plugin.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default=LOSSES[0],
+        help="what the student answers to: the teacher (distillation), or the classes of the images by cross entropy "
+        "(labels) (default: %(default)s)",
+    )
     recipe = parser.add_argument_group("recipe")
     says = {"weight_decay": "weight decay of the plugin's matrices"}
+    says |= {"smoothing": "label smoothing, with --loss labels"}
     says |= {"drop_path": "stochastic depth: probability of dropping the branches of the student's last block"}
     training.add_recipe_options(recipe, RECIPE_FIELDS, TOCOM_RECIPE, says=says)
     training.add_speed_options(parser, amp_on_gpu=True)
@@ -102,7 +120,7 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> TocomRun:
 
     import tokcomp
     from tokcomp.data import num_images
-    from tokcomp.runs.data import training_part
+    from tokcomp.runs.data import check_labels, training_part
     from tokcomp.tocom.distill import Distiller
     from tokcomp.tocom.train import TocomRun
 
@@ -113,7 +131,7 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> TocomRun:
         method_at, highest = build_degrees(args, model)
         if highest is not None and args.max_degree not in (None, highest):
             raise UserError(f"--max-degree must be the number of --schedules, {highest}, got {args.max_degree}")
-        plugin = tokcomp.ToCom(model, args.rank, highest or args.max_degree or 16)
+        plugin = tokcomp.ToCom(model, args.rank, highest or args.max_degree or 16, args.arithmetic)
     except tokcomp.UnsupportedModelError as error:
         raise UserError(f"--model '{args.model}': {error}") from error
     plugin.method = args.method
@@ -125,6 +143,9 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> TocomRun:
             "DATA must hold images and allow random access, got a stream or nothing; use a folder of images, "
             "torch/... or hfds/..."
         )
+    if args.loss == "labels" and model.num_classes:
+        with blame("DATA" if root is not None else "--dataset"):
+            check_labels(dataset, model.num_classes)
     config = data_config(args, model)
     with blame("--aa"):
         part = training_part(dataset, None, recipe, config)
@@ -139,6 +160,7 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> TocomRun:
             total_steps=total_steps,
             steps_per_epoch=batches.steps_per_epoch,
             scale=args.scale,
+            loss=args.loss,
             **job.place,
         )
     except (TypeError, ValueError) as error:
@@ -159,6 +181,8 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> TocomRun:
         "max_degree": plugin.max_degree,
         "rank": plugin.rank,
         "scale": args.scale,
+        "arithmetic": plugin.arithmetic,
+        "loss": args.loss,
         "img_size": config["input_size"][-1],
         **job.settings(recipe, data=args.dataset or str(root), train_images=len(part)),
     }
