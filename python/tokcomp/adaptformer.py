@@ -265,7 +265,7 @@ def _mlps(model: nn.Module) -> list[Any]:
 
 def _widths(model: nn.Module) -> list[int]:
     """Width of the tokens in each block."""
-    return [layer.in_features for layer in find_adapter(model).qkv_layers(model)]
+    return [projection.width for projection in find_adapter(model).projections(model)]
 
 
 def _branches(model: nn.Module) -> list[Branch]:

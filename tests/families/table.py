@@ -28,8 +28,6 @@ class Family:
     library: str
     models: str
     make: Callable[[], nn.Module]
-    search: bool = True
-    tocom: bool = False
     note: str = ""
     #: Before, the library's own model of the family runs in float32 alone.
     since: tuple[int, ...] = ()
@@ -115,13 +113,12 @@ def _open_clip_whole() -> nn.Module:
 
 _rope = dict(use_rot_pos_emb=True, ref_feat_shape=(4, 4))
 FAMILIES = (
-    Family("ViT", "timm", "vit_*, deit_*, deit3_*, MAE, DINOv2, CLIP towers", _timm_vit, tocom=True),
+    Family("ViT", "timm", "vit_*, deit_*, deit3_*, MAE, DINOv2, CLIP towers", _timm_vit),
     Family(
         "ViT, average pooling",
         "timm",
         "vit_*_gap, SigLIP towers",
         partial(_timm_vit, class_token=False, global_pool="avg"),
-        tocom=True,
     ),
     Family(
         "EVA02",
@@ -145,7 +142,6 @@ FAMILIES = (
             qkv_bias=False,
             global_pool="token",
         ),
-        tocom=True,
         note="rotary places follow their tokens",
     ),
     Family(
@@ -155,7 +151,6 @@ FAMILIES = (
         partial(
             _eva, **_rope, attn_type="rope", use_pre_transformer_norm=True, global_pool="map", rope_grid_offset=1.0
         ),
-        tocom=True,
         note="rotary places follow their tokens",
     ),
     Family(
@@ -163,7 +158,6 @@ FAMILIES = (
         "timm",
         "vit_*_rope_mixed_*",
         partial(_eva, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", global_pool="token"),
-        tocom=True,
         note="rotary places follow their tokens",
         since=(1, 0, 31),
     ),
@@ -180,7 +174,6 @@ FAMILIES = (
         "timm",
         "vit_relpos_*",
         partial(_relpos, rel_pos_type="bias", class_token=True, global_pool="token", qk_norm=True),
-        tocom=True,
         note="the bias of a pair of tokens is that of their places",
     ),
     Family(
@@ -188,7 +181,6 @@ FAMILIES = (
         "timm",
         "vit_relpos_*_rpn, vit_srelpos_*",
         partial(_relpos, block="ResPostRelPosBlock", shared_rel_pos=True, rel_pos_dim=16),
-        tocom=True,
         note="the bias of a pair of tokens is that of their places",
     ),
     Family(
@@ -268,10 +260,8 @@ FAMILIES = (
 
 def support_table() -> str:
     """The docs' table, in Markdown."""
-    lines = ["| Library | Family | Models | Search | ToCom | |", "| --- | --- | --- | --- | --- | --- |"]
-    for family in FAMILIES:
-        search, tocom = ("yes" if has else "no" for has in (family.search, family.tocom))
-        lines.append(f"| {family.library} | {family.name} | {family.models} | {search} | {tocom} | {family.note} |")
+    lines = ["| Library | Family | Models | |", "| --- | --- | --- | --- |"]
+    lines += [f"| {family.library} | {family.name} | {family.models} | {family.note} |" for family in FAMILIES]
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import tokcomp
 import torch
 from timm.models.eva import EvaBlock
 from tokcomp.adapters import find_adapter
+from tokcomp.runs.recipe import TOCOM_RECIPE
+from tokcomp.tocom.distill import Distiller
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,7 +108,7 @@ def test_traces_follow_the_tokens(model):
         )
 
 
-def test_search(family, model):
+def test_search(model):
     """Gradients are finite, and what the search stands for is what compression by its schedule gives."""
     model = model.double()
     adapter, images = find_adapter(model), images_for(model, torch.float64)
@@ -138,27 +141,65 @@ def test_flops_are_those_of_a_counted_run(model):
     assert tokcomp.flops(model) == counter.get_total_flops() // 2 + prefix
 
 
+def plugin_for(model, std=0.3):
+    plugin = tokcomp.ToCom(model, rank=2, max_degree=4)
+    with torch.no_grad():
+        for parameter in plugin.parameters():
+            parameter.normal_(std=std)
+    return plugin
+
+
 @torch.no_grad()
-def test_tocom_folds_and_unfolds(family, model):
-    if not family.tocom:
-        with pytest.raises(tokcomp.UnsupportedModelError, match="ToCom"):
-            tokcomp.ToCom(model)
-        return
-    tocom = tokcomp.ToCom(model, rank=2, max_degree=4)
-    for parameter in tocom.parameters():
-        parameter.normal_(std=0.3)
-    images, state = images_for(model), {name: one.clone() for name, one in model.state_dict().items()}
-    compressed = tokcomp.compress(model, tokcomp.ToMe(3))
-    before = logits(compressed, images)
-    with tocom.applied(compressed, 0, 3):
-        applied = logits(compressed, images)
-    tocom.fold(compressed, 0, 3)
-    folded = logits(compressed, images)
-    assert not torch.equal(folded, before)
-    torch.testing.assert_close(applied, folded, rtol=0, atol=1e-4 * float(folded.abs().max()))
-    tocom.unfold(compressed)
-    tokcomp.restore(compressed)
+def test_tocom_folds_and_unfolds(model):
+    tocom, images = plugin_for(model), images_for(model)
+    state = {name: one.clone() for name, one in model.state_dict().items()}
+    for method in (None, tokcomp.ToMe(3)):
+        before = logits(model if method is None else tokcomp.compress(model, method), images)
+        with tocom.applied(model, 0, 3):
+            applied = logits(model, images)
+            for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                assert torch.equal(logits(copied, images), before)
+        assert torch.equal(logits(model, images), before)
+        tocom.fold(model, 0, 3)
+        folded = logits(model, images)
+        assert (folded - before).abs().max() > 0.01 * before.abs().max()
+        torch.testing.assert_close(applied, folded, rtol=0, atol=1e-4 * float(folded.abs().max()))
+        tocom.unfold(model)
+    with tocom.applied(tokcomp.restore(model), 0, 3):
+        torch.testing.assert_close(logits(tokcomp.compress(model, method), images), applied)
+        tokcomp.restore(model)
     assert all(torch.equal(one, state[name]) for name, one in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name", ["timm: EVA02", "transformers: ViT", "torchvision: ViT", "timm: ViT, parallel scaling"]
+)
+def test_a_plugin_is_trained_and_switched(name):
+    family = FAMILIES[IDS.index(name)]
+    if family.missing:
+        pytest.skip(family.missing)
+    model = family.build()
+    plugin, images = plugin_for(model), images_for(model)
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    switchable = tokcomp.Switchable(model, plugin, degrees=(0, 2), scale=0.5)
+    answers = [find_adapter(model).logits(switchable(images, degree)) for degree in (0, 2)]
+    assert switchable.memory()[0] == 0 < switchable.memory()[2]
+    with torch.no_grad():
+        plugin.fold(model, 0, 2, scale=0.5)
+        torch.testing.assert_close(logits(tokcomp.compress(model, tokcomp.ToMe(2)), images), answers[1])
+    plugin.unfold(model)
+    tokcomp.restore(model)
+    before = [parameter.clone() for parameter in plugin.parameters()]
+    recipe = replace(TOCOM_RECIPE, lr=0.01, warmup_epochs=0.0, mixup=0.0, cutmix=0.0)
+    distiller = Distiller(
+        model, plugin, tokcomp.ToMe, recipe, total_steps=4, steps_per_epoch=4, device=torch.device("cpu")
+    )
+    assert not distiller.headless
+    losses = [float(distiller.step(images.clone())) for _ in range(3)]
+    assert min(losses) > 0 and max(losses) < float("inf")
+    changed = [not torch.equal(one, old) for one, old in zip(plugin.parameters(), before, strict=True)]
+    assert all(changed)
+    assert own == {parameter.data_ptr() for parameter in model.parameters()}
 
 
 @torch.no_grad()

@@ -150,7 +150,7 @@ def test_models_that_cannot_take_a_plugin(make_vit, make_plugin):
         tokcomp.ToCom(shared)
     normed = make_vit()
     nn.utils.parametrizations.weight_norm(normed.blocks[2].attn.qkv)
-    with pytest.raises(tokcomp.UnsupportedModelError, match=r"block 2: q, k and v must come from one nn\.Linear"):
+    with pytest.raises(tokcomp.UnsupportedModelError, match=r"block 2: q, k and v must come from nn\.Linear layers"):
         plugin.fold(normed, 0, 2)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from tokcomp.methods.base import Geometry, Method
 
 if TYPE_CHECKING:
+    from tokcomp.adapters.projections import Projection
     from tokcomp.blocks.search import BlockSearch
 
 
@@ -115,13 +116,21 @@ class Adapter(ABC):
         """
         raise UnsupportedModelError(f"{self.family}: the shape of its images is not known")
 
-    def qkv_layers(self, model: nn.Module) -> list[nn.Linear]:
-        """The packed layers that compute q, k and v (their rows in this order), one per block in running order.
+    def num_classes(self, model: nn.Module) -> int:
+        """Classes that the model's logits are for; 0: it gives features."""
+        return int(getattr(model, "num_classes", 0))
+
+    def logits(self, output: Any) -> Tensor:
+        """Logits, or pooled features [B, K], of what the model's forward returned."""
+        return output
+
+    def projections(self, model: nn.Module) -> list[Projection]:
+        """Where the weights are that make q and v, one per block in running order; ToCom changes them.
 
         Raises:
-            UnsupportedModelError: this family has none.
+            UnsupportedModelError: this family does not say, or a block's come from something else than layers.
         """
-        raise UnsupportedModelError(f"{self.family}: its blocks have no packed q, k, v layers that ToCom could change")
+        raise UnsupportedModelError(f"{self.family}: which weights make q and v is not known, so ToCom can change none")
 
     def warm_up(self, model: nn.Module) -> None:  # noqa: B027  nothing, as a rule
         """Make now what the first batch would otherwise have to make: packed weights, say."""

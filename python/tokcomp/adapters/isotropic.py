@@ -12,6 +12,7 @@ from tokcomp.adapters.base import Adapter, BlockCost, Cost, UnsupportedModelErro
 from tokcomp.adapters.blocks import CompressedAttention, CompressedBlock
 from tokcomp.adapters.layout import Layout
 from tokcomp.adapters.pooling import Weights
+from tokcomp.adapters.projections import Projection
 from tokcomp.adapters.swap import Swapped, restore_class, swap_class
 from tokcomp.adapters.tower import CompressedTower, SearchTower
 from tokcomp.adapters.twins import twin_model
@@ -80,10 +81,6 @@ class IsotropicAdapter(Adapter):
     def head_cost(self, model: Any) -> int:
         """Multiply-adds of one image after the last block."""
         return 0
-
-    def logits(self, output: Any) -> Tensor:
-        """Logits, or pooled features [B, K], of what the model's forward returned."""
-        return output
 
     def checkpoints(self, tower: Any) -> bool:
         """Whether the blocks are to be run again in the backward pass, now."""
@@ -201,11 +198,11 @@ class IsotropicAdapter(Adapter):
         x, _ = self.tower(twin).traced(None, images)
         return x
 
-    def qkv_layers(self, model: Any) -> list[nn.Linear]:
+    def projections(self, model: Any) -> list[Projection]:
         tower = self.tower(model)
         layout = self.layout_of(tower)
         return [
-            layout.packed_layer(layout.attention_of(block), f"block {index}")
+            layout.projection(layout.attention_of(block), f"block {index}")
             for index, block in enumerate(self.blocks(tower))
         ]
 

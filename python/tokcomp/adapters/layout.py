@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokcomp.adapters.base import UnsupportedModelError
+from tokcomp.adapters.projections import Projection, packed, separate
 from tokcomp.adapters.swap import original_class
 from tokcomp.blocks.places import Places
 
@@ -142,16 +143,15 @@ class Layout:
         """Channels of all heads' values together."""
         return int(getattr(attn, self.out).in_features)
 
-    def packed_layer(self, attn: Any, name: str) -> nn.Linear:
-        """The one layer that computes q, k and v, for ToCom.
+    def projection(self, attn: Any, name: str) -> Projection:
+        """Where the weights are that make q and v.
 
         Raises:
-            UnsupportedModelError: there is none.
+            UnsupportedModelError: they come from something else than layers.
         """
-        layer = getattr(attn, self.qkv) if isinstance(self.qkv, str) else None
-        if layer is None:
-            raise UnsupportedModelError(f"{name}: its q, k and v come from no packed layer that ToCom could change")
-        return layer
+        if isinstance(self.qkv, str):
+            return packed(getattr(attn, self.qkv), name)
+        return separate(getattr(attn, self.qkv[0]), getattr(attn, self.qkv[2]), name)
 
     def check(self, block: Any, known: type, known_attention: type, name: str) -> None:
         """Raise UnsupportedModelError, with its path, for the first part of a block that is not understood.

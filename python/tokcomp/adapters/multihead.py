@@ -15,6 +15,7 @@ from tokcomp.adapters.images import check_images
 from tokcomp.adapters.isotropic import IsotropicAdapter
 from tokcomp.adapters.layout import Layout, linear_cost
 from tokcomp.adapters.pooling import Weights
+from tokcomp.adapters.projections import Projection, packed
 from tokcomp.adapters.swap import original_class
 from tokcomp.blocks.places import Places
 
@@ -30,8 +31,8 @@ class MultiheadLayout(Layout):
     def score_scale(self, attn: Any) -> float:
         return float(attn.head_dim**-0.5)
 
-    def packed_layer(self, attn: Any, name: str) -> nn.Linear:
-        raise UnsupportedModelError(f"{name}: nn.MultiheadAttention has no q, k, v layer that ToCom could change")
+    def projection(self, attn: Any, name: str) -> Projection:
+        return packed(attn, name, name="in_proj_weight", read_past=True)
 
     def check(self, block: Any, known: type, known_attention: type, name: str) -> None:
         super().check(block, known, known_attention, name)

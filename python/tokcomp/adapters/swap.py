@@ -35,7 +35,21 @@ class Swapped(_Base):
         # The swapped class is made at run time: name its two parts instead, so that pickle can make it again.
         _, _, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         mixin, original = type(self).__bases__
-        return (_new, (mixin, original), *rest)
+        return (_new, (mixin, _lasting(original)), *rest)
+
+
+class Underlaid(_Base):
+    """Base of the mixins that :func:`underlay` puts in front of a module's own class, below a swapped one.
+
+    They last no longer than a ``with`` block: copies and pickles are without them.
+    """
+
+    def without_underlay(self) -> dict[str, Any]:
+        """The module's attributes less what only the mixin needs."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return object.__new__, (_lasting(original_class(cast("nn.Module", self))),), self.without_underlay()
 
 
 @functools.cache
@@ -62,3 +76,28 @@ def swap_class(module: nn.Module, mixin: type) -> None:
 def restore_class(module: nn.Module) -> None:
     """Give the module its own class back."""
     module.__class__ = original_class(module)
+
+
+def underlay(module: nn.Module, mixin: type) -> None:
+    """Put ``mixin``, an Underlaid, in front of the module's own class and below what that was swapped for."""
+    _set_original_class(module, _underlaid_class(mixin, _lasting(original_class(module))))
+
+
+def take_out(module: nn.Module) -> None:
+    """Undo :func:`underlay`."""
+    _set_original_class(module, _lasting(original_class(module)))
+
+
+@functools.cache
+def _underlaid_class(mixin: type, original: type) -> type:
+    return type(original.__name__, (mixin, original), {"__module__": original.__module__, "__doc__": original.__doc__})
+
+
+def _lasting(original: type) -> type:
+    """A module's class without an underlaid mixin."""
+    return original.__bases__[1] if issubclass(original, Underlaid) else original
+
+
+def _set_original_class(module: nn.Module, original: type) -> None:
+    cls = type(module)
+    module.__class__ = _swapped_class(cls.__bases__[0], original) if issubclass(cls, Swapped) else original

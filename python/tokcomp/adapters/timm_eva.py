@@ -8,12 +8,13 @@ import torch
 from timm.layers import apply_rot_embed_cat
 from timm.layers.attention import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokcomp.adapters.base import UnsupportedModelError
 from tokcomp.adapters.blocks import CompressedBlock
 from tokcomp.adapters.layout import Layout, PostNormLayout
 from tokcomp.adapters.pooling import Weights
+from tokcomp.adapters.projections import Projection, packed, separate
 from tokcomp.adapters.timm_vit.adapter import TimmVisionTransformer
 from tokcomp.adapters.timm_vit.head import head
 from tokcomp.blocks.places import Places
@@ -46,12 +47,10 @@ class EvaLayout(Layout):
         turned = apply_rot_embed_cat(x[:, :, prefix:], table, half=getattr(attn, "rotate_half", False))
         return torch.cat((x[:, :, :prefix], turned), dim=2).to(x.dtype)
 
-    def packed_layer(self, attn: Any, name: str) -> nn.Linear:
-        if getattr(attn, "q_bias", None) is not None and not attn.qkv_bias_separate:
-            raise UnsupportedModelError(
-                f"{name}: timm reads the weight of its q, k, v layer past the layer, where ToCom cannot add to it"
-            )
-        return super().packed_layer(attn, name)
+    def projection(self, attn: Any, name: str) -> Projection:
+        if attn.qkv is None:
+            return separate(attn.q_proj, attn.v_proj, name)
+        return packed(attn.qkv, name, read_past=getattr(attn, "q_bias", None) is not None)
 
 
 class EvaPostNormLayout(PostNormLayout, EvaLayout):

@@ -9,12 +9,13 @@ import torch
 from timm.layers import RelPosBias, RelPosMlp
 from timm.models import beit
 from timm.models import vision_transformer_relpos as relpos
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokcomp.adapters.base import Cost, UnsupportedModelError
 from tokcomp.adapters.blocks import CompressedBlock
 from tokcomp.adapters.layout import Layout, PostNormLayout, linear_cost
 from tokcomp.adapters.pooling import Weights
+from tokcomp.adapters.projections import Projection, packed
 from tokcomp.adapters.timm_vit.adapter import TimmVisionTransformer
 from tokcomp.adapters.timm_vit.head import head
 from tokcomp.blocks.places import Places
@@ -55,12 +56,8 @@ class BeitLayout(BiasLayout):
             qkv = qkv + torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
         return qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def packed_layer(self, attn: Any, name: str) -> nn.Linear:
-        if attn.q_bias is not None and not attn.qkv_bias_separate:
-            raise UnsupportedModelError(
-                f"{name}: timm reads the weight of its q, k, v layer past the layer, where ToCom cannot add to it"
-            )
-        return super().packed_layer(attn, name)
+    def projection(self, attn: Any, name: str) -> Projection:
+        return packed(attn.qkv, name, read_past=attn.q_bias is not None)
 
 
 class RelPosPostNormLayout(PostNormLayout, BiasLayout):

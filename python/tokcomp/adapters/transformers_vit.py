@@ -214,6 +214,9 @@ class TransformersAdapter(IsotropicAdapter):
         pooler = getattr(tower, "pooler", None)
         return 0 if pooler is None else linear_cost(pooler)
 
+    def num_classes(self, model: Any) -> int:
+        return int(model.config.num_labels) if "ForImageClassification" in _known_class(model).__name__ else 0
+
     def logits(self, output: Any) -> Tensor:
         for name in ("logits", "image_embeds", "pooler_output"):
             if getattr(output, name, None) is not None:

@@ -14,7 +14,7 @@ from tokcomp.api import compress
 from tokcomp.cost import flops
 from tokcomp.methods import DiffRate, EViT, Method, ToMe, ToMeMLP
 from tokcomp.schedule import CompressionSchedule
-from tokcomp.tocom.layers import qkv_layers
+from tokcomp.tocom.layers import modules_of, projections_of
 
 #: ``ToMe`` or ``ToMeMLP`` (degree r merges r tokens in every block), ``EViT`` (degree r drops r), or a mapping or
 #: function of degrees.
@@ -82,8 +82,8 @@ def diffrate_degrees(
 
 def flops_by(model: nn.Module, method: Method) -> int:
     """:func:`tokcomp.flops` of the model if it were compressed by ``method``; the model is not changed."""
-    _, layers = qkv_layers(model)
-    twin, _ = twin_model(model, layers)
+    _, projections = projections_of(model)
+    twin, _ = twin_model(model, modules_of(projections))
     return flops(compress(twin, method))
 
 

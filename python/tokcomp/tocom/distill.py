@@ -17,7 +17,7 @@ from tokcomp.methods import Method
 from tokcomp.runs.distributed import ALONE, World
 from tokcomp.runs.recipe import LearningRate, Recipe, Targets, make_optimizer, soft_cross_entropy
 from tokcomp.runs.steps import DEGREES, MODEL, derived_seed, seed_all
-from tokcomp.tocom.layers import qkv_layers
+from tokcomp.tocom.layers import modules_of, projections_of
 from tokcomp.tocom.plugin import ToCom
 from tokcomp.tocom.variants import LOSSES
 from tokcomp_kernels.product_types import autocast
@@ -62,7 +62,7 @@ class Distiller:
         pieces: number of parts in which a process's share of a batch is computed; their gradients are added up.
         amp_dtype: run under autocast with this type, float32 or bfloat16.
         read: turns the model's output into the logits [..., classes] to compare, such as a dense model's head; by
-            default the output itself. With it the loss is KL whether or not the model has a classifier.
+            default as the model's family does. With it the loss is KL whether or not the model has a classifier.
         loss: "distillation", or "labels": the student's cross entropy with labels, without a teacher; for a model with
             a classifier, and without ``read``.
 
@@ -91,7 +91,8 @@ class Distiller:
     ) -> None:
         if amp_dtype == torch.float16:
             raise ValueError("mixed precision must be in bfloat16 here, got float16")
-        num_classes = int(getattr(model, "num_classes", 0))
+        adapter, projections = projections_of(model)
+        modules, num_classes = modules_of(projections), adapter.num_classes(model)
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
         if loss == "labels" and (num_classes < 1 or read is not None):
@@ -99,14 +100,13 @@ class Distiller:
         self.degrees = list(range(plugin.max_degree + 1))
         self.plugin = plugin.to(device)
         model.to(device).eval().requires_grad_(False)
-        _, layers = qkv_layers(model)
         self._methods = {degree: method_at(degree) for degree in self.degrees}
         names = {method.name for method in self._methods.values()}
         if plugin.method is None and len(names) == 1:
             plugin.method = names.pop()
         # Twins share the model's parameters and their packed copies, so changing degrees costs nothing.
         self.models = {
-            degree: compress(twin_model(model, layers)[0], method).eval() for degree, method in self._methods.items()
+            degree: compress(twin_model(model, modules)[0], method).eval() for degree, method in self._methods.items()
         }
         for twin in self.models.values():
             with plugin.applied(twin, 0, plugin.max_degree, scale):
@@ -116,7 +116,7 @@ class Distiller:
         self.learning_rate = 0.0  # of the last step
         self.drawn = (0, 0)  # degrees of the last step: teacher's, student's
         self.headless = num_classes < 1 and read is None
-        self._read, self._by_labels = read or (lambda output: output), loss == "labels"
+        self._read, self._by_labels = read or adapter.logits, loss == "labels"
         self.parameters = list(plugin.parameters())
         self.optimizer = make_optimizer(recipe, self.parameters)
         self._rate = LearningRate(recipe, self.optimizer, total_steps, steps_per_epoch)

@@ -1,7 +1,7 @@
 """Writing other rows of q and v into a model so that they can be taken out again.
 
-The original rows are kept in non-persistent buffers of the packed layers. So they follow the weights through deepcopy,
-pickle, ``.to()`` and ``.half()``, and are rounded as the weights would have been.
+The original rows are kept in non-persistent buffers of the modules that hold the weights. So they follow the weights
+through deepcopy, pickle, ``.to()`` and ``.half()``, and are rounded as the weights would have been.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp import fastpath
+from tokcomp.adapters.projections import Projection
 from tokcomp.folded import RECORD, Fold, fold_of
 from tokcomp.in_flight import require_idle
-from tokcomp.tocom.layers import read_rows, write_rows
+from tokcomp.tocom.layers import pieces, read_rows, write_rows
 
-_ORIGINAL = "_tokcomp_unfolded"  # buffer of a packed layer: rows of q and v before the fold
-_SAMPLE = "_tokcomp_folded"  # buffer of a packed layer: some of the elements that the fold wrote
+_ORIGINAL = "_tokcomp_unfolded"  # buffer of the module with a block's first rows: rows of q and v before the fold
+_SAMPLE = "_tokcomp_folded"  # another: some of the elements that the fold wrote
 _SAMPLES = 256
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -30,16 +31,16 @@ class _Marks(NamedTuple):
     sample: Tensor
 
 
-def original_rows(layers: Sequence[nn.Linear]) -> list[Tensor]:
+def original_rows(projections: Sequence[Projection]) -> list[Tensor]:
     """Rows [2A, C] of q and v without what is folded in."""
-    marks = [_marks(layer) for layer in layers]
-    return [read_rows(layer) if mark is None else mark.original for layer, mark in zip(layers, marks, strict=True)]
+    marks = [_marks(one) for one in projections]
+    return [read_rows(one) if mark is None else mark.original for one, mark in zip(projections, marks, strict=True)]
 
 
-def require_unchanged(record: Fold, layers: Sequence[nn.Linear]) -> None:
+def require_unchanged(record: Fold, projections: Sequence[Projection]) -> None:
     """Raise RuntimeError unless q and v hold what the fold wrote, up to a conversion of the whole model."""
-    if len(layers) == len(record.written) and all(
-        _is_as_written(layer, *written) for layer, written in zip(layers, record.written, strict=True)
+    if len(projections) == len(record.written) and all(
+        _is_as_written(one, *written) for one, written in zip(projections, record.written, strict=True)
     ):
         return
     raise RuntimeError(
@@ -48,27 +49,27 @@ def require_unchanged(record: Fold, layers: Sequence[nn.Linear]) -> None:
     )
 
 
-def write_fold(model: nn.Module, layers: Sequence[nn.Linear], rows: Sequence[Tensor], record: Fold) -> None:
-    """Write rows [2A, C] into every layer and remember the original ones; all layers or none."""
-    with torch.inference_mode(_inference(layers)), torch.no_grad():
-        originals = original_rows(layers)
+def write_fold(model: nn.Module, projections: Sequence[Projection], rows: Sequence[Tensor], record: Fold) -> None:
+    """Write rows [2A, C] into every block and remember the original ones; all blocks or none."""
+    with torch.inference_mode(_inference(projections)), torch.no_grad():
+        originals = original_rows(projections)
         marks = [_Marks(original, _sample(new)) for original, new in zip(originals, rows, strict=True)]
         written = tuple((_hash(new), _hash(mark.sample)) for new, mark in zip(rows, marks, strict=True))
     record = replace(record, written=written)
-    with _whole(model, layers):
-        for layer, new in zip(layers, rows, strict=True):
-            write_rows(layer, new)
-        for layer, mark in zip(layers, marks, strict=True):
-            _set_marks(layer, mark)
+    with _whole(model, projections):
+        for one, new in zip(projections, rows, strict=True):
+            write_rows(one, new)
+        for one, mark in zip(projections, marks, strict=True):
+            _set_marks(_home(one), mark)
         setattr(model, RECORD, record)
 
 
-def take_out(model: nn.Module, layers: Sequence[nn.Linear]) -> None:
-    """Write back the rows from before the fold, and forget it; all layers or none."""
-    with _whole(model, layers):
-        for layer, rows in zip(layers, original_rows(layers), strict=True):
-            write_rows(layer, rows)
-        _forget(model, layers)
+def take_out(model: nn.Module, projections: Sequence[Projection]) -> None:
+    """Write back the rows from before the fold, and forget it; all blocks or none."""
+    with _whole(model, projections):
+        for one, rows in zip(projections, original_rows(projections), strict=True):
+            write_rows(one, rows)
+        _forget(model, [_home(one) for one in projections])
 
 
 def forget_fold(model: nn.Module) -> None:
@@ -76,20 +77,20 @@ def forget_fold(model: nn.Module) -> None:
     _forget(model, [module for module in model.modules() if _ORIGINAL in module._buffers])
 
 
-def _forget(model: nn.Module, layers: Sequence[nn.Module]) -> None:
-    for layer in layers:
-        _set_marks(layer, None)
+def _forget(model: nn.Module, homes: Sequence[nn.Module]) -> None:
+    for module in homes:
+        _set_marks(module, None)
     vars(model).pop(RECORD, None)
 
 
 @contextmanager
-def _whole(model: nn.Module, layers: Sequence[nn.Linear]) -> Iterator[None]:
-    """Writing to the layers, all undone if the block, or anything after it here, raises: a call in flight, for one."""
+def _whole(model: nn.Module, projections: Sequence[Projection]) -> Iterator[None]:
+    """Writing to the weights, all undone if the block, or anything after it here, raises: a call in flight, for one."""
     require_idle(model)
-    record, marks = fold_of(model), [_marks(layer) for layer in layers]
-    inference = _inference(layers)
+    record, marks = fold_of(model), [_marks(one) for one in projections]
+    inference = _inference(projections)
     with torch.inference_mode(inference), torch.no_grad():
-        before = [read_rows(layer) for layer in layers]
+        before = [read_rows(one) for one in projections]
     try:
         with torch.inference_mode(inference), torch.no_grad():
             yield
@@ -97,9 +98,9 @@ def _whole(model: nn.Module, layers: Sequence[nn.Linear]) -> Iterator[None]:
         require_idle(model)
     except BaseException:
         with torch.inference_mode(inference), torch.no_grad():
-            for layer, rows, mark in zip(layers, before, marks, strict=True):
-                write_rows(layer, rows)
-                _set_marks(layer, mark)
+            for one, rows, mark in zip(projections, before, marks, strict=True):
+                write_rows(one, rows)
+                _set_marks(_home(one), mark)
         if record is None:
             vars(model).pop(RECORD, None)
         else:
@@ -108,29 +109,35 @@ def _whole(model: nn.Module, layers: Sequence[nn.Linear]) -> Iterator[None]:
         raise
 
 
-def _inference(layers: Sequence[nn.Linear]) -> bool:
+def _inference(projections: Sequence[Projection]) -> bool:
     """Whether the weights are inference tensors, which can only be written in that mode."""
-    return any(layer.weight.is_inference() for layer in layers)
+    return any(piece.weight.is_inference() for one in projections for piece in pieces(one))
 
 
-def _marks(layer: nn.Module) -> _Marks | None:
-    original, sample = layer._buffers.get(_ORIGINAL), layer._buffers.get(_SAMPLE)
+def _home(projection: Projection) -> nn.Module:
+    """The module that keeps a block's marks."""
+    return projection.q[0].module
+
+
+def _marks(projection: Projection) -> _Marks | None:
+    buffers = _home(projection)._buffers
+    original, sample = buffers.get(_ORIGINAL), buffers.get(_SAMPLE)
     return None if original is None or sample is None else _Marks(original, sample)
 
 
-def _set_marks(layer: nn.Module, marks: _Marks | None) -> None:
+def _set_marks(module: nn.Module, marks: _Marks | None) -> None:
     for name, tensor in zip((_ORIGINAL, _SAMPLE), marks or (None, None), strict=True):
         if tensor is not None:
-            layer.register_buffer(name, tensor, persistent=False)
-        elif name in layer._buffers:
-            delattr(layer, name)
+            module.register_buffer(name, tensor, persistent=False)
+        elif name in module._buffers:
+            delattr(module, name)
 
 
-def _is_as_written(layer: nn.Linear, rows_hash: int, sample_hash: int) -> bool:
-    marks = _marks(layer)
-    if marks is None or marks.original.dtype != layer.weight.dtype or layer.weight.is_meta:
+def _is_as_written(projection: Projection, rows_hash: int, sample_hash: int) -> bool:
+    marks, weights = _marks(projection), [piece.weight for piece in pieces(projection)]
+    if marks is None or any(weight.dtype != marks.original.dtype or weight.is_meta for weight in weights):
         return False
-    rows = read_rows(layer)
+    rows = read_rows(projection)
     if rows.shape != marks.original.shape:
         return False
     sample = _hash(marks.sample)

@@ -1,13 +1,15 @@
-"""The packed q, k, v layers that a plugin works on."""
+"""The weights of q and v that a plugin works on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tokcomp.adapters import Adapter, UnsupportedModelError, find_adapter
+from tokcomp.adapters.projections import Projection, Rows
 
 
 class Width(NamedTuple):
@@ -20,29 +22,32 @@ class Width(NamedTuple):
         return f"{self.tokens}" if self.tokens == self.attention else f"{self.tokens} (attention {self.attention})"
 
 
-def qkv_layers(model: nn.Module) -> tuple[Adapter, list[nn.Linear]]:
-    """The model's adapter and its packed layers, one per block: rows of q, then of k, then of v.
+def projections_of(model: nn.Module) -> tuple[Adapter, list[Projection]]:
+    """The model's adapter, and where the weights of q and v are in each block.
 
     Raises:
-        TypeError: (UnsupportedModelError) the model is not understood, or has no such layers.
+        TypeError: (UnsupportedModelError) the model is not understood, or has no such weights.
     """
     adapter = find_adapter(model)
-    layers = adapter.qkv_layers(model)
-    for index, layer in enumerate(layers):
-        weight = layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
-        if weight is None or not weight.is_floating_point() or weight.shape[0] % 3:
-            raise UnsupportedModelError(
-                f"block {index}: q, k and v must come from one nn.Linear with its own floating-point weight, "
-                f"got a {type(layer).__name__}"
-            )
-    if len({id(layer.weight) for layer in layers}) < len(layers):
+    found = adapter.projections(model)
+    per_block = [{id(piece.weight) for piece in pieces(one)} for one in found]
+    if len(set().union(*per_block)) < sum(map(len, per_block)):
         raise UnsupportedModelError("each block must have its own q, k, v weight, got a model whose blocks share one")
-    return adapter, layers
+    return adapter, found
 
 
-def width_of(layer: nn.Linear) -> Width:
-    rows, columns = layer.weight.shape
-    return Width(columns, rows // 3)
+def pieces(projection: Projection) -> tuple[Rows, ...]:
+    """The rows of q, then those of v."""
+    return projection.q + projection.v
+
+
+def modules_of(projections: Iterable[Projection]) -> list[nn.Module]:
+    """The modules that hold the weights, each once."""
+    return list({id(piece.module): piece.module for one in projections for piece in pieces(one)}.values())
+
+
+def width_of(projection: Projection) -> Width:
+    return Width(projection.width, projection.attention)
 
 
 def describe(widths: list[Width]) -> str:
@@ -51,16 +56,13 @@ def describe(widths: list[Width]) -> str:
     return f"{len(widths)} blocks of width {' and '.join(map(str, distinct))}"
 
 
-def read_rows(layer: nn.Linear) -> Tensor:
+def read_rows(projection: Projection) -> Tensor:
     """A copy [2A, C] of the rows of q and v."""
-    width = width_of(layer).attention
-    weight = layer.weight.detach()
-    return torch.cat((weight[:width], weight[2 * width :]))
+    return torch.cat([piece.weight.detach()[piece.rows] for piece in pieces(projection)])
 
 
-def write_rows(layer: nn.Linear, rows: Tensor) -> None:
+def write_rows(projection: Projection, rows: Tensor) -> None:
     """Replace the rows of q and v by ``rows`` [2A, C]."""
-    width = width_of(layer).attention
-    weight = layer.weight.detach()
-    weight[:width].copy_(rows[:width])
-    weight[2 * width :].copy_(rows[width:])
+    parts = pieces(projection)
+    for piece, new in zip(parts, rows.split([part.num_rows for part in parts]), strict=True):
+        piece.weight.detach()[piece.rows].copy_(new)

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp.adapters import Adapter
+from tokcomp.adapters.projections import Projection
 from tokcomp.folded import Fold, fold_of
 from tokcomp.methods import Method
-from tokcomp.tocom.applied import Term, terms_added
+from tokcomp.tocom.applied import Matrices, terms_added
 from tokcomp.tocom.files import Contents, read_plugin, write_plugin
 from tokcomp.tocom.fold import original_rows, require_unchanged, take_out, write_fold
-from tokcomp.tocom.layers import Width, describe, qkv_layers, width_of
+from tokcomp.tocom.layers import Width, describe, pieces, projections_of, width_of
 from tokcomp.tocom.variants import STEPS, check_arithmetic, num_slots, slots_between
 
 
@@ -36,9 +37,8 @@ class ToCom(nn.Module):
     What a degree means depends on the method: ToMe's r, EViT's ``num_pruned``, the position in a list of schedules.
 
     Args:
-        model: any model that :func:`tokcomp.compress` takes and whose blocks compute q, k and v by one linear layer;
-            it determines the widths and is not kept. The parameters are created on its device, in float32 (float64 for
-            a float64 model).
+        model: any model that :func:`tokcomp.compress` takes; it determines the widths and is not kept. The parameters
+            are created on its device, in float32 (float64 for a float64 model).
         rank: rank of a step, 1 or more.
         max_degree: degrees are 0..max_degree.
         arithmetic: how matrices make up the way between two degrees: "steps", as above, or an ablation of the paper's
@@ -64,16 +64,17 @@ class ToCom(nn.Module):
         self.arithmetic = check_arithmetic(arithmetic)
         self.method: str | None = None
         self.provenance: dict[str, Any] | None = None
-        _, layers = qkv_layers(model)
-        self.widths = [width_of(layer) for layer in layers]
+        _, projections = projections_of(model)
+        self.widths = [width_of(one) for one in projections]
         self._identity = uuid.uuid4().hex
         slots = num_slots(self.arithmetic, self.rank, self.max_degree)
         for name in ("q_down", "q_up", "v_down", "v_up"):
             parameters = nn.ParameterList()
-            for layer, width in zip(layers, self.widths, strict=True):
-                dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+            for projection, width in zip(projections, self.widths, strict=True):
+                weight = projection.q[0].weight
+                dtype = torch.promote_types(weight.dtype, torch.float32)
                 shape = (slots, width.tokens) if name.endswith("down") else (width.attention, slots)
-                parameters.append(nn.Parameter(torch.zeros(shape, dtype=dtype, device=layer.weight.device)))
+                parameters.append(nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device)))
             setattr(self, name, parameters)
         self.q_down: nn.ParameterList
         self.q_up: nn.ParameterList
@@ -106,17 +107,17 @@ class ToCom(nn.Module):
                 is in a call of the model.
         """
         self._steps(source, target, scale)
-        layers = self._layers_of(model)
-        if any(layer.weight.is_meta for layer in layers):
+        projections = self._projections_of(model)
+        if any(piece.weight.is_meta for one in projections for piece in pieces(one)):
             raise ValueError("model must have weights to fold into, got one on the meta device")
         plugin = (self._identity, self._digest())
         record = fold_of(model)
         if record is not None:
-            require_unchanged(record, layers)
+            require_unchanged(record, projections)
             if not set(record.plugin) & set(plugin):
                 raise RuntimeError(f"another plugin is already folded into the model ({record}): unfold that first")
-        rows = self.rows_for(model, original_rows(layers), source, target, scale)
-        write_fold(model, layers, rows, Fold(int(source), int(target), float(scale), plugin, self.method))
+        rows = self.rows_for(model, original_rows(projections), source, target, scale)
+        write_fold(model, projections, rows, Fold(int(source), int(target), float(scale), plugin, self.method))
 
     def unfold(self, model: nn.Module) -> None:
         """Restore, bit for bit, the weights that a model had before :meth:`fold`, whichever plugin was folded in.
@@ -132,18 +133,19 @@ class ToCom(nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         record = fold_of(model)
         if record is not None:
-            _, layers = qkv_layers(model)
-            require_unchanged(record, layers)
-            take_out(model, layers)
+            _, projections = projections_of(model)
+            require_unchanged(record, projections)
+            take_out(model, projections)
 
     def applied(
         self, model: nn.Module, source: int, target: int, scale: float = 0.1
     ) -> AbstractContextManager[nn.Module]:
         """The effect of :meth:`fold` as a context that is differentiable in the plugin and does not touch the weights.
 
-        Inside it the model adds two thin products to its q and v; no weight is copied. Contexts nest, and add up with
-        each other and with a fold. Under gradient checkpointing, blocks may run backward after the context has ended,
-        but a model that is checkpointed as a whole only inside it. Not for a model that other threads use.
+        Inside it the model adds two thin products to its q and v; only of weights that are read past their layer, as
+        nn.MultiheadAttention's are, the sum is formed. Contexts nest, and add up with each other and with a fold. Under
+        gradient checkpointing, blocks may run backward after the context has ended, but a model that is checkpointed as
+        a whole only inside it. Not for a model that other threads use.
 
         Raises:
             TypeError, ValueError: as :meth:`fold`, when the context is entered.
@@ -153,12 +155,12 @@ class ToCom(nn.Module):
     @contextmanager
     def _applied(self, model: nn.Module, source: int, target: int, scale: float) -> Iterator[nn.Module]:
         columns, factor = self._steps(source, target, scale)
-        layers = self._layers_of(model)
+        projections = self._projections_of(model)
         if columns.start == columns.stop:
             yield model
             return
-        parts = zip(self.q_down, self.q_up, self.v_down, self.v_up, strict=True)
-        with terms_added(model, layers, [Term(*part, columns, factor) for part in parts]):
+        matrices = [Matrices(*own) for own in zip(self.q_down, self.q_up, self.v_down, self.v_up, strict=True)]
+        with terms_added(model, projections, matrices, columns, factor):
             yield model
 
     def rows_for(
@@ -170,7 +172,7 @@ class ToCom(nn.Module):
             TypeError, ValueError: as :meth:`fold`.
         """
         steps = self._steps(source, target, scale)
-        self._layers_of(model)
+        self._projections_of(model)
         return [self._compensated(index, original, *steps) for index, original in enumerate(rows)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -199,8 +201,8 @@ class ToCom(nn.Module):
                 values that are not finite; the message names it.
         """
         contents = read_plugin(Path(path))
-        _, layers = qkv_layers(model)
-        _require_widths(contents.widths, [width_of(layer) for layer in layers], f"{path}: the plugin")
+        _, projections = projections_of(model)
+        _require_widths(contents.widths, [width_of(one) for one in projections], f"{path}: the plugin")
         plugin = cls(model, contents.rank, contents.max_degree, contents.arithmetic)
         with torch.no_grad():
             for name, parameter in plugin.named_parameters():
@@ -208,11 +210,11 @@ class ToCom(nn.Module):
         plugin.method, plugin.provenance = contents.method, contents.provenance
         return plugin
 
-    def _layers_of(self, model: nn.Module) -> list[nn.Linear]:
-        adapter, layers = qkv_layers(model)
-        _require_widths(self.widths, [width_of(layer) for layer in layers], "the plugin")
+    def _projections_of(self, model: nn.Module) -> list[Projection]:
+        adapter, projections = projections_of(model)
+        _require_widths(self.widths, [width_of(one) for one in projections], "the plugin")
         self._require_method(adapter, model)
-        return layers
+        return projections
 
     def _require_method(self, adapter: Adapter, model: nn.Module) -> None:
         method = adapter.method(model)

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp import fastpath
+from tokcomp.adapters import find_adapter
+from tokcomp.adapters.projections import Projection
 from tokcomp.adapters.twins import twin_model
 from tokcomp.api import compress
 from tokcomp.deploy.graphs import Graphs
 from tokcomp.folded import fold_of
 from tokcomp.methods import Method, ToMe
 from tokcomp.tocom.degrees import Degrees, check_degrees, method_at
-from tokcomp.tocom.layers import qkv_layers, read_rows, write_rows
+from tokcomp.tocom.layers import modules_of, pieces, projections_of, read_rows, write_rows
 from tokcomp.tocom.plugin import ToCom
 
 
@@ -56,7 +58,7 @@ class Switchable:
     ) -> None:
         if not isinstance(tocom, ToCom):
             raise TypeError(f"tocom must be a ToCom, got {type(tocom).__name__}")
-        adapter, layers = qkv_layers(model)
+        adapter, projections = projections_of(model)
         if any(module.training for module in model.modules()):
             raise ValueError("model must be in evaluation mode, got one in training mode: call model.eval()")
         if fold_of(model) is not None:
@@ -65,16 +67,17 @@ class Switchable:
         self._weight = next(model.parameters())
         self._image_shape, self._any_size = adapter.image_shape(model), adapter.geometry(model).num_tokens is None
         self._models: dict[int, nn.Module] = {}
-        self._own: dict[int, list[nn.Linear]] = {}
+        self._own: dict[int, list[nn.Module]] = {}
         for degree in check_degrees(degrees, tocom.max_degree):
-            twin, _ = twin_model(model, layers)
+            twin, _ = twin_model(model, modules_of(projections))
             compress(twin, method_at(method, degree))
-            rows = tocom.rows_for(twin, [read_rows(layer) for layer in layers], source, degree, scale)
+            rows = tocom.rows_for(twin, [read_rows(one) for one in projections], source, degree, scale)
             self._models[degree], self._own[degree] = twin, []
             if degree != source:
-                _, self._own[degree] = qkv_layers(twin)
-                for layer, new in zip(self._own[degree], rows, strict=True):
-                    _give_own_weight(layer, new)
+                _, own = projections_of(twin)
+                self._own[degree] = modules_of(own)
+                for projection, new in zip(own, rows, strict=True):
+                    _give_own_weights(projection, new)
             adapter.warm_up(twin)
         self._graphs = Graphs()
         self._degree = next(iter(self._models))
@@ -107,7 +110,7 @@ class Switchable:
             ValueError: not one of :attr:`degrees`.
         """
         model = self._models[self._known(degree)]
-        method = qkv_layers(model)[0].method(model)
+        method = find_adapter(model).method(model)
         assert method is not None
         return method
 
@@ -167,8 +170,9 @@ class Switchable:
     def _nbytes(self, degree: int) -> int:
         own = self._own[degree]
         packed = fastpath.packed_now(self._models[degree])
-        weights = sum(layer.weight.nbytes for layer in own)
-        return weights + (0 if packed is None else packed.nbytes_of(own)) + self._graphs.nbytes(degree)
+        _, projections = projections_of(self._models[degree])
+        weights = {id(piece.weight): piece.weight.nbytes for one in projections for piece in pieces(one)} if own else {}
+        return sum(weights.values()) + (0 if packed is None else packed.nbytes_of(own)) + self._graphs.nbytes(degree)
 
     def _known(self, degree: int) -> int:
         whole = hasattr(degree, "__index__") and not isinstance(degree, bool)
@@ -177,8 +181,11 @@ class Switchable:
         return operator.index(degree)
 
 
-def _give_own_weight(layer: nn.Linear, rows: Tensor) -> None:
-    """Give a twin its own weight with ``rows`` for q and v; its bias stays shared."""
-    weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    vars(layer)["_parameters"] = {**layer._parameters, "weight": weight}
-    write_rows(layer, rows)
+def _give_own_weights(projection: Projection, rows: Tensor) -> None:
+    """Give twins their own weights with ``rows`` for q and v; biases stay shared."""
+    for module, name in {(piece.module, piece.name) for piece in pieces(projection)}:
+        weight = module._parameters[name]
+        assert weight is not None
+        own = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        vars(module)["_parameters"] = {**module._parameters, name: own}
+    write_rows(projection, rows)

@@ -16,6 +16,7 @@ from tokcomp.adapters.base import Adapter, BlockCost, Cost, UnsupportedModelErro
 from tokcomp.adapters.blocks import CompressedAttention, CompressedBlock
 from tokcomp.adapters.images import check_images
 from tokcomp.adapters.layout import require
+from tokcomp.adapters.projections import Projection, packed
 from tokcomp.adapters.swap import original_class, restore_class, swap_class
 from tokcomp.adapters.timm_caformer.modules import LAYOUT, CompressedStage, split_grid
 from tokcomp.adapters.timm_caformer.search import check_search, run_search
@@ -136,9 +137,10 @@ class TimmCAFormer(Adapter):
         first = next(part for part in model.stem.modules() if isinstance(part, nn.Conv2d))
         return (first.in_channels, *_image_size(model))
 
-    def qkv_layers(self, model: Any) -> list[nn.Linear]:
+    def projections(self, model: Any) -> list[Projection]:
         """Those of the stage that is compressed."""
-        return [block.token_mixer.qkv for block in model.stages[STAGE].blocks]
+        blocks = model.stages[STAGE].blocks
+        return [packed(block.token_mixer.qkv, f"block {index}") for index, block in enumerate(blocks)]
 
     def check_search(self, model: nn.Module) -> None:
         check_search(model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokcomp.adapters.base import UnsupportedModelError
 from tokcomp.adapters.layout import Layout, PostNormLayout, linear_cost, require, require_tokenwise
+from tokcomp.adapters.projections import Projection, joined, packed
 from tokcomp.blocks.places import Places
 
 
@@ -52,8 +53,8 @@ class ParallelScalingLayout(Layout):
     def width(self, attn: Any) -> int:
         return attn.num_heads * attn.head_dim
 
-    def packed_layer(self, attn: Any, name: str) -> nn.Linear:
-        raise UnsupportedModelError(f"{name}: q, k and v share a layer with the MLP, which ToCom does not change")
+    def projection(self, attn: Any, name: str) -> Projection:
+        return packed(attn.in_proj, name, slice(attn.in_split[0], sum(attn.in_split)), read_past=True)
 
     def check(self, block: Any, known: type, known_attention: type, name: str) -> None:
         require(block, known, ("in_norm", "in_proj", "in_split", "ls", "mlp_act", "attn_drop"), name)
@@ -94,8 +95,8 @@ class ParallelThingsLayout(Layout):
         attentions = [one.attn for one in block.attns]
         return linear_cost(block.attns), sum(map(self.width, attentions)), linear_cost(block.ffns)
 
-    def packed_layer(self, attn: Any, name: str) -> nn.Linear:
-        raise UnsupportedModelError(f"{name}: it has {len(attn.attns)} layers for q, k and v, and ToCom changes one")
+    def projection(self, attn: Any, name: str) -> Projection:
+        return joined(super(ParallelThingsLayout, self).projection(one.attn, name) for one in attn.attns)
 
     def check(self, block: Any, known: type, known_attention: type, name: str) -> None:
         require(block, known, ("attns", "ffns"), name)
