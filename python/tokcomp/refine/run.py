@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,8 +29,10 @@ from tokcomp_kernels.product_types import autocast
 
 #: Candidates from which the next moves start.
 _PARENTS = 4
-#: Share of the images after which a candidate that is clearly worse than the best is given up.
+#: Share of the images on which a candidate that is clearly worse than the best is given up.
 _EARLY = 0.3
+#: So few images say nothing clearly.
+_LEAST = 8
 #: How many standard errors of the paired difference make it clear.
 _CLEARLY = 3.0
 
@@ -115,7 +118,8 @@ class Refinement:
 
     Args:
         model: plain, in evaluation mode; it is compressed while a candidate is tried, and left plain.
-        batches: this process's calibration images [B, 3, H, W] and labels [B]; passed over once for each candidate.
+        batches: this process's calibration images [B, 3, H, W], every world.size-th of all, and labels [B]; passed over
+            once for each candidate.
         ruler: of the model, with the cost that is limited.
         budget: what candidates may cost, by ``ruler``.
         starts: by name. The result is never worse on the calibration images than any of them.
@@ -127,7 +131,7 @@ class Refinement:
         note: called with a line of text after each improvement.
 
     Raises:
-        ValueError: there is no start or no image, or the state is another refinement's.
+        ValueError: there is no start, a process has no image, or the state is another refinement's.
     """
 
     def __init__(
@@ -153,8 +157,16 @@ class Refinement:
         parameter = next(model.parameters())
         self._device, self._amp_dtype = parameter.device, amp_dtype
         self._batches = [(images.to(parameter.device, parameter.dtype), labels) for images, labels in batches]
-        if not self._batches:
-            raise ValueError("the calibration images must be at least one, got none")
+        own = sum(len(labels) for _, labels in self._batches)
+        self._count, lacking = map(int, self._summed([own, not own]))
+        if lacking:
+            raise ValueError(
+                f"the calibration images must be at least one for each process, got {self._count} for {world.size}; "
+                "use more images or fewer processes"
+            )
+        # The first images of all, of which this process has every world.size-th: the same for any number of processes.
+        self._early = math.ceil(_EARLY * self._count)
+        self._own_early = len(range(world.rank, self._early, world.size))
         self._answers = self._uncompressed()
         self._path = state
         self._facts = {
@@ -245,30 +257,33 @@ class Refinement:
                 raise
             return None
         try:
-            losses: list[Tensor] = []
-            seen, wanted = 0, sum(len(labels) for _, labels in self._batches)
+            losses = torch.zeros(0, dtype=torch.float64, device=self._device)
+            compares = may_give_up and self._losses is not None and self._early >= _LEAST
             for (images, labels), answers in zip(self._batches, self._answers, strict=True):
-                losses.append(self._loss(self._logits(images), labels, answers))
-                seen += len(labels)
-                early = seen >= _EARLY * wanted > seen - len(labels) and seen < wanted
-                if early and may_give_up and self.world.size == 1 and self._is_clearly_worse(torch.cat(losses)):
-                    self.state.images += seen
-                    return None
+                losses = torch.cat([losses, self._loss(self._logits(images), labels, answers)])
+                if compares and len(losses) >= self._own_early:
+                    compares = False  # once for each candidate, in every process
+                    if self._is_clearly_worse(losses):
+                        return None
         finally:
             restore(self.model)
-        self._tried = torch.cat(losses)
-        totals = torch.stack([self._tried.sum(), self._tried.new_tensor(float(wanted))])
-        total, count = self.world.sum_(totals).tolist()
-        self.state.images += int(count)
-        mean = total / count
+        self._tried = losses
+        self.state.images += self._count
+        (total,) = self._summed([float(losses.sum())])
+        mean = total / self._count
         return mean if np.isfinite(mean) else float("inf")
 
     def _is_clearly_worse(self, losses: Tensor) -> bool:
-        if self._losses is None or len(losses) < 8:
-            return False
-        difference = losses - self._losses[: len(losses)]
-        error = float(difference.std()) / len(losses) ** 0.5
-        return not float(difference.mean()) < _CLEARLY * error
+        """By the first images of all processes, as the paired difference from the best candidate's losses tells."""
+        assert self._losses is not None
+        difference = (losses - self._losses[: len(losses)])[: self._own_early]
+        total, squares, seen = self._summed([float(difference.sum()), float(difference.square().sum()), len(losses)])
+        mean = total / self._early
+        variance = max(0.0, squares / self._early - mean**2) * self._early / (self._early - 1)
+        if mean < _CLEARLY * (variance / self._early) ** 0.5:
+            return False  # never where a loss is not a number
+        self.state.images += int(seen)
+        return True
 
     def _logits(self, images: Tensor) -> Tensor:
         with autocast(self._device.type, self._amp_dtype):
@@ -288,9 +303,14 @@ class Refinement:
         return [self._logits(images).softmax(-1) for images, _ in self._batches]
 
     def _stops(self, stop: StopRequest) -> bool:
+        return self._summed([stop.wanted])[0] > 0
+
+    def _summed(self, figures: Iterable[float]) -> list[float]:
+        """Sums over the processes; the same in each."""
         if self.world.size == 1:
-            return stop.wanted
-        return self.world.sum_(torch.tensor([float(stop.wanted)], device=self._device)).item() > 0
+            return list(map(float, figures))
+        found = torch.tensor(list(map(float, figures)), dtype=torch.float64, device=self._device)
+        return self.world.sum_(found).tolist()
 
     def _read(self) -> _State:
         if self._path is None or not self._path.is_file():
