@@ -111,6 +111,12 @@ def _open_clip_whole() -> nn.Module:
     return CLIP(20, vision, dict(context_length=8, vocab_size=64, width=32, heads=2, layers=1)).visual
 
 
+def _lvvit() -> nn.Module:
+    from tokcomp.lvvit import LVViT
+
+    return LVViT(**_VIT, skip_lam=2.0, stem_width=8)
+
+
 _rope = dict(use_rot_pos_emb=True, ref_feat_shape=(4, 4))
 FAMILIES = (
     Family("ViT", "timm", "vit_*, deit_*, deit3_*, MAE, DINOv2, CLIP towers", _timm_vit),
@@ -120,6 +126,7 @@ FAMILIES = (
         "vit_*_gap, SigLIP towers",
         partial(_timm_vit, class_token=False, global_pool="avg"),
     ),
+    Family("LV-ViT", "timm", "lvvit_* of tokcomp.lvvit", _lvvit, note="scored by the patches that are left"),
     Family(
         "EVA02",
         "timm",

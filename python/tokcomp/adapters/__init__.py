@@ -9,6 +9,7 @@ from tokcomp.adapters.multihead import OpenClipViT, TorchvisionViT
 from tokcomp.adapters.refusals import reason_for
 from tokcomp.adapters.timm_caformer.adapter import TimmCAFormer
 from tokcomp.adapters.timm_eva import TimmEva
+from tokcomp.adapters.timm_lvvit import TimmLVViT
 from tokcomp.adapters.timm_relpos import TimmBeit, TimmRelPos
 from tokcomp.adapters.timm_vit.adapter import TimmVisionTransformer
 from tokcomp.adapters.transformers_vit import (
@@ -21,6 +22,7 @@ from tokcomp.adapters.transformers_vit import (
 
 #: One adapter per family, asked in this order.
 ADAPTERS: list[Adapter] = [
+    TimmLVViT(),
     TimmVisionTransformer(),
     TimmEva(),
     TimmBeit(),

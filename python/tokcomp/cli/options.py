@@ -208,7 +208,8 @@ def check_model_name(name: str) -> None:
 
 def build_model(args: argparse.Namespace, **more: Any) -> Any:
     """The plain model, in evaluation mode, on the CPU; ``more`` is also passed to timm, such as ``drop_path_rate``."""
-    import tokcomp.assets  # noqa: F401  registers the digits model with timm
+    import tokcomp.assets  # registers the digits model with timm
+    import tokcomp.lvvit  # noqa: F401  and LV-ViT
 
     if args.checkpoint is not None and not args.checkpoint.is_file():
         raise UserError(f"--checkpoint must be a file, got '{args.checkpoint}', which does not exist")

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from tokcomp.blocks.attention import attend
 from tokcomp.blocks.state import BlockState
 from tokcomp.fastpath import Layer, PackedWeights, Products, forget, has_hooks, packed_weights, plain_weights
+from tokcomp.lvvit import ResidualScale
 from tokcomp.methods.base import Norm
 
 #: Elements of the widest activation of a group of images.
 _ACTIVATION_ELEMENTS = 5 * 2**19
 _NORMS = (nn.LayerNorm, LayerNorm, nn.Identity)
-_SCALES = (LayerScale, nn.Identity)
+_SCALES = (LayerScale, ResidualScale, nn.Identity)
 
 
 def products_of(model: Any, images: Tensor) -> Products | None:
@@ -211,12 +212,30 @@ def as_norm(module: Any, x: Tensor) -> Norm | None:
     return Norm(weight, bias, module.eps)
 
 
+def factor_of(scale: Any, dtype: torch.dtype) -> Tensor | float | None:
+    """What a residual branch is multiplied by: a channel's own factor [C], one for all, or None for 1."""
+    if type(scale) is nn.Identity:
+        return None
+    return scale.factor if type(scale) is ResidualScale else scale.gamma.to(dtype)
+
+
+def add_scaled(x: Tensor, branch: Tensor, factor: Tensor | float) -> Tensor:
+    """x + branch * factor."""
+    if isinstance(factor, Tensor):
+        return torch.addcmul(x, branch, factor)
+    return torch.add(x, branch, alpha=factor)
+
+
 def _scaled(scale: Any, branch: Tensor) -> Tensor:
-    return branch if type(scale) is nn.Identity else branch * scale.gamma.to(branch.dtype)
+    factor = factor_of(scale, branch.dtype)
+    return branch if factor is None else branch * factor
 
 
 def _residual(scale: Any, products: Products, layer: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
     """residual + scale(layer(x))."""
-    if type(scale) is nn.Identity:
-        return products.linear_add(layer, x, residual)
-    return torch.addcmul(residual, products.linear(layer, x), scale.gamma.to(x.dtype))
+    factor = factor_of(scale, x.dtype)
+    return (
+        products.linear_add(layer, x, residual)
+        if factor is None
+        else add_scaled(residual, products.linear(layer, x), factor)
+    )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokcomp import fastpath
 from tokcomp.adapters.timm_vit import fast
-from tokcomp.adapters.timm_vit.fast import norm
+from tokcomp.adapters.timm_vit.fast import add_scaled, factor_of, norm
 from tokcomp.blocks.search import BlockSearch, TokenState
 from tokcomp.fastpath import Layer, PackedWeights, packed_weights
 
@@ -62,18 +62,18 @@ def run_block(
     return out if fused else _join(x, out, factor), state
 
 
-def _join(x: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
+def _join(x: Tensor, branch: Tensor, factor: Tensor | float | None) -> Tensor:
     """x + branch * factor, in x's type."""
     branch = branch.to(x.dtype)
-    return x + branch if factor is None else torch.addcmul(x, branch, factor)
+    return x + branch if factor is None else add_scaled(x, branch, factor)
 
 
-def _factor(scale: Any, drop_path: Any, x: Tensor) -> Tensor | None:
-    """What a branch is multiplied by before it joins x [B, N, C], [C] or [B, 1, 1 or C]; None for 1.
+def _factor(scale: Any, drop_path: Any, x: Tensor) -> Tensor | float | None:
+    """What a branch is multiplied by before it joins x [B, N, C], one number, [C] or [B, 1, 1 or C]; None for 1.
 
     DropPath draws one number an image, so it draws the same ones here for ones [B, 1, 1].
     """
-    factor = None if type(scale) is nn.Identity else scale.gamma.to(x.dtype)
+    factor = factor_of(scale, x.dtype)
     if type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob:
         keep = drop_path(x.new_ones(x.shape[0], 1, 1))
         factor = keep if factor is None else keep * factor
