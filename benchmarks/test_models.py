@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import tokcomp
 from tokcomp.bench.models import Entry, Row, create_model
-from tokcomp.equal_cost import evit_for_budget, tome_for_budget
+from tokcomp.equal_cost import Ruler, evit_for_budget, tome_for_budget, uniform
 from tokcomp.measure.provenance import find_device
 from tokcomp.methods import Method
+from tokcomp.schedule import published_budgets
 from torch import nn
 
 from benchmarks.shapes import SUBJECTS, TABLE_1, PaperModel, PaperRow, Subject
@@ -143,8 +144,11 @@ def add_table_1(results: Any, paper: PaperModel, budget: float, rows: dict[str, 
 
 
 def _method(line: PaperRow, paper: PaperModel, model: nn.Module, budget: float) -> Method:
-    """The paper's method at its FLOPs: DiffRate's published schedule; ToMe and EViT as they come nearest."""
+    """The paper's method at its FLOPs: DiffRate's published schedule, uniform counts for LV-ViT-S, which has none; ToMe
+    and EViT as they come nearest."""
     if line.method == "DiffRate":
+        if paper.name not in published_budgets():
+            return uniform(Ruler(model), budget * 1e9)
         return tokcomp.DiffRate.published(paper.name, budget)
     find = tome_for_budget if line.method == "ToMe" else evit_for_budget
     return find(model, line.gflops * 1e9)

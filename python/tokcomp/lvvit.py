@@ -115,7 +115,7 @@ class LVViT(VisionTransformer):
     def _new_aux_head(self) -> nn.Module:
         if self.num_classes < 1:
             return nn.Identity()
-        weight = self.cls_token
+        weight = self.norm.weight
         head = nn.Linear(self.embed_dim, self.num_classes, device=weight.device, dtype=weight.dtype)
         nn.init.trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)

@@ -194,20 +194,22 @@ def test_a_step_that_fails_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_papers_table_is_whole() -> None:
-    """Every model of the paper's Table 1 that timm has, two budgets of three methods each, which were published."""
+    """Every model of the paper's Table 1: two published budgets of three methods, for LV-ViT-S one of two methods."""
     assert [(paper.title, paper.gflops, paper.images_per_second) for paper in TABLE_1] == [
         ("ViT-S (DeiT)", 4.6, 5039),
         ("ViT-B (DeiT)", 17.6, 2130),
         ("ViT-B (MAE)", 17.6, 2130),
         ("ViT-L (MAE)", 61.6, 758),
         ("ViT-H (MAE)", 167.4, 299),
+        ("LV-ViT-S", 6.6, 3630),
     ]
     published = published_budgets()
     for paper in TABLE_1:
-        assert len(paper.budgets) == 2 and set(paper.budgets) <= set(published[paper.name])
+        known = published.get(paper.name)
+        assert len(paper.budgets) == (2 if known else 1) and set(paper.budgets) <= set(known or (3.9,))
         for budget, lines in paper.budgets.items():
-            assert [line.method for line in lines] == ["EViT", "ToMe", "DiffRate"]
-            assert lines[2].gflops == budget
+            assert [line.method for line in lines] == ["EViT", *(["ToMe"] if known else []), "DiffRate"]
+            assert lines[-1].gflops == budget
             assert all(paper.images_per_second < line.images_per_second for line in lines)
             assert all(0.93 * budget < line.gflops < 1.1 * budget for line in lines)
     assert all(subject.budget in published[subject.name] for subject in SUBJECTS.values())

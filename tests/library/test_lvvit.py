@@ -98,7 +98,8 @@ def test_lvvit_s_has_the_published_size_and_names():
 @torch.no_grad()
 def test_a_checkpoint_as_published_loads_at_another_size_too(tmp_path, model):
     torch.save({"state_dict": model.state_dict()}, tmp_path / "lvvit.pth.tar")
-    options = {**TINY, "skip_lam": 2.0, "checkpoint_path": str(tmp_path / "lvvit.pth.tar")}
+    options = {**TINY, "skip_lam": 2.0, "pretrained": True}
+    options["pretrained_cfg_overlay"] = {"file": str(tmp_path / "lvvit.pth.tar"), "num_classes": 5}
     loaded = timm.create_model("lvvit_t", **options).eval().double()
     torch.testing.assert_close(loaded(IMAGES), model.float().double()(IMAGES))
     larger = timm.create_model("lvvit_t", **{**options, "img_size": 48}).eval().double()

@@ -234,8 +234,6 @@ def _scaled(scale: Any, branch: Tensor) -> Tensor:
 def _residual(scale: Any, products: Products, layer: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
     """residual + scale(layer(x))."""
     factor = factor_of(scale, x.dtype)
-    return (
-        products.linear_add(layer, x, residual)
-        if factor is None
-        else add_scaled(residual, products.linear(layer, x), factor)
-    )
+    if factor is None:
+        return products.linear_add(layer, x, residual)
+    return add_scaled(residual, products.linear(layer, x), factor)
