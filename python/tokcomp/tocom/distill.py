@@ -175,7 +175,7 @@ class Distiller:
 
     def _mixed(self, images: Tensor, labels: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """The pieces' images, mixed, and their soft targets [b, classes]."""
-        if labels is None:
+        if labels is None or not self._by_labels:  # what is distilled has none, or others: a segmenter's are masks
             labels = torch.zeros(len(images), dtype=torch.int64)
         parts, targets = [], []
         for part, classes in zip(images.chunk(self._pieces), labels.chunk(self._pieces), strict=True):
