@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokcomp.adapters import UnsupportedModelError
-    from tokcomp.api import compress, restore, trace, uncompress
+    from tokcomp.api import compress, quantize, restore, trace, uncompress
     from tokcomp.cost import flops
     from tokcomp.deploy.compiled import CompiledModel, compile
     from tokcomp.deploy.exported import ExportedModel, export, load_exported
@@ -43,6 +43,7 @@ _HOMES = {
     "export": "tokcomp.deploy.exported",
     "flops": "tokcomp.cost",
     "load_exported": "tokcomp.deploy.exported",
+    "quantize": "tokcomp.api",
     "restore": "tokcomp.api",
     "__version__": "tokcomp_kernels._version",
     "trace": "tokcomp.api",
@@ -68,6 +69,7 @@ __all__ = [
     "export",
     "flops",
     "load_exported",
+    "quantize",
     "restore",
     "trace",
     "uncompress",

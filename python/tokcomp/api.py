@@ -1,8 +1,8 @@
-"""compress, restore, trace: what users call."""
+"""compress, quantize, restore, trace: what users call."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from tokcomp.adapters import Adapter, find_adapter
 from tokcomp.blocks.state import compose_sources
 from tokcomp.folded import fold_of, require_same_method
 from tokcomp.in_flight import require_idle
-from tokcomp.methods import Method
+from tokcomp.methods import Method, ToMe
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -54,12 +54,46 @@ def compress(model: ModelT, method: Method, attention: str = "tokcomp") -> Model
     method.validate(geometry)
     require_same_method(fold_of(model), method.name)
     require_idle(model)
-    _change(adapter, model, method.fitted(geometry), attention == "stock")
+    _change(adapter, model, _State(method.fitted(geometry), attention == "stock", adapter.uses_int8(model)))
+    return model
+
+
+def quantize(model: ModelT, dtype: str = "int8") -> ModelT:
+    """Make a model compute its linear layers in int8, in place: on CPU, for inference, without retraining.
+
+    Weights have a scale for each output, activations one for each token, found in every call, so that an image's logits
+    do not depend on its batch. Attention, norms, residuals, patch embedding and head stay float32. Parameters and
+    state_dict stay as they are, and so does the method by which the model is compressed, also if it is changed later;
+    a plain model runs through our blocks without dropping a token. :func:`restore` undoes it all.
+
+    Args:
+        model: compressed or plain, in evaluation mode, float32, on CPU: a timm VisionTransformer of plain blocks.
+        dtype: "int8".
+
+    Returns:
+        ``model`` itself. Calls that want gradients, or under autocast or torch.compile, raise RuntimeError.
+
+    Raises:
+        TypeError: (UnsupportedModelError) the model is not understood, or its family has no products in int8.
+        ValueError: the model is in training mode, not float32 or not on CPU, or a block has parts that the fast path
+            does not know; or ``dtype`` is another.
+        RuntimeError: another thread is calling the model.
+    """
+    if dtype != "int8":
+        raise ValueError(f"dtype must be 'int8', got {dtype!r}")
+    adapter = find_adapter(model)
+    adapter.check_int8(model)
+    method = adapter.method(model)
+    if method is None:
+        method = ToMe(0).fitted(adapter.geometry(model))
+        adapter.validate(model, method)
+    require_idle(model)
+    _change(adapter, model, _State(method, adapter.keeps_attention(model), True))
     return model
 
 
 def restore(model: ModelT) -> ModelT:
-    """Undo :func:`compress`, in place: the model is exactly as it was before. A plain model stays as it is.
+    """Undo :func:`compress` and :func:`quantize`, in place: the model is exactly as it was before. A plain model stays as it is.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -72,27 +106,38 @@ def restore(model: ModelT) -> ModelT:
     for adapter in ADAPTERS:
         if adapter.claims(model) and adapter.method(model) is not None:
             require_idle(model)
-            _change(adapter, model, None)
+            _change(adapter, model, _State(None))
     return model
 
 
-def _change(adapter: Adapter, model: nn.Module, method: Method | None, stock: bool = False) -> None:
-    """Change to a method, or to a plain model if None; change back if a call began in the meantime."""
-    before, before_stock = adapter.method(model), adapter.keeps_attention(model)
-    _set(adapter, model, method, stock)
+class _State(NamedTuple):
+    """All that compress and quantize set; a plain model has no method."""
+
+    method: Method | None
+    stock: bool = False
+    int8: bool = False
+
+
+def _change(adapter: Adapter, model: nn.Module, state: _State) -> None:
+    """Change to a state; change back if a call began in the meantime."""
+    before = _State(adapter.method(model), adapter.keeps_attention(model), adapter.uses_int8(model))
+    _set(adapter, model, state)
     try:
         require_idle(model)
     except RuntimeError:
-        _set(adapter, model, before, before_stock)
+        _set(adapter, model, before)
         raise
 
 
-def _set(adapter: Adapter, model: nn.Module, method: Method | None, stock: bool) -> None:
+def _set(adapter: Adapter, model: nn.Module, state: _State) -> None:
     adapter.unpatch(model)
-    if method is not None:
-        adapter.patch(model, method)
-        if stock:
-            adapter.keep_attention(model)
+    if state.method is None:
+        return
+    adapter.patch(model, state.method)
+    if state.stock:
+        adapter.keep_attention(model)
+    if state.int8:
+        adapter.use_int8(model)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ COMPILER = shutil.which("aarch64-linux-gnu-g++")
 def test_every_cpu_kernel_compiles(tmp_path: Path) -> None:
     include = Path(torch.__file__).parent / "include"
     # One unit, as the build makes few: most of a compilation is torch's headers.
-    sources = [*sorted((ROOT / "csrc/cpu").glob("*.cpp")), ROOT / "csrc/cpu_level.cpp"]
+    sources = [*sorted((ROOT / "csrc/cpu").rglob("*.cpp")), ROOT / "csrc/cpu_level.cpp"]
     unit = tmp_path / "all.cpp"
     unit.write_text("".join(f'#include "{source}"\n' for source in sources))
     command = [str(COMPILER), "-fsyntax-only", "-std=c++20", "-fopenmp", "-Wall", "-Wextra", "-Werror"]

@@ -96,6 +96,17 @@ class Adapter(ABC):
         """Whether ``model`` is compressed and runs its own attention."""
         return False
 
+    def check_int8(self, model: nn.Module) -> None:
+        """Raise if the products of a model, plain or compressed, cannot be computed in int8."""
+        raise UnsupportedModelError(f"{self.family}: its products cannot be computed in int8; timm's ViTs' can")
+
+    def use_int8(self, model: nn.Module) -> None:  # noqa: B027  those that can
+        """Make a compressed model compute its products in int8 until :meth:`unpatch`."""
+
+    def uses_int8(self, model: nn.Module) -> bool:
+        """Whether ``model`` is compressed and computes its products in int8."""
+        return False
+
     @abstractmethod
     def unpatch(self, model: nn.Module) -> None:
         """Undo :meth:`patch`; does nothing to a plain model."""

@@ -18,7 +18,7 @@ from tokcomp.adapters.tower import CompressedTower, SearchTower
 from tokcomp.adapters.twins import twin_model
 from tokcomp.blocks.places import Places
 from tokcomp.blocks.search import BlockSearch
-from tokcomp.fastpath import Products, forget
+from tokcomp.fastpath import Products, forget, is_int8, set_int8
 from tokcomp.methods.base import Geometry, Method, Norm
 from tokcomp.methods.tome import ToMe
 
@@ -162,6 +162,12 @@ class IsotropicAdapter(Adapter):
     def keeps_attention(self, model: Any) -> bool:
         return getattr(self.tower(model), "_tokcomp_keeps_attention", False)
 
+    def use_int8(self, model: Any) -> None:
+        set_int8(self.tower(model), True)
+
+    def uses_int8(self, model: Any) -> bool:
+        return is_int8(self.tower(model))
+
     def unpatch(self, model: Any) -> None:
         tower = self.tower(model)
         if not isinstance(tower, CompressedTower):
@@ -175,6 +181,7 @@ class IsotropicAdapter(Adapter):
         restore_class(tower)
         del tower._tokcomp_adapter, tower._tokcomp_method
         vars(tower).pop("_tokcomp_keeps_attention", None)
+        set_int8(tower, False)
         forget(tower)
 
     def method(self, model: Any) -> Method | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
+from tokcomp_kernels import int8
 from tokcomp_kernels.product_types import product_dtype
 
 #: Supported element types of activations and weights; product_dtype says in which type the products are computed.
@@ -39,13 +40,13 @@ class _Packed:
     bias: Tensor | None
     data_ptr: int
     version: int | None
-    packed: Tensor
+    packed: Any  # a tensor, or an int8 weight with its scales
     view: Tensor  # a few elements of the weight as it is now
     values: Tensor  # and as they were when it was packed
 
     @classmethod
     def of(cls, layer: Layer, dtype: torch.dtype) -> _Packed:
-        """The layer's packed weight: one that another model made from the same parameter, or else a new one."""
+        """The layer's packed weight in a type: one that another model made of the same parameter, or else a new one."""
         weight = layer.weight
         key = (id(weight), dtype)
         entry = _shared.get(key)
@@ -75,11 +76,15 @@ class PackedWeights:
 
     def __init__(self, layers: Sequence[Layer], dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._layers = {layer: _Packed.of(layer, dtype) for layer in layers}
+        self._layers = {layer: _Packed.of(layer, self._type_of(layer)) for layer in layers}
         self._transposed: dict[Layer, Tensor] = {}
         self.widest = max(layer.weight.shape[0] for layer in layers)  # columns of the widest output
         self._views = [entry.view for entry in self._layers.values()]
         self._values = torch.cat(self._views)
+
+    def _type_of(self, layer: Layer) -> torch.dtype:
+        """The type that a layer's weight is packed in."""
+        return self.dtype
 
     def is_current(self, layers: Sequence[Layer], weight_dtype: torch.dtype, dtype: torch.dtype | None) -> bool:
         """Whether the pack is of these layers and types, and none of the weights has changed.
@@ -107,7 +112,8 @@ class PackedWeights:
     def nbytes_of(self, layers: Iterable[nn.Module]) -> int:
         """Bytes that the packed copies of these layers take, 0 for a layer that is not packed."""
         found = [layer for layer in layers if layer in self._layers]
-        packed = [self._layers[layer].packed for layer in found]
+        weights = [self._layers[layer].packed for layer in found]
+        packed = [part for weight in weights for part in (weight if isinstance(weight, tuple) else (weight,))]
         packed += [self._transposed[layer] for layer in found if layer in self._transposed]
         return sum(one.numel() * one.element_size() for one in packed)
 
@@ -159,9 +165,11 @@ def _sample(weight: Tensor) -> Tensor:
     return flat[:: step - 1 + step % 2 if step > 1 else 1]
 
 
-def _pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _pack(weight: Tensor, dtype: torch.dtype) -> Any:
     # Ordinary tensors even under inference_mode, so that the pack outlives it.
     with torch.inference_mode(False), torch.no_grad():
+        if dtype == torch.int8:
+            return int8.pack_weight(weight.detach().flatten(1))
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1).to(dtype).contiguous(), None)
 
 
@@ -179,6 +187,7 @@ def packed_weights(
     *,
     frozen: bool = False,
     autocast: bool = False,
+    kind: type[PackedWeights] = PackedWeights,
 ) -> PackedWeights | None:
     """The packed weights of ``layers`` for computing on ``x``, or None if the ordinary path has to be taken.
 
@@ -193,9 +202,11 @@ def packed_weights(
         frozen: gradients may be wanted, but not for these layers' parameters: :mod:`tokcomp.fastpath.frozen` has the
             products that carry a gradient to their input.
         autocast: the caller casts activations to the packed weights' type, which under autocast is autocast's type.
+        kind: what computes the products; a model has one kind at a time.
     """
     layers = list(dict.fromkeys(layers))
     packed = _cache.get(model)
+    packed = packed if type(packed) is kind else None
     dtype = _compute_dtype(x.dtype, autocast)
     if packed is None or not packed.is_current(layers, x.dtype, dtype):
         if x.dtype not in DTYPES or not all(_packable(layer, x.dtype) for layer in layers):
@@ -207,8 +218,8 @@ def packed_weights(
     if packed is None:
         with _lock:
             packed = _cache.get(model)
-            if packed is None or not packed.is_current(layers, x.dtype, dtype):
-                packed = _cache[model] = PackedWeights(layers, dtype)
+            if type(packed) is not kind or not packed.is_current(layers, x.dtype, dtype):
+                packed = _cache[model] = kind(layers, dtype)
     return packed
 
 

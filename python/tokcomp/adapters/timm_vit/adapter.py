@@ -91,6 +91,13 @@ class TimmVisionTransformer(IsotropicAdapter):
         """The products of those of the model's parts that the fast path can run, None where none can."""
         return fast.products_of(model, images)
 
+    def check_int8(self, model: Any) -> None:
+        if type(self).products_of is not TimmVisionTransformer.products_of:
+            super().check_int8(model)
+        why = fast.int8_refusal(model)
+        if why is not None:
+            raise ValueError(f"model cannot be quantised to int8: {why}")
+
     def pack_search(self, model: Any, images: Tensor) -> PackedWeights | None:
         """Packed weights for a search, None where the fast path cannot run every block."""
         return search_fast.pack(model, images)

@@ -15,9 +15,20 @@ from torch import Tensor, nn
 
 from tokcomp.blocks.attention import attend
 from tokcomp.blocks.state import BlockState
-from tokcomp.fastpath import Layer, PackedWeights, Products, forget, has_hooks, packed_weights, plain_weights
+from tokcomp.fastpath import (
+    Int8Weights,
+    Layer,
+    PackedWeights,
+    Products,
+    forget,
+    has_hooks,
+    is_int8,
+    packed_weights,
+    plain_weights,
+)
 from tokcomp.lvvit import ResidualScale
 from tokcomp.methods.base import Norm
+from tokcomp_kernels import int8
 
 #: Elements of the widest activation of a group of images.
 _ACTIVATION_ELEMENTS = 5 * 2**19
@@ -26,7 +37,36 @@ _SCALES = (LayerScale, ResidualScale, nn.Identity)
 
 
 def products_of(model: Any, images: Tensor) -> Products | None:
-    """The products of those parts of the model that this module can run; None where none can."""
+    """The products of those parts of the model that this module can run; None where none can.
+
+    Raises:
+        RuntimeError: they are to be in int8, and cannot all be.
+    """
+    if not is_int8(model):
+        return _products_of(model, images, PackedWeights)
+    why = int8_refusal(model)
+    products = None if why else _products_of(model, images, Int8Weights)
+    if products is None:
+        why = why or "gradients, autocast, torch.compile, export and tracing are not; use torch.inference_mode()"
+        raise RuntimeError(f"the model was quantised to int8, for plain inference on CPU in float32 alone: {why}")
+    return products
+
+
+def int8_refusal(model: Any) -> str | None:
+    """Why the products of a model's blocks cannot be in int8, or None."""
+    weight = next(model.parameters())
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return f"its weights must be float32 on the CPU, got {dtype} on {weight.device.type}"
+    if model.training:
+        return "it is in training mode; call model.eval() first"
+    odd = next((index for index, block in enumerate(model.blocks) if not is_plain(block)), None)
+    if odd is not None:
+        return f"blocks.{odd} has parts (or hooks on them) that this path does not know"
+    return int8.unavailable()
+
+
+def _products_of(model: Any, images: Tensor, kind: type[PackedWeights]) -> Products | None:
     if torch.compiler.is_compiling():
         return None
     layers: list[Layer] = [layer for block in model.blocks if is_plain(block) for layer in layers_of(block)]
@@ -37,7 +77,7 @@ def products_of(model: Any, images: Tensor) -> Products | None:
         return plain_weights(model, layers, images)
     if is_plain_embedding(model.patch_embed):
         layers.append(model.patch_embed.proj)
-    return packed_weights(model, layers, images)
+    return packed_weights(model, layers, images, kind=kind)
 
 
 def embed_patches(patch_embed: Any, images: Tensor, products: Products) -> Tensor:
