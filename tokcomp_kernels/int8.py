@@ -23,9 +23,7 @@ from tokcomp_kernels import _library as _loads_the_compiled_kernels  # noqa: F40
 WEIGHT_LEVELS = 127
 _LIBRARY = torch.library.Library("tokcomp_int8", "DEF")
 _LIBRARY.define("quantize_rows(Tensor x, int levels) -> (Tensor q, Tensor scale)")
-_LIBRARY.define(
-    "rescale_rows(Tensor(a!) product, Tensor scale, Tensor? bias, Tensor? residual, bool gelu) -> Tensor(a!)"
-)
+_LIBRARY.define("rescale_rows(Tensor(a!) product, Tensor scale, Tensor? bias, Tensor? residual) -> Tensor(a!)")
 _LIBRARY.define(
     "requantize_gelu_rows(Tensor product, Tensor scale, Tensor? bias, int levels) -> (Tensor q, Tensor scale)"
 )
@@ -44,22 +42,20 @@ def quantize_rows_reference(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     return q.to(torch.uint8), torch.where(normal | ~scale.isfinite(), scale, 0)
 
 
-def rescale_rows_reference(
-    product: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool
-) -> Tensor:
-    """``product * scale + bias + residual``, through GELU if ``gelu``, into product [..., C]; scale is [...]."""
+def rescale_rows_reference(product: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """``product * scale + bias + residual`` into product [..., C]; scale is [...]."""
     product *= scale[..., None]
     for term in (bias, residual):
         if term is not None:
             product += term
-    return product.copy_(F.gelu(product)) if gelu else product
+    return product
 
 
 def requantize_gelu_rows_reference(
     product: Tensor, scale: Tensor, bias: Tensor | None, levels: int
 ) -> tuple[Tensor, Tensor]:
-    """:func:`rescale_rows_reference` with GELU, then :func:`quantize_rows_reference`, in one pass."""
-    return quantize_rows_reference(rescale_rows_reference(product.clone(), scale, bias, None, True), levels)
+    """GELU of :func:`rescale_rows_reference`, then :func:`quantize_rows_reference`, in one pass."""
+    return quantize_rows_reference(F.gelu(rescale_rows_reference(product.clone(), scale, bias, None)), levels)
 
 
 REFERENCES: dict[str, Callable[..., Any]] = {
@@ -90,7 +86,7 @@ class Weight(NamedTuple):
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [out, in] and scales [out] of a float32 weight [out, in], within half a scale; a row of zeros has scale 0."""
+    """int8 [out, in] and scales [out] of a weight [out, in], within half a scale; a row of zeros has scale 0."""
     scale = weight.abs().amax(1) / WEIGHT_LEVELS
     inverse = torch.where(scale > 0, 1 / scale, 0)
     q = (weight * inverse[:, None]).round().clamp(-WEIGHT_LEVELS, WEIGHT_LEVELS)
@@ -106,7 +102,8 @@ def pack_weight(weight: Tensor) -> Weight:
 
 def product(rows: Rows, weight: Weight, levels: int) -> Tensor:
     """Rows [..., in] times a weight [out, in], transposed, in float32 [..., out], but for the rows' scales."""
-    return _multiply(rows.q, weight.packed, weight.scale, weight.zero, levels + 1)
+    found = _multiply(rows.q, weight.packed, weight.scale, weight.zero, levels + 1)
+    return found.view(*rows.q.shape[:-1], len(weight.scale))  # oneDNN forgets the dimensions of an empty batch
 
 
 def _multiply(q: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, x_zero: int) -> Tensor:

@@ -93,7 +93,9 @@ def quantize(model: ModelT, dtype: str = "int8") -> ModelT:
 
 
 def restore(model: ModelT) -> ModelT:
-    """Undo :func:`compress` and :func:`quantize`, in place: the model is exactly as it was before. A plain model stays as it is.
+    """Undo :func:`compress` and :func:`quantize`, in place: the model is exactly as it was before.
+
+    A plain model stays as it is.
 
     Raises:
         TypeError: ``model`` is not a module.

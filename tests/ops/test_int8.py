@@ -50,26 +50,25 @@ def test_no_nan_and_no_infinity_is_silent() -> None:
         q, scale = quantize(x, 63)
         assert scale.isfinite().tolist() == [True, False, False, True]
         product = int8.product(int8.Rows(q, scale), weight, 63)
-        out = steps.rescale_rows(product, scale, None, None, False)
+        out = steps.rescale_rows(product, scale, None, None)
         assert out.isfinite().all(1).tolist() == [True, False, False, True]
         again = steps.requantize_gelu_rows(product, scale, None, 63)[1]
         assert again.isfinite().tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_are_scaled_as_the_plain_form_says(shape: tuple[int, ...], gelu: bool) -> None:
-    """Three roundings of float32, and in GELU an erf within some 2 ulp of 1, of terms no larger than their sum."""
+def test_products_are_scaled_as_the_plain_form_says(shape: tuple[int, ...]) -> None:
+    """Three roundings of float32, of terms no larger than their sum."""
     torch.manual_seed(1)
     product, scale, bias, residual = values(*shape), torch.rand(shape[:-1]), torch.randn(shape[-1]), values(*shape)
     for more in ((None, None), (bias, None), (None, residual), (bias, residual)):
         exact = int8.rescale_rows_reference(
-            product.double(), scale.double(), *(one if one is None else one.double() for one in more), gelu
+            product.double(), scale.double(), *(one if one is None else one.double() for one in more)
         )
         terms = (product * scale[..., None]).abs() + sum(one.abs() for one in more if one is not None)
         out = product.clone()
-        assert steps.rescale_rows(out, scale, *more, gelu).data_ptr() == out.data_ptr()
-        assert ((out - exact).abs() <= 8 * EPS * terms).all()
+        assert steps.rescale_rows(out, scale, *more).data_ptr() == out.data_ptr()
+        assert ((out - exact).abs() <= 3 * EPS * terms).all()
 
 
 @pytest.mark.parametrize("levels", [63, 127])

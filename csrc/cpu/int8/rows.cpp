@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor> quantize_rows_cpu(const Tensor& x, int64_t levels) {
 }
 
 Tensor rescale_rows_cpu(Tensor product, const Tensor& scale, const OptionalTensor& bias,
-                        const OptionalTensor& residual, bool gelu) {
+                        const OptionalTensor& residual) {
   const int64_t width = product.size(-1), num_rows = width > 0 ? product.numel() / width : 0;
   const Tensor left = residual ? residual->contiguous() : Tensor();
   const float *factors = scale.const_data_ptr<float>(), *added = data_of(bias);
@@ -102,12 +102,7 @@ Tensor rescale_rows_cpu(Tensor product, const Tensor& scale, const OptionalTenso
   at::parallel_for(0, num_rows, grain_of(width), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       float* here = data + row * width;
-      const float* beside = other ? other + row * width : nullptr;
-      if (gelu) {
-        rescale_row<true>(here, factors[row], added, beside, here, width);
-      } else {
-        rescale_row<false>(here, factors[row], added, beside, here, width);
-      }
+      rescale_row<false>(here, factors[row], added, other ? other + row * width : nullptr, here, width);
     }
   });
   return product;

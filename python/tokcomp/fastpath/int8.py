@@ -6,7 +6,7 @@ between the products stays float32. The model's own weights are left as they are
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class Int8Weights(PackedWeights):
         """``F.gelu(layer(x), approximate=approximate)``, quantised for the layer that follows."""
         levels, entry = int8.activation_levels(), self._layers[layer]
         if approximate != "none":
-            return int8.Rows(*_steps.quantize_rows(F.gelu(self._linear(layer, x, None), approximate=approximate), levels))
+            return self._quantised(F.gelu(self._linear(layer, x, None), approximate=approximate), levels)
         rows = self._quantised(x, levels)
         product = int8.product(rows, entry.packed, levels)
         return int8.Rows(*_steps.requantize_gelu_rows(product, rows.scale, entry.bias, levels))
@@ -49,10 +49,8 @@ class Int8Weights(PackedWeights):
     def _linear(self, layer: Layer, x: Tensor | int8.Rows, residual: Tensor | None) -> Tensor:
         levels, entry = int8.activation_levels(), self._layers[layer]
         rows = self._quantised(x, levels)
-        out: Tensor = _steps.rescale_rows(
-            int8.product(rows, entry.packed, levels), rows.scale, entry.bias, residual, False
-        )
-        return out
+        product = int8.product(rows, entry.packed, levels)
+        return cast(Tensor, _steps.rescale_rows(product, rows.scale, entry.bias, residual))
 
     @staticmethod
     def _quantised(x: Tensor | int8.Rows, levels: int) -> int8.Rows:
