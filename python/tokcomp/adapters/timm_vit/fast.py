@@ -46,7 +46,7 @@ def products_of(model: Any, images: Tensor) -> Products | None:
         return _products_of(model, images, PackedWeights)
     why = int8_refusal(model)
     products = None if why else _products_of(model, images, Int8Weights)
-    if products is None:
+    if not isinstance(products, Int8Weights):
         why = why or "gradients, autocast, torch.compile, export and tracing are not; use torch.inference_mode()"
         raise RuntimeError(f"the model was quantised to int8, for plain inference on CPU in float32 alone: {why}")
     return products
