@@ -14,7 +14,18 @@ CANDIDATES = "24"
 DIGITS = ("--dataset", "digits", "-m", "tokcomp_digits_vit", "--pretrained", "--device", "cpu", "-j", "0")
 SHORT = ("--steps", "2", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--refine-images", "40")
 COMPARE = ("compare", *DIGITS, *SHORT, "--methods", "search", "refine", "tome", "random:1", "--gflops", "0.009")
-COMPARE += ("-b", "8", "--images", "31", "--search-images", "16", "--search-batch-size", "8", "--refine-candidates", CANDIDATES)
+COMPARE += (
+    "-b",
+    "8",
+    "--images",
+    "31",
+    "--search-images",
+    "16",
+    "--search-batch-size",
+    "8",
+    "--refine-candidates",
+    CANDIDATES,
+)
 COMPARE += ("--speed-batch", "0", "--pictures", "0")
 SEARCH = ("search", *DIGITS, *SHORT, "-b", "8", "--images", "60", "--eval-interval", "0", "--target-gflops", "0.009")
 SEARCH += ("--refine", CANDIDATES)

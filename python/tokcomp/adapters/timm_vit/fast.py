@@ -46,7 +46,7 @@ def products_of(model: Any, images: Tensor) -> Products | None:
         return _products_of(model, images, PackedWeights)
     why = int8_refusal(model)
     products = None if why else _products_of(model, images, Int8Weights)
-    if not isinstance(products, Int8Weights):
+    if products is None:
         why = why or "gradients, autocast, torch.compile, export and tracing are not; use torch.inference_mode()"
         raise RuntimeError(f"the model was quantised to int8, for plain inference on CPU in float32 alone: {why}")
     return products
@@ -273,7 +273,7 @@ def _scaled(scale: Any, branch: Tensor) -> Tensor:
 
 def _residual(scale: Any, products: Products, layer: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
     """residual + scale(layer(x))."""
-    factor = factor_of(scale, x.dtype)
+    factor = factor_of(scale, residual.dtype)
     if factor is None:
         return products.linear_add(layer, x, residual)
     return add_scaled(residual, products.linear(layer, x), factor)
