@@ -40,7 +40,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The path of CUDA, on CPU: linear layers as they stand. Lists the operators that ran."""
     seen: list[str] = []
 
-    def products(model: Any, layers: Any, x: Tensor) -> fastpath.PlainWeights | None:
+    def products(model: Any, layers: Any, x: Tensor, **kind: Any) -> fastpath.PlainWeights | None:
         linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
         return None if packing.wants_gradients(model, x) else fastpath.PlainWeights(linear, x.dtype)
 
