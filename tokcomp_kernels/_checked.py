@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from tokcomp_kernels import _checks
+from tokcomp_kernels import _checks, _partition_checks
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -19,7 +19,7 @@ def checked(implementation: Callable[P, R]) -> Callable[P, R]:
 
 def checked_as(name: str, implementation: Callable[P, R]) -> Callable[P, R]:
     """``implementation`` after ``check_NAME``, which takes the operator's arguments."""
-    check: Callable[P, None] = getattr(_checks, f"check_{name}")
+    check = check_of(name)
 
     @functools.wraps(implementation)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -27,3 +27,10 @@ def checked_as(name: str, implementation: Callable[P, R]) -> Callable[P, R]:
         return implementation(*args, **kwargs)
 
     return run
+
+
+def check_of(name: str) -> Callable[..., Any]:
+    """``check_NAME``."""
+    home = _checks if hasattr(_checks, f"check_{name}") else _partition_checks
+    check: Callable[..., Any] = getattr(home, f"check_{name}")
+    return check

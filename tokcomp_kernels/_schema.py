@@ -20,8 +20,9 @@ NATIVE_NAMESPACES = {"CPU": "tokcomp_cpu", "CUDA": "tokcomp_cuda"}
 class Operator:
     """One operator. ``signature`` follows the name in the schema; a leading underscore marks a backward pass.
 
-    ``native`` says whether it has compiled kernels; without, PyTorch's own operators make it up on CPU. ``file``
-    names its file in every folder, the reference's too, where that is not the operator's own name.
+    ``native`` says whether it has compiled kernels, ``triton`` whether it has Triton's; without, PyTorch's own
+    operators make it up. ``file`` names its file in every folder, the reference's too, where that is not the operator's
+    own name.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Operator:
     differentiable: tuple[str, ...] = ()
     backward: str | None = None
     native: bool = True
+    triton: bool = True
     file: str = ""
 
     def __post_init__(self) -> None:
@@ -98,6 +100,24 @@ OPERATORS: tuple[Operator, ...] = (
         "ToMe's bipartite soft matching: the r most similar pairs become size-weighted means.",
         differentiable=("x",),
         backward="_merge_backward",
+    ),
+    Operator(
+        "bipartite_merge",
+        "(Tensor x, Tensor metric, Tensor role, int r, *, Tensor? size=None, str average='size')"
+        " -> (Tensor x, Tensor size, Tensor source)",
+        "Merge sources into their most similar destinations, which the caller names token by token.",
+        differentiable=("x",),
+        backward="_merge_backward",
+        native=False,
+        triton=False,
+    ),
+    Operator(
+        "select_diverse",
+        "(Tensor features, int num_kept, *, Tensor? relevance=None, int num_prefix_tokens=1, str rule='farthest')"
+        " -> Tensor",
+        "Choose tokens one by one, each unlike those chosen before: farthest points, or a determinantal process.",
+        native=False,
+        triton=False,
     ),
     Operator(
         "unmerge",

@@ -7,15 +7,7 @@ The oracle is the reference in float64 on the very values a kernel was given. Tw
   outright.
 - Numbers, given those choices, must lie within ``2 * (reference_error + rounding_band)`` of float64: what plain PyTorch
   loses when it accumulates in the kernel's precision, and what one rounding of the inputs and the result does.
-
-Where the budget comes from. A result's error is a sum of many roundings, each at most u = epsilon / 2 of its value, so
-it is about normal, with a spread that the operator and its inputs set. Both terms are the largest of many draws of it:
-reference_error rounds where the operator rounds, in another order of sums than the kernel's and on other inputs, so
-that the reference can fail too; rounding_band moves each input by up to 2 u, as a kernel does that rounds what lies
-between two products to their type. Attention's backward takes two passes, the second of which computes every score
-again, with other roundings. A kernel's own error is one draw more: of one normal variable it exceeds twice both largest
-ones together with probability 2e-3 after 3 draws, 4e-6 after 8. An image's largest errors may all come from one row, so
-images of few values are drawn more often.
+  ``_rounding.py`` says where that budget comes from.
 """
 
 from __future__ import annotations
@@ -28,16 +20,14 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels import reference
-from tokcomp_kernels._numbers import accumulate_dtype
+from tokcomp_kernels._partition_compare import compare_bipartite_merge, compare_select_diverse
+from tokcomp_kernels._rounding import assert_within_rounding, cosine_slack
 from tokcomp_kernels.reference._common import cosine, descending_order, effective_size
 from tokcomp_kernels.reference.add_layer_norm import layer_norm
 from tokcomp_kernels.reference.masked_attention import biased_scores
 from tokcomp_kernels.reference.masked_merge import live_order
 from tokcomp_kernels.reference.masked_softmax import masked_probabilities
 from tokcomp_kernels.testing import Sample
-
-#: Values to draw of each image, and how many draws that may be.
-LEAST_VALUES, LEAST_DRAWS, MOST_DRAWS = 1000, 3, 30
 
 
 def assert_right(sample: Sample, outputs: Any) -> None:
@@ -56,77 +46,6 @@ def _compare_numbers(sample: Sample, *outputs: Tensor) -> None:
     assert_within_rounding(sample, exact, outputs)
 
 
-def assert_within_rounding(
-    sample: Sample, exact: Callable[[Sample], tuple[Tensor, ...]], outputs: tuple[Tensor, ...]
-) -> None:
-    """Each output against ``exact`` evaluated in float64, within the response to rounding of the inputs."""
-    base = sample.map(lambda t: t.detach().double())
-    want = [target.detach() for target in exact(base)]
-    rounding: dict[float, list[tuple[Tensor, Tensor]]] = {}
-    for position, (have, target) in enumerate(zip(outputs, want, strict=True)):
-        if not have.is_floating_point():
-            continue
-        name = f"{sample.op}[{sample.id}] output {position}"
-        assert have.shape == target.shape, f"{name}: shape {tuple(have.shape)}, not {tuple(target.shape)}"
-        have64 = have.detach().double()
-        assert torch.equal(have64.isnan(), target.isnan()), f"{name}: NaN where the reference has none, or the reverse"
-        if have.numel() == 0:
-            continue
-        epsilon = torch.finfo(have.dtype).eps
-        if epsilon not in rounding:
-            rounding[epsilon] = _rounding(base, exact, want, epsilon)
-        reference_error, response = rounding[epsilon][position]
-        if have.dtype == torch.float64:
-            reference_error = 2 * reference_error  # the oracle errs as much
-        rounding_band = response + epsilon / 2 * target.abs() + torch.finfo(have.dtype).tiny
-        budget = 2 * (reference_error + rounding_band)
-        error = torch.where(target.isnan() | (have64 == target), 0.0, (have64 - target).abs())
-        worst = (error - budget).argmax()
-        assert bool((error <= budget).all()), (
-            f"{name}: {have64.flatten()[worst].item()} where float64 gives {target.flatten()[worst].item()}; "
-            f"error {error.flatten()[worst].item():.3g}, budget {budget.flatten()[worst].item():.3g}"
-        )
-
-
-def _rounding(
-    base: Sample, exact: Callable[[Sample], tuple[Tensor, ...]], want: list[Tensor], epsilon: float
-) -> list[tuple[Tensor, Tensor]]:
-    """For each output what accumulating in a kernel's precision loses, and what rounding the inputs changes, at most.
-
-    Both [B, 1, ...].
-    """
-    # Accumulation is in float32 for every output but float64's.
-    unit = min(1.0, epsilon / torch.finfo(torch.float32).eps)
-    fewest = min(target[0].numel() for target in want if target.numel())
-    found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in want]
-    for draw in range(min(max(-(-LEAST_VALUES // fewest), LEAST_DRAWS), MOST_DRAWS)):
-        generator = torch.Generator().manual_seed(draw)
-
-        def rounded(t: Tensor, generator: torch.Generator = generator) -> Tensor:
-            noise = torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t.device) * 2 - 1
-            return t * (1 + epsilon * noise)
-
-        moved = base.map(rounded)
-        single = moved.map(lambda t: t.float())
-        runs = zip(found, want, exact(moved), exact(single), exact(single.map(lambda t: t.double())), strict=True)
-        for (lost, changed), target, response, accumulated, whole in runs:
-            lost.append(_largest_per_image(accumulated.double() - whole) * unit)
-            changed.append(_largest_per_image(response - target))
-    return [
-        (_largest(lost, target.dim()), _largest(changed, target.dim()))
-        for (lost, changed), target in zip(found, want, strict=True)
-    ]
-
-
-def _largest(draws: list[Tensor], dims: int) -> Tensor:
-    return torch.stack(draws).amax(0).reshape(-1, *[1] * (dims - 1))
-
-
-def _largest_per_image(change: Tensor) -> Tensor:
-    change = change.detach().abs().nan_to_num(0.0, 0.0, 0.0).flatten(1)
-    return change.amax(1) if change.numel() else change.new_zeros(change.shape[0])
-
-
 def _compare_class_attention_sort(sample: Sample, cls_attn: Tensor, token_order: Tensor) -> None:
     _compare_numbers(sample, cls_attn, token_order)
     prefix = sample.args[4] if len(sample.args) > 4 else sample.kwargs.get("num_prefix_tokens", 1)
@@ -136,15 +55,6 @@ def _compare_class_attention_sort(sample: Sample, cls_attn: Tensor, token_order:
     if sample.exact:
         want = reference.REFERENCES[sample.op](*sample.args, **sample.kwargs)[1]
         assert torch.equal(token_order, want), f"{sample.id}: ties must go to the lower index"
-
-
-def _cosine_slack(features: Tensor) -> float:
-    """How far a chosen cosine over K features may lie below the best one.
-
-    K rounded products add up to an error of 2 u sqrt(K) at most, but once in 2000; half of that each norm. Both cosines
-    err: 2 * (1 + 1/2 + 1/2) * 2 u sqrt(K) = 4 epsilon sqrt(K).
-    """
-    return 4 * max(features.shape[-1], 1) ** 0.5 * torch.finfo(accumulate_dtype(features)).eps
 
 
 def _compare_attention_backward(sample: Sample, *grads: Tensor) -> None:
@@ -198,7 +108,7 @@ def _compare_prune_merge(sample: Sample, x_out: Tensor, size_out: Tensor, source
         rows = x.double().gather(1, order[:, :, None].expand(-1, -1, x.shape[2]))
         similarity = cosine(rows[:, kept:alive], rows[:, prefix:kept])
         chosen = similarity.gather(2, (merged - prefix)[:, :, None]).squeeze(2)
-        assert bool((chosen >= similarity.amax(2) - _cosine_slack(x)).all()), (
+        assert bool((chosen >= similarity.amax(2) - cosine_slack(x)).all()), (
             "a merged token must go to its most similar"
         )
     if sample.exact:
@@ -285,7 +195,7 @@ def _compare_tome_merge(sample: Sample, x_out: Tensor, size_out: Tensor, source:
             "order of the prefix and the odd set"
         )
         similarity = cosine(metric[:, a].double(), metric[:, b].double())
-        best, slack = similarity.amax(2), _cosine_slack(metric)
+        best, slack = similarity.amax(2), cosine_slack(metric)
         chosen = similarity.gather(2, (source[:, a] - first_b).clamp_min(0)[:, :, None]).squeeze(2)
         assert bool((~is_merged | (chosen >= best - slack)).all()), "a merged token must go to its most similar"
         if x.shape[0]:
@@ -324,7 +234,7 @@ def _compare_masked_merge(sample: Sample, x_out: Tensor, size_out: Tensor, rank:
     assert bool((is_candidate.gather(1, destination) | ~is_source).all()), "a destination must be a kept patch token"
     similarity = cosine(x.double(), x.double()).masked_fill(~is_candidate[:, None], float("-inf"))
     best, chosen = similarity.amax(2), similarity.gather(2, destination[:, :, None]).squeeze(2)
-    assert bool(((chosen >= best - _cosine_slack(x)) | ~is_source).all()), "a merged token must go to its most similar"
+    assert bool(((chosen >= best - cosine_slack(x)) | ~is_source).all()), "a merged token must go to its most similar"
     if sample.exact:
         want = reference.REFERENCES[sample.op](*sample.args, **sample.kwargs)[3]
         assert torch.equal(destination, want), f"{sample.id}: destination differs from the reference's"
@@ -366,4 +276,6 @@ _COMPARE: dict[str, Callable[..., None]] = {
     "masked_merge": _compare_masked_merge,
     "prune_merge_norm": _compare_prune_merge_norm,
     "add_layer_norm": _compare_add_layer_norm,
+    "bipartite_merge": compare_bipartite_merge,
+    "select_diverse": compare_select_diverse,
 }

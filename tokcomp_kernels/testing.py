@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokcomp_kernels._partition_samples import bipartite_merge, select_diverse
 from tokcomp_kernels._sample_maker import Maker
 from tokcomp_kernels._schema import OPERATORS
 
@@ -356,6 +357,8 @@ _CASES: dict[str, Callable[..., Iterator[tuple]]] = {
     "attention": _attention,
     "attention_received": _attention_received,
     "tome_merge": _tome_merge,
+    "bipartite_merge": lambda make, small: bipartite_merge(make, _token_counts(small)),
+    "select_diverse": lambda make, small: select_diverse(make, _token_counts(small)),
     "unmerge": _unmerge,
     "masked_merge": _masked_merge,
     "prune_merge_norm": _prune_merge_norm,

@@ -25,7 +25,7 @@ def _typed(dtype: torch.dtype, *shape: int) -> Callable[[str], torch.Tensor]:
 
 X, IMPORTANCE, QKV, SCORES = _randn(2, 9, 4), _randn(2, 9), _randn(2, 3, 9, 4), _randn(2, 3, 9, 9)
 INT = torch.int64
-SOURCE, COUNTS = _typed(INT, 2, 12), _typed(INT, 2)
+SOURCE, COUNTS, ROLE = _typed(INT, 2, 12), _typed(INT, 2), _typed(INT, 2, 9)
 NEED = "where tokens merge, which need a destination"
 HALF = torch.float16
 #: operator, positional arguments, keyword arguments, error, message
@@ -103,6 +103,37 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] =
     ("tome_merge", (X, X, -1), {}, ValueError, "tome_merge: r must be at least 0, got -1"),
     ("tome_merge", (X, _typed(INT, 2, 9, 4), 1), {}, TypeError,
      "tome_merge: metric must be float16, bfloat16, float32 or float64, got int64"),
+    ("bipartite_merge", (X, _randn(2, 8, 4), ROLE, 3), {}, ValueError,
+     "bipartite_merge: metric must be [B, N, K] = [2, 9, 4], got a tensor of shape [2, 8, 4]"),
+    ("bipartite_merge", (X, X, None, 3), {}, TypeError, "bipartite_merge: role must be a tensor, got None"),
+    ("bipartite_merge", (X, X, _typed(INT, 2, 8), 3), {}, ValueError,
+     "bipartite_merge: role must be [B, N] = [2, 9], got a tensor of shape [2, 8]"),
+    ("bipartite_merge", (X, X, _typed(torch.int32, 2, 9), 3), {}, TypeError,
+     "bipartite_merge: role must be int64, got int32"),
+    ("bipartite_merge", (X, X, ROLE, -1), {}, ValueError,
+     "bipartite_merge: r must be between 0 and 8, so that a destination is left, got -1"),
+    ("bipartite_merge", (X, X, ROLE, 9), {}, ValueError,
+     "bipartite_merge: r must be between 0 and 8, so that a destination is left, got 9"),
+    ("bipartite_merge", (X, X, ROLE, 3), {"size": _randn(2, 8)}, ValueError,
+     "bipartite_merge: size must be [B, N] = [2, 9], got a tensor of shape [2, 8]"),
+    ("bipartite_merge", (X, X, ROLE, 3), {"average": "median"}, ValueError,
+     "bipartite_merge: average must be one of size, mean, sum, got 'median'"),
+    ("select_diverse", (_randn(9, 4), 3), {}, ValueError,
+     "select_diverse: features must be [B, N, K], got a tensor of shape [9, 4]"),
+    ("select_diverse", (_typed(INT, 2, 9, 4), 3), {}, TypeError,
+     "select_diverse: features must be float16, bfloat16, float32 or float64, got int64"),
+    ("select_diverse", (X, 10), {}, ValueError,
+     "select_diverse: num_kept must be between num_prefix_tokens (1) and 9 tokens, got 10"),
+    ("select_diverse", (X, 1), {"num_prefix_tokens": 2}, ValueError,
+     "select_diverse: num_kept must be between num_prefix_tokens (2) and 9 tokens, got 1"),
+    ("select_diverse", (X, 9), {"num_prefix_tokens": 10}, ValueError,
+     "select_diverse: num_prefix_tokens must be between 0 and the number of tokens (9), got 10"),
+    ("select_diverse", (X, 3), {"rule": "random"}, ValueError,
+     "select_diverse: rule must be one of farthest, dpp, got 'random'"),
+    ("select_diverse", (X, 3), {"relevance": IMPORTANCE}, ValueError,
+     "select_diverse: relevance must be None for the rule 'farthest', which asks for distances alone, got a tensor"),
+    ("select_diverse", (X, 3), {"relevance": _randn(2, 8), "rule": "dpp"}, ValueError,
+     "select_diverse: relevance must be [B, N] = [2, 9], got a tensor of shape [2, 8]"),
     ("unmerge", (X, _typed(torch.int32, 2, 12)), {}, TypeError, "unmerge: source must be int64, got int32"),
     ("unmerge", (X, _typed(INT, 3, 12)), {}, ValueError, "unmerge: source must have the batch size of x (2), got 3"),
     ("unmerge", (X, SOURCE), {"pruned_fill": _randn(2, 9, 4)}, ValueError,

@@ -76,10 +76,11 @@ class Implementation:
     def backend(self, device_type: str) -> str:
         """``cpp``, ``cuda``, ``triton`` or ``reference``."""
         requested = requested_backend()
+        has_triton = BY_NAME[self.name].triton and _has_triton()
         if requested == "reference":
             return "reference"
         if device_type == "cpu":
-            if requested == "triton" and _interpreting() and _has_triton():
+            if requested == "triton" and _interpreting() and has_triton:
                 return "triton"
             return "cpp" if self.name in native_kernels()["cpu"] else "reference"
         if device_type == "cuda":
@@ -87,7 +88,7 @@ class Implementation:
             if built and (requested == "cuda" or (requested == "auto" and self.name in CUDA_WINNERS)):
                 return "cuda"
             contends = requested != "triton" and self.name in TRITON_CONTENDERS
-            return "triton" if _has_triton() and not contends else "reference"
+            return "triton" if has_triton and not contends else "reference"
         return "reference"
 
     def callable(self, backend: str) -> Callable[..., Any]:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from tokcomp_kernels import _checks
-from tokcomp_kernels._checked import checked_as
+from tokcomp_kernels._checked import check_of, checked_as
 from tokcomp_kernels._library import LIBRARY, native_kernels
 from tokcomp_kernels._schema import BY_NAME, NAMESPACE
 from tokcomp_kernels.ops._backends import Implementation
@@ -110,7 +109,8 @@ def _give_key(implementation: Implementation, device: str) -> None:
 
 
 def _checked(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    check, names = getattr(_checks, f"check_{name}"), Arguments(name).names
+    check = check_of(name)
+    names = Arguments(name).names
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)  # values can be looked at once the shapes are right

@@ -22,6 +22,18 @@ def _refuse_where(op: str, argument: str, bad: Tensor, rule: str, values: Tensor
         )
 
 
+def _refuse_few(op: str, role: Tensor, r: int) -> None:
+    """An image merges r tokens only if it has so many sources, and a destination for them."""
+    sources, destinations = (role == 1).sum(1), (role == 2).sum(1)
+    few = (sources < r) | (destinations < 1)
+    if r > 0 and bool(few.any()):
+        image = int(few.nonzero()[0])
+        raise ValueError(
+            f"{op}: role must give every image at least r = {r} sources and 1 destination, got "
+            f"{int(sources[image])} and {int(destinations[image])} in image {image} (TOKCOMP_CHECK=1)"
+        )
+
+
 def check_values(op: str, arguments: Mapping[str, Any]) -> None:
     """Refuse the first value that an argument of its name cannot have; a name means the same to every operator."""
     for name, values in arguments.items():
@@ -37,6 +49,8 @@ def check_values(op: str, arguments: Mapping[str, Any]) -> None:
             # A dead token is ranked by its place: its importance is not looked at.
             read = arguments["token_mask"] > 0 if "token_mask" in arguments else True
             _refuse_where(op, name, values.isnan() & read, "not be NaN", values)
+        elif name == "role":
+            _refuse_few(op, values, arguments["r"])
         elif name == "source":
             slots = arguments["x"].shape[1]
             _refuse_where(op, name, (values < -1) | (values >= slots), f"be between -1 and {slots - 1}", values)

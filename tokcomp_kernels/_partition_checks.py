@@ -1,0 +1,67 @@
+"""What the operators over a partition of the caller's refuse, and in which words: as ``_checks``, for the others."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokcomp_kernels._checks import (
+    _require_device,
+    _require_dim,
+    _require_floating,
+    _require_int64,
+    _require_per_token,
+    _require_prefix,
+    _require_shape,
+    refuse,
+)
+
+#: How bipartite_merge makes one token of a group.
+AVERAGES = ("size", "mean", "sum")
+#: What select_diverse calls diverse.
+RULES = ("farthest", "dpp")
+
+
+def check_bipartite_merge(
+    x: Tensor, metric: Tensor, role: Tensor, r: int, *, size: Tensor | None = None, average: str = "size"
+) -> None:
+    op = "bipartite_merge"
+    _require_dim(op, "x", x, "[B, N, C]")
+    _require_floating(op, "x", x)
+    batch, num_tokens, _ = x.shape
+    _require_dim(op, "metric", metric, "[B, N, K]")
+    _require_shape(op, "metric", metric, "[B, N, K]", (batch, num_tokens, metric.shape[2]))
+    _require_floating(op, "metric", metric)
+    _require_device(op, "metric", metric, "x", x)
+    _require_shape(op, "role", role, "[B, N]", (batch, num_tokens))
+    _require_int64(op, "role", role)
+    _require_device(op, "role", role, "x", x)
+    if size is not None:
+        _require_per_token(op, "size", size, "x", x, (batch, num_tokens))
+    most = num_tokens - 1 if num_tokens > 0 else 0
+    if r < 0 or r > most:
+        refuse(op, "r", f"be between 0 and {most}, so that a destination is left", r)
+    if average not in AVERAGES:
+        refuse(op, "average", f"be one of {', '.join(AVERAGES)}", repr(average))
+
+
+def check_select_diverse(
+    features: Tensor,
+    num_kept: int,
+    *,
+    relevance: Tensor | None = None,
+    num_prefix_tokens: int = 1,
+    rule: str = "farthest",
+) -> None:
+    op = "select_diverse"
+    _require_dim(op, "features", features, "[B, N, K]")
+    _require_floating(op, "features", features)
+    batch, num_tokens, _ = features.shape
+    if rule not in RULES:
+        refuse(op, "rule", f"be one of {', '.join(RULES)}", repr(rule))
+    if relevance is not None:
+        if rule != "dpp":
+            refuse(op, "relevance", "be None for the rule 'farthest', which asks for distances alone", "a tensor")
+        _require_per_token(op, "relevance", relevance, "features", features, (batch, num_tokens))
+    _require_prefix(op, num_prefix_tokens, num_tokens)
+    if num_kept < num_prefix_tokens or num_kept > num_tokens:
+        refuse(op, "num_kept", f"be between num_prefix_tokens ({num_prefix_tokens}) and {num_tokens} tokens", num_kept)

@@ -1,0 +1,60 @@
+"""Merging over any partition: sources join the destinations that they resemble most."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokcomp_kernels._checked import checked
+from tokcomp_kernels._numbers import accumulate_dtype
+from tokcomp_kernels.reference._common import cosine, descending_order, effective_size, gather_rows, size_or_ones
+
+#: Rows of the similarity that are held at a time.
+CHUNK = 256
+
+
+@checked
+def bipartite_merge_reference(
+    x: Tensor, metric: Tensor, role: Tensor, r: int, *, size: Tensor | None = None, average: str = "size"
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, num_tokens, channels = x.shape
+    num_kept = num_tokens - r
+    source, place = _matched(metric.detach(), role, r)
+    slot = torch.where(source < 0, num_kept, source)  # what is lost goes to one more slot, which is cut off
+    dtype = accumulate_dtype(x)
+    token_size = size_or_ones(size, x)
+    weight = token_size if average == "size" else torch.ones_like(token_size)
+
+    def per_slot(values: Tensor) -> Tensor:
+        """[B, N] -> [B, M]: the sum of each slot's tokens."""
+        return values.new_zeros(batch, num_kept + 1).scatter_add(1, slot, values)[:, :num_kept]
+
+    index = slot[:, :, None].expand(-1, -1, channels)
+    weighted = x.to(dtype) * weight[:, :, None]
+    total = weighted.new_zeros(batch, num_kept + 1, channels).scatter_add(1, index, weighted)[:, :num_kept]
+    divisor = torch.ones_like(per_slot(weight)) if average == "sum" else per_slot(weight)
+    # A token that took part in no merge is copied, not multiplied and divided.
+    joined = per_slot(torch.ones_like(token_size)) > 1
+    x_out = torch.where(joined[:, :, None], total / divisor[:, :, None], gather_rows(x, place).to(dtype))
+    return x_out.to(x.dtype), effective_size(per_slot(token_size), dtype), source
+
+
+def _matched(metric: Tensor, role: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """source [B, N], and the token that every slot had before the merge [B, M]."""
+    batch, num_tokens, _ = metric.shape
+    features = metric.to(accumulate_dtype(metric))
+    is_destination = role == 2
+    found = [features.new_zeros(2, batch, 0)]
+    for start in range(0, num_tokens, CHUNK):
+        rows = cosine(features[:, start : start + CHUNK], features)  # [B, CHUNK, N]
+        best = rows.masked_fill(~is_destination[:, None], float("-inf")).max(2)  # the lowest index where several are
+        found.append(torch.stack((best.values, best.indices.to(best.values.dtype))))
+    best_similarity, best_token = torch.cat(found, 2).unbind()
+    can_merge = (role == 1) & is_destination.any(1, keepdim=True)
+    first = descending_order(torch.where(can_merge, best_similarity, float("-inf")), 0)[:, :r]
+    merged = torch.zeros_like(can_merge).scatter(1, first, True) & can_merge
+    slots = (~merged).cumsum(1) - 1  # of the tokens that do not merge
+    source = torch.where(merged, slots.gather(1, best_token.long()), slots)
+    # Fewer sources than r: the last tokens find no slot.
+    source = source.masked_fill(source >= num_tokens - r, -1)
+    return source, merged.to(torch.int32).sort(dim=1, stable=True).indices[:, : num_tokens - r]
