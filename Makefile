@@ -6,7 +6,8 @@ OUT ?= gpu-check
 TRITONS ?= 3.6.0 3.9.0
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: build rebuild setup demo test test-fast oracle attack race-mutations bench cpu-records results kernel-report triton-range aarch64 lint gpu-check clean
+.PHONY: build rebuild setup demo test test-fast oracle attack race-mutations bench cpu-records results kernel-report
+.PHONY: triton-range aarch64 lint docs sdist wheel gpu-check clean
 
 build:  ## The compiled kernels, in place, for PYTHON as it is
 	$(PYTHON) build_backend/native.py
@@ -17,7 +18,7 @@ setup: .venv/installed
 .venv/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install torch torchvision
-	$(BIN)/python -m pip install -v -e '.[demo,dev,test]'
+	$(BIN)/python -m pip install -v -e '.[demo,dev,docs,test]'
 	touch $@
 
 rebuild: .venv/installed
@@ -77,6 +78,15 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'examples/*.cpp')
+
+docs: .venv/installed  ## The site, into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+sdist: .venv/installed  ## dist/tokcomp-<version>.tar.gz
+	$(BIN)/python -m build --sdist
+
+wheel: .venv/installed  ## dist/tokcomp-<version>-*.whl for this Python and the torch in .venv; kernels of every CPU level
+	$(BIN)/python -m pip wheel -v --no-deps -w dist .
 
 gpu-check:  ## On a GPU machine that has torch and nvcc: no .venv, no network. MINUTES=9, ONLY=step,step
 	$(PYTHON) -m tools.gpu_check --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,13 @@ import pytest
 import timm
 import tokcomp
 import torch
+import yaml
 from tokcomp import adapters
 from tokcomp.assets import DIGITS_SCHEDULE
 from tokcomp.budgets import GemminiSearch, LatencyTable
 from tokcomp.budgets.vit_parts import uniform_blocks
+
+import tokcomp_kernels as kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -80,17 +84,29 @@ def given_tocom() -> dict[str, Any]:
 
 
 def given_searching() -> dict[str, Any]:
-    Path("run").mkdir()
-    Path("run/schedule.json").write_bytes(DIGITS_SCHEDULE.read_bytes())
+    given = given_schedule()
     images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
     batches = [(images, labels)]
     schedule = tokcomp.CompressionSchedule.load("run/schedule.json")
-    given = {"images": images, "labels": labels, "batches": batches, "held_out_batches": batches}
-    return {"model": digits(), "searched_method": tokcomp.DiffRate(schedule), **given}
+    given |= {"images": images, "labels": labels, "batches": batches, "held_out_batches": batches}
+    return {"searched_method": tokcomp.DiffRate(schedule), **given}
 
 
 def given_finetuning() -> dict[str, Any]:
     return {"model": digits(), "other": digits()}
+
+
+def given_schedule() -> dict[str, Any]:
+    Path("run").mkdir()
+    Path("run/schedule.json").write_bytes(DIGITS_SCHEDULE.read_bytes())
+    return {"model": digits()}
+
+
+def given_served_budget() -> dict[str, Any]:
+    model = digits()
+    Path("plugin").mkdir()
+    tokcomp.ToCom(model, max_degree=16).save("plugin/tocom.safetensors")
+    return {"model": model, "images": torch.rand(12, 3, 32, 32)}
 
 
 def given_serving() -> dict[str, Any]:
@@ -102,13 +118,17 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "budgets.md": given_budgets,
     "caformer.md": lambda: {"images": torch.rand(1, 3, 224, 224)},
     "dense.md": lambda: {"images": torch.rand(1, 3, 512, 512)},
+    "find-your-schedule.md": given_schedule,
     "finetuning.md": given_finetuning,
     "searching.md": given_searching,
+    "serve-with-a-budget.md": given_served_budget,
     "serving.md": given_serving,
     "tocom.md": given_tocom,
 }
 #: Pages whose code has a test of its own, which looks at what it leaves behind.
-ELSEWHERE = {"README.md", "adding-a-method.md", "adding-a-model-family.md", "deploying.md", "operators.md"}
+ELSEWHERE = {
+    *("README.md", "adding-a-method.md", "adding-a-model-family.md", "deploying.md", "first-hour.md", "operators.md")
+}
 
 
 @pytest.mark.parametrize("name", sorted(GIVEN))
@@ -143,6 +163,16 @@ def test_deploying_works_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = SimpleNamespace(InferenceSession=InferenceSession)
     found = run(ROOT / "docs" / "deploying.md", onnxruntime=runtime, images=torch.rand(2, 3, 224, 224))
     assert found["logits"].shape == (2, 1000) and packages.keys() == {"model.pt2", "model.onnx"}
+
+
+def test_the_first_hour_works_as_written(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    found = run(ROOT / "docs" / "first-hour.md")
+    lines = capsys.readouterr().out.splitlines()
+    costs = [float(re.search(r"([\d.]+) M", line)[1]) for line in lines[:4]]  # type: ignore[index]
+    scores = [float(re.search(r"([\d.]+) %", line)[1]) for line in lines[:4]]  # type: ignore[index]
+    assert max(costs[1:]) < 0.6 * costs[0] and min(scores) > 93, lines
+    assert found["features"].shape == (1, 41, 384)
 
 
 def test_adding_a_method_works_as_written() -> None:
@@ -195,3 +225,27 @@ def test_command_line_page_names_every_command() -> None:
     text = (ROOT / "docs" / "command-line.md").read_text()
     for command in COMMANDS:
         assert f"    tokcomp {command} " in text and f"## {command}\n" in text
+
+
+def site_pages(entries: list[Any]) -> set[str]:
+    """The pages that a part of the site's navigation names."""
+    pages: set[str] = set()
+    for entry in entries:
+        for where in entry.values():
+            pages |= {where} if isinstance(where, str) else site_pages(where)
+    return pages
+
+
+def test_the_site_has_every_page_and_public_name() -> None:
+    """What `make docs` does not say, and some of what it does, where MkDocs is not installed."""
+    at_the_root = {"index.md", "contents.md", "contributing.md", "security.md", "changelog.md"}
+    files = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert site_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]) == files | at_the_root
+    named = re.findall(r"^::: ([\w.]+)$", "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md")), re.M)
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        assert getattr(importlib.import_module(module), attribute).__doc__, name
+    everything = {f"tokcomp.{name}" for name in tokcomp.__all__} | {
+        f"tokcomp_kernels.{name}" for name in kernels.__all__
+    }
+    assert everything - {"tokcomp.__version__", "tokcomp_kernels.load_error"} <= set(named)
