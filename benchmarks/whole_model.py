@@ -80,6 +80,9 @@ def all_entries(model: Any, method: Method, precision: str, choice: Choice) -> d
         entries[f"{stack}-uncompressed"] = Entry(stack, whole)
         entries[f"{stack}-slice"] = Entry(stack, sliced)
         entries[stack] = Entry(stack, method)
+    if choice.device.type == "cpu" and precision == "float32":
+        entries["tokcomp-int8-uncompressed"] = Entry("tokcomp-int8", whole)
+        entries["tokcomp-int8"] = Entry("tokcomp-int8", method)
     return entries
 
 

@@ -20,6 +20,8 @@ _COLOURS = {
     "tokcomp-uncompressed": "#dd9a9c",
     "tokcomp-slice": "#8f6f9f",
     "tokcomp": "#c44e52",
+    "tokcomp-int8-uncompressed": "#f5c49b",
+    "tokcomp-int8": "#e8873a",
     "tokcomp-graph-uncompressed": "#dd9a9c",
     "tokcomp-graph": "#c44e52",
     "tokcomp-compiled": "#7a1f2b",

@@ -128,13 +128,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--results", str(tmp_path / "results")]) == 0
     text = capsys.readouterr().out
     assert "test_vit, DiffRate plan.json, float32" in text.splitlines()[0]
-    first = text.splitlines()[1]
-    assert first.startswith("batch 1: tokcomp (float32) at ")
-    assert "x the best uncompressed rival, timm (float32)" in first
+    first, second = text.splitlines()[1:3]
+    assert first.startswith("batch 1: tokcomp (float32) at ") and second.startswith("batch 1: tokcomp-int8 (int8) at ")
+    assert all("x the best uncompressed rival, timm (float32)" in line for line in (first, second))
     [record_path] = (tmp_path / "results").glob("*.json")
     record = json.loads(record_path.read_text())
     assert [(row["name"], row["batch"]) for row in record["rows"]] == [
-        (name, batch) for batch in (1, 2) for name in ("published", "timm", "tokcomp")
+        (name, batch) for batch in (1, 2) for name in ("published", "timm", "tokcomp", "tokcomp-int8")
     ]
     assert all(len(row["seconds"]) == 2 and row["images_per_second"] > 0 for row in record["rows"])
     assert record_path.with_suffix(".png").stat().st_size > 1000

@@ -44,17 +44,18 @@ def test_who_takes_part() -> None:
         return list(all_entries(model, METHOD, precision, choice))
 
     ours = ["tokcomp-uncompressed", "tokcomp-slice", "tokcomp"]
+    quantised = ["tokcomp-int8-uncompressed", "tokcomp-int8"]
     graphs = [name.replace("tokcomp", "tokcomp-graph") for name in ours]
     alone = {"--no-rivals": True, "compiled": "none"}
-    assert names("float32", Choice.of(config(**alone), CPU)) == ["published", "timm", *ours]
+    assert names("float32", Choice.of(config(**alone), CPU)) == ["published", "timm", *ours, *quantised]
     timm, others = ["timm", "timm-compiled"], ["onnxruntime", "onnxruntime-int8", "openvino"]
-    assert names("float32", Choice.of(config(), CPU)) == ["published", *timm, *others, *ours]
+    assert names("float32", Choice.of(config(), CPU)) == ["published", *timm, *others, *ours, *quantised]
     half = ["published", "published-float32", *timm, "openvino", "openvino-float32", *ours]
     assert names("bfloat16", Choice.of(config(), CPU)) == half
     on_gpu = ["timm-cudnn", "onnxruntime", "tensorrt"]
     assert names("float16", Choice.of(config(), CUDA)) == ["published", *timm, *on_gpu, *ours, *graphs]
     assert names("float16", Choice.of(config(**alone), CUDA)) == ["published", "timm", *ours, *graphs]
-    compiled = ["published", "published-compiled", *timm, "tokcomp-compiled", *ours]
+    compiled = ["published", "published-compiled", *timm, "tokcomp-compiled", *ours, *quantised]
     assert names("float32", Choice.of(config(**{"--no-rivals": True, "compiled": "all"}), CPU)) == compiled
 
 

@@ -53,6 +53,13 @@ def test_one_command_compares_and_goes_on(run, tmp_path, monkeypatch):
     assert run(*argv, *methods)[0] == 0 and asked == []
     assert not any(draft.exists() for draft in drafts)
     assert json.loads((folder / "results.json").read_text())["budgets"] == results["budgets"]
+    status, out, err = run(*argv, *methods, "--quantize", "int8")
+    assert status == 0 and len(asked) == 4 and "int8: top-1" in out, err
+    quantised = json.loads((folder / "results.json").read_text())
+    (budget,) = quantised["budgets"]
+    for row in (quantised["uncompressed"], *(row for row in budget["rows"] if row["name"] != "random, median of 2")):
+        assert row["int8"]["top1"] >= 80 and row["int8"]["same"] > 90 and row["int8"]["over_float32"] > 0
+    asked.clear()
     moved = ("--schedule-of", folder, folder / rows["search"]["schedule"])
     status, out, err = run(*argv, *methods, "--json", *moved)
     assert status == 0 and len(asked) == 2, err

@@ -29,6 +29,7 @@ def test_digits_uncompressed(run):
         ("--method", "evit", "--keep-rate", "0.7", "--keep-blocks", "1,3"),
         ("--method", "evit", "--num-pruned", "4", "--no-fuse"),
         ("--method", "tome", "--r", "8,8,8,4,4,0", "--no-prop-attn", "--amp"),
+        ("--method", "tome", "--r", "8", "--quantize", "int8"),
     ],
     ids=" ".join,
 )
@@ -106,6 +107,11 @@ def test_samples_are_spread_over_the_classes(run, image_folder):
         (("--checkpoint", __file__, "--pretrained"), "--pretrained and --checkpoint exclude each other"),
         (("--device", "abacus"), "--device must be a device of this machine, got 'abacus'"),
         (("--num-classes", "3"), "the model must have a class for each of the data set's 10, got a model of 3"),
+        (("--quantize", "int8", "--amp"), "--quantize int8 takes no --amp; leave one of them out"),
+        (
+            ("--quantize", "int8", "--model-dtype", "bfloat16"),
+            "--quantize int8: model cannot be quantised to int8: its weights must be float32",
+        ),
         (("--amp-dtype", "int8"), "argument --amp-dtype: invalid choice: 'int8'"),
     ],
 )

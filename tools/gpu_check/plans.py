@@ -15,7 +15,10 @@ from typing import Any
 from tools.gpu_check.steps import ROOT
 
 #: Operators that every block runs, by pytest's -k.
-IN_EVERY_BLOCK = "(prune_merge_norm or add_layer_norm or linear_gelu or attention) and not (backward or masked or class_attention or received)"
+IN_EVERY_BLOCK = (
+    "(prune_merge_norm or add_layer_norm or linear_gelu or attention) "
+    "and not (backward or masked or class_attention or received)"
+)
 #: Processes that compile Triton's kernels while nvcc compiles the others.
 SMOKE_PARTS = 4
 

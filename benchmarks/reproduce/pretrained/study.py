@@ -147,7 +147,7 @@ def _comparison(
     entries = entries_for(settings, place, budgets, [folder / str(one) for one in settings.sizes])
     told = f"{settings.steps} updates of {settings.batch} of {settings.search} pictures, AdamW at {settings.lr:g}"
     facts |= {"search": told, "refine_images": settings.refine}
-    plan = Plan(entries, budgets, facts, speed_batch=settings.speed_batch, minutes=minutes)
+    plan = Plan(entries, budgets, facts, speed_batch=settings.speed_batch, int8=True, minutes=minutes)
     images = Images(batches(testing, settings.test, 0), settings.test)
     builder = Builder(model, MODEL, searches.find, refiner.find)
     return Comparison(model, images, builder, plan, here, device=CPU, show_progress=show_progress)

@@ -35,7 +35,8 @@ COMPETITORS = {
     "openvino": "timm's model in OpenVINO",
     "tensorrt": "timm's model in TensorRT, by ONNX Runtime",
     "tokcomp": "the compressed model",
-    "tokcomp-compiled": "the same under torch.compile",
+    "tokcomp-int8": "the same with its products in int8 (tokcomp.quantize)",
+    "tokcomp-compiled": "the compressed model under torch.compile",
     "tokcomp-graph": "the same under tokcomp.compile: a CUDA graph for the batch size",
 }
 #: Rivals on the whole model: they take no method.
@@ -128,6 +129,8 @@ def build_runner(
     own: Any = copy.deepcopy(model).to(dtype)
     if entry.method is not None:
         tokcomp.compress(own, entry.method)
+    if kind == "tokcomp-int8":
+        return tokcomp.quantize(own.eval())
     if kind == "tokcomp-graph":
         return tokcomp.compile(own, batch=batch)
     if kind in ("timm-reduce-overhead", "timm-max-autotune"):

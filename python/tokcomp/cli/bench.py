@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Times a timm vision transformer on random images: the method's published pipeline in eager PyTorch, the uncompressed
-model in timm, ONNX Runtime and OpenVINO (pip install 'tokcomp[bench]'), and tokcomp; with --torchcompile PyTorch's
-compiled as well, and on a GPU tokcomp as a CUDA graph. All take turns in one process; a figure is the median over the
-rounds with the least and the most beside it. Nothing is timed unless the logits agree and two runs of tokcomp give the
-same bits. The first lines say how fast tokcomp is over the best uncompressed rival, whoever that is here."""
+model in timm, ONNX Runtime and OpenVINO (pip install 'tokcomp[bench]'), and tokcomp, on a CPU in int8 as well; with
+--torchcompile PyTorch's compiled too, and on a GPU tokcomp as a CUDA graph. All take turns in one process; a figure is
+the median over the rounds with the least and the most beside it. Nothing is timed unless the logits agree and two runs
+of tokcomp give the same bits. The first lines say how fast tokcomp is over the best uncompressed rival, whoever that is
+here."""
 
 EXAMPLES = """\
 examples:
@@ -146,6 +147,7 @@ def _entries(args: argparse.Namespace, method: Method, device: torch.device) -> 
         device, args.precision, compiled=compiled, autotuned=compiled, others=not args.no_rivals
     )
     stacks = ["tokcomp", *(["tokcomp-compiled"] if args.torchcompile else [])]
+    stacks += ["tokcomp-int8"] if device.type == "cpu" and args.precision == "float32" else []
     stacks += ["tokcomp-graph"] if args.torchcompile and device.type == "cuda" else []
     return entries | {name: Entry(name, method) for name in stacks}
 

@@ -55,6 +55,9 @@ examples:
   tokcomp evaluate /data/imagenet -m deit_base_patch16_224 --checkpoint mine.safetensors \\
       --method diffrate --schedule mine.json --num-samples 5000 --results-file result.json
       your own weights and schedule, on 5000 images spread over the set
+  tokcomp evaluate /data/imagenet -m deit_small_patch16_224 --pretrained --method diffrate --gflops 2.3 \\
+      --quantize int8 --device cpu
+      compressed, and its linear layers in int8
   torchrun --nproc-per-node 8 -m tokcomp evaluate /data/imagenet -m deit_small_patch16_224 --pretrained
       on 8 GPUs, each evaluating every eighth image
 """
@@ -72,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model_options(parser, default="deit_small_patch16_224")
     options.add_adapter_option(parser)
     options.add_method_options(parser)
-    options.add_precision_options(parser)
+    options.add_quantize_option(options.add_precision_options(parser), "compute the blocks' linear layers in int8")
     output = parser.add_argument_group("output")
     output.add_argument("--results-file", type=Path, metavar="FILE", help="write the result as JSON")
     output.add_argument("--json", action="store_true", help="print the result as JSON rather than as a table")
@@ -189,6 +192,8 @@ def run(args: argparse.Namespace) -> int:
 def _run(job: _Job) -> int:
     import torch
 
+    from tokcomp import quantize
+
     args = job.args
     model = options.build_model(args)
     dataset = job.dataset()
@@ -197,6 +202,9 @@ def _run(job: _Job) -> int:
     options.compress_by(args, model, method)
     cost = options.gflops(model)
     model.to(job.device, job.dtype)
+    options.check_quantize(args, model)
+    if args.quantize is not None:
+        quantize(model, args.quantize)
     runner = torch.compile(model) if args.torchcompile else model
     config = data_config(args, model)
     found = job.evaluate(runner, dataset, config)
@@ -222,6 +230,7 @@ def _run(job: _Job) -> int:
         "processes": job.world.size,
         "dtype": str(job.dtype).removeprefix("torch."),
         "amp": args.amp,
+        "quantize": args.quantize,
         "torch": torch.__version__,
     }
     if job.world.is_main:
@@ -251,7 +260,7 @@ def _show(result: dict[str, Any]) -> None:
         "-" if result["gflops"] is None else f"{result['gflops']:.4g}",
         f"{result['images_per_second']:.1f}",
         f"{result['num_images']}",
-        f"{result['device']}, {result['dtype']}{', amp' if result['amp'] else ''}",
+        ", ".join([result["device"], result["quantize"] or result["dtype"], *(["amp"] if result["amp"] else [])]),
     ]
     print(table(["top-1", "top-5", "GFLOPs", "images/s", "images", "on"], [row]))
     if result["weights"] == "random weights":

@@ -165,7 +165,7 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
     group.add_argument("--no-fuse", action="store_true", help="evit: drop the inattentive tokens rather than fuse them")
 
 
-def add_precision_options(parser: argparse.ArgumentParser) -> None:
+def add_precision_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("precision and speed")
     group.add_argument("--amp", action="store_true", help="automatic mixed precision")
     group.add_argument(
@@ -177,6 +177,11 @@ def add_precision_options(parser: argparse.ArgumentParser) -> None:
         "--model-dtype", choices=("float32", "float16", "bfloat16"), help="convert the weights (default: as they are)"
     )
     group.add_argument("--torchcompile", action="store_true", help="compile the model with torch.compile")
+    return group
+
+
+def add_quantize_option(group: argparse._ArgumentGroup, text: str) -> None:
+    group.add_argument("--quantize", choices=("int8",), help=f"{text}; on CPU, in float32 else, for timm's ViTs")
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -384,6 +389,21 @@ def compress_by(args: argparse.Namespace, model: nn.Module, method: Method | Non
         raise UserError(f"--model '{args.model}': {error}") from error
     except (ValueError, TypeError) as error:
         raise UserError(f"--method {args.method} does not fit {args.model}: {error}") from error
+
+
+def check_quantize(args: argparse.Namespace, model: nn.Module) -> None:
+    """Refuse --quantize for a model, or beside options, that it does not serve."""
+    from tokcomp.adapters import find_adapter
+
+    if args.quantize is None:
+        return
+    beside = [name for name in ("amp", "torchcompile") if getattr(args, name, False)]
+    if beside:
+        raise UserError(f"--quantize {args.quantize} takes no --{beside[0]}; leave one of them out")
+    try:
+        find_adapter(model).check_int8(model)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--quantize {args.quantize}: {error}") from error
 
 
 def gflops(model: nn.Module) -> float | None:

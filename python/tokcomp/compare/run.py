@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokcomp.api import compress, restore
+from tokcomp.api import compress, quantize, restore
 from tokcomp.compare.answers import Answers, Stopped, answer, images_per_second, packed, unpacked
 from tokcomp.compare.build import Builder
 from tokcomp.compare.cells import Cells, key_of
@@ -76,6 +76,7 @@ class Plan:
         gflops: the budgets, 1e9 multiply-adds per image.
         dtype, amp_dtype: as for :func:`tokcomp.compare.answers.answer`.
         speed_batch: images in a batch when speed is measured; 0: it is not. Random schedules are never timed.
+        int8: whether all but random schedules are measured with their products in int8 too.
         facts: everything else that the results follow from: model, weights, data.
         minutes: stop cleanly after so long; None: at the end.
     """
@@ -86,6 +87,7 @@ class Plan:
     dtype: torch.dtype = torch.float32
     amp_dtype: torch.dtype | None = None
     speed_batch: int = 16
+    int8: bool = False
     minutes: float | None = None
     command: str | None = field(default=None, compare=False)
 
@@ -174,6 +176,12 @@ class Comparison:
                     if self.world.is_main:
                         self._cells.store(key, facts, cell)
                     progress.note(number, _line(entry, gflops, cell))
+                if self.plan.int8 and entry.kind != "random" and not cell.keys() & {"int8", "impossible"}:
+                    self._check(stop, begun)
+                    cell["int8"] = self._measure_int8(entry, gflops, cell, stop)
+                    if self.world.is_main:
+                        self._cells.store(key, facts, cell)
+                    progress.note(number, f"{_place(entry, gflops)} in int8: top-1 {cell['int8']['top1']:.2f} %")
                 self.done[entry.name, gflops] = {"entry": entry.name, "kind": entry.kind, "target": gflops, **cell}
                 progress.advance()
                 if self.world.is_main:
@@ -211,6 +219,25 @@ class Comparison:
         elif self.world.is_main:
             cell |= self._keep_schedule(entry, gflops, method)
         return cell
+
+    def _measure_int8(
+        self, entry: Entry, gflops: float, cell: Mapping[str, Any], stop: StopRequest
+    ) -> dict[str, float]:
+        """The cell again with its products in int8: top-1, the answers that are the cell's in %, and the speed."""
+        if entry.kind != "none":
+            compress(self.model, self.builder.build(entry, gflops))
+        try:
+            exact = copy.deepcopy(self.model)
+            quantize(self.model)
+            found = self._answer(stop)
+            result = {"top1": found.top1, "same": found.share(found.classes == unpacked(cell["answers"]))}
+            if self.plan.speed_batch and self.world.is_main:
+                images = self.images.first(self.plan.speed_batch).to(self.device, self.plan.dtype)
+                rate, _, ratio = images_per_second(self.model, exact, images)
+                result |= {"images_per_second": rate, "over_float32": ratio}
+        finally:
+            restore(self.model)
+        return result
 
     def _answer(self, stop: StopRequest) -> Answers:
         def on_batch(seen: int) -> None:
@@ -278,8 +305,12 @@ class Comparison:
         write_whole(self.folder / RESULTS, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
+def _place(entry: Entry, gflops: float) -> str:
+    return entry.name if entry.kind == "none" else f"{entry.name} at {gflops:g} G"
+
+
 def _line(entry: Entry, gflops: float, cell: Mapping[str, Any]) -> str:
-    where = entry.name if entry.kind == "none" else f"{entry.name} at {gflops:g} G"
+    where = _place(entry, gflops)
     if "impossible" in cell:
         return f"{where}: left out, {cell['impossible']}"
     speed = f", {cell['images_per_second']:.1f} images/s" if "images_per_second" in cell else ""

@@ -12,7 +12,7 @@ from tokcomp.compare.answers import paired, unpacked
 #: What a row takes from its cell as it is.
 _COPIED = (
     *("gflops", "top1", "same", "cross_entropy", "images_per_second", "uncompressed_images_per_second", "speedup"),
-    *("kept", "before_merge", "method", "schedule"),
+    *("int8", "kept", "before_merge", "method", "schedule"),
 )
 
 
@@ -74,13 +74,15 @@ def header(summary: Mapping[str, Any]) -> list[str]:
     rows = [row for budget in summary["budgets"] for row in budget["rows"]]
     columns = ["method", "GFLOPs", "top-1", "less the best", "same answers", "cross entropy"]
     columns += ["images/s", "faster"] if "speedup" in summary["uncompressed"] else []
+    if any("int8" in row for row in rows):
+        columns += ["int8: top-1", "same"] + (["int8: images/s"] if "speedup" in summary["uncompressed"] else [])
     return columns + (["beats random"] if any("beats_random" in row for row in rows) else [])
 
 
 def cells_of(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     """A row of the table as text."""
     mean, half = row.get("less_best", (0.0, 0.0))
-    entropy = row["cross_entropy"]
+    entropy, int8 = row["cross_entropy"], row.get("int8", {})
     texts = {
         "method": row.get("name", "uncompressed"),
         "GFLOPs": f"{row['gflops']:.4g}",
@@ -90,6 +92,9 @@ def cells_of(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
         "cross entropy": "-" if entropy is None else f"{entropy:.4f}",
         "images/s": f"{row['images_per_second']:.1f}" if "images_per_second" in row else "-",
         "faster": f"{row['speedup']:.2f} x" if "speedup" in row else "-",
+        "int8: top-1": f"{int8['top1']:.2f} %" if int8 else "-",
+        "same": f"{int8['same']:.1f} %" if int8 else "-",
+        "int8: images/s": f"{int8['images_per_second']:.1f}" if "images_per_second" in int8 else "-",
         "beats random": f"{row['beats_random']:.0f} %" if "beats_random" in row else "",
     }
     return [texts[column] for column in columns]

@@ -134,6 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images in a batch when speed is measured; 0: do not measure it (default: %(default)s)",
     )
+    options.add_quantize_option(speed, "measure every method but random schedules with int8 products as well")
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o", "--output", type=Path, default=Path("tokcomp-compare"), metavar="DIR", help="default: %(default)s"
@@ -260,6 +261,7 @@ def _prepare(
     dtype = getattr(torch, args.model_dtype or "float32")
     head = fit_probe(args, root, device, world) if args.probe else None
     model = make_model(args, head, device).to(dtype)
+    options.check_quantize(args, model)
     dataset = scored_images(args, root, args.split, model, "mark")
     start = held_out_batches(
         dataset, args.batch_size, workers=args.workers, pin_memory=device.type == "cuda", world=world
@@ -290,6 +292,7 @@ def _prepare(
         dtype=dtype,
         amp_dtype=torch.bfloat16 if args.amp else None,
         speed_batch=args.speed_batch,
+        int8=args.quantize == "int8",
         minutes=args.minutes,
         command=shlex.join(["tokcomp", *sys.argv[1:]]),
     )
