@@ -104,6 +104,15 @@ def test_copies_pickles_and_new_weights(model) -> None:
     assert torch.equal(changed, logits(copy.deepcopy(model)))
 
 
+class TwiceQuantised(torch.Tensor):
+    """A weight of another library's type, as torchao's are."""
+
+
+def reparametrised(model: nn.Module) -> None:
+    layer = model.blocks[1].attn.qkv
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(TwiceQuantised))
+
+
 def test_what_cannot_be_in_int8_is_refused_and_left_as_it_was(make_vit, methods) -> None:
     model = make_vit()
     with pytest.raises(ValueError, match="dtype must be 'int8', got 'int4'"):
@@ -112,6 +121,7 @@ def test_what_cannot_be_in_int8_is_refused_and_left_as_it_was(make_vit, methods)
         (lambda model: model.train(), "training mode; call model\\.eval"),
         (lambda model: model.bfloat16(), "float32 on the CPU, got bfloat16 on cpu"),
         (lambda model: model.to("meta"), "got float32 on meta"),
+        (reparametrised, "blocks\\.1 must have plain, contiguous weights, got a TwiceQuantised"),
         (lambda model: model.blocks[1].mlp.register_forward_hook(lambda *_: None), "blocks\\.1 has parts"),
     ):
         odd = make_vit()
@@ -154,3 +164,14 @@ def test_the_pack_says_its_bytes(model) -> None:
     weights = sum(layer.weight.numel() for layer in layers)
     scales = sum(12 * layer.weight.shape[0] for layer in layers)
     assert weights + scales <= packed.nbytes_of(layers) < 2 * weights + scales
+
+
+def test_a_model_quantised_by_torchao_is_compressed_as_it_is(make_vit, method) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = make_vit(embed_dim=48)
+    expected = logits(tokcomp.compress(copy.deepcopy(model), method))
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    tokcomp.compress(model, method)
+    assert (logits(model) - expected).norm() < 0.2 * expected.norm()
+    with pytest.raises(ValueError, match="must have plain, contiguous weights"):
+        tokcomp.quantize(model)

@@ -2,7 +2,7 @@
 
 from tokcomp.fastpath.frozen import gelu_mlp, linear, linear_add, linear_heads
 from tokcomp.fastpath.int8 import Int8Weights, is_int8, set_int8
-from tokcomp.fastpath.packing import Layer, PackedWeights, forget, has_hooks, packed_now, packed_weights
+from tokcomp.fastpath.packing import Layer, PackedWeights, forget, has_hooks, packable, packed_now, packed_weights
 from tokcomp.fastpath.plain import PlainWeights, Products, plain_weights
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "linear",
     "linear_add",
     "linear_heads",
+    "packable",
     "packed_now",
     "packed_weights",
     "plain_weights",

@@ -209,7 +209,7 @@ def packed_weights(
     packed = packed if type(packed) is kind else None
     dtype = _compute_dtype(x.dtype, autocast)
     if packed is None or not packed.is_current(layers, x.dtype, dtype):
-        if x.dtype not in DTYPES or not all(_packable(layer, x.dtype) for layer in layers):
+        if x.dtype not in DTYPES or not all(packable(layer, x.dtype) for layer in layers):
             forget(model)
             return None
         packed = None
@@ -277,7 +277,8 @@ def has_watchers(x: Tensor) -> bool:
     )
 
 
-def _packable(layer: Layer, dtype: torch.dtype) -> bool:
+def packable(layer: Layer, dtype: torch.dtype) -> bool:
+    """Whether a layer's weight is an ordinary tensor of that type on the CPU, which a subclass of torchao's is not."""
     weight = layer.weight
     return (
         weight.dtype == dtype

@@ -23,6 +23,7 @@ from tokcomp.fastpath import (
     forget,
     has_hooks,
     is_int8,
+    packable,
     packed_weights,
     plain_weights,
 )
@@ -63,6 +64,10 @@ def int8_refusal(model: Any) -> str | None:
     odd = next((index for index, block in enumerate(model.blocks) if not is_plain(block)), None)
     if odd is not None:
         return f"blocks.{odd} has parts (or hooks on them) that this path does not know"
+    for index, block in enumerate(model.blocks):
+        for layer in layers_of(block):
+            if not packable(layer, torch.float32):
+                return f"blocks.{index} must have plain, contiguous weights, got a {type(layer.weight).__name__}"
     return int8.unavailable()
 
 
