@@ -36,6 +36,7 @@ SMALLER = {
         ", pretrained=True).eval().cuda().half()": ", embed_dim=24, num_heads=2).eval()",
         "[1, 8, 64]": "[1, 2]",
     },
+    "int8.md": {"pretrained=True": "embed_dim=24, num_heads=2"},
     "serving.md": {"max_batch=16": "max_batch=2"},
 }
 
@@ -120,6 +121,7 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "dense.md": lambda: {"images": torch.rand(1, 3, 512, 512)},
     "find-your-schedule.md": given_schedule,
     "finetuning.md": given_finetuning,
+    "int8.md": dict,
     "searching.md": given_searching,
     "serve-with-a-budget.md": given_served_budget,
     "serving.md": given_serving,
