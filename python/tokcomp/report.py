@@ -51,6 +51,11 @@ def paragraph(text: str, *, dim: bool = False) -> str:
     return f"<p{' class=' + chr(34) + 'dim' + chr(34) if dim else ''}>{escape(text)}</p>"
 
 
+def link(text: str, file: str) -> str:
+    """A paragraph that leads to a file beside the page."""
+    return f'<p><a href="{escape(file)}">{escape(text)}</a></p>'
+
+
 def code(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 

@@ -35,7 +35,10 @@ def test_one_command_compares_and_goes_on(run, tmp_path, monkeypatch):
         assert row["gflops"] == pytest.approx(0.012, rel=0.02) and 80 <= row["top1"] <= 100 and row["same"] > 80
     assert rows["tome"]["images_per_second"] > 0 and any(row["less_best"] == [0, 0] for row in rows.values())
     page = (folder / "compare.html").read_text()
-    assert "<script" not in page and not re.search(r'(?:src|href)="(?!data:)', page)
+    assert "<script" not in page and re.findall(r'(?:src|href)="(?!data:)([^"]+)', page) == ["explore.html"]
+    explorer = json.loads(re.search(r'id="data">(.*?)</script>', (folder / "explore.html").read_text())[1])
+    assert [one["method"] for one in explorer["choices"]] == ["search", "tome", "refine"]
+    assert explorer["choices"][1]["images_per_second"] == rows["tome"]["images_per_second"]
     plots = re.findall(r"<svg.*?</svg>", page, re.S)
     assert len(plots) == 2 and all(ElementTree.fromstring(plot) is not None for plot in plots)
     assert page.count("data:image/png;base64,") == 1

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -180,3 +182,39 @@ def test_interrupt_leaves_no_half_picture(run, picture, tmp_path, monkeypatch):
     status, _, err = run(*TINY, picture, *TOME, "-o", tmp_path / "drawn")
     assert status == 130 and "interrupted" in err
     assert not (tmp_path / "drawn").exists()
+
+
+def choices_of(page: Path) -> list[dict]:
+    return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text())[1])["choices"]
+
+
+def test_a_page_has_every_method_at_every_budget(run, image_folder, tmp_path):
+    page, folder = tmp_path / "page.html", image_folder / "validation" / "dog"
+    status, out, err = run(*TINY, folder, "--num-samples", "2", "--html", page)
+    assert status == 0 and f"written: {page}" in out and not (tmp_path / "tokcomp-pictures").exists(), err
+    choices = choices_of(page)
+    assert {one["method"] for one in choices} == {"ToMe", "EViT", "uniform"}  # nothing was published for six blocks
+    assert len({(one["method"], one["strength"]) for one in choices}) == len(choices) == 6
+    assert all(one["gflops"] == pytest.approx(float(one["strength"].split()[0]), rel=0.02) for one in choices)
+    assert all(len(one["pictures"]) == 2 and len(one["pictures"][0]) == 6 for one in choices)
+    # A method of the user's comes first, with the others at its cost; what tokcomp wrote may be written again.
+    status, _, err = run(*TINY, folder / "0.png", "--r", "6", "--html", page)
+    assert status == 0, err
+    first, *others = choices_of(page)
+    assert first["method"] == "ToMe (yours)" and {one["strength"] for one in others} == {first["strength"]}
+
+
+def test_a_page_is_refused_before_any_work(run, picture, tmp_path):
+    mine, page = tmp_path / "mine.html", tmp_path / "page.html"
+    mine.write_text("<p>mine")
+    wrong = [
+        (("--html", mine), "--html must not overwrite what tokcomp did not write"),
+        (("--budgets", "0.01"), "--budgets goes with --html FILE"),
+        (("--budgets", "1", "--html", page), "--budgets must be below the uncompressed model's 0.02261, got 1"),
+        (("--budgets", "0.0001", "--html", page), "--budgets must be GFLOPs that some method can reach"),
+        (("--latency-table", tmp_path / "none.json", "--html", page), "--latency-table must be a file, got"),
+    ]
+    for options, rule in wrong:
+        status, _, err = run(*TINY, picture, *options)
+        assert status == 2 and rule in err
+    assert mine.read_text() == "<p>mine" and not page.exists()

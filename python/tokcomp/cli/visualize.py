@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tokcomp.cli import options
-from tokcomp.cli.data import add_strict_option, strict_error
+from tokcomp.cli.data import add_strict_option, data_config, strict_error
 from tokcomp.cli.errors import UserError, blame, check_output_file, check_output_folder, save
+from tokcomp.cli.explorer import add_explorer_options, check_page, explore, refuse_explorer_options
 from tokcomp.cli.pictures import check_overwrites, drawing_names, png_bytes
 from tokcomp.cli.schedules import load_schedule
 
@@ -20,6 +21,11 @@ Every patch has the mean colour of the patches it was merged with; merged patche
 and need not touch. Pruned patches are black. With EViT the dropped patches fuse into one token, so they form a group.
 
 Without a method, one is chosen and named: DiffRate at the smallest budget published for the model, or else ToMe.
+
+--html FILE writes one page instead, which needs no network: it steps through the blocks, shows each token's group,
+size and importance on the picture, and switches between methods and budgets. Without a method it has DiffRate, ToMe
+and EViT at the published budgets, or at 3/4 and 1/2 of the cost; a method of yours comes first, and the others at its
+cost.
 """
 
 EXAMPLES = """\
@@ -32,6 +38,8 @@ examples:
       every picture of a folder, four chosen blocks (counted from 0), into the folder 'drawn'
   tokcomp visualize cat.jpg --checkpoint mine.safetensors --method evit --keep-rate 0.7 -o cat-evit.png
       your own weights, drawn into one file
+  tokcomp visualize cat.jpg --pretrained --html cat.html
+      a page to step through, with every method
 """
 
 
@@ -64,15 +72,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--outline", type=options.non_negative_int, default=2, metavar="PX", help="default: %(default)s"
     )
+    add_explorer_options(parser)
     add_strict_option(output)
     output.add_argument("--num-samples", type=options.positive_int, metavar="N", help="draw N pictures at most")
 
 
 def run(args: argparse.Namespace) -> int:
     pictures = _pictures(args)
+    if args.html is not None:
+        check_page(args.html)
+        model = options.build_model(args)
+        return explore(args, model, pictures, _named_method(args, model))
+    refuse_explorer_options(args)
     targets = _targets(args, pictures)
     device = options.chosen_device(args.device)
-    from timm.data import create_transform, resolve_model_data_config
+    from timm.data import create_transform
     from tqdm import tqdm
 
     from tokcomp.data import UnreadableImageError
@@ -84,9 +98,7 @@ def run(args: argparse.Namespace) -> int:
     options.compress_by(args, model, method)
     _check_columns(args, model)
     model.to(device)
-    config = resolve_model_data_config(model)
-    if args.img_size is not None:
-        config["input_size"] = (config["input_size"][0], args.img_size, args.img_size)
+    config = data_config(args, model)
     transform = create_transform(**config, is_training=False)
     written, unreadable = [], []
     for path, target in tqdm(list(zip(pictures, targets, strict=True)), unit=" pictures", leave=False, disable=None):
@@ -109,6 +121,20 @@ def run(args: argparse.Namespace) -> int:
     for target in written:
         print(f"written: {target}")
     return 0
+
+
+def _named_method(args: argparse.Namespace, model: Any) -> Any:
+    """The method of the options, if they name one; the model stays plain."""
+    from tokcomp import restore
+
+    if args.method == _CHOSEN:
+        if not options.given_method_options(args):
+            return None
+        _choose_method(args, model)
+    method = options.build_method(args, model)
+    options.compress_by(args, model, method)
+    restore(model)
+    return method
 
 
 def _choose_method(args: argparse.Namespace, model: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokcomp.api import compress, restore
 from tokcomp.compare.summary import cells_of, header
 from tokcomp.methods import Method
-from tokcomp.report import code, curves, html_table, page, paragraph, picture, side_by_side
+from tokcomp.report import code, curves, html_table, link, page, paragraph, picture, side_by_side
 from tokcomp.visualize import draw_blocks, join_rows
 
 _NOTES = (
@@ -44,13 +44,14 @@ def draw_kept(
     return pictures
 
 
-def render(record: Mapping[str, Any], title: str, pictures: Sequence[bytes] = ()) -> str:
+def render(record: Mapping[str, Any], title: str, pictures: Sequence[bytes] = (), explorer: str | None = None) -> str:
     """The page.
 
     Args:
         record: what ``results.json`` holds.
         title: of the page.
         pictures: PNG files of what is kept.
+        explorer: the name of the explorer's page beside this one, if there is one.
     """
     dense = record["uncompressed"]
     lead = (
@@ -69,7 +70,9 @@ def render(record: Mapping[str, Any], title: str, pictures: Sequence[bytes] = ()
     if pictures:
         target = min(budget["target"] for budget in record["budgets"])
         caption = f"at {target:g} GFLOPs; black: pruned; outlined in one colour: merged"
-        sections.append(("What is kept", [picture(png, caption) for png in pictures]))
+        parts = [picture(png, caption) for png in pictures]
+        more = [] if explorer is None else [link("Step through the blocks, by method and budget", explorer)]
+        sections.append(("What is kept", [*more, *parts]))
     facts = record["facts"] | {"machine": record["machine"]["cpu"], "gpus": ", ".join(record["machine"]["gpus"])}
     rows = [[name, str(value)] for name, value in facts.items() if value not in (None, "", {})]
     command = [code(record["command"])] if record.get("command") else []

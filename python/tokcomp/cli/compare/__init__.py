@@ -47,8 +47,9 @@ row has top-1, its difference from the best with a paired 95 % interval, the sha
 model's answer, cross entropy, and images per second measured on this device in turns with the uncompressed model.
 
 DATA is a folder that contains 'train' and 'val' with one sub-folder per class, or --dataset names any of timm's data
-sets. The output folder gets results.json, written after each cell, and compare.html. Ctrl-C, SIGTERM and --minutes stop
-cleanly; the same command goes on from there, and one with more methods or budgets computes only what is new.
+sets. The output folder gets results.json, written after each cell, compare.html, and explore.html, which steps through
+what each method does to the first images. Ctrl-C, SIGTERM and --minutes stop cleanly; the same command goes on from
+there, and one with more methods or budgets computes only what is new.
 """
 
 EXAMPLES = """\
@@ -211,7 +212,8 @@ def run(args: argparse.Namespace) -> int:
                 raise UserError(
                     f"--output must be writable, got '{args.output}' ({error}); choose another folder"
                 ) from error
-            methods = comparison.methods_at(min(args.gflops)) if finished and args.pictures else {}
+            shown = sorted(set(args.gflops)) if finished and args.pictures else []
+            methods = {gflops: comparison.methods_at(gflops) for gflops in shown}
             if world.is_main and comparison.done:
                 _report(args, comparison, methods, finished)
             return 0 if finished else stop.exit_status or 1
@@ -300,7 +302,10 @@ def _prepare(
     return Comparison(model, images, builder, plan, args.output, device=device, world=world, show_progress=True)
 
 
-def _report(args: argparse.Namespace, comparison: Comparison, methods: dict[str, Method], finished: bool) -> None:
+def _report(
+    args: argparse.Namespace, comparison: Comparison, methods: dict[float, dict[str, Method]], finished: bool
+) -> None:
+    from tokcomp.cli.explorer import page_of_comparison
     from tokcomp.compare.page import draw_kept, render
     from tokcomp.compare.run import RESULTS
     from tokcomp.compare.summary import cells_of, header
@@ -310,11 +315,15 @@ def _report(args: argparse.Namespace, comparison: Comparison, methods: dict[str,
     record = json.loads(text)
     title = f"tokcomp compare: {args.model}"
     pictures: list[bytes] = []
-    if methods:
+    explorer = None
+    if any(methods.values()):
         config = data_config(args, comparison.model)
         images = comparison.images.first(args.pictures).to(comparison.device, comparison.plan.dtype)
-        pictures = draw_kept(comparison.model, methods, images, config["mean"], config["std"])
-    save("--output", args.output / "compare.html", render(record, title, pictures))
+        pictures = draw_kept(comparison.model, methods[min(methods)], images, config["mean"], config["std"])
+        explorer = "explore.html"
+        page = page_of_comparison(comparison, record, methods, config, args.pictures)
+        save("--output", args.output / explorer, page)
+    save("--output", args.output / "compare.html", render(record, title, pictures, explorer))
     if args.json:
         print(text, end="")
     else:
