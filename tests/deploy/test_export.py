@@ -68,6 +68,7 @@ def test_the_kernels_alone_run_it(model, package, images_for, tmp_path):
     script = (
         "import sys; sys.modules['tokcomp'] = sys.modules['timm'] = None\n"
         "import torch, tokcomp_kernels\n"
+        "import torch._inductor.codecache\n"  # PyTorch 2.10 looks there for the device, and forgets to import it
         f"images = torch.load('{tmp_path}/images.pt')\n"
         f"torch.save(torch._inductor.aoti_load_package('{package}')(images), '{tmp_path}/logits.pt')\n"
     )
