@@ -1,4 +1,4 @@
-"""Token compression for timm vision transformers: DiffRate, ToMe and EViT.
+"""Token compression for vision transformers: DiffRate, ToMe, EViT and others.
 
 >>> model = timm.create_model("deit_small_patch16_224", pretrained=True).eval()
 >>> tokcomp.compress(model, tokcomp.DiffRate.published("deit_small_patch16_224", gflops=2.3))
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokcomp.cost import flops
     from tokcomp.deploy.compiled import CompiledModel, compile
     from tokcomp.deploy.exported import ExportedModel, export, load_exported
-    from tokcomp.methods import DiffRate, EViT, Method, ToMe, ToMeMLP
+    from tokcomp.methods import CDPruner, DiffRate, DivPrune, EViT, Method, PiToMe, ToMe, ToMeMLP, VisionZip
     from tokcomp.schedule import CompressionSchedule
     from tokcomp.search.model import DiffRateSearch
     from tokcomp.tocom.plugin import ToCom
@@ -26,18 +26,22 @@ if TYPE_CHECKING:
     from tokcomp_kernels._version import __version__
 
 _HOMES = {
+    "CDPruner": "tokcomp.methods",
     "CompiledModel": "tokcomp.deploy.compiled",
     "CompressionSchedule": "tokcomp.schedule",
     "DiffRate": "tokcomp.methods",
     "DiffRateSearch": "tokcomp.search.model",
+    "DivPrune": "tokcomp.methods",
     "EViT": "tokcomp.methods",
     "ExportedModel": "tokcomp.deploy.exported",
     "Method": "tokcomp.methods",
+    "PiToMe": "tokcomp.methods",
     "Switchable": "tokcomp.tocom.switch",
     "ToCom": "tokcomp.tocom.plugin",
     "ToMe": "tokcomp.methods",
     "ToMeMLP": "tokcomp.methods",
     "UnsupportedModelError": "tokcomp.adapters",
+    "VisionZip": "tokcomp.methods",
     "compile": "tokcomp.deploy.compiled",
     "compress": "tokcomp.api",
     "export": "tokcomp.deploy.exported",
@@ -51,18 +55,22 @@ _HOMES = {
 }
 
 __all__ = [
+    "CDPruner",
     "CompiledModel",
     "CompressionSchedule",
     "DiffRate",
     "DiffRateSearch",
+    "DivPrune",
     "EViT",
     "ExportedModel",
     "Method",
+    "PiToMe",
     "Switchable",
     "ToCom",
     "ToMe",
     "ToMeMLP",
     "UnsupportedModelError",
+    "VisionZip",
     "__version__",
     "compile",
     "compress",

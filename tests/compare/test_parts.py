@@ -15,7 +15,7 @@ from tokcomp.compare.cells import Cells, weights_digest
 from tokcomp.compare.entries import Entry, Variant, parse_methods, sweep, with_seeds
 from tokcomp.compare.probe import attach_head, features_of, fit_head, kept_head
 from tokcomp.compare.summary import summarize
-from tokcomp.equal_cost import Ruler, nearest_published
+from tokcomp.equal_cost import BY_COUNT, BY_RATE, Ruler, nearest_published
 from tokcomp.runs.distributed import World
 
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def test_a_summary_ranks_random_schedules_by_their_median():
     assert budget["impossible"] == {"search": "why"}
 
 
-@pytest.mark.parametrize("kind", ["tome", "evit", "uniform", "random", "published"])
+@pytest.mark.parametrize("kind", [*BY_COUNT, *BY_RATE, "uniform", "random", "published"])
 def test_every_method_meets_the_budget(model, kind):
     builder = Builder(model, "mine")
     gflops = 0.6 * builder.ruler.flops(None) / 1e9

@@ -11,6 +11,7 @@ import pytest
 import tokcomp
 import torch
 from tokcomp.adapters import UnsupportedModelError
+from tokcomp.methods import Evidence
 
 # 4 blocks, 16 patches and a class token: pruning alone, merging alone, both, and a block that drops nothing.
 PRUNE = [17, 14, 11, 11]
@@ -72,6 +73,15 @@ def test_evit_fused_tokens_are_traced_to_the_fused_slot(make_vit):
         (lambda: tokcomp.EViT([0.5, 1.1]), ValueError, r"keep_rate must be in \(0, 1\], got 1.1"),
         (lambda: tokcomp.EViT("most"), TypeError, "keep_rate must be a number or one per block"),
         (lambda: tokcomp.EViT(num_pruned=-2), ValueError, "num_pruned must be at least 0, got -2"),
+        (lambda: tokcomp.VisionZip(), TypeError, "VisionZip needs keep_rate or num_kept, got neither"),
+        (lambda: tokcomp.DivPrune(0.5, num_kept=3), TypeError, "DivPrune needs keep_rate or num_kept, got both"),
+        (lambda: tokcomp.DivPrune(num_kept=0), ValueError, "num_kept must be at least 1, got 0"),
+        (lambda: tokcomp.DivPrune(num_kept=[5, 4]), ValueError, r"num_kept must be .* one for each of \(3, 6, 9\)"),
+        (lambda: tokcomp.VisionZip(0.5, contextual=0), ValueError, r"contextual must be in \(0, 1\], got 0"),
+        (lambda: tokcomp.VisionZip(0.5, contextual="few"), TypeError, "contextual must be a number, got 'few'"),
+        (lambda: tokcomp.PiToMe(2, margin=1.5), ValueError, r"margin must be in \[-1, 1\], as cosines are, got 1.5"),
+        (lambda: tokcomp.PiToMe(2, margin=None), TypeError, "margin must be a number, got None"),
+        (lambda: tokcomp.PiToMe([2, -1]), ValueError, "r must be at least 0, got -1"),
     ],
 )
 def test_wrong_arguments(build, error, message):
@@ -91,6 +101,12 @@ def test_wrong_arguments(build, error, message):
         (tokcomp.ToMe([1, 2]), "r must have one entry per block, got 2 entries for 4 blocks"),
         (tokcomp.EViT([0.5] * 5), "keep_rate must have one entry per block, got 5 entries for 4 blocks"),
         (tokcomp.EViT(0.5, blocks=(1, 4)), "blocks must be below the model's depth 4"),
+        (
+            tokcomp.DivPrune(num_kept=17, blocks=[1]),
+            "num_kept must be at most the 16 patch tokens left in block 1, got 17",
+        ),
+        (tokcomp.VisionZip(num_kept=[4, 5], blocks=[0, 2]), "at most the 4 patch tokens left in block 2, got 5"),
+        (tokcomp.PiToMe([1, 2]), "r must have one entry per block, got 2 entries for 4 blocks"),
     ],
 )
 def test_method_that_does_not_fit_leaves_the_model_alone(make_vit, method, message):
@@ -128,12 +144,34 @@ def test_class_attention_that_is_asked_for_needs_a_class_token(make_vit, method)
         tokcomp.compress(model, method)
 
 
-@pytest.mark.parametrize("make", [lambda: tokcomp.DiffRate(SCHEDULE), lambda: tokcomp.EViT(num_pruned=3)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tokcomp.DiffRate(SCHEDULE),
+        lambda: tokcomp.EViT(num_pruned=3),
+        lambda: tokcomp.VisionZip(0.5, [1]),
+        lambda: tokcomp.CDPruner(0.5, [1]),
+    ],
+)
 def test_what_a_method_leaves_to_the_model_is_chosen_for_each(make_vit, make):
     images, used = torch.randn(2, 3, 32, 32), make()
     tokcomp.compress(make_vit(class_token=False, global_pool="avg"), used)(images)
-    assert used.needs == {"cls_attn"}
+    assert "cls_attn" in used.needs
     assert torch.equal(tokcomp.compress(make_vit(), used)(images), tokcomp.compress(make_vit(), make())(images))
+
+
+def test_without_a_class_token_the_attention_received_ranks(make_vit):
+    """Of the prefix none, of the rest VisionZip's dominant tokens are EViT's."""
+    model, images = make_vit(class_token=False, global_pool="avg"), torch.randn(2, 3, 32, 32)
+    kept = tokcomp.trace(tokcomp.compress(model, tokcomp.EViT(7 / 16, [0], fuse=False)), images)[0] >= 0
+    slots = tokcomp.trace(tokcomp.compress(model, tokcomp.VisionZip(0.5, [0], contextual=1 / 8)), images)[0]
+    alone = (slots[:, :, None] == slots[:, None]).sum(2) == 1
+    assert (alone | ~kept).all() and not alone.all(1).any()
+
+
+def test_a_depth_that_is_not_known_is_an_error():
+    with pytest.raises(RuntimeError, match=r"call fitted\(geometry\)"):
+        tokcomp.PiToMe(2).score(Evidence(keys=torch.randn(1, 2, 5, 4)), 0, torch.randn(1, 5, 8))
 
 
 def test_evidence_that_needs_do_not_name_is_an_error(make_vit):

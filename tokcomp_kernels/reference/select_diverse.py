@@ -44,7 +44,9 @@ def _farthest(patches: Tensor, count: int) -> Tensor:
     for start in range(0, patches.shape[1] if count else 0, CHUNK):
         rows = cosine(patches[:, start : start + CHUNK], patches)  # [B, CHUNK, P]
         rows.diagonal(start, 1, 2).fill_(-1.0)
-        nearest[:, start : start + CHUNK] = rows.amax(2)
+        # Of two tokens that are each other's nearest neither must be ahead by its rounding: both get both values.
+        nearest = nearest.maximum(rows.amax(1))
+        nearest[:, start : start + CHUNK] = nearest[:, start : start + CHUNK].maximum(rows.amax(2))
     taken = torch.zeros_like(nearest, dtype=torch.bool)
     order = []
     for step in range(count):

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokcomp.cli import options
+from tokcomp.cli import method_options, options
 from tokcomp.cli.errors import UserError, blame
 from tokcomp.cli.schedules import add_rescale_option, fitted, load_schedule, method_of
 
@@ -62,7 +62,7 @@ def build_degrees(args: argparse.Namespace, model: nn.Module) -> tuple[Callable[
     """The method of each degree, and the highest degree if the options determine it."""
     from tokcomp import EViT, ToMe, ToMeMLP
 
-    options.require_readers(args)
+    method_options.require_readers(args)
     if args.method == "tome":
         return partial(ToMe, prop_attn=not args.no_prop_attn), None
     if args.method == "evit":

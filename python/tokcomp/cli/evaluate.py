@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tokcomp.cli import options
+from tokcomp.cli import method_options, options
 from tokcomp.cli.data import (
     add_data_options,
     add_strict_option,
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_strict_option(data)
     options.add_model_options(parser, default="deit_small_patch16_224")
     options.add_adapter_option(parser)
-    options.add_method_options(parser)
+    method_options.add_method_options(parser)
     options.add_quantize_option(options.add_precision_options(parser), "compute the blocks' linear layers in int8")
     output = parser.add_argument_group("output")
     output.add_argument("--results-file", type=Path, metavar="FILE", help="write the result as JSON")
@@ -198,8 +198,8 @@ def _run(job: _Job) -> int:
     model = options.build_model(args)
     dataset = job.dataset()
     check_classes(args, dataset, model.num_classes)
-    method = options.build_method(args, model)
-    options.compress_by(args, model, method)
+    method = method_options.build_method(args, model)
+    method_options.compress_by(args, model, method)
     cost = options.gflops(model)
     model.to(job.device, job.dtype)
     options.check_quantize(args, model)

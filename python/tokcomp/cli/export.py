@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tokcomp.cli import options
+from tokcomp.cli import method_options, options
 from tokcomp.cli.errors import UserError, blame, check_output_file
 
 DESCRIPTION = """\
@@ -32,7 +32,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     options.add_model_options(parser, default="deit_small_patch16_224")
-    options.add_method_options(parser)
+    method_options.add_method_options(parser)
     group = parser.add_argument_group("package")
     group.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help="the file, usually .pt2 or .onnx"
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from tokcomp.deploy.exported import export, format_of
 
     model = options.build_model(args)
-    options.compress_by(args, model, options.build_method(args, model))
+    method_options.compress_by(args, model, method_options.build_method(args, model))
     model.to(device, getattr(torch, args.model_dtype) if args.model_dtype else None)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with blame(f"--model '{args.model}'"):

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokcomp.cli import options, training
+from tokcomp.cli import method_options, options, training
 from tokcomp.cli.data import add_data_options, data_config, data_root, open_data
 from tokcomp.cli.errors import UserError, blame
 from tokcomp.cli.model_arguments import model_settings
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="validate on N of the training images, spread over the classes, and do not train on them",
     )
     options.add_model_options(parser, default="deit_small_patch16_224")
-    options.add_method_options(parser)
+    method_options.add_method_options(parser)
     recipe = parser.add_argument_group("recipe (if two defaults are given, the second is for --from-scratch)")
     recipe.add_argument("--from-scratch", action="store_true", help="start from random weights, by DeiT's recipe")
     lr = {"lr": f"{FINETUNE_RECIPE.lr}; 5e-4 x batch size / 512"}
@@ -150,10 +150,10 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> FineTuneRun:
     args = job.args
     job.begin(mixes=recipe.mixes)
     model = options.build_model(args, drop_path_rate=recipe.drop_path)
-    method = options.build_method(args, model)
+    method = method_options.build_method(args, model)
     plain_cost = options.gflops(model)
     branches = _attach_branches(args, model)
-    options.compress_by(args, model, method)
+    method_options.compress_by(args, model, method)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
     train, indices, val = _parts(args, root)

@@ -11,32 +11,10 @@ from typing import TYPE_CHECKING, Any
 from tokcomp.cli.errors import UserError, blame
 from tokcomp.cli.misfits import load_checkpoint
 from tokcomp.cli.model_arguments import add_model_kwargs, add_pooling_option, model_settings
-from tokcomp.cli.schedules import add_rescale_option, scheduled_method
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from tokcomp.methods import Method
-
-METHODS = ("none", "diffrate", "tome", "tome_mlp", "evit")
-#: option -> the methods that read it
-_READERS = {
-    "schedule": ("diffrate", "tome", "evit"),
-    "schedules": ("diffrate",),
-    "metric": ("diffrate",),
-    "pipeline": ("diffrate",),
-    "rescale": ("diffrate", "tome", "evit"),
-    "gflops": ("diffrate", "tome", "evit"),
-    "r": ("tome", "tome_mlp"),
-    "no_prop_attn": ("tome",),
-    "tokens_per_degree": ("tome_mlp",),
-    "merge_residual": ("tome_mlp",),
-    "keep_rate": ("evit",),
-    "keep_blocks": ("evit",),
-    "num_pruned": ("evit",),
-    "no_fuse": ("evit",),
-}
 
 
 def positive_int(text: str) -> int:
@@ -109,60 +87,6 @@ def add_adapter_option(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="AdaptFormer branches and classifier for these weights, from tokcomp finetune --adaptformer",
     )
-
-
-def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none") -> None:
-    group = parser.add_argument_group("compression")
-    group.add_argument("--method", choices=METHODS, default=default, help="how to compress (default: %(default)s)")
-    group.add_argument(
-        "--gflops",
-        type=positive_float,
-        metavar="G",
-        help="budget, 1e9 multiply-adds per image: diffrate takes the schedule published for it, tome and evit "
-        "choose their r or keep rate to meet it",
-    )
-    group.add_argument(
-        "--schedule",
-        type=Path,
-        metavar="FILE",
-        help="a schedule saved as JSON, for the method that it names (if none, diffrate); or, for diffrate, a table "
-        "like DiffRate's compression_rate.json, with --gflops",
-    )
-    add_rescale_option(group)
-    group.add_argument(
-        "--metric",
-        choices=("cls_attn", "image_attn", "cls_attn_v", "random"),
-        help="diffrate: what ranks tokens (default: the schedule's; cls_attn; image_attn without a class token)",
-    )
-    group.add_argument(
-        "--pipeline",
-        choices=("prune_merge", "merge_prune", "prune", "merge"),
-        help="diffrate: which steps, in which order (default: what the schedule says, or prune_merge as far as it has "
-        "both)",
-    )
-    group.add_argument(
-        "--r",
-        type=listed(non_negative_int),
-        metavar="R",
-        help="tome, tome_mlp: tokens to merge in a block, or one per block: 8,8,4,...",
-    )
-    group.add_argument("--no-prop-attn", action="store_true", help="tome: attention that ignores token sizes")
-    group.add_argument(
-        "--merge-residual",
-        action="store_true",
-        help="tome_mlp: merged positions share one token after the MLP, rather than only the MLP's output",
-    )
-    group.add_argument(
-        "--keep-rate", type=listed(positive_float), metavar="K", help="evit: share of patches to keep, or one per block"
-    )
-    group.add_argument(
-        "--keep-blocks",
-        type=list_of(non_negative_int),
-        metavar="B,B,...",
-        help="evit: blocks (from 0) that --keep-rate applies to (default: 3,6,9)",
-    )
-    group.add_argument("--num-pruned", type=non_negative_int, metavar="R", help="evit: tokens to drop in every block")
-    group.add_argument("--no-fuse", action="store_true", help="evit: drop the inattentive tokens rather than fuse them")
 
 
 def add_precision_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -282,113 +206,6 @@ def describe_weights(args: argparse.Namespace) -> str:
         weights = f"weights from {args.checkpoint}"
     adapter = getattr(args, "adapter", None)
     return weights if adapter is None else f"{weights}, branches from {adapter}"
-
-
-def _flag(option: str) -> str:
-    return "--" + option.replace("_", "-")
-
-
-def given_method_options(args: argparse.Namespace) -> list[str]:
-    """Those options that the user gave and that only some methods read."""
-    # `is`, not `in`: --r 0 is given, and 0 == False. No command has all of these options.
-    given = {option: getattr(args, option, None) for option in _READERS}
-    return [option for option, value in given.items() if value is not None and value is not False]
-
-
-def methods_reading(option: str) -> tuple[str, ...]:
-    """The methods that read an option of :func:`given_method_options`."""
-    return _READERS[option]
-
-
-def build_method(args: argparse.Namespace, model: nn.Module) -> Method | None:
-    """The method that the options describe, for this plain model; None for ``--method none``."""
-    require_readers(args)
-    if args.method == "none":
-        return None
-    build = {"diffrate": scheduled_method, "tome": _tome, "tome_mlp": _tome_mlp, "evit": _evit}[args.method]
-    return build(args, model)
-
-
-def require_readers(args: argparse.Namespace) -> None:
-    """Refuse an option of :func:`given_method_options` that the chosen method does not read."""
-    for option in given_method_options(args):
-        if args.method not in _READERS[option]:
-            readers = " or ".join(_READERS[option])
-            raise UserError(
-                f"{_flag(option)} belongs to --method {readers}, got --method {args.method}; "
-                "change the method or leave the option out"
-            )
-
-
-def _one_of(args: argparse.Namespace, *options: str) -> str:
-    given = [option for option in options if getattr(args, option) is not None]
-    if len(given) != 1:
-        wanted = " or ".join(_flag(option) for option in options)
-        got = " and ".join(_flag(option) for option in given) or "none of them"
-        raise UserError(f"--method {args.method} needs {'exactly one of ' if given else ''}{wanted}, got {got}")
-    return given[0]
-
-
-def _refuse_rescale(args: argparse.Namespace, chosen: str) -> None:
-    if args.rescale:
-        raise UserError(f"--rescale goes with --schedule, got {_flag(chosen)}; leave it out")
-
-
-def _tome(args: argparse.Namespace, model: nn.Module) -> Method:
-    from tokcomp import ToMe
-    from tokcomp.equal_cost import tome_for_budget
-
-    chosen = _one_of(args, "r", "gflops", "schedule")
-    if chosen == "schedule":
-        return scheduled_method(args, model)
-    _refuse_rescale(args, chosen)
-    if chosen == "gflops":
-        with blame("--gflops"):
-            r = tome_for_budget(model, args.gflops * 1e9).r
-    else:
-        r = args.r
-    return ToMe(r, prop_attn=not args.no_prop_attn)
-
-
-def _tome_mlp(args: argparse.Namespace, model: nn.Module) -> Method:
-    from tokcomp import ToMeMLP
-
-    _one_of(args, "r")
-    return ToMeMLP(args.r, merge_residual=args.merge_residual)
-
-
-def _evit(args: argparse.Namespace, model: nn.Module) -> Method:
-    from tokcomp import EViT
-    from tokcomp.equal_cost import evit_for_budget
-
-    chosen = _one_of(args, "keep_rate", "num_pruned", "gflops", "schedule")
-    if chosen == "schedule":
-        return scheduled_method(args, model)
-    _refuse_rescale(args, chosen)
-    if args.keep_blocks is not None and chosen != "keep_rate":
-        raise UserError(f"--keep-blocks goes with --keep-rate, got {_flag(chosen)}; leave it out")
-    if chosen == "gflops":
-        with blame("--gflops"):
-            return evit_for_budget(model, args.gflops * 1e9, fuse=not args.no_fuse)
-    if chosen == "num_pruned":
-        return EViT(num_pruned=args.num_pruned, fuse=not args.no_fuse)
-    with blame("--keep-rate"):
-        blocks = {} if args.keep_blocks is None else {"blocks": args.keep_blocks}
-        return EViT(args.keep_rate, fuse=not args.no_fuse, **blocks)
-
-
-def compress_by(args: argparse.Namespace, model: nn.Module, method: Method | None) -> nn.Module:
-    """Compress, blaming the option if it does not fit the model."""
-    from tokcomp import UnsupportedModelError, compress
-
-    if method is None:
-        return model
-    try:
-        return compress(model, method)
-    except UnsupportedModelError as error:
-        raise UserError(f"--model '{args.model}': {error}") from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--method {args.method} does not fit {args.model}: {error}") from error
 
 
 def check_quantize(args: argparse.Namespace, model: nn.Module) -> None:

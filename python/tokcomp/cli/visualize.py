@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tokcomp.cli import options
+from tokcomp.cli import method_options, options
 from tokcomp.cli.data import add_strict_option, data_config, strict_error
 from tokcomp.cli.errors import UserError, blame, check_output_file, check_output_folder, save
 from tokcomp.cli.explorer import add_explorer_options, check_page, explore, refuse_explorer_options
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture, or a folder of pictures")
     options.add_model_options(parser, default="deit_small_patch16_224")
-    options.add_method_options(parser, default=_CHOSEN)
+    method_options.add_method_options(parser, default=_CHOSEN)
     output = parser.add_argument_group("picture")
     output.add_argument(
         "-o",
@@ -94,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
     model = options.build_model(args)
     if args.method == _CHOSEN:
         _choose_method(args, model)
-    method = options.build_method(args, model)
-    options.compress_by(args, model, method)
+    method = method_options.build_method(args, model)
+    method_options.compress_by(args, model, method)
     _check_columns(args, model)
     model.to(device)
     config = data_config(args, model)
@@ -128,11 +128,11 @@ def _named_method(args: argparse.Namespace, model: Any) -> Any:
     from tokcomp import restore
 
     if args.method == _CHOSEN:
-        if not options.given_method_options(args):
+        if not method_options.given_method_options(args):
             return None
         _choose_method(args, model)
-    method = options.build_method(args, model)
-    options.compress_by(args, model, method)
+    method = method_options.build_method(args, model)
+    method_options.compress_by(args, model, method)
     restore(model)
     return method
 
@@ -142,9 +142,9 @@ def _choose_method(args: argparse.Namespace, model: Any) -> None:
     from tokcomp.adapters import find_adapter
     from tokcomp.schedule import published_budgets
 
-    given = options.given_method_options(args)
+    given = method_options.given_method_options(args)
     if given:
-        args.method = options.methods_reading(given[0])[0]
+        args.method = method_options.methods_reading(given[0])[0]
         if args.schedule is not None:
             args.method = load_schedule(args.schedule, "--schedule", model=args.model, gflops=args.gflops).method_name
         return

@@ -11,12 +11,15 @@ from torch import nn
 from tokcomp.adapters import find_adapter
 from tokcomp.compare.entries import SEARCHED, Entry, Variant
 from tokcomp.equal_cost import (
+    BY_COUNT,
+    BY_RATE,
     Ruler,
+    count_for_budget,
     evit_for_budget,
     fit,
     nearest_published,
     random_schedule,
-    tome_for_budget,
+    rate_for_budget,
     uniform,
 )
 from tokcomp.methods import DiffRate, Method, scheduled
@@ -71,11 +74,13 @@ class Builder:
 
     def _method(self, entry: Entry, gflops: float) -> Method:
         budget = gflops * 1e9
-        if entry.kind == "tome":
-            return tome_for_budget(self.model, budget)
-        if entry.kind == "evit":
+        if entry.kind == "evit" and entry.pipeline is not None:
             # Counts for pruning come from EViT as it would be without its fused token.
-            return evit_for_budget(self.model, budget, fuse=entry.pipeline is None)
+            return evit_for_budget(self.model, budget, fuse=False)
+        if entry.kind in BY_COUNT:
+            return count_for_budget(self.model, budget, BY_COUNT[entry.kind])
+        if entry.kind in BY_RATE:
+            return rate_for_budget(self.model, budget, BY_RATE[entry.kind])
         if entry.kind == "uniform":
             return uniform(self.ruler, budget)
         if entry.kind == "random":

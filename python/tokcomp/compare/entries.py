@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tokcomp.equal_cost import BY_COUNT, BY_RATE
 from tokcomp.methods.diffrate import METRICS, PIPELINES
 
 #: Methods by the names that users give; what each does is in the help of ``tokcomp compare``.
-NAMES = ("diffrate", "search", "refine", "published", "tome", "evit", "uniform")
+NAMES = ("diffrate", "search", "refine", "published", *BY_COUNT, *BY_RATE, "uniform")
 #: Those that depend on a search, and so on its seed.
 SEARCHED = ("diffrate", "search", "refine")
 

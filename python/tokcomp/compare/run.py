@@ -281,10 +281,10 @@ class Comparison:
         return dict(zip(("images_per_second", "uncompressed_images_per_second", "speedup"), found, strict=True))
 
     def _keep_schedule(self, entry: Entry, gflops: float, method: Method) -> dict[str, Any]:
-        """The counts, and the schedule as a file."""
+        """The counts, and the schedule as a file where the method follows one."""
         counts = self.builder.ruler.counts(method)
         kept: dict[str, Any] = {"method": repr(method), "kept": counts.kept, "before_merge": counts.before_merge}
-        if entry.kind != "random":
+        if entry.kind != "random" and self.builder.ruler.has_schedule(method):
             name = "".join(letter if letter.isalnum() else "-" for letter in entry.name)
             path = self.folder / SCHEDULES / f"{name}-{gflops:g}.json"
             schedule = self.builder.ruler.as_schedule(method)

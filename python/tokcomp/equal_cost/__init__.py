@@ -1,18 +1,30 @@
 """Methods at a given number of multiply-adds, so that they can be compared at equal cost."""
 
-from tokcomp.equal_cost.budget import evit_blocks, evit_for_budget, tome_for_budget
+from tokcomp.equal_cost.budget import (
+    BY_COUNT,
+    BY_RATE,
+    count_for_budget,
+    evit_blocks,
+    evit_for_budget,
+    rate_for_budget,
+    tome_for_budget,
+)
 from tokcomp.equal_cost.counts import Counts, Ruler
 from tokcomp.equal_cost.schedules import at_cost, fit, nearest_published, random_schedule, uniform
 
 __all__ = [
+    "BY_COUNT",
+    "BY_RATE",
     "Counts",
     "Ruler",
     "at_cost",
+    "count_for_budget",
     "evit_blocks",
     "evit_for_budget",
     "fit",
     "nearest_published",
     "random_schedule",
+    "rate_for_budget",
     "tome_for_budget",
     "uniform",
 ]

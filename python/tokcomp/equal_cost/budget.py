@@ -1,14 +1,27 @@
-"""ToMe and EViT at a given number of multiply-adds."""
+"""Methods at a given number of multiply-adds: by tokens per block, or by the share that three blocks keep."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import nn
 
 from tokcomp.adapters import find_adapter
 from tokcomp.equal_cost.counts import Ruler
-from tokcomp.methods import EViT, Method, ToMe
+from tokcomp.methods import CDPruner, DivPrune, EViT, Method, PiToMe, ToMe, VisionZip
+
+MethodT = TypeVar("MethodT", bound=Method)
+#: Methods by the names that the command line gives them, made from r per block ...
+BY_COUNT: dict[str, Callable[[Sequence[int]], Method]] = {"tome": ToMe, "pitome": PiToMe}
+#: ... or from a keep rate and the blocks it applies to.
+BY_RATE: dict[str, Callable[[float, Sequence[int]], Method]] = {
+    "evit": EViT,
+    "visionzip": VisionZip,
+    "divprune": DivPrune,
+    "cdpruner": CDPruner,
+}
 
 
 def _last_at_least(holds: Callable[[int], bool], end: int) -> int:
@@ -20,7 +33,7 @@ def _last_at_least(holds: Callable[[int], bool], end: int) -> int:
     return low
 
 
-def _nearest(model: nn.Module, ruler: Ruler, budget: float, candidate: Callable[[int], Method], end: int) -> Method:
+def _nearest(model: nn.Module, ruler: Ruler, budget: float, candidate: Callable[[int], MethodT], end: int) -> MethodT:
     """Of candidates 0 .. end, in order of falling cost, the one whose cost is nearest to the budget."""
     adapter = find_adapter(model)
     adapter.validate(model, candidate(end))
@@ -36,10 +49,16 @@ def _nearest(model: nn.Module, ruler: Ruler, budget: float, candidate: Callable[
     return best
 
 
-def tome_for_budget(model: nn.Module, budget: float, *, ruler: Ruler | None = None) -> ToMe:
-    """ToMe with r + 1 in the first blocks and r in the others, at the cost nearest to ``budget`` multiply-adds.
+def count_for_budget(
+    model: nn.Module, budget: float, make: Callable[[Sequence[int]], MethodT], *, ruler: Ruler | None = None
+) -> MethodT:
+    """A method with r + 1 in the first blocks and r in the others, at the cost nearest to ``budget`` multiply-adds.
 
-    ``model`` must be plain (not compressed) and is left so. Another cost than multiply-adds takes a ``ruler`` for it.
+    Args:
+        model: plain (not compressed), and left so.
+        budget: in multiply-adds.
+        make: the method of so many tokens merged away in each block: :class:`ToMe`, say.
+        ruler: of another cost than multiply-adds.
 
     Raises:
         ValueError: no r comes within 5 % of the budget; the message gives the range.
@@ -47,11 +66,31 @@ def tome_for_budget(model: nn.Module, budget: float, *, ruler: Ruler | None = No
     ruler = ruler or Ruler(model)
     depth = ruler.depth
 
-    def candidate(index: int) -> ToMe:
+    def candidate(index: int) -> MethodT:
         r, more = divmod(index, depth)
-        return ToMe([r + 1] * more + [r] * (depth - more))
+        return make([r + 1] * more + [r] * (depth - more))
 
-    return _nearest(model, ruler, budget, candidate, depth * ruler.patches // 2)  # type: ignore[return-value]
+    return _nearest(model, ruler, budget, candidate, depth * ruler.patches // 2)
+
+
+def rate_for_budget(
+    model: nn.Module, budget: float, make: Callable[[float, Sequence[int]], MethodT], *, ruler: Ruler | None = None
+) -> MethodT:
+    """A method in three blocks, spread as EViT's (4, 7 and 10 of 12), at the cost nearest to ``budget`` multiply-adds.
+
+    Args:
+        make: the method that keeps such a share of the patch tokens in such blocks: :class:`EViT`, say.
+
+    The other arguments and the error as for :func:`count_for_budget`.
+    """
+    ruler = ruler or Ruler(model)
+    blocks = evit_blocks(ruler.depth)
+    steps = 200
+
+    def candidate(index: int) -> MethodT:
+        return make(1.0 - index / steps, blocks)
+
+    return _nearest(model, ruler, budget, candidate, steps - 1)
 
 
 def evit_blocks(depth: int) -> list[int]:
@@ -59,16 +98,11 @@ def evit_blocks(depth: int) -> list[int]:
     return sorted({max(1, depth * k // 4) for k in (1, 2, 3)})
 
 
+def tome_for_budget(model: nn.Module, budget: float, *, ruler: Ruler | None = None) -> ToMe:
+    """ToMe at the cost nearest to ``budget`` multiply-adds: see :func:`count_for_budget`."""
+    return count_for_budget(model, budget, ToMe, ruler=ruler)
+
+
 def evit_for_budget(model: nn.Module, budget: float, *, fuse: bool = True, ruler: Ruler | None = None) -> EViT:
-    """EViT in three blocks, spread as published (4, 7 and 10 of 12), at the cost nearest to ``budget`` multiply-adds.
-
-    Same terms as :func:`tome_for_budget`.
-    """
-    ruler = ruler or Ruler(model)
-    blocks = evit_blocks(ruler.depth)
-    steps = 200
-
-    def candidate(index: int) -> EViT:
-        return EViT(1.0 - index / steps, blocks=blocks, fuse=fuse)
-
-    return _nearest(model, ruler, budget, candidate, steps - 1)  # type: ignore[return-value]
+    """EViT at the cost nearest to ``budget`` multiply-adds: see :func:`rate_for_budget`."""
+    return rate_for_budget(model, budget, functools.partial(EViT, fuse=fuse), ruler=ruler)

@@ -127,6 +127,10 @@ class Ruler:
         names = ("metric", "pipeline", "similarity_weighted_size", *(["seed"] if method.metric == "random" else []))
         return {name: getattr(method, name) for name in names}
 
+    def has_schedule(self, method: Method) -> bool:
+        """Whether :meth:`as_schedule` takes the method."""
+        return isinstance(method, (DiffRate, ToMe, EViT))
+
     def as_schedule(self, method: Method) -> CompressionSchedule:
         """A DiffRate, ToMe or EViT as a schedule for this model, which :func:`tokcomp.methods.scheduled` turns back."""
         return self.schedule(self.counts(method), self.settings_of(method))

@@ -2,20 +2,31 @@
 
 from tokcomp.methods.base import Assignment, Evidence, Geometry, Method, Reduced
 from tokcomp.methods.diffrate import DiffRate
+from tokcomp.methods.divprune import CDPruner, DivPrune
 from tokcomp.methods.evit import EViT
+from tokcomp.methods.keeping import KeepingMethod
+from tokcomp.methods.partition import PartitionMethod
+from tokcomp.methods.pitome import PiToMe
 from tokcomp.methods.scheduled import scheduled
 from tokcomp.methods.tome import ToMe
 from tokcomp.methods.tome_mlp import ToMeMLP
+from tokcomp.methods.visionzip import VisionZip
 
 __all__ = [
     "Assignment",
+    "CDPruner",
     "DiffRate",
+    "DivPrune",
     "EViT",
     "Evidence",
     "Geometry",
+    "KeepingMethod",
     "Method",
+    "PartitionMethod",
+    "PiToMe",
     "Reduced",
     "ToMe",
     "ToMeMLP",
+    "VisionZip",
     "scheduled",
 ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -175,6 +176,23 @@ def most_important(score: Tensor, num_tokens: int, num_prefix_tokens: int) -> Te
         (torch.full_like(rank_by[:, :num_prefix_tokens], float("inf")), rank_by[:, num_prefix_tokens:]), 1
     )
     return rank_by.sort(dim=1, descending=True, stable=True).indices[:, :num_tokens]
+
+
+MethodT = TypeVar("MethodT", bound=Method)
+
+
+def fitted_to_class_token(method: MethodT, geometry: Geometry) -> MethodT:
+    """The method as it is, or one that reads the attention received where the model has no class token."""
+    if geometry.has_class_token or "cls_attn" not in method.needs:
+        return method
+    fitted = copy.copy(method)
+    fitted.needs = method.needs - {"cls_attn"} | {"image_attn"}
+    return fitted
+
+
+def attention_of(evidence: Evidence) -> Tensor:
+    """What ranks tokens by attention, [B, N]: the class token's, or without one what each receives."""
+    return evidence.require("image_attn") if evidence.cls_attn is None else evidence.cls_attn
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 
@@ -15,11 +14,12 @@ from tokcomp.methods.base import (
     Geometry,
     Method,
     Reduced,
-    is_list,
+    attention_of,
+    fitted_to_class_token,
     most_important,
     non_negative,
-    require_depth,
 )
+from tokcomp.methods.keeping import parse_blocks, parse_keep_rate, rate_in, require_blocks
 
 
 class EViT(Method):
@@ -51,13 +51,9 @@ class EViT(Method):
     ) -> None:
         if (keep_rate is None) == (num_pruned is None):
             raise TypeError(f"EViT needs keep_rate or num_pruned, got {'neither' if keep_rate is None else 'both'}")
-        self.keep_rate: float | tuple[float, ...] | None = None
-        if keep_rate is not None:
-            self.keep_rate = tuple(map(_rate, keep_rate)) if is_list(keep_rate) else _rate(keep_rate)  # type: ignore[arg-type]
+        self.keep_rate = None if keep_rate is None else parse_keep_rate(keep_rate)
         self.num_pruned = None if num_pruned is None else non_negative("num_pruned", num_pruned, "be an integer")
-        if not is_list(blocks):
-            raise TypeError(f"blocks must be a list of block numbers, got {blocks!r}")
-        self.blocks = tuple(non_negative("blocks", block, "be integers") for block in blocks)
+        self.blocks = parse_blocks(blocks)
         self.fuse = bool(fuse)
 
     def __repr__(self) -> str:
@@ -67,36 +63,25 @@ class EViT(Method):
         return f"EViT(keep_rate={self.keep_rate}{blocks}, fuse={self.fuse})"
 
     def validate(self, geometry: Geometry) -> None:
-        if isinstance(self.keep_rate, tuple):
-            require_depth("keep_rate", len(self.keep_rate), geometry)
-        elif self.keep_rate is not None and any(block >= geometry.depth for block in self.blocks):
-            raise ValueError(f"blocks must be below the model's depth {geometry.depth}, got {self.blocks}")
+        if self.keep_rate is not None:
+            require_blocks(self.keep_rate, self.blocks, geometry)
 
     def fitted(self, geometry: Geometry) -> EViT:
-        if geometry.has_class_token or self.needs != EViT.needs:
-            return self
-        fitted = copy.copy(self)
-        fitted.needs = frozenset({"image_attn"})
-        return fitted
+        return fitted_to_class_token(self, geometry)
 
     def assign(self, block: int, num_tokens: int, num_prefix_tokens: int) -> Assignment | None:
         patches = num_tokens - num_prefix_tokens
         if self.num_pruned is not None:
             kept = max(patches - self.num_pruned, min(patches, 1))
         else:
-            rate = 1.0
-            if isinstance(self.keep_rate, tuple):
-                rate = self.keep_rate[block]
-            elif self.keep_rate is not None and block in self.blocks:
-                rate = self.keep_rate
-            kept = math.ceil(rate * patches)
+            kept = math.ceil(rate_in(block, self.keep_rate, self.blocks) * patches)
         if kept >= patches:
             return None
         kept += num_prefix_tokens
         return Assignment(kept, kept, kept + self.fuse)
 
     def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
-        return evidence.require("cls_attn" if "cls_attn" in self.needs else "image_attn")
+        return attention_of(evidence)
 
     def kept_places(self, score: Tensor, source: Tensor, num_tokens_out: int, num_prefix_tokens: int) -> Tensor:
         """A fused token has the place of the most attended one in it."""
@@ -113,13 +98,3 @@ class EViT(Method):
         weights = score.masked_fill(~dropped, 0).to(x.dtype)
         fused = weights.unsqueeze(1) @ x  # [B, 1, C]
         return Reduced(torch.cat((x_kept, fused), dim=1), None, source.masked_fill(dropped, kept))
-
-
-def _rate(rate: float) -> float:
-    try:
-        value = float(rate)
-    except (TypeError, ValueError):
-        raise TypeError(f"keep_rate must be a number or one per block, got {rate!r}") from None
-    if not 0 < value <= 1:
-        raise ValueError(f"keep_rate must be in (0, 1], got {value}")
-    return value

@@ -36,7 +36,8 @@ Every method at every budget, at equal cost, on your model and your images: the 
               dropped, on --refine-images of the training images: never worse than these there
   published   the published schedule that is nearest in cost, rescaled to the model's tokens; for a model that has none,
               of any model with as many blocks
-  tome, evit  ToMe with the r, EViT with the keep rate, that meets the budget
+  tome, pitome  with the r that meets the budget
+  evit, visionzip, divprune, cdpruner  with the keep rate in three blocks that meets it
   uniform     each block but the first drops the same share of its tokens, half by pruning and half by merging
   random:N    N random schedules; the other methods' rows say how many of them they beat
   tome/merge  another method's numbers of tokens under DiffRate's merging, or pruning (evit/prune, diffrate/merge, ...):

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokcomp.cli import options
+from tokcomp.cli import method_options, options
 from tokcomp.cli.data import (
     add_data_options,
     add_strict_option,
@@ -200,7 +200,7 @@ def _cell(
     target: int,
     score: Callable[[nn.Module], Evaluation],
 ) -> dict[str, Any]:
-    options.compress_by(args, model, method_at(target))
+    method_options.compress_by(args, model, method_at(target))
     without = found = score(model)
     if source != target:
         with blame("--plugin"):

@@ -1,0 +1,86 @@
+"""PiToMe (NeurIPS 2024): only tokens that resemble many others may merge, so that what stands alone is protected."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokcomp.methods.base import Assignment, Evidence, Geometry
+from tokcomp.methods.partition import DESTINATION, SOURCE, PartitionMethod, order_of, with_rank
+from tokcomp.methods.tome import ToMe
+from tokcomp_kernels._numbers import accumulate_dtype
+
+#: Rows of the similarity that are held at a time.
+_CHUNK = 256
+
+
+class PiToMe(PartitionMethod):
+    """The 2r patch tokens of highest energy pair up: every second one merges into the most similar of the others.
+
+    The energy of token i is the mean over j of ELU(cos_ij - m), m = margin * (1 - l / L) in block l of L, where cos is
+    the cosine of the keys, averaged over heads. Merged tokens are size-weighted means.
+
+    Args:
+        r: tokens merged away in each block, or one number per block; at most half of a block's patch tokens merge.
+        margin: of block 0.
+        prop_attn: proportional attention: add log(size) to the attention scores from the first merge on.
+
+    Raises:
+        TypeError, ValueError: r is neither a non-negative integer nor a list of them; margin outside [-1, 1].
+    """
+
+    needs = frozenset({"keys"})
+
+    def __init__(self, r: int | Sequence[int], margin: float = 0.9, prop_attn: bool = True) -> None:
+        self._counts = ToMe(r, prop_attn)
+        if not isinstance(margin, (int, float)) or isinstance(margin, bool):
+            raise TypeError(f"margin must be a number, got {margin!r}")
+        if not -1 <= margin <= 1:
+            raise ValueError(f"margin must be in [-1, 1], as cosines are, got {margin}")
+        self.margin = float(margin)
+        self.proportional_attention = self.prop_attn = bool(prop_attn)
+        self._geometry: Geometry | None = None
+
+    @property
+    def r(self) -> int | tuple[int, ...]:
+        return self._counts.r
+
+    def __repr__(self) -> str:
+        return f"PiToMe(r={self.r}, margin={self.margin}, prop_attn={self.prop_attn})"
+
+    def validate(self, geometry: Geometry) -> None:
+        self._counts.validate(geometry)
+
+    def fitted(self, geometry: Geometry) -> PiToMe:
+        fitted = copy.copy(self)
+        fitted._geometry = geometry
+        return fitted
+
+    def assign(self, block: int, num_tokens: int, num_prefix_tokens: int) -> Assignment | None:
+        return self._counts.assign(block, num_tokens, num_prefix_tokens)
+
+    def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
+        if self._geometry is None:
+            raise RuntimeError("PiToMe must know the model's depth: call fitted(geometry), as tokcomp.compress does")
+        keys = evidence.require("keys").detach()
+        keys = keys.to(accumulate_dtype(keys)).mean(1)  # [B, N, D]
+        prefix = self._geometry.num_prefix_tokens
+        among_patches = energy(keys[:, prefix:], self.margin * (1 - block / self._geometry.depth))
+        return with_rank(keys, F.pad(among_patches, (prefix, 0)))
+
+    def roles(self, rank: Tensor, num_dropped: int, num_prefix_tokens: int) -> Tensor:
+        order = order_of(rank, num_prefix_tokens)
+        role = torch.zeros_like(rank, dtype=torch.int64).scatter(1, order[:, : 2 * num_dropped : 2], SOURCE)
+        return role.scatter(1, order[:, 1 : 2 * num_dropped : 2], DESTINATION)
+
+
+def energy(features: Tensor, margin: float) -> Tensor:
+    """How many others each token [B, P, D] resembles, [B, P]: the mean over j of ELU(cos_ij - margin)."""
+    unit = F.normalize(features, dim=-1)
+    with torch.autocast(features.device.type, enabled=False):
+        chunks = [F.elu(rows @ unit.mT - margin).mean(-1) for rows in unit.split(_CHUNK, 1)]
+    return torch.cat(chunks, 1)

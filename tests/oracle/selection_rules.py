@@ -1,0 +1,104 @@
+"""VisionZip, PiToMe, DivPrune and CDPruner on a plain ViT, one image at a time, as :mod:`tests.oracle.rules`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tests.oracle.plain_vit import Attended, PlainViT, attention, classify, embed, mlp
+from tests.oracle.rules import by_importance, cosines
+
+#: (block, its tokens after attention, what that saw) -> the groups that stay, each led by the token that receives.
+Rule = Callable[[int, Tensor, Attended], list[list[int]]]
+
+
+def run(vit: PlainViT, image: Tensor, rule: Rule, *, by_size: bool = False, proportional: bool = False) -> Tensor:
+    """Each group becomes its plain mean, or its mean by size; sizes add up."""
+    x = embed(vit, image)
+    size = torch.ones(len(x), dtype=x.dtype)
+    for block in range(vit.depth):
+        attended = attention(vit, block, x, size if proportional else None)
+        x = x + attended.out
+        groups = rule(block, x, attended)
+        weight = size if by_size else torch.ones_like(size)
+        x = torch.stack([weight[group] @ x[group] / weight[group].sum() for group in groups])
+        size = torch.stack([size[group].sum() for group in groups])
+        x = x + mlp(vit, block, x)
+    return classify(vit, x, size)
+
+
+def join(groups: dict[int, list[int]], cosine: Tensor, leaving: Sequence[int], targets: Sequence[int]) -> None:
+    """Each leaving token joins the target with the largest cosine."""
+    for token in leaving:
+        groups[max(targets, key=lambda target: (float(cosine[token, target]), -target))] += groups.pop(token)
+
+
+def visionzip(vit: PlainViT, image: Tensor, keep_rates: Sequence[float], contextual: float) -> Tensor:
+    def rule(block: int, x: Tensor, attended: Attended) -> list[list[int]]:
+        groups = {token: [token] for token in range(len(x))}
+        patches = len(x) - vit.num_prefix
+        kept = math.ceil(keep_rates[block] * patches)
+        if kept < patches:
+            received = attended.map[:, 0].mean(0)
+            targets = min(max(1, round(contextual * kept)), kept)
+            order = by_importance(received.tolist(), vit.num_prefix)
+            rest = sorted(order[vit.num_prefix + kept - targets :])
+            chosen = rest[:: len(rest) // targets][:targets]
+            metric = attended.keys.mean(0)
+            join(groups, cosines(metric, metric), [token for token in rest if token not in chosen], chosen)
+        return list(groups.values())
+
+    return run(vit, image, rule)
+
+
+def pitome(vit: PlainViT, image: Tensor, rates: Sequence[int], margin: float, proportional: bool) -> Tensor:
+    def rule(block: int, x: Tensor, attended: Attended) -> list[list[int]]:
+        groups, first = {token: [token] for token in range(len(x))}, vit.num_prefix
+        rate = min(rates[block], (len(x) - first) // 2)
+        metric = attended.keys.mean(0)
+        cosine, m = cosines(metric, metric), margin * (1 - block / vit.depth)
+        energy = [0.0] * first
+        for row in cosine[first:, first:].tolist():
+            energy.append(sum(c - m if c > m else math.exp(c - m) - 1 for c in row) / len(row))
+        alike = by_importance(energy, first)[first : first + 2 * rate]
+        if rate:
+            join(groups, cosine, alike[::2], alike[1::2])
+        return list(groups.values())
+
+    return run(vit, image, rule, by_size=True, proportional=proportional)
+
+
+def divprune(vit: PlainViT, image: Tensor, keep_rates: Sequence[float]) -> Tensor:
+    def rule(block: int, x: Tensor, attended: Attended) -> list[list[int]]:
+        cosine = cosines(x, x)
+        # Of two tokens that are each other's nearest neither is ahead by its rounding.
+        first, distance = vit.num_prefix, (1 - cosine.maximum(cosine.T)).tolist()
+        patches, chosen = list(range(first, len(x))), []
+        for _ in range(math.ceil(keep_rates[block] * len(patches))):
+            others = chosen or patches
+            left = [token for token in patches if token not in chosen]
+            chosen.append(max(left, key=lambda token: min(distance[token][o] for o in others if o != token)))
+        return [[token] for token in [*range(first), *sorted(chosen)]]
+
+    return run(vit, image, rule)
+
+
+def cdpruner(vit: PlainViT, image: Tensor, keep_rates: Sequence[float]) -> Tensor:
+    """By determinants themselves."""
+
+    def rule(block: int, x: Tensor, attended: Attended) -> list[list[int]]:
+        first = vit.num_prefix
+        received = attended.map[:, 0].mean(0)[first:]
+        relevance = (received - received.min() + 1e-6) / (received.max() - received.min() + 1e-6)
+        kernel = relevance[:, None] * cosines(x[first:], x[first:]) * relevance
+        count, chosen = math.ceil(keep_rates[block] * len(received)), []
+        for _ in range(count if count < len(received) else 0):
+            left = [token for token in range(len(received)) if token not in chosen]
+            chosen.append(max(left, key=lambda one: float(torch.linalg.det(kernel[[*chosen, one]][:, [*chosen, one]]))))
+        stay = sorted(chosen) if count < len(received) else range(len(received))
+        return [[token] for token in [*range(first), *(first + token for token in stay)]]
+
+    return run(vit, image, rule)

@@ -1,0 +1,49 @@
+"""VisionZip, PiToMe, DivPrune and CDPruner on random models in float64, as :mod:`tests.oracle.test_random_cases`."""
+
+from __future__ import annotations
+
+import tokcomp
+
+from tests.oracle import selection_rules as rules
+from tests.oracle.cases import Case
+from tests.oracle.checks import assert_near, each_case
+from tests.oracle.test_random_cases import compressed_logits, plain_logits
+
+
+def _rates(case: Case, least: float = 0.3) -> list[float]:
+    return [case.rng.choice((1.0, case.rng.uniform(least, 1.0))) for _ in range(case.depth)]
+
+
+def test_visionzip() -> None:
+    def check(seed: int) -> None:
+        case = Case(seed, family="class token" if seed % 4 == 0 else None, still="k" if seed % 4 == 0 else "")
+        rates, contextual = _rates(case), case.rng.choice((10 / 64, case.rng.random(), 1.0))
+        want = plain_logits(case, rules.visionzip, rates, contextual)
+        method = tokcomp.VisionZip(rates, contextual=contextual)
+        assert_near(compressed_logits(case, method), want, f"{case.family}, {method}")
+
+    each_case(check)
+
+
+def test_pitome() -> None:
+    def check(seed: int) -> None:
+        case = Case(seed)
+        rates = [case.rng.randint(0, case.num_patches // case.depth + 2) for _ in range(case.depth)]
+        margin, proportional = case.rng.choice((0.9, 0.75, -0.2)), seed % 3 > 0
+        want = plain_logits(case, rules.pitome, rates, margin, proportional)
+        method = tokcomp.PiToMe(rates, margin, proportional)
+        assert_near(compressed_logits(case, method), want, f"{case.family}, {method}")
+
+    each_case(check)
+
+
+def test_divprune_and_cdpruner() -> None:
+    def check(seed: int) -> None:
+        # As wide as there are tokens, so that no determinant is 0.
+        case = Case(seed, shape=(3, 4, 2, 8))
+        rates = _rates(case)
+        for method, rule in ((tokcomp.DivPrune(rates), rules.divprune), (tokcomp.CDPruner(rates), rules.cdpruner)):
+            want = plain_logits(case, rule, rates)
+            assert_near(compressed_logits(case, method), want, f"{case.family}, {method}")
+
+    each_case(check)
