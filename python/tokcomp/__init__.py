@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokcomp.adapters import UnsupportedModelError
     from tokcomp.api import compress, quantize, restore, trace, uncompress
+    from tokcomp.configuration import CompressionConfig
     from tokcomp.cost import flops
     from tokcomp.deploy.compiled import CompiledModel, compile
     from tokcomp.deploy.exported import ExportedModel, export, load_exported
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CDPruner": "tokcomp.methods",
     "CompiledModel": "tokcomp.deploy.compiled",
+    "CompressionConfig": "tokcomp.configuration",
     "CompressionSchedule": "tokcomp.schedule",
     "DiffRate": "tokcomp.methods",
     "DiffRateSearch": "tokcomp.search.model",
@@ -57,6 +59,7 @@ _HOMES = {
 __all__ = [
     "CDPruner",
     "CompiledModel",
+    "CompressionConfig",
     "CompressionSchedule",
     "DiffRate",
     "DiffRateSearch",

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from tokcomp.files import write_whole
+from tokcomp.hub import Card, Shareable, card_of_counts, fetch
 from tokcomp.reading import parse_json, read_json
 
 FORMAT = "tokcomp.CompressionSchedule"
+#: The name of its file in a folder of ``save_pretrained``.
+FILE = "schedule.json"
 VERSION = 1
 #: Method -> its arguments that a schedule may record, and their types. A schedule that names no method is DiffRate's.
 METHOD_SETTINGS: dict[str, dict[str, type]] = {
@@ -26,7 +29,7 @@ METHOD_SETTINGS: dict[str, dict[str, type]] = {
 
 
 @dataclass
-class CompressionSchedule:
+class CompressionSchedule(Shareable):
     """Tokens left after pruning and after merging in each block, prefix tokens (class, distillation, ...) included.
 
     A count at or above the number of tokens that arrive changes nothing, so counts need not decrease monotonically.
@@ -179,6 +182,28 @@ class CompressionSchedule:
             return cls._from_file(data)
         except (TypeError, ValueError, OverflowError) as error:  # of a number beyond any float
             raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> CompressionSchedule:
+        """Read what :meth:`save_pretrained` or :meth:`push_to_hub` wrote.
+
+        Args:
+            name: a folder, or a repository of the hub as "owner/name".
+            options: ``revision``, ``token``, ``cache_dir`` and ``local_files_only``, as of huggingface_hub.
+
+        Raises:
+            FileNotFoundError: no such repository, or the folder or repository has no ``schedule.json``.
+            ConnectionError: it is not in the cache, and the hub cannot be reached.
+            ValueError: as :meth:`load`.
+        """
+        return cls.load(fetch(name, FILE, **options))
+
+    def _write_files(self, folder: Path) -> None:
+        self.save(folder / FILE)
+
+    def _card(self) -> Card:
+        counts = (self.num_prune_kept, self.num_merge_kept)
+        return card_of_counts(*counts, self.num_tokens, self.method_name, self.provenance)
 
     @property
     def method_name(self) -> str:

@@ -125,6 +125,7 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "searching.md": given_searching,
     "serve-with-a-budget.md": given_served_budget,
     "serving.md": given_serving,
+    "sharing.md": given_finetuning,
     "tocom.md": given_tocom,
 }
 #: Pages whose code has a test of its own, which looks at what it leaves behind.

@@ -17,6 +17,8 @@ from tokcomp.tocom.layers import Width
 from tokcomp.tocom.variants import STEPS, check_arithmetic, num_slots
 
 FORMAT = "tokcomp.tocom"
+#: The name of a plugin's file in a folder of ``save_pretrained``.
+FILE = "tocom.safetensors"
 #: The second is for another arithmetic than the published one, which readers of the first do not know.
 VERSIONS = ("1", "2")
 WHAT = "a ToCom plugin"

@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from tokcomp.adapters import Adapter
 from tokcomp.adapters.projections import Projection
 from tokcomp.folded import Fold, fold_of
+from tokcomp.hub import Card, Shareable, fetch
 from tokcomp.methods import Method
 from tokcomp.tocom.applied import Matrices, terms_added
-from tokcomp.tocom.files import Contents, read_plugin, write_plugin
+from tokcomp.tocom.card import card_of
+from tokcomp.tocom.files import FILE, Contents, read_plugin, write_plugin
 from tokcomp.tocom.fold import original_rows, require_unchanged, take_out, write_fold
 from tokcomp.tocom.layers import Width, describe, pieces, projections_of, width_of
 from tokcomp.tocom.variants import STEPS, check_arithmetic, num_slots, slots_between
 
 
-class ToCom(nn.Module):
+class ToCom(nn.Module, Shareable):
     """The gap between a model's weights at different compression degrees (ToCom, ECCV 2024).
 
     One step per pair of neighbouring degrees: low-rank matrices on the q and v weights of every block. From degree m to
@@ -137,6 +139,11 @@ class ToCom(nn.Module):
             require_unchanged(record, projections)
             take_out(model, projections)
 
+    def is_folded_into(self, model: nn.Module) -> bool:
+        """Whether what is folded into ``model`` is this plugin, or one of the same values."""
+        record = fold_of(model)
+        return record is not None and bool({self._identity, self._digest()} & set(record.plugin))
+
     def applied(
         self, model: nn.Module, source: int, target: int, scale: float = 0.1
     ) -> AbstractContextManager[nn.Module]:
@@ -209,6 +216,28 @@ class ToCom(nn.Module):
                 parameter.data = contents.tensors[name].to(parameter.device)
         plugin.method, plugin.provenance = contents.method, contents.provenance
         return plugin
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], model: nn.Module, **options: Any) -> ToCom:
+        """Read what :meth:`save_pretrained` or :meth:`push_to_hub` wrote, for models like ``model``.
+
+        Args:
+            name: a folder, or a repository of the hub as "owner/name".
+            model: as for :meth:`load`.
+            options: ``revision``, ``token``, ``cache_dir`` and ``local_files_only``, as of huggingface_hub.
+
+        Raises:
+            FileNotFoundError: no such repository, or the folder or repository has no ``tocom.safetensors``.
+            ConnectionError: it is not in the cache, and the hub cannot be reached.
+            ValueError: as :meth:`load`.
+        """
+        return cls.load(fetch(name, FILE, **options), model)
+
+    def _write_files(self, folder: Path) -> None:
+        self.save(folder / FILE)
+
+    def _card(self) -> Card:
+        return card_of(self)
 
     def _projections_of(self, model: nn.Module) -> list[Projection]:
         adapter, projections = projections_of(model)
