@@ -103,7 +103,11 @@ def drawn(bars: Bars) -> bytes:
     step = max(12, min(44, 640 // len(bars.values)))
     width = max(left + step * len(bars.values) + 16, 420)
     image = Image.new("RGB", (width, top + height + foot), _PAPER)
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    pen = ImageDraw.Draw(image)
+    try:
+        font: ImageFont.ImageFont | ImageFont.FreeTypeFont = ImageFont.load_default(13)
+    except TypeError:  # Pillow before 10.1
+        font = ImageFont.load_default()
     pen.text((left, 12), bars.caption, fill=_INK, font=font)
     for share in (0.0, 0.5, 1.0):
         y = top + height * (1 - share)
