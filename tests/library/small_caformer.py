@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import timm
 import tokcomp
 import torch
 from timm.layers import LayerNorm2d
@@ -65,3 +66,15 @@ def images_of(model: MetaFormer | None = None, batch=3, seed=0, height=HEIGHT, w
     generator = torch.Generator().manual_seed(seed)
     channels = 3 if model is None else model.stem.conv.in_channels
     return torch.randn(batch, channels, height, width, generator=generator)
+
+
+def register_small() -> str:
+    """Make timm know a small CAFormer by name, for what builds models by their names; returns that name."""
+
+    def caformer_small(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **options):
+        return caformer(**options)
+
+    caformer_small.__module__ = "timm.models.metaformer"
+    if not timm.is_model(caformer_small.__name__):
+        timm.models.register_model(caformer_small)
+    return caformer_small.__name__

@@ -89,8 +89,11 @@ class Prepared(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         picture, mask = self.pair(index)
+        return self._normalised(picture), torch.from_numpy(np.array(mask)).long()
+
+    def _normalised(self, picture: Any) -> Tensor:
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-        return (image - self._mean) / self._std, torch.from_numpy(np.array(mask)).long()
+        return (image - self._mean) / self._std
 
     def pair(self, index: int) -> tuple[Any, np.ndarray]:
         """(PIL image, mask [H, W] uint8) of the right size, not normalised."""
@@ -112,6 +115,24 @@ class Prepared(Dataset):
         if self.augment and mirrored < 0.5:
             image, mask = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), np.ascontiguousarray(mask[:, ::-1])
         return image, mask
+
+
+class WholeImages(Prepared):
+    """Pairs for scoring at full resolution: an image keeps its shape, a mask its size; one pair makes a batch.
+
+    Image [3, h, w] float32, normalised, resized until ``size`` just fits into it; mask [H, W] int64 as it is.
+    """
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        from PIL import Image
+
+        image, mask = self.dataset[index]
+        scale = max(self.size[0] / image.height, self.size[1] / image.width)
+        height, width = (
+            max(round(scale * side), least) for side, least in zip((image.height, image.width), self.size, strict=True)
+        )
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return self._normalised(image), torch.from_numpy(np.array(mask)).long()
 
 
 class InMemory(Dataset):

@@ -18,6 +18,9 @@ FORMAT, VERSION = "tokcomp.segmenter", 1
 #: Arguments of timm's that would have it read something besides this file.
 _OUTSIDE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
+#: Of an image for a model that takes any size.
+_MOST_PIXELS = 8192**2
+
 
 @dataclass(frozen=True)
 class SegmenterSettings:
@@ -42,8 +45,12 @@ class SegmenterSettings:
         """
         import timm
 
-        options = {"num_classes": 0, "global_pool": "", "img_size": self.img_size, **self.model_kwargs}
-        encoder = timm.create_model(self.model, pretrained=pretrained, **options, **more)
+        options: dict[str, Any] = {"num_classes": 0, **self.model_kwargs, **more}
+        if not is_hierarchical(self.model):
+            options = {"global_pool": "", "img_size": self.img_size, **options}
+        encoder: Any = timm.create_model(self.model, pretrained=pretrained, **options)
+        if is_hierarchical(self.model):
+            encoder.reset_classifier(0, "", reset_other=True)  # its norm would never be trained
         return Segmenter(encoder, len(self.classes), self.head).eval()
 
 
@@ -93,7 +100,7 @@ def load_segmenter(
         segmenter.load_state_dict(weights)
     except (RuntimeError, TypeError, ValueError, AssertionError, ArithmeticError, LookupError) as error:
         raise ValueError(f"{path}: does not fit the model that it names, {settings.model}: {error}") from error
-    if img_size is not None and img_size != settings.img_size:
+    if img_size is not None and img_size != settings.img_size and not segmenter.hierarchical:
         encoder: Any = segmenter.encoder
         encoder.set_input_size(img_size)
     return segmenter, settings
@@ -114,6 +121,8 @@ def _settings(data: Any, weights: Mapping[str, Tensor]) -> SegmenterSettings:
         raise ValueError(f"model_kwargs must be those of the weights, got {options!r}")
     positions, patch = (weights.get(f"encoder.{name}") for name in ("pos_embed", "patch_embed.proj.weight"))
     pixels = positions.shape[1] * patch[0, 0].numel() if positions is not None and patch is not None else largest**2
+    if is_hierarchical(settings.model):
+        pixels = _MOST_PIXELS
     if len(settings.img_size) != 2 or settings.img_size[0] * settings.img_size[1] > pixels:
         raise ValueError(f"img_size must be that of the weights, got {settings.img_size}")
     return settings
@@ -124,6 +133,13 @@ def is_timms_own(model: Any) -> bool:
     import timm
 
     return isinstance(model, str) and not set(model) & set(":/\\") and timm.is_model(model)
+
+
+def is_hierarchical(model: str) -> bool:
+    """Whether a name of timm's is a MetaFormer's, whose maps a pyramid reads."""
+    from timm.models import is_model_in_modules
+
+    return is_model_in_modules(model, {"metaformer"})
 
 
 def _numbers(value: Any) -> Iterator[float]:

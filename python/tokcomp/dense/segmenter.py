@@ -1,4 +1,4 @@
-"""Semantic segmentation with a plain vision transformer: encoder, head, bilinear upsampling."""
+"""Semantic segmentation with a vision transformer, plain or hierarchical: encoder, head, bilinear upsampling."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.metaformer import MetaFormer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokcomp.adapters import UnsupportedModelError, find_adapter
 from tokcomp.blocks.state import compose_sources
+from tokcomp.dense.fpn import SemanticFPN
 from tokcomp.dense.heads import HEADS
+
+
+def heads_for(hierarchical: bool) -> tuple[str, ...]:
+    """The names of the heads that read such an encoder, the default last."""
+    return ("semantic_fpn",) if hierarchical else tuple(HEADS)
 
 
 def position_tokens(encoder: nn.Module, images: Tensor) -> Tensor:
@@ -38,36 +45,48 @@ def position_tokens(encoder: nn.Module, images: Tensor) -> Tensor:
 
 
 class Segmenter(nn.Module):
-    """A vision transformer and a head that classifies every pixel (Segmenter, ICCV 2021).
+    """A vision transformer and a head that classifies every pixel (Segmenter, ICCV 2021; Semantic FPN, CVPR 2019).
 
-    The encoder is any plain timm VisionTransformer, pre-trained or not; ``num_classes=0`` leaves out its classifier. It
-    may be compressed before or after: ``tokcomp.compress(segmenter.encoder, tokcomp.ToMeMLP(r))``.
+    The encoder is any plain timm VisionTransformer, or a CAFormer, pre-trained or not; ``num_classes=0`` leaves out its
+    classifier. It may be compressed before or after: ``tokcomp.compress(segmenter.encoder, tokcomp.ToMeMLP(r))``.
 
     Args:
-        encoder: images [B, 3, H, W] -> tokens. It takes only its own image size, unless it was created with
-            ``dynamic_img_size=True``.
+        encoder: images [B, 3, H, W] -> tokens, or a CAFormer. A VisionTransformer takes only its own image size, unless
+            it was created with ``dynamic_img_size=True``.
         num_classes: K.
-        head: "linear", "mask_transformer", or a module that turns patch tokens [B, P, C] into logits [B, P, K].
+        head: "linear" or "mask_transformer", "semantic_fpn" for a CAFormer; or a module that turns patch tokens
+            [B, P, C] into logits [B, P, K], a CAFormer's maps [B, C_i, h_i, w_i] into [B, K, h, w].
 
     Raises:
         TypeError: (UnsupportedModelError) the encoder is not understood; or the head is neither a name nor a module.
-        ValueError: the head is unknown, or there are fewer than two classes.
+        ValueError: the head is unknown or not for this encoder, or there are fewer than two classes.
     """
 
     def __init__(self, encoder: nn.Module, num_classes: int, head: str | nn.Module = "mask_transformer") -> None:
         super().__init__()
-        if not isinstance(encoder, VisionTransformer):
-            raise UnsupportedModelError(f"encoder must be a timm VisionTransformer, got {type(encoder).__name__}")
+        if not isinstance(encoder, (VisionTransformer, MetaFormer)):
+            raise UnsupportedModelError(
+                f"encoder must be a timm VisionTransformer or CAFormer, got {type(encoder).__name__}"
+            )
         find_adapter(encoder)
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
             raise ValueError(f"num_classes must be a whole number, 2 or more, got {num_classes!r}")
+        self.hierarchical = isinstance(encoder, MetaFormer)
+        names = heads_for(self.hierarchical)
         if not isinstance(head, (str, nn.Module)):
-            raise TypeError(f"head must be {' or '.join(HEADS)} or a module, got {type(head).__name__}")
+            raise TypeError(f"head must be {' or '.join(names)} or a module, got {type(head).__name__}")
         if isinstance(head, str):
-            if head not in HEADS:
-                raise ValueError(f"head must be {' or '.join(HEADS)}, got {head!r}")
-            head = HEADS[head](encoder.embed_dim, num_classes)
+            if head not in names:
+                cls = type(encoder).__name__
+                raise ValueError(f"head must be {' or '.join(names)} for a {cls}, got {head!r}")
+            head = self._head(encoder, head, num_classes)
         self.encoder, self.num_classes, self.head = encoder, num_classes, head
+
+    @staticmethod
+    def _head(encoder: Any, name: str, num_classes: int) -> nn.Module:
+        if name in HEADS:
+            return HEADS[name](encoder.embed_dim, num_classes)
+        return SemanticFPN([info["num_chs"] for info in encoder.feature_info], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of every pixel: images [B, 3, H, W] -> [B, K, H, W].
@@ -78,7 +97,16 @@ class Segmenter(nn.Module):
         return self.upsample(self.patch_logits(images), images.shape[-2:])
 
     def patch_logits(self, images: Tensor) -> Tensor:
-        """Logits of every patch: images [B, 3, H, W] -> [B, K, h, w]. Raises as :meth:`forward`."""
+        """Logits of every patch: images [B, 3, H, W] -> [B, K, h, w]. Raises as :meth:`forward`.
+
+        A hierarchical encoder's are those of its finest map, a quarter of the image's sides.
+        """
+        if self.hierarchical:
+            if images.dim() != 4:
+                raise ValueError(f"images must be [B, 3, H, W], got {list(images.shape)}")
+            encoder: Any = self.encoder
+            logits: Tensor = self.head(encoder.forward_intermediates(images, intermediates_only=True))
+            return logits
         grid = self._grid(images)
         return self.read(position_tokens(self.encoder, images), grid)
 

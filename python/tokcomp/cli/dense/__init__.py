@@ -11,7 +11,7 @@ from tokcomp.cli import options
 from tokcomp.cli.errors import UserError, blame
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch.utils.data import Dataset
 
@@ -29,8 +29,9 @@ ACTIONS = {
 }
 
 DESCRIPTION = """\
-Semantic segmentation with tokens merged for each MLP and unmerged after it (ToMeMLP). Degree d merges
-d x --tokens-per-degree tokens. Without DATA, pictures are generated: textured shapes on photographs, no download.
+Semantic segmentation with tokens merged for each MLP and unmerged after it (ToMeMLP), or for the rest of the encoder
+(ToMe, DiffRate). Degree d merges d x --tokens-per-degree tokens. Without DATA, pictures are generated: textured shapes
+on photographs, no download.
 """
 
 EXAMPLES = """\
@@ -122,7 +123,8 @@ def add_degree_options(parser: argparse.ArgumentParser) -> Any:
         type=options.positive_int,
         default=1,
         metavar="N",
-        help="tokens that a degree merges for each MLP; 32 in the paper's 16 degrees at 512 x 512 (default: 1)",
+        help="tokens that a degree merges for each MLP, or in each block; the ToCom paper has 16 degrees of 32 at "
+        "512 x 512 (default: 1)",
     )
     group.add_argument(
         "--merge-residual",
@@ -132,13 +134,21 @@ def add_degree_options(parser: argparse.ArgumentParser) -> Any:
     return group
 
 
-def image_size(value: int | list[int] | None) -> tuple[int, int] | None:
-    """What --img-size says, as (height, width)."""
+def add_method_option(group: Any) -> None:
+    group.add_argument(
+        "--method",
+        choices=("tome_mlp", "tome"),
+        help="merge for each MLP alone, or until the head reads every position (default: tome_mlp; CAFormer: tome)",
+    )
+
+
+def image_size(value: int | list[int] | None, option: str = "--img-size") -> tuple[int, int] | None:
+    """What an option such as --img-size says, as (height, width)."""
     if value is None:
         return None
     sides = [value, value] if isinstance(value, int) else value
     if len(sides) != 2:
-        raise UserError(f"--img-size must be one number or height,width, got {len(sides)} numbers")
+        raise UserError(f"{option} must be one number or height,width, got {len(sides)} numbers")
     return sides[0], sides[1]
 
 
@@ -152,12 +162,19 @@ def open_segmenter(args: argparse.Namespace) -> tuple[Segmenter, SegmenterSettin
     return segmenter, settings, size or settings.img_size
 
 
-def open_data(args: argparse.Namespace, settings: SegmenterSettings, size: tuple[int, int], *, train: bool) -> Prepared:
-    """The training part of the data, or the held-out one."""
+def open_data(
+    args: argparse.Namespace,
+    settings: SegmenterSettings,
+    size: tuple[int, int],
+    *,
+    train: bool,
+    whole: bool = False,
+) -> Prepared:
+    """The training part of the data, or the held-out one; ``whole``: images in their own shape, masks in their size."""
     from torch.utils.data import Subset
 
     from tokcomp.data import num_images
-    from tokcomp.dense.data import InMemory, MaskFolder, Prepared
+    from tokcomp.dense.data import InMemory, MaskFolder, Prepared, WholeImages
     from tokcomp.dense.shapes import CLASSES, ShapesDataset
 
     count = args.train_images if train else args.num_samples
@@ -181,6 +198,8 @@ def open_data(args: argparse.Namespace, settings: SegmenterSettings, size: tuple
             dataset = MaskFolder(args.data_dir, split, reduce_zero_label=args.reduce_zero_label)
         if count is not None:
             dataset = Subset(dataset, range(min(count, num_images(dataset))))
+    if whole:
+        return WholeImages(dataset, size, settings.mean, settings.std)
     augment = train and args.data_dir is not None  # generated pictures vary anyway
     return Prepared(dataset, size, settings.mean, settings.std, augment=augment)
 
@@ -190,11 +209,46 @@ def data_name(args: argparse.Namespace) -> str:
     return str(args.data_dir) if args.data_dir else "generated"
 
 
-def method_of(args: argparse.Namespace) -> Callable[[int], Method]:
-    """The method of a degree."""
-    from tokcomp import ToMeMLP
+def method_of(args: argparse.Namespace, hierarchical: bool = False) -> Callable[[int], Method]:
+    """The method of a degree, for a plain encoder or a hierarchical one."""
+    from tokcomp import ToMe, ToMeMLP
 
+    method = getattr(args, "method", None) or ("tome" if hierarchical else "tome_mlp")
+    if method == "tome":
+        if args.merge_residual:
+            raise UserError("--merge-residual belongs to --method tome_mlp, got tome; leave it out")
+        return lambda degree: ToMe(args.tokens_per_degree * degree)
     return lambda degree: ToMeMLP(args.tokens_per_degree * degree, merge_residual=args.merge_residual)
+
+
+def schedules_of(
+    args: argparse.Namespace, encoder: Any, model: str, size: tuple[int, int]
+) -> Iterator[tuple[str, Method]]:
+    """The DiffRate methods that --gflops and --schedule name, for the tokens of a plain encoder at an image size."""
+    from tokcomp import DiffRate
+    from tokcomp.adapters import find_adapter
+    from tokcomp.cli.schedules import load_schedule
+    from tokcomp.cli.schedules import method_of as method_of_schedule
+    from tokcomp.methods import scheduled
+
+    if not args.gflops and not args.schedule:
+        return
+    adapter = find_adapter(encoder)
+    prefix = adapter.geometry(encoder).num_prefix_tokens
+    with blame("--img-size"):
+        rows, columns = adapter.grid(encoder, *size)
+    num_tokens = rows * columns + prefix
+    for gflops in args.gflops:
+        with blame("--gflops"):
+            yield f"DiffRate {gflops:g} G", DiffRate.published(model, gflops, num_tokens=num_tokens)
+    open_choice = argparse.Namespace(metric=None, pipeline=None)
+    for path in args.schedule:
+        schedule = load_schedule(path, "--schedule", model=model)
+        with blame("--schedule"):
+            if schedule.num_tokens not in (None, num_tokens):
+                schedule = schedule.rescaled(num_tokens, prefix)
+            diffrate = schedule.method_name == "diffrate"
+            yield path.stem, method_of_schedule(schedule, open_choice, encoder) if diffrate else scheduled(schedule)
 
 
 def compress_encoder(args: argparse.Namespace, segmenter: Segmenter, degree: int) -> None:
@@ -202,4 +256,4 @@ def compress_encoder(args: argparse.Namespace, segmenter: Segmenter, degree: int
     import tokcomp
 
     with blame(f"degree {degree} at --tokens-per-degree {args.tokens_per_degree}"):
-        tokcomp.compress(segmenter.encoder, method_of(args)(degree))
+        tokcomp.compress(segmenter.encoder, method_of(args, segmenter.hierarchical)(degree))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tokcomp.cli import dense, options, training
-from tokcomp.cli.errors import blame
+from tokcomp.cli.errors import UserError, blame
 from tokcomp.cli.training import Job
 from tokcomp.runs.recipe import TOCOM_RECIPE
 
@@ -90,6 +90,11 @@ def _prepare(job: Job) -> TocomRun:
     args = job.args
     job.begin(mixes=False)
     segmenter, settings, size = dense.open_segmenter(args)
+    if segmenter.hierarchical:
+        raise UserError(
+            f"FILE must hold a plain vision transformer, whose tokens merge for each MLP, got {settings.model}; a "
+            "classifier's plugin for it comes from tokcomp tocom train"
+        )
     segmenter.requires_grad_(False).to(job.device)
     dense.compress_encoder(args, segmenter, args.max_degree)
     tokcomp.restore(segmenter.encoder)

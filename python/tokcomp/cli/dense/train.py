@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Train a segmenter: any plain timm vision transformer, from scratch or pre-trained, with a linear head or Segmenter's
-mask transformer. Without --data-dir, pictures are generated: five kinds of textured shapes on photographs.
+mask transformer, or a CAFormer with Semantic FPN. Without --data-dir, pictures are generated: five kinds of textured
+shapes on photographs.
 
 The encoder may be compressed during training (--r). Ctrl-C and SIGTERM stop the run after its current step, and
 --resume continues as if it had never stopped.
@@ -29,6 +30,9 @@ examples:
   tokcomp dense train --data-dir /data/ADEChallengeData2016 --num-classes 150 --reduce-zero-label \\
       -m deit_base_patch16_384 --pretrained --img-size 512 --steps 160000 -b 8 --lr 1e-4 --amp -o ade
       ADE20k at 512 x 512 with DeiT-B
+  tokcomp dense train --data-dir /data/ADEChallengeData2016 --num-classes 150 --reduce-zero-label \\
+      -m caformer_s36 --pretrained --img-size 512 --steps 80000 -b 16 --lr 1e-4 --amp -o caformer
+      the same with CAFormer-S36 and Semantic FPN
   tokcomp dense train ... --r 256 -o at256
       the same, fine-tuned with 256 tokens merged for each MLP
 """
@@ -51,14 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="image side, or height and width (default: 512)",
     )
     model.add_argument(
-        "--head", choices=("linear", "mask_transformer"), default="mask_transformer", help="head (default: %(default)s)"
+        "--head",
+        choices=("linear", "mask_transformer", "semantic_fpn"),
+        help="head (default: mask_transformer; for a CAFormer semantic_fpn)",
     )
     model.add_argument("--num-classes", type=options.positive_int, metavar="K", help="number of classes of DATA")
     model.add_argument(
         "--r",
         type=options.listed(options.non_negative_int),
         metavar="R",
-        help="tokens to merge for each MLP while training, or one number per block: 8,8,4,...",
+        help="tokens to merge for each MLP while training, for good in a CAFormer, or one number per block: 8,8,4,...",
     )
     model.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda if available)")
     recipe = parser.add_argument_group("recipe")
@@ -90,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if not is_timms_own(args.model):
         raise UserError(
             f"--model must be one of timm's own, whose segmenter can be opened without a network, got '{args.model}'; "
-            "name one of timm.list_models('*vit*', pretrained=True)"
+            "name one of timm.list_models(['*vit*', 'caformer*'], pretrained=True)"
         )
     return training.train(args, _prepare, lambda run: _report(args, run))
 
@@ -99,7 +105,7 @@ def _report(args: argparse.Namespace, found: DenseRun) -> None:
     from tokcomp.dense.train import WEIGHTS
 
     summary = found.summary()
-    print(f"{summary['model']}, {args.head}, {summary['classes']} classes: ", end="")
+    print(f"{summary['model']}, {summary['settings']['head']}, {summary['classes']} classes: ", end="")
     print(f"mIoU {summary['mean_iou']:.2f} %, pixel accuracy {summary['pixel_accuracy']:.2f} %")
     print(f"loss {summary['loss']:.4g} after {summary['steps']} steps", end="")
     print(f", {summary['images_per_second']:.1f} images/s" if summary["images_per_second"] else "")
@@ -118,9 +124,9 @@ def _prepare(job: Job) -> DenseRun:
 
     import tokcomp
     from tokcomp.dense.evaluate import evaluate_segmenter
-    from tokcomp.dense.files import SegmenterSettings
+    from tokcomp.dense.files import SegmenterSettings, is_hierarchical
     from tokcomp.dense.metrics import Scores
-    from tokcomp.dense.segmenter import Segmenter
+    from tokcomp.dense.segmenter import Segmenter, heads_for
     from tokcomp.dense.shapes import CLASSES
     from tokcomp.dense.train import DenseRun, SegmenterTuner
     from tokcomp.runs.batches import held_out_batches
@@ -135,14 +141,19 @@ def _prepare(job: Job) -> DenseRun:
     classes = CLASSES if args.data_dir is None else tuple(f"class {index}" for index in range(args.num_classes))
     config = timm.models.get_pretrained_cfg(args.model)
     mean, std = (config.mean, config.std) if config is not None else ((0.5,) * 3, (0.5,) * 3)
+    hierarchical = is_hierarchical(args.model)
+    head = args.head or heads_for(hierarchical)[-1]
+    if head not in heads_for(hierarchical):
+        raise UserError(f"--head must be {' or '.join(heads_for(hierarchical))} for {args.model}, got {head}")
     build = SegmenterSettings(
-        args.model, size, args.head, classes, tuple(mean), tuple(std), model_kwargs=dict(args.model_kwargs)
+        args.model, size, head, classes, tuple(mean), tuple(std), model_kwargs=dict(args.model_kwargs)
     )
     job.begin(mixes=False)
     segmenter = _build(args, build)
     if args.r is not None:
         with blame("--r"):
-            tokcomp.compress(segmenter.encoder, tokcomp.ToMeMLP(args.r))
+            merging = tokcomp.ToMe if segmenter.hierarchical else tokcomp.ToMeMLP
+            tokcomp.compress(segmenter.encoder, merging(args.r))
     train_data = dense.open_data(args, build, size, train=True)
     held_out = dense.open_data(args, build, size, train=False)
     with blame("--img-size"):
@@ -173,7 +184,7 @@ def _prepare(job: Job) -> DenseRun:
         "model": args.model,
         "model_kwargs": dict(args.model_kwargs),
         "pretrained": args.pretrained,
-        "head": args.head,
+        "head": head,
         "img_size": list(size),
         "r": args.r,
         "steps": args.steps,

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dense.add_data_options(parser, batch_size=1, train=False, held_out=True)
     parser.set_defaults(num_samples=4)
     group = dense.add_degree_options(parser)
+    dense.add_method_option(group)
     group.add_argument(
         "--degrees", type=options.list_of(options.non_negative_int), default=[0], metavar="D,D,...", help="default: 0"
     )
