@@ -31,7 +31,12 @@ SMALLER = {
     "budgets.md": {"model, 2.9": "model, 0.0105"},
     "searching.md": {"2.3e9": "0.0105e9", "2.3, starts": "0.0105, starts", "200": "2", "2.9": "0.0105", "1000": "2"},
     "caformer.md": {"pretrained=True": "pretrained=False"},
-    "dense.md": {"pretrained=True, ": "", "img_size=512": "img_size=512, embed_dim=24, depth=2, num_heads=2"},
+    "dense.md": {
+        "pretrained=True, ": "",
+        "img_size=512": "img_size=512, embed_dim=24, depth=2, num_heads=2",
+        "num_tokens=32 * 44": "num_tokens=4 * 4",
+        "(images)                              # [B, 150, 512, 704]": "(images[..., :64, :64])  #",
+    },
     "deploying.md": {
         ", pretrained=True).eval().cuda().half()": ", embed_dim=24, num_heads=2).eval()",
         "[1, 8, 64]": "[1, 2]",
