@@ -115,10 +115,19 @@ def test_the_command_in_small(tmp_path, capsys):
         assert state["best"][0]["loss"] <= min(state["starts"].values()) and len(state["starts"]) >= 4
     schedule = tokcomp.CompressionSchedule.load(out / "84" / rows["refine"]["schedule"])
     assert schedule.num_tokens == 37
+    plugins = json.loads((out / "tocom" / "results.json").read_text())
+    assert plugins["gains"].keys() == {"noise", "digits"} and list(plugins["plugins"]) == ["0", "1"]
+    assert plugins["gains"]["digits"].keys() == {"0 -> 1", "0 -> 2", "2 -> 0", "2 -> 1"}
+    assert all(len(one["top1"]) == 2 for one in plugins["gains"]["digits"].values())
     kept = keep_results(out, tmp_path / "kept", tmp_path / "page.md")
-    assert [path.name for path in kept] == ["70.json", "84.json", "page.md"]
+    assert [path.name for path in kept] == ["70.json", "84.json", "tocom.json", "page.md"]
     page = (tmp_path / "page.md").read_text()
-    assert "## At 84 x 84 pixels" in page and "refine over 2 seeds" in page and "nan" not in page
+    assert (
+        "## At 84 x 84 pixels" in page
+        and "## ToCom on the backbone" in page
+        and "refine over 2 seeds" in page
+        and "nan" not in page
+    )
     assert all("before_merge" not in row for row in json.loads(kept[1].read_text())["budgets"][0]["rows"])
 
 

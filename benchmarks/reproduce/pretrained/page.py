@@ -11,6 +11,7 @@ from tokcomp.compare.run import RESULTS
 from tokcomp.compare.summary import cells_of, header
 from tokcomp.files import write_whole
 
+from benchmarks.reproduce.pretrained import tocom as tocom_part
 from benchmarks.reproduce.spread import markdown, mean_and_deviation
 
 ROOT = Path(__file__).parents[3]
@@ -33,6 +34,14 @@ schedule published for a model of 12 blocks, rescaled. The page is drawn from `b
 `python -m benchmarks.reproduce.pretrained --keep`; `--help` says where weights and pictures come from.
 """
 
+_TOCOM = """## ToCom on the backbone
+
+A linear head is fitted on the features at one degree (ToMe merging as many tokens in every block) and answers on those
+at another, as they are and with a plugin from the one to the other: the mean over the plugins of all seeds, and the
+gain with its paired 95 % interval over the images. The plugins have seen Fashion-MNIST's training pictures without
+labels, and nothing of the digits. `{settings}`
+"""
+
 
 def keep_results(folder: Path, kept: Path = KEPT, page: Path = PAGE) -> list[Path]:
     """Copy the results of a run, without what is bulky, and write the page.
@@ -40,7 +49,7 @@ def keep_results(folder: Path, kept: Path = KEPT, page: Path = PAGE) -> list[Pat
     Raises:
         ValueError: the folder holds no results.
     """
-    records = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{RESULTS}"))}
+    records = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob(f"[0-9]*/{RESULTS}"))}
     if not records:
         raise ValueError(f"the output folder must hold results, got none in '{folder}'; run the study first")
     written = []
@@ -50,12 +59,18 @@ def keep_results(folder: Path, kept: Path = KEPT, page: Path = PAGE) -> list[Pat
         path = kept / f"{size}.json"
         write_whole(path, json.dumps(record, indent=1) + "\n")
         written.append(path)
-    write_whole(page, page_of(records))
+    tocom = folder / tocom_part.FOLDER / tocom_part.RESULTS
+    plugins = json.loads(tocom.read_text()) if tocom.is_file() else None
+    if plugins is not None:
+        path = kept / "tocom.json"
+        write_whole(path, json.dumps({key: one for key, one in plugins.items() if key != "plugins"}, indent=1) + "\n")
+        written.append(path)
+    write_whole(page, page_of(records, plugins))
     return [*written, page]
 
 
-def page_of(records: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page, from records by image size."""
+def page_of(records: Mapping[str, Mapping[str, Any]], plugins: Mapping[str, Any] | None = None) -> str:
+    """The page, from records by image size, and from that of ToCom's plugins."""
     first = next(iter(records.values()))
     facts = first["facts"]
     parts = [
@@ -79,6 +94,8 @@ def page_of(records: Mapping[str, Mapping[str, Any]]) -> str:
             rows = [cells_of(row, columns) for row in [dense, *budget["rows"]]]
             parts.append(markdown(columns, rows))
             parts += _remarks(budget)
+    if plugins is not None:
+        parts += [_TOCOM.format(settings=plugins["facts"]["settings"]), tocom_part.section(plugins)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

@@ -10,6 +10,20 @@ from tokcomp.compare.entries import Entry, Variant, parse_methods, sweep
 
 
 @dataclass(frozen=True)
+class ToComSettings:
+    """Plugins: degrees 0 to ``max_degree`` merge as many tokens in every block; ``steps`` updates of ``batch`` of
+    ``images`` pictures, once for each seed."""
+
+    max_degree: int = 5
+    images: int = 4000
+    steps: int = 300
+    batch: int = 32
+    lr: float = 1e-3
+    scale: float = 0.1
+    seeds: int = 3
+
+
+@dataclass(frozen=True)
 class Settings:
     """A whole run: the most telling cells first, so that one that is stopped has those.
 
@@ -25,6 +39,7 @@ class Settings:
         swept_images, swept_steps: for Table 4, c and d.
         speed_batch: images in a batch when speed is measured; 0: it is not.
         width: of the model; None: as published.
+        tocom: plugins on the backbone.
     """
 
     sizes: tuple[int, ...] = (112, 224)
@@ -43,6 +58,7 @@ class Settings:
     swept_steps: tuple[int, ...] = (50, 800)
     speed_batch: int = 16
     width: int | None = None
+    tocom: ToComSettings = ToComSettings()
 
     @property
     def variant(self) -> Variant:
@@ -65,6 +81,7 @@ QUICK = Settings(
     swept_steps=(2,),
     speed_batch=0,
     width=48,
+    tocom=ToComSettings(max_degree=2, images=16, steps=2, batch=4, seeds=2),
 )
 
 
