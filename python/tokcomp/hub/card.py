@@ -106,7 +106,7 @@ def drawn(bars: Bars) -> bytes:
     pen = ImageDraw.Draw(image)
     try:
         font: ImageFont.ImageFont | ImageFont.FreeTypeFont = ImageFont.load_default(13)
-    except TypeError:  # Pillow before 10.1
+    except (TypeError, OSError):  # Pillow before 10.1, or without FreeType
         font = ImageFont.load_default()
     pen.text((left, 12), bars.caption, fill=_INK, font=font)
     for share in (0.0, 0.5, 1.0):
