@@ -7,7 +7,7 @@ from typing import Any
 
 from tokcomp.bench.entries import UNCOMPRESSED
 
-from benchmarks.page.tables import Record, markdown, number, paragraph, rows_by_suite
+from benchmarks.page.tables import Record, markdown, number, paragraph, replace_block, rows_by_suite
 
 BEGIN, END = "<!-- speed: drawn by `python -m benchmarks.page` -->", "<!-- /speed -->"
 #: What the table is of.
@@ -25,9 +25,7 @@ def replace_speed(text: str, records: Sequence[Record]) -> str:
     Raises:
         ValueError: the marks are not there, once each and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README must hold the lines {BEGIN} and {END} once each, around the table of speed")
-    return text[: text.index(BEGIN) + len(BEGIN)] + f"\n{speed_section(records)}\n" + text[text.index(END) :]
+    return replace_block(text, BEGIN, END, speed_section(records))
 
 
 def speed_section(records: Sequence[Record]) -> str:

@@ -237,3 +237,14 @@ def markdown(columns: Sequence[tuple[str, Callable[[Any], str]]], rows: Sequence
 def paragraph(*sentences: str) -> str:
     """Sentences as lines of a width that reads well in the source of a page."""
     return textwrap.fill(" ".join(sentences), 118, break_long_words=False, break_on_hyphens=False)
+
+
+def replace_block(text: str, begin: str, end: str, block: str) -> str:
+    """A page's text with what lies between two marked lines drawn again.
+
+    Raises:
+        ValueError: the marks are not there, once each and in order.
+    """
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"README must hold the lines {begin} and {end} once each, around what is drawn there")
+    return text[: text.index(begin) + len(begin)] + f"\n{block}\n" + text[text.index(end) :]

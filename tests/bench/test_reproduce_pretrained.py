@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.reproduce.pretrained import __main__ as pretrained
 from benchmarks.reproduce.pretrained.images import FashionMNIST, read_idx
-from benchmarks.reproduce.pretrained.page import keep_results
+from benchmarks.reproduce.pretrained.page import BEGIN, END, keep_results
 from benchmarks.reproduce.pretrained.plan import QUICK, Settings, entries_for
 from benchmarks.reproduce.pretrained.weights import as_timm, read_onnx
 
@@ -119,8 +119,11 @@ def test_the_command_in_small(tmp_path, capsys):
     assert plugins["gains"].keys() == {"noise", "digits"} and list(plugins["plugins"]) == ["0", "1"]
     assert plugins["gains"]["digits"].keys() == {"0 -> 1", "0 -> 2", "2 -> 0", "2 -> 1"}
     assert all(len(one["top1"]) == 2 for one in plugins["gains"]["digits"].values())
-    kept = keep_results(out, tmp_path / "kept", tmp_path / "page.md")
-    assert [path.name for path in kept] == ["70.json", "84.json", "tocom.json", "page.md"]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\n{END}")
+    kept = keep_results(out, tmp_path / "kept", tmp_path / "page.md", readme)
+    assert [path.name for path in kept] == ["70.json", "84.json", "tocom.json", "page.md", "README.md"]
+    assert "| ToMe | " in readme.read_text() and "best of 2 random schedules" in readme.read_text()
     page = (tmp_path / "page.md").read_text()
     assert (
         "## At 84 x 84 pixels" in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,27 @@ from tokcomp.compare.run import RESULTS
 from tokcomp.compare.summary import cells_of, header
 from tokcomp.files import write_whole
 
+from benchmarks.page.tables import replace_block
 from benchmarks.reproduce.pretrained import tocom as tocom_part
 from benchmarks.reproduce.spread import markdown, mean_and_deviation
 
 ROOT = Path(__file__).parents[3]
 KEPT = ROOT / "benchmarks" / "results" / "pretrained"
 PAGE = ROOT / "docs" / "results-pretrained.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- accuracy: drawn by `python -m benchmarks.reproduce.pretrained --keep` -->", "<!-- /accuracy -->"
 #: What the kept records leave out: bulky, and made again by the same command.
 _BULKY = ("kept", "before_merge", "method", "schedule")
+
+#: README's rows, and whose they are.
+_SUMMARY = {
+    "`refine`, after the search": "refine",
+    "ToMe": "tome",
+    "DiffRate, published schedule rescaled": "published",
+    "DiffRate, uniform schedule": "uniform",
+    "DiffRate, searched": "search",
+    "EViT": "evit",
+}
 
 _HEAD = """# A pretrained model and real images
 
@@ -26,14 +40,25 @@ DINOv2 ViT-S/14 (timm's `vit_small_patch14_dinov2`), its weights from the ONNX f
 head fitted on {head} pictures of Fashion-MNIST's training part; measured on {images} of its test part, by which nothing
 was chosen. Every method is at the same multiply-adds, within 2 %. *Less the best* is top-1 minus the best row's, in
 points, with its paired 95 % interval over the images. Images per second: batches of 16 on {cpu}, {threads} threads, in
-turns with the uncompressed model.
+turns with timm's model, uncompressed.
 
-Search: {search}. `refine` starts from that search, ToMe, EViT, uniform and published schedules, and moves counts by the
-loss with tokens really dropped, on {refine} training pictures ([Searching](searching.md)). `published` is the nearest
-schedule published for a model of 12 blocks, rescaled. The page is drawn from `benchmarks/results/pretrained` by
+Search: {search}.
+`refine` starts from that search, ToMe, EViT, uniform and published schedules, and moves counts by the loss with tokens
+really dropped, on {refine} training pictures ([Searching](searching.md)). `published` is the nearest schedule published
+for a model of 12 blocks, rescaled. `name/merge` and `name/prune` have that method's counts, all merged
+or all pruned by DiffRate's rules. The page is drawn from `benchmarks/results/pretrained` by
 `python -m benchmarks.reproduce.pretrained --keep`; `--help` says where weights and pictures come from.
 """
 
+_WHY = """
+The search as published converges, and still loses to a constant r of ToMe: on this model class attention is a poor
+guide to what may be pruned, and a mask's gradient sees what a token would bring back, not what merging it keeps. Its
+own counts are better merged than pruned (`search/merge`); longer searches, more images and image attention help
+(`search, 800 updates`, `4000 images`, `image_attn`); a search that foretells the compressed model to rounding
+(`match_inference`) does not mend it. `refine` judges by the loss with tokens really dropped, may choose ToMe's
+operators, and starts from all the others: it is never clearly worse than the best of them, and far ahead where least is
+left.
+"""
 _TOCOM = """## ToCom on the backbone
 
 A linear head is fitted on the features at one degree (ToMe merging as many tokens in every block) and answers on those
@@ -43,8 +68,8 @@ labels, and nothing of the digits. `{settings}`
 """
 
 
-def keep_results(folder: Path, kept: Path = KEPT, page: Path = PAGE) -> list[Path]:
-    """Copy the results of a run, without what is bulky, and write the page.
+def keep_results(folder: Path, kept: Path = KEPT, page: Path = PAGE, readme: Path = README) -> list[Path]:
+    """Copy the results of a run, without what is bulky, write the page, and draw README's table again.
 
     Raises:
         ValueError: the folder holds no results.
@@ -66,7 +91,33 @@ def keep_results(folder: Path, kept: Path = KEPT, page: Path = PAGE) -> list[Pat
         write_whole(path, json.dumps({key: one for key, one in plugins.items() if key != "plugins"}, indent=1) + "\n")
         written.append(path)
     write_whole(page, page_of(records, plugins))
-    return [*written, page]
+    first = next(iter(records.values()))
+    write_whole(readme, replace_block(readme.read_text(encoding="utf-8"), BEGIN, END, summary(first)))
+    return [*written, page, readme]
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """Top-1 of the main methods at every budget, as a table: means over the seeds."""
+    budgets, dense = record["budgets"], record["uncompressed"]
+    shares = [f"{100 * budget['target'] / dense['gflops']:.0f} % of the multiply-adds" for budget in budgets]
+    rows = [["uncompressed", *[f"{dense['top1']:.1f} %"] * len(budgets), "-"]]
+    random = [next((row["random"] for row in budget["rows"] if "random" in row), None) for budget in budgets]
+    found: dict[str, list[float | None]] = {
+        label: [_mean(budget, name) for budget in budgets] for label, name in _SUMMARY.items()
+    }
+    if all(random):
+        found[f"best of {len(random[0] or [])} random schedules"] = [max(one or [0.0]) for one in random]
+        found["their median"] = [statistics.median(one or [0.0]) for one in random]
+    for label, values in found.items():
+        known = [value for value in values if value is not None]
+        mean = f"{statistics.fmean(known):.1f} %" if len(known) == len(values) else "-"
+        rows.append([label, *["-" if value is None else f"{value:.1f} %" for value in values], mean])
+    return markdown(["", *shares, "mean"], rows)
+
+
+def _mean(budget: Mapping[str, Any], name: str) -> float | None:
+    values = [row["top1"] for row in budget["rows"] if row["name"] == name or row["name"].startswith(f"{name}, seed")]
+    return statistics.fmean(values) if values else None
 
 
 def page_of(records: Mapping[str, Mapping[str, Any]], plugins: Mapping[str, Any] | None = None) -> str:
@@ -83,6 +134,7 @@ def page_of(records: Mapping[str, Mapping[str, Any]], plugins: Mapping[str, Any]
             refine=facts["refine_images"],
         )
     ]
+    parts += ["## In short", summary(first), _WHY]
     for size, record in records.items():
         dense = record["uncompressed"]
         columns = header(record)
