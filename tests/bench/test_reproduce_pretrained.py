@@ -123,7 +123,7 @@ def test_the_command_in_small(tmp_path, capsys):
     readme.write_text(f"{BEGIN}\n{END}")
     kept = keep_results(out, tmp_path / "kept", tmp_path / "page.md", readme)
     assert [path.name for path in kept] == ["70.json", "84.json", "tocom.json", "page.md", "README.md"]
-    assert "| ToMe | " in readme.read_text() and "best of 2 random schedules" in readme.read_text()
+    assert "| DiffRate, searched | " in readme.read_text() and "| uncompressed | " in readme.read_text()
     page = (tmp_path / "page.md").read_text()
     assert (
         "## At 84 x 84 pixels" in page

@@ -110,6 +110,8 @@ def summary(record: Mapping[str, Any]) -> str:
         found["their median"] = [statistics.median(one or [0.0]) for one in random]
     for label, values in found.items():
         known = [value for value in values if value is not None]
+        if not known:
+            continue
         mean = f"{statistics.fmean(known):.1f} %" if len(known) == len(values) else "-"
         rows.append([label, *["-" if value is None else f"{value:.1f} %" for value in values], mean])
     return markdown(["", *shares, "mean"], rows)
