@@ -72,6 +72,24 @@ def _beit(**options: Any) -> nn.Module:
     return Beit(**{**_VIT, **options})
 
 
+def _naflex(**options: Any) -> nn.Module:
+    from timm.models.naflexvit import NaFlexVit
+
+    shared = {name: value for name, value in _VIT.items() if name not in ("img_size", "num_classes")}
+    return NaFlexVit(num_classes=5, pos_embed_grid_size=(4, 4), **{**shared, **options})
+
+
+def _caformer() -> nn.Module:
+    from timm.models import metaformer
+
+    mixers = [metaformer.SepConv] * 2 + [metaformer.Attention] * 2
+    norms = [metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2
+    sizes = dict(depths=(1, 1, 4, 1), dims=(8, 16, 48, 64), head_dim=16, num_classes=5)
+    model = metaformer.MetaFormer(token_mixers=mixers, norm_layers=norms, **sizes)
+    model.pretrained_cfg = {"input_size": (3, 64, 64)}  # 4 x 4 tokens in the third stage
+    return model
+
+
 def _relpos(block: str = "RelPosBlock", **options: Any) -> nn.Module:
     from timm.models import vision_transformer_relpos as relpos
 
@@ -190,6 +208,21 @@ FAMILIES = (
         partial(_relpos, block="ResPostRelPosBlock", shared_rel_pos=True, rel_pos_dim=16),
         note="the bias of a pair of tokens is that of their places",
     ),
+    Family(
+        "NaFlexViT",
+        "timm",
+        "naflexvit_*",
+        partial(_naflex, global_pool="map", reg_tokens=1),
+        note="images of one size at a time, any size",
+    ),
+    Family(
+        "NaFlexViT with rotary places",
+        "timm",
+        "NaFlexVit(rope_type=...), use_naflex=True",
+        partial(_naflex, rope_type="axial", rope_ref_feat_shape=(4, 4), class_token=True, global_pool="token"),
+        note="images of one size at a time, any size; rotary places follow their tokens",
+    ),
+    Family("CAFormer", "timm", "caformer_*", _caformer, note="the third stage, whose grid is whole again at its end"),
     Family(
         "ViT, parallel scaling",
         "timm",

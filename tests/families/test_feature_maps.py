@@ -11,7 +11,8 @@ from tokcomp.adapters import find_adapter
 from tests.families.table import FAMILIES
 from tests.families.test_families import diffrate, images_for
 
-ROWS = [family for family in FAMILIES if family.library in ("timm", "transformers")]
+#: CAFormer's maps are whole grids at the ends of its stages; tests/dense reads them.
+ROWS = [family for family in FAMILIES if family.library in ("timm", "transformers") and family.name != "CAFormer"]
 
 
 def maps_of(model, images):

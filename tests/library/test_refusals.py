@@ -61,7 +61,6 @@ GRIDS = {
     "convnext": "ConvNeXt",
     "resnet": "ResNet",
     "cait": "Cait",
-    "naflexvit": "NaFlexVit",
 }
 
 

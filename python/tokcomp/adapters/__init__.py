@@ -10,6 +10,7 @@ from tokcomp.adapters.refusals import reason_for
 from tokcomp.adapters.timm_caformer.adapter import TimmCAFormer
 from tokcomp.adapters.timm_eva import TimmEva
 from tokcomp.adapters.timm_lvvit import TimmLVViT
+from tokcomp.adapters.timm_naflex import TimmNaFlexVit
 from tokcomp.adapters.timm_relpos import TimmBeit, TimmRelPos
 from tokcomp.adapters.timm_vit.adapter import TimmVisionTransformer
 from tokcomp.adapters.transformers_vit import (
@@ -25,6 +26,7 @@ ADAPTERS: list[Adapter] = [
     TimmLVViT(),
     TimmVisionTransformer(),
     TimmEva(),
+    TimmNaFlexVit(),
     TimmBeit(),
     TimmRelPos(),
     TimmCAFormer(),

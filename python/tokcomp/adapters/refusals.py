@@ -19,7 +19,6 @@ _REASONS = {
     "multiscalevit": ("it pools the grid inside its attention", "caformer_s36, compressed in its third stage"),
     "convnext": ("it is convolutional: it has no tokens to drop", "caformer_s36, whose third stage is attention"),
     "resnet": ("it is convolutional: it has no tokens to drop", "caformer_s36, whose third stage is attention"),
-    "naflex": ("its images share a padded batch", "timm's VisionTransformer at one image size"),
     "siglip2": ("its images share a padded batch", "SigLIP at one image size"),
     "cait": ("its class token joins in the last blocks alone", "deit3_small_patch16_224"),
 }

@@ -8,15 +8,13 @@ import torch
 from timm.layers import apply_rot_embed_cat
 from timm.layers.attention import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokcomp.adapters.base import UnsupportedModelError
 from tokcomp.adapters.blocks import CompressedBlock
 from tokcomp.adapters.layout import Layout, PostNormLayout
-from tokcomp.adapters.pooling import Weights
 from tokcomp.adapters.projections import Projection, packed, separate
 from tokcomp.adapters.timm_vit.adapter import TimmVisionTransformer
-from tokcomp.adapters.timm_vit.head import head
 from tokcomp.blocks.places import Places
 from tokcomp.methods.base import Method
 
@@ -66,7 +64,7 @@ class TimmEva(TimmVisionTransformer):
 
     family = "timm Eva (EVA02, DINOv3, PE, rope ViTs)"
     compressed_block = CompressedBlock
-    models = (Eva,)
+    models: tuple[type[nn.Module], ...] = (Eva,)
 
     def layout_of_block(self, block: Any) -> Layout:
         return _POST_NORM if isinstance(block, EvaBlockPostNorm) else _PRE_NORM
@@ -87,9 +85,8 @@ class TimmEva(TimmVisionTransformer):
         x, table = model._pos_embed(x)
         return x, None if table is None else Places(table)
 
-    def head(self, model: Any, x: Tensor, weights: Weights | None, pre_logits: bool = False) -> Tensor:
-        # Attention pooling reads the prefix tokens as well.
-        return head(model, x, weights, pre_logits, with_prefix=model.attn_pool is not None)
+    def pools_prefix(self, model: Any) -> bool:
+        return model.attn_pool is not None
 
     def products_of(self, model: Any, images: Tensor) -> None:
         """Nothing: the fast path is for timm's VisionTransformer."""

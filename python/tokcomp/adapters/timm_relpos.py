@@ -14,10 +14,8 @@ from torch import Tensor
 from tokcomp.adapters.base import Cost, UnsupportedModelError
 from tokcomp.adapters.blocks import CompressedBlock
 from tokcomp.adapters.layout import Layout, PostNormLayout, linear_cost
-from tokcomp.adapters.pooling import Weights
 from tokcomp.adapters.projections import Projection, packed
 from tokcomp.adapters.timm_vit.adapter import TimmVisionTransformer
-from tokcomp.adapters.timm_vit.head import head
 from tokcomp.blocks.places import Places
 from tokcomp.methods.base import Method
 
@@ -76,9 +74,6 @@ class _Biased(TimmVisionTransformer):
 
     def enter(self, model: Any, x: Tensor) -> Tensor:
         return x
-
-    def head(self, model: Any, x: Tensor, weights: Weights | None, pre_logits: bool = False) -> Tensor:
-        return head(model, x, weights, pre_logits)
 
     def products_of(self, model: Any, images: Tensor) -> None:
         """Nothing: the fast path is for timm's VisionTransformer."""

@@ -29,9 +29,6 @@ from tokcomp.blocks.search import BlockSearch
 from tokcomp.fastpath import PackedWeights, Products
 from tokcomp.methods.base import Geometry, Method, Norm
 
-#: Methods of the model that compression replaces or relies on; a subclass with its own version is not understood.
-_MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "forward_intermediates", "_pos_embed")
-
 
 class TimmVisionTransformer(IsotropicAdapter):
     """Isotropic pre-norm vision transformers of timm >= 1.0.26."""
@@ -41,6 +38,10 @@ class TimmVisionTransformer(IsotropicAdapter):
     compressed_block: type[Swapped] = CompressedTimmBlock
     #: The classes that this was written against: models, their blocks and attention.
     models: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
+    #: Of the model, what compression replaces or relies on; a subclass with its own version is not understood.
+    model_methods: tuple[str, ...] = (
+        *("forward", "forward_features", "forward_head", "pool", "forward_intermediates", "_pos_embed"),
+    )
     block: type[nn.Module] = Block
     attention: tuple[type[nn.Module], ...] = (Attention,)
 
@@ -49,7 +50,7 @@ class TimmVisionTransformer(IsotropicAdapter):
 
     def check(self, model: Any) -> None:
         cls = original_class(model)
-        for name in _MODEL_METHODS:
+        for name in self.model_methods:
             known = {getattr(base, name, None) for base in self.models}
             if getattr(cls, name, None) not in known or name in vars(model):
                 raise UnsupportedModelError(f"{cls.__name__} is not understood: it has a {name} of its own")
@@ -75,7 +76,11 @@ class TimmVisionTransformer(IsotropicAdapter):
     def layout_of(self, tower: Any) -> Layout:
         return self.layout_of_block(tower.blocks[0])
 
-    def place(self, model: Any, x: Tensor) -> tuple[Tensor, Places | None]:
+    def entry(self, model: Any) -> nn.Module:
+        """The module that images enter; what it makes of them goes to :meth:`place`."""
+        return model.patch_embed
+
+    def place(self, model: Any, x: Any) -> tuple[Tensor, Places | None]:
         """A token for every position, [B, N, C], of embedded patches x, and their places if attention uses them."""
         return model._pos_embed(x), None
 
@@ -85,7 +90,11 @@ class TimmVisionTransformer(IsotropicAdapter):
 
     def head(self, model: Any, x: Tensor, weights: Weights | None, pre_logits: bool = False) -> Tensor:
         """Logits of normalised tokens x [B, M, C]."""
-        return head(model, x, weights, pre_logits, getattr(model, "pool_include_prefix", False))
+        return head(model, x, weights, pre_logits, self.pools_prefix(model))
+
+    def pools_prefix(self, model: Any) -> bool:
+        """Whether the head pools over prefix tokens too."""
+        return getattr(model, "pool_include_prefix", False)
 
     def products_of(self, model: Any, images: Tensor) -> Products | None:
         """The products of those of the model's parts that the fast path can run, None where none can."""
@@ -151,14 +160,17 @@ class TimmVisionTransformer(IsotropicAdapter):
         if pool is not None:
             head_per_token = linear_cost(pool.kv) + 2 * pool.latent_len * pool.num_heads * pool.head_dim
             head += pool.latent_len * (linear_cost(pool) - linear_cost(pool.kv))
+            head -= 0 if self.pools_prefix(model) else head_per_token * model.num_prefix_tokens
         elif model.global_pool == "":
             head_per_token, head = head, 0
-        embed = 0
+        embed, fixed = self.embedding_cost(model, img_size)
+        return Cost(embed, blocks, head_per_token, head + fixed)
+
+    def embedding_cost(self, model: Any, img_size: tuple[int, int] | None) -> tuple[int, int]:
+        """Multiply-adds of the patch embedding, per token and besides."""
         if is_plain_projection(model.patch_embed):
-            embed = model.patch_embed.proj.weight.numel()
-        else:
-            head += counted_embedding(model, img_size)
-        return Cost(embed, blocks, head_per_token, head)
+            return model.patch_embed.proj.weight.numel(), 0
+        return 0, counted_embedding(model, img_size)
 
     def num_tokens(self, model: Any) -> int:
         patches = getattr(model.patch_embed, "num_patches", None)
@@ -167,7 +179,7 @@ class TimmVisionTransformer(IsotropicAdapter):
         return patches + model.num_prefix_tokens
 
     def grid(self, model: Any, height: int, width: int) -> tuple[int, int]:
-        embed = model.patch_embed
+        embed: Any = self.entry(model)
         patch = getattr(embed, "patch_size", (1, 1))
         if not getattr(embed, "dynamic_img_pad", False) and (height % patch[0] or width % patch[1]):
             raise ValueError(
@@ -191,7 +203,7 @@ class TimmVisionTransformer(IsotropicAdapter):
             vars(block).pop("_tokcomp_place", None)
 
     def plain_tokens(self, model: Any, images: Tensor) -> Tensor:
-        check_images(model.patch_embed, images)
+        check_images(self.entry(model), images)
         return model.forward_features(images)
 
     def image_shape(self, model: Any) -> tuple[int, int, int]:

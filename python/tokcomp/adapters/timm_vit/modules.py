@@ -47,7 +47,7 @@ class CompressedModel(CompressedTower):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         (images,) = args
-        check_images(self.patch_embed, images)
+        check_images(self._tokcomp_adapter.entry(self), images)
         with unless_emulated(images.device.type):
             return self._traced(images, sources, maps, depth)
 
@@ -77,7 +77,7 @@ class CompressedModel(CompressedTower):
             x = fast.embed_patches(self.patch_embed, images, products)
         else:
             with widened(images):
-                x = self.patch_embed(images)
+                x = self._tokcomp_adapter.entry(self)(images)
         x, places = self._tokcomp_adapter.place(self, x)
         # Before patches are dropped in training: that leaves fewer tokens of an image that has the right size.
         self._tokcomp_method.check_tokens(x.shape[1], self.num_prefix_tokens)
@@ -147,7 +147,7 @@ class CompressedModel(CompressedTower):
             final = None if intermediates_only else self.norm(maps[-1])
         heads, chosen = [one[:, :prefix] for one in chosen], [one[:, prefix:] for one in chosen]
         if output_fmt == "NCHW":
-            grid = self.patch_embed.dynamic_feat_size(x.shape[2:])
+            grid = self._tokcomp_adapter.entry(self).dynamic_feat_size(x.shape[2:])
             chosen = [one.transpose(1, 2).unflatten(2, grid).contiguous() for one in chosen]
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": chosen}

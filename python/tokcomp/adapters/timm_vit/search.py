@@ -21,7 +21,7 @@ from tokcomp_kernels.product_types import unless_emulated, widened
 
 def run_search(adapter: Any, model: Any, images: Tensor, blocks: Sequence[BlockSearch]) -> Tensor:
     """Logits [B, classes] of images [B, 3, H, W], the model's blocks compressed as ``blocks`` say."""
-    check_images(model.patch_embed, images)
+    check_images(adapter.entry(model), images)
     with unless_emulated(images.device.type):
         x, state = _run_blocks(adapter, model, images, blocks)
     return adapter.head(model, model.norm(x), masked_weights(state))
@@ -29,7 +29,7 @@ def run_search(adapter: Any, model: Any, images: Tensor, blocks: Sequence[BlockS
 
 def _run_blocks(adapter: Any, model: Any, images: Tensor, blocks: Sequence[BlockSearch]) -> tuple[Tensor, TokenState]:
     packed = adapter.pack_search(model, images)
-    embed = model.patch_embed
+    embed = adapter.entry(model)
     with widened(images):
         x = embed(images) if packed is None else search_fast.embed_patches(embed, images, packed)
     x, places = adapter.place(model, x)
