@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from tokcomp.cost import flops
     from tokcomp.deploy.compiled import CompiledModel, compile
     from tokcomp.deploy.exported import ExportedModel, export, load_exported
-    from tokcomp.methods import CDPruner, DiffRate, DivPrune, EViT, Method, PiToMe, ToMe, ToMeMLP, VisionZip
+    from tokcomp.equal_cost.thresholds import calibrate
+    from tokcomp.methods import ATS, CDPruner, DiffRate, DivPrune, DToMe, EViT, Method, PiToMe, ToMe, ToMeMLP, VisionZip
     from tokcomp.schedule import CompressionSchedule
     from tokcomp.search.model import DiffRateSearch
     from tokcomp.tocom.plugin import ToCom
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
     from tokcomp_kernels._version import __version__
 
 _HOMES = {
+    "ATS": "tokcomp.methods",
     "CDPruner": "tokcomp.methods",
     "CompiledModel": "tokcomp.deploy.compiled",
     "CompressionConfig": "tokcomp.configuration",
     "CompressionSchedule": "tokcomp.schedule",
     "DiffRate": "tokcomp.methods",
     "DiffRateSearch": "tokcomp.search.model",
+    "DToMe": "tokcomp.methods",
     "DivPrune": "tokcomp.methods",
     "EViT": "tokcomp.methods",
     "ExportedModel": "tokcomp.deploy.exported",
@@ -44,6 +47,7 @@ _HOMES = {
     "ToMeMLP": "tokcomp.methods",
     "UnsupportedModelError": "tokcomp.adapters",
     "VisionZip": "tokcomp.methods",
+    "calibrate": "tokcomp.equal_cost.thresholds",
     "compile": "tokcomp.deploy.compiled",
     "compress": "tokcomp.api",
     "export": "tokcomp.deploy.exported",
@@ -57,10 +61,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "ATS",
     "CDPruner",
     "CompiledModel",
     "CompressionConfig",
     "CompressionSchedule",
+    "DToMe",
     "DiffRate",
     "DiffRateSearch",
     "DivPrune",
@@ -75,6 +81,7 @@ __all__ = [
     "UnsupportedModelError",
     "VisionZip",
     "__version__",
+    "calibrate",
     "compile",
     "compress",
     "export",

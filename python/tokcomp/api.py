@@ -51,6 +51,11 @@ def compress(model: ModelT, method: Method, attention: str = "tokcomp") -> Model
         raise ValueError(f"attention must be 'tokcomp' or 'stock', got {attention!r}")
     if attention == "stock":
         adapter.check_attention(model, method)
+    if attention == "stock" and method.varies:
+        raise ValueError(
+            f"attention must be 'tokcomp' for {type(method).__name__}, under which images keep different numbers of "
+            "tokens, got 'stock'"
+        )
     method.validate(geometry)
     require_same_method(fold_of(model), method.name)
     require_idle(model)

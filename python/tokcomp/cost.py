@@ -41,7 +41,7 @@ def counts_under(method: Method | None, num_tokens: int, depth: int, prefix: int
     return TokenCounts(torch.tensor(num_in, dtype=torch.float64), torch.tensor(num_out, dtype=torch.float64))
 
 
-def flops(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> int:
+def flops(model: nn.Module, img_size: int | tuple[int, int] | None = None, images: Tensor | None = None) -> int:
     """Multiply-adds of one image, compressed or not (DiffRate, Alg. 2).
 
     Patch embedding and classifier are included (no classifier if ``num_classes`` is 0); norms, softmax, residuals and
@@ -51,16 +51,47 @@ def flops(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> in
         model: a model that :func:`tokcomp.compress` understands.
         img_size: pixels of the image, one number or height and width; by default the model's own. A model built for
             other images is counted as if it were built for these.
+        images: [B, 3, H, W]: the mean over these, from the tokens that each really keeps; for methods under which that
+            differs from image to image, of which otherwise only the expectation is known. Runs the model.
 
     Raises:
         TypeError: (UnsupportedModelError) the model is not understood.
         ValueError: the model's schedule is for another number of tokens, or the size does not divide into whole
-            patches.
+            patches; both img_size and images are given, or there are no images.
     """
     adapter = find_adapter(model)
+    if images is not None:
+        if img_size is not None:
+            raise ValueError("img_size must be left out where images are given, which have a size")
+        return round(flops_by_image(model, images).mean().item())
     size = None if img_size is None else _pair(img_size)
     counts = counts_of(model, adapter.method(model), size)
     return int(flops_of(adapter.cost(model, size), counts, _num_tokens(model, size)))
+
+
+@torch.no_grad()
+def flops_by_image(model: nn.Module, images: Tensor) -> Tensor:
+    """Multiply-adds of each of the images [B, 3, H, W] by the tokens that it keeps, [B] float64 on the CPU.
+
+    Raises:
+        TypeError: (UnsupportedModelError) the model is not understood.
+        ValueError: there are no images.
+    """
+    if len(images) == 0:
+        raise ValueError("images must hold at least one image, got none")
+    adapter = find_adapter(model)
+    size = (images.shape[-2], images.shape[-1])
+    method, num_tokens = adapter.method(model), _num_tokens(model, size)
+    entering = torch.full((len(images),), float(num_tokens), dtype=torch.float64)
+    num_in, num_out = [], []
+    for source in adapter.sources(model, images)[1]:
+        num_in.append(entering)
+        left = entering if source is None else (source.amax(1) + 1).double().cpu()
+        num_out.append(left)
+        entering = entering if method is not None and method.unmerges else left
+    cost = adapter.cost(model, size)
+    counts = (torch.stack(rows, 1).unbind(0) for rows in (num_in, num_out))  # [L] of each image
+    return torch.stack([flops_of(cost, TokenCounts(*one), num_tokens) for one in zip(*counts, strict=True)])
 
 
 def _num_tokens(model: nn.Module, img_size: tuple[int, int] | None) -> int:

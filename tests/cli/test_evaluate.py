@@ -34,6 +34,8 @@ def test_digits_uncompressed(run):
         ("--method", "visionzip", "--num-kept", "30,20", "--keep-blocks", "1,3", "--contextual", "0.2"),
         ("--method", "divprune", "--keep-rate", "0.5", "--keep-blocks", "2"),
         ("--method", "cdpruner", "--gflops", "0.014"),
+        ("--method", "dtome", "--thresholds", "0.8"),
+        ("--method", "ats", "--samples", "30", "--keep-blocks", "1,2,4"),
     ],
     ids=" ".join,
 )
@@ -106,6 +108,8 @@ def test_samples_are_spread_over_the_classes(run, image_folder):
             "--keep-blocks goes with --keep-rate, got --num-pruned",
         ),
         (("--method", "pitome", "--r", "3", "--margin", "2"), "--margin: margin must be in [-1, 1]"),
+        (("--method", "dtome", "--thresholds", "2"), "--thresholds: thresholds must be in [-1, 1]"),
+        (("--method", "ats"), "--method ats needs --samples, got none of them"),
         (("--method", "divprune"), "--method divprune needs --keep-rate or --num-kept or --gflops, got none of them"),
         (
             ("--method", "divprune", "--num-kept", "70", "--keep-blocks", "1"),

@@ -127,6 +127,7 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "find-your-schedule.md": given_schedule,
     "finetuning.md": given_finetuning,
     "int8.md": dict,
+    "methods.md": lambda: {"model": digits(), "batches": [torch.rand(4, 3, 32, 32)]},
     "searching.md": given_searching,
     "serve-with-a-budget.md": given_served_budget,
     "serving.md": given_serving,

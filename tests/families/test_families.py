@@ -73,6 +73,19 @@ def test_compressing_nothing_is_the_plain_model(model):
 
 
 @torch.no_grad()
+def test_images_that_keep_different_numbers_of_tokens_do_not_see_each_other(model):
+    """Places, biases of pairs, heads and pooling are those of each image's own tokens."""
+    model = model.double()
+    images = images_for(model, torch.float64, 6) * torch.tensor([0.1, 1, 2, 0.2, 1, 3])[:, None, None, None]
+    methods = [tokcomp.calibrate(model, [images[3:]], 3)]
+    methods += [tokcomp.ATS(7, (0, 2))] if find_adapter(model).geometry(model).has_class_token else []
+    for method in methods:
+        tokcomp.compress(model, method)
+        together, alone = logits(model, images[:3]), [logits(model, image[None]) for image in images[:3]]
+        torch.testing.assert_close(together, torch.cat(alone))
+
+
+@torch.no_grad()
 def test_restored_and_copied_models_are_the_same(model):
     images = images_for(model)
     before = logits(model, images)

@@ -81,6 +81,15 @@ def test_evit_fused_tokens_are_traced_to_the_fused_slot(make_vit):
         (lambda: tokcomp.VisionZip(0.5, contextual="few"), TypeError, "contextual must be a number, got 'few'"),
         (lambda: tokcomp.PiToMe(2, margin=1.5), ValueError, r"margin must be in \[-1, 1\], as cosines are, got 1.5"),
         (lambda: tokcomp.PiToMe(2, margin=None), TypeError, "margin must be a number, got None"),
+        (lambda: tokcomp.DToMe(1.5), ValueError, r"thresholds must be in \[-1, 1\], as cosines are, got 1.5"),
+        (lambda: tokcomp.DToMe([0.5, "x"]), TypeError, "thresholds must be numbers, got 'x'"),
+        (
+            lambda: tokcomp.DToMe([0.5], expected=[1, 2]),
+            ValueError,
+            "expected must have one entry per threshold, got 2",
+        ),
+        (lambda: tokcomp.ATS(0), ValueError, "num_samples must be at least 1, got 0"),
+        (lambda: tokcomp.ATS(4, blocks=3), TypeError, "blocks must be a list of block numbers, got 3"),
         (lambda: tokcomp.PiToMe([2, -1]), ValueError, "r must be at least 0, got -1"),
     ],
 )
@@ -106,6 +115,8 @@ def test_wrong_arguments(build, error, message):
             "num_kept must be at most the 16 patch tokens left in block 1, got 17",
         ),
         (tokcomp.VisionZip(num_kept=[4, 5], blocks=[0, 2]), "at most the 4 patch tokens left in block 2, got 5"),
+        (tokcomp.DToMe([0.5, 0.5]), "thresholds must have one entry per block, got 2 entries for 4 blocks"),
+        (tokcomp.ATS(8, [1, 4]), r"blocks must be below the model's depth 4, got \(1, 4\)"),
         (tokcomp.PiToMe([1, 2]), "r must have one entry per block, got 2 entries for 4 blocks"),
     ],
 )
@@ -135,8 +146,9 @@ def test_merging_nothing_into_the_prefix_is_no_error(make_vit):
         tokcomp.DiffRate(SCHEDULE, metric="cls_attn"),
         tokcomp.DiffRate(SCHEDULE, metric="cls_attn_v"),
         tokcomp.DiffRate(replace(SCHEDULE, method={"metric": "cls_attn"})),
+        tokcomp.ATS(8),
     ],
-    ids=["cls_attn", "cls_attn_v", "of the schedule"],
+    ids=["cls_attn", "cls_attn_v", "of the schedule", "ATS"],
 )
 def test_class_attention_that_is_asked_for_needs_a_class_token(make_vit, method):
     model = make_vit(class_token=False, global_pool="avg")

@@ -1,7 +1,8 @@
-"""VisionZip, PiToMe, DivPrune and CDPruner on a plain ViT, one image at a time, as :mod:`tests.oracle.rules`."""
+"""VisionZip, PiToMe, DivPrune, CDPruner, DToMe and ATS on a plain ViT, one image at a time, as in ``rules``."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.oracle.plain_vit import Attended, PlainViT, attention, classify, embed, mlp
-from tests.oracle.rules import by_importance, cosines
+from tests.oracle.rules import by_importance, cosines, importance
 
 #: (block, its tokens after attention, what that saw) -> the groups that stay, each led by the token that receives.
 Rule = Callable[[int, Tensor, Attended], list[list[int]]]
@@ -100,5 +101,38 @@ def cdpruner(vit: PlainViT, image: Tensor, keep_rates: Sequence[float]) -> Tenso
             chosen.append(max(left, key=lambda one: float(torch.linalg.det(kernel[[*chosen, one]][:, [*chosen, one]]))))
         stay = sorted(chosen) if count < len(received) else range(len(received))
         return [[token] for token in [*range(first), *(first + token for token in stay)]]
+
+    return run(vit, image, rule)
+
+
+def dtome(vit: PlainViT, image: Tensor, thresholds: Sequence[float], proportional: bool) -> Tensor:
+    def rule(block: int, x: Tensor, attended: Attended) -> list[list[int]]:
+        groups, first = {token: [token] for token in range(len(x))}, vit.num_prefix
+        metric = attended.keys.mean(0)
+        cosine = cosines(metric, metric)
+        evens = [token for token in range(first, len(x)) if token % 2 == 0]
+        odds = [token for token in range(first, len(x)) if token % 2]
+        leaving = [token for token in evens if odds and float(cosine[token, odds].max()) > thresholds[block]]
+        join(groups, cosine, leaving, odds)
+        order = [*range(first), *evens, *odds] if leaving else range(len(x))
+        return [groups[token] for token in order if token in groups]
+
+    return run(vit, image, rule, by_size=True, proportional=proportional)
+
+
+def ats(vit: PlainViT, image: Tensor, num_samples: int, blocks: Sequence[int]) -> Tensor:
+    def rule(block: int, x: Tensor, attended: Attended) -> list[list[int]]:
+        first, stay = vit.num_prefix, set(range(len(x)))
+        if block in blocks:
+            scores = importance("cls_attn_v", attended)[first:]
+            order = sorted(range(len(scores)), key=lambda token: (scores[token], token))
+            sums = list(itertools.accumulate(scores[token] for token in order))
+            sums = [(one - sums[0]) / max(sums[-1] - sums[0], 1e-300) for one in sums]
+            start = min((one for one in sums if one > 0), default=1.0)
+            stay = set(range(first))
+            for sample in range(num_samples):
+                level = start + (1 - start) * sample / (num_samples - 1) if num_samples > 1 else 1.0
+                stay.add(first + order[min(range(len(sums)), key=lambda place: abs(sums[place] - level))])
+        return [[token] for token in sorted(stay)]
 
     return run(vit, image, rule)

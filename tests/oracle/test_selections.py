@@ -1,4 +1,4 @@
-"""VisionZip, PiToMe, DivPrune and CDPruner on random models in float64, as :mod:`tests.oracle.test_random_cases`."""
+"""VisionZip, PiToMe, DivPrune, CDPruner, DToMe and ATS on random models in float64, as in ``test_random_cases``."""
 
 from __future__ import annotations
 
@@ -47,3 +47,27 @@ def test_divprune_and_cdpruner() -> None:
             assert_near(compressed_logits(case, method), want, f"{case.family}, {method}")
 
     each_case(check)
+
+
+def test_dtome_and_ats() -> None:
+    """Whose images, each alone in the plain functions, keep different numbers of tokens of one batch."""
+    differ = []
+
+    def check(seed: int) -> None:
+        case = Case(seed)
+        thresholds = [case.rng.choice((1.0, case.rng.uniform(0.2, 0.95))) for _ in range(case.depth)]
+        proportional = seed % 3 > 0
+        count, blocks = case.rng.randint(1, case.num_patches), case.rng.sample(range(case.depth), 2)
+        for method, want in (
+            (
+                tokcomp.DToMe(thresholds, proportional),
+                plain_logits(case, rules.dtome, thresholds, proportional),
+            ),
+            (tokcomp.ATS(count, blocks), plain_logits(case, rules.ats, count, blocks)),
+        ):
+            assert_near(compressed_logits(case, method), want, f"{case.family}, {method}")
+            first, second = tokcomp.trace(case.model, case.images)[-1]
+            differ.append(first.max() != second.max())
+
+    each_case(check)
+    assert any(differ) or len(differ) < 8

@@ -55,6 +55,22 @@ def scatter_add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return x.scatter_add(1, index[:, :, None].expand(-1, -1, x.shape[2]), rows)
 
 
+def sum_per_slot(values: Tensor, slot: Tensor, num_slots: int) -> Tensor:
+    """values [B, N, ...], slot [B, N] -> [B, M, ...]: each slot's sum, in the order of N; slot -1 is left out."""
+    shape = (values.shape[0], num_slots + 1, *values.shape[2:])
+    index = torch.where(slot < 0, num_slots, slot)
+    if values.is_floating_point() and values.device.type == "cuda":
+        # scatter_add's atomics would add up in another order from run to run.
+        index, order = index.sort(dim=1, stable=True)
+        lengths = torch.zeros(shape[:2], dtype=torch.int64, device=index.device)
+        lengths = lengths.scatter_add(1, index, torch.ones_like(index)).flatten()
+        order = order + values.shape[1] * torch.arange(shape[0], device=order.device)[:, None]
+        rows = values.flatten(0, 1)[order.flatten()]
+        return torch.segment_reduce(rows, "sum", lengths=lengths, unsafe=True, initial=0).view(shape)[:, :num_slots]
+    index = index.view(*index.shape, *[1] * (values.dim() - 2)).expand_as(values)
+    return values.new_zeros(shape).scatter_add(1, index, values)[:, :num_slots]
+
+
 def log_size_bias(size: Tensor | None, dtype: torch.dtype) -> Tensor | float:
     """log size [B, N] as a bias over keys, [B, 1, 1, N]."""
     return 0.0 if size is None else effective_size(size, dtype).log()[:, None, None, :]

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from tokcomp_kernels._checked import checked
 from tokcomp_kernels._numbers import accumulate_dtype
-from tokcomp_kernels.reference._common import cosine, descending_order, effective_size, gather_rows, size_or_ones
+from tokcomp_kernels.reference._common import (
+    cosine,
+    descending_order,
+    effective_size,
+    gather_rows,
+    size_or_ones,
+    sum_per_slot,
+)
 
 #: Rows of the similarity that are held at a time.
 CHUNK = 256
@@ -17,26 +24,19 @@ CHUNK = 256
 def bipartite_merge_reference(
     x: Tensor, metric: Tensor, role: Tensor, r: int, *, size: Tensor | None = None, average: str = "size"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, num_tokens, channels = x.shape
-    num_kept = num_tokens - r
+    num_kept = x.shape[1] - r
     source, place = _matched(metric.detach(), role, r)
-    slot = torch.where(source < 0, num_kept, source)  # what is lost goes to one more slot, which is cut off
     dtype = accumulate_dtype(x)
     token_size = size_or_ones(size, x)
     weight = token_size if average == "size" else torch.ones_like(token_size)
-
-    def per_slot(values: Tensor) -> Tensor:
-        """[B, N] -> [B, M]: the sum of each slot's tokens."""
-        return values.new_zeros(batch, num_kept + 1).scatter_add(1, slot, values)[:, :num_kept]
-
-    index = slot[:, :, None].expand(-1, -1, channels)
-    weighted = x.to(dtype) * weight[:, :, None]
-    total = weighted.new_zeros(batch, num_kept + 1, channels).scatter_add(1, index, weighted)[:, :num_kept]
-    divisor = torch.ones_like(per_slot(weight)) if average == "sum" else per_slot(weight)
+    total = sum_per_slot(x.to(dtype) * weight[:, :, None], source, num_kept)
+    divisor = torch.ones_like(total[..., :1])
+    if average != "sum":
+        divisor = sum_per_slot(weight, source, num_kept)[:, :, None]
     # A token that took part in no merge is copied, not multiplied and divided.
-    joined = per_slot(torch.ones_like(token_size)) > 1
-    x_out = torch.where(joined[:, :, None], total / divisor[:, :, None], gather_rows(x, place).to(dtype))
-    return x_out.to(x.dtype), effective_size(per_slot(token_size), dtype), source
+    joined = sum_per_slot(torch.ones_like(source), source, num_kept) > 1
+    x_out = torch.where(joined[:, :, None], total / divisor, gather_rows(x, place).to(dtype))
+    return x_out.to(x.dtype), effective_size(sum_per_slot(token_size, source, num_kept), dtype), source
 
 
 def _matched(metric: Tensor, role: Tensor, r: int) -> tuple[Tensor, Tensor]:

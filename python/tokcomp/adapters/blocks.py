@@ -52,6 +52,7 @@ def compressed_attention(attn: Any, x: Tensor, state: BlockState) -> Tensor:
         dropout_p=layout.dropout_p(attn),
         bias=layout.pair_bias(attn, state.places),
         stock=partial(layout.stock_attention, attn) if state.stock else None,
+        mask=state.mask,
     )
     return layout.join(attn, out, x)
 

@@ -19,6 +19,7 @@ from tokcomp.blocks.search import BlockSearch, TokenState
 from tokcomp.blocks.state import BlockState
 from tokcomp.fastpath import Products, has_hooks
 from tokcomp.methods.base import Method
+from tokcomp.methods.varying import without_padding
 from tokcomp_kernels.product_types import unless_emulated, widened
 
 if TYPE_CHECKING:
@@ -153,4 +154,7 @@ def run_blocks(
             positions.follow(x.to(dtype), state.source)
     if maps is not None and positions is not None:
         maps.extend(positions.maps)
-    return x.to(dtype), None if state is None else state.size
+    size = None if state is None else state.size
+    if method.varies and size is not None:
+        x = without_padding(x, size)
+    return x.to(dtype), size

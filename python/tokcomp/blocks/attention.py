@@ -14,6 +14,8 @@ from tokcomp_kernels._numbers import MIN_SIZE, accumulate_dtype
 
 #: On CPU the compiled kernel takes a third of the time of scaled_dot_product_attention (docs/performance-log.md).
 _COMPILED_ON_CPU = "attention" in native_kernels()["cpu"]
+#: masked_attention's eps where the mask is that of padding: it must be positive, and less than any rounding.
+_NO_EPS = 1e-30
 
 
 def attend(
@@ -27,6 +29,7 @@ def attend(
     dropout_p: float = 0.0,
     bias: Tensor | None = None,
     stock: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor] | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Evidence]:
     """softmax(q k^T * scale + bias + log size) v, and the evidence that ``needs`` names.
 
@@ -39,10 +42,18 @@ def attend(
         bias: [B or 1, H, N, N] added to the scores, or None; no operator of ours takes one, PyTorch's attention does.
         stock: the model's own attention, for q, k, v, a mask [B, 1, 1, N] to add to the scores or None, and dropout_p.
             The evidence then takes one more pass over the keys.
+        mask: [B, N] 1 for tokens and 0 for padding, to which nobody attends; None: no padding.
 
     Returns:
         out [B, H, N, D] and the evidence; evidence carries no gradient.
+
+    Raises:
+        RuntimeError: dropout is asked for where there is padding.
     """
+    if mask is not None:
+        if dropout_p > 0:
+            raise RuntimeError("attention dropout must be 0 where images keep different numbers of tokens")
+        return masked_attend(q, k, v, mask, scale=scale, size=size, needs=needs, bias=bias, eps=_NO_EPS)
     if bias is not None:
         return _attend_with_bias(q, k, v, scale, size, needs, dropout_p, bias)
     if stock is not None:
@@ -76,19 +87,20 @@ def masked_attend(
     size: Tensor | None = None,
     needs: frozenset[str] = frozenset(),
     bias: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Evidence]:
     """:func:`attend` under a token mask [B, N] that has a gradient (DiffRate, Eq. 11-12); a token still sees itself.
 
     The attention a token receives is the mean over the queries that are alive, as in inference.
     """
     if bias is None:
-        out, cls_attn = torch.ops.tokcomp.masked_attention(q, k, v, mask, size=size, scale=scale)
+        out, cls_attn = torch.ops.tokcomp.masked_attention(q, k, v, mask, size=size, scale=scale, eps=eps)
     else:
-        attn = torch.ops.tokcomp.masked_softmax(_scores(q, k, scale, _with_log_size(bias, size)), mask)
+        attn = torch.ops.tokcomp.masked_softmax(_scores(q, k, scale, _with_log_size(bias, size)), mask, eps)
         out, cls_attn = attn.to(v.dtype) @ v, attn[:, :, 0].detach().mean(1)
     image_attn = None
     if "image_attn" in needs:
-        image_attn = _mean_received_under_mask(q, k, mask, scale=scale, size=size, bias=bias)
+        image_attn = _mean_received_under_mask(q, k, mask, scale=scale, size=size, bias=bias, eps=eps)
     evidence = Evidence(
         cls_attn if "cls_attn" in needs else None,
         image_attn,
@@ -125,7 +137,14 @@ def prefix_masked_attend(
 
 @torch.no_grad()
 def _mean_received_under_mask(
-    q: Tensor, k: Tensor, mask: Tensor, *, scale: float, size: Tensor | None, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor,
+    *,
+    scale: float,
+    size: Tensor | None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
     heads = q.shape[1]
     weight = (mask / mask.sum(1, keepdim=True)).unsqueeze(1)  # [B, 1, N] of each query
@@ -134,7 +153,7 @@ def _mean_received_under_mask(
         one = slice(head, head + 1)
         pairs = None if bias is None else bias[:, one]
         scores = _scores(q[:, one], k[:, one], scale, _with_log_size(pairs, size))  # [B, 1, N, N]
-        total = total + (weight @ torch.ops.tokcomp.masked_softmax(scores, mask)[:, 0])[:, 0]
+        total = total + (weight @ torch.ops.tokcomp.masked_softmax(scores, mask, eps)[:, 0])[:, 0]
     return total / heads
 
 

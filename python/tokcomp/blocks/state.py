@@ -38,7 +38,7 @@ class BlockState:
         self.method = method
         self.block = block
         self.num_prefix_tokens = num_prefix_tokens
-        self.size = size  # [B, N] float32, None before the first merge
+        self.size = size  # [B, N] float32, None before the first merge; 0 for padding
         self.source: Tensor | None = None  # [B, N] int64 once the block has compressed
         self.assignment: Assignment | None = method.assign(block, num_tokens, num_prefix_tokens)
         self.evidence = Evidence()
@@ -59,6 +59,11 @@ class BlockState:
     def attention_size(self) -> Tensor | None:
         """Sizes for proportional attention, or None where attention has no bias."""
         return self.size if self.method.proportional_attention else None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """1 for tokens and 0 for padding, [B, N]; None where there is none."""
+        return (self.size > 0).float() if self.method.varies and self.size is not None else None
 
     def reduce(self, x: Tensor) -> Tensor:
         """Compress the tokens x [B, N, C] as this block's assignment says; x itself where it drops nothing."""

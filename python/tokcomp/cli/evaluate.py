@@ -207,7 +207,12 @@ def _run(job: _Job) -> int:
         quantize(model, args.quantize)
     runner = torch.compile(model) if args.torchcompile else model
     config = data_config(args, model)
+    first_batch: list[torch.Tensor] = []  # whose cost is shown where it depends on the images
+    if method is not None and method.varies:
+        model.register_forward_pre_hook(lambda _, given: None if first_batch else first_batch.append(given[0]))
     found = job.evaluate(runner, dataset, config)
+    if first_batch and cost is not None:
+        cost = options.gflops(model, first_batch[0])
     if job.world.is_main or found.unreadable:
         report_oddities(dataset, found, model.num_classes)
     result = {

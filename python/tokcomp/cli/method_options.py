@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: Methods that keep a share of the patches in some blocks, with the same options.
 _KEEPING = ("visionzip", "divprune", "cdpruner")
-METHODS = ("none", "diffrate", "tome", "tome_mlp", "pitome", "evit", *_KEEPING)
+METHODS = ("none", "diffrate", "tome", "tome_mlp", "pitome", "dtome", "evit", *_KEEPING, "ats")
 #: option -> the methods that read it
 _READERS = {
     "schedule": ("diffrate", "tome", "evit"),
@@ -29,13 +29,15 @@ _READERS = {
     "rescale": ("diffrate", "tome", "evit"),
     "gflops": ("diffrate", "tome", "pitome", "evit", *_KEEPING),
     "r": ("tome", "tome_mlp", "pitome"),
-    "no_prop_attn": ("tome", "pitome"),
+    "no_prop_attn": ("tome", "pitome", "dtome"),
+    "thresholds": ("dtome",),
+    "samples": ("ats",),
     "margin": ("pitome",),
     "tokens_per_degree": ("tome_mlp",),
     "merge_residual": ("tome_mlp",),
     "keep_rate": ("evit", *_KEEPING),
     "num_kept": _KEEPING,
-    "keep_blocks": ("evit", *_KEEPING),
+    "keep_blocks": ("evit", *_KEEPING, "ats"),
     "contextual": ("visionzip",),
     "num_pruned": ("evit",),
     "no_fuse": ("evit",),
@@ -77,9 +79,15 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
         metavar="R",
         help="tome, tome_mlp, pitome: tokens to merge in a block, or one per block: 8,8,4,...",
     )
-    group.add_argument("--no-prop-attn", action="store_true", help="tome, pitome: attention that ignores token sizes")
+    group.add_argument("--no-prop-attn", action="store_true", help="tome, pitome, dtome: attention that ignores sizes")
     group.add_argument(
         "--margin", type=float, metavar="M", help="pitome: cosine from which on tokens count as alike (default: 0.9)"
+    )
+    group.add_argument(
+        "--thresholds",
+        type=listed(float),
+        metavar="T",
+        help="dtome: cosine above which a pair merges, or one per block; tokcomp.calibrate finds them",
     )
     group.add_argument(
         "--merge-residual",
@@ -102,13 +110,16 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
         "--keep-blocks",
         type=list_of(non_negative_int),
         metavar="B,B,...",
-        help="blocks (from 0) that --keep-rate or --num-kept applies to (default: 3,6,9)",
+        help="blocks (from 0) for --keep-rate, --num-kept or --samples (default: 3,6,9; ats: all from 3 on)",
     )
     group.add_argument(
         "--contextual",
         type=positive_float,
         metavar="S",
         help="visionzip: share of the kept tokens that the others join (default: 0.15625)",
+    )
+    group.add_argument(
+        "--samples", type=positive_int, metavar="K", help="ats: how often is sampled, and so the most patches kept"
     )
     group.add_argument("--num-pruned", type=non_negative_int, metavar="R", help="evit: tokens to drop in every block")
     group.add_argument("--no-fuse", action="store_true", help="evit: drop the inattentive tokens rather than fuse them")
@@ -135,8 +146,8 @@ def build_method(args: argparse.Namespace, model: nn.Module) -> Method | None:
     require_readers(args)
     if args.method == "none":
         return None
-    build = {"diffrate": scheduled_method, "tome": _tome, "tome_mlp": _tome_mlp, "pitome": _pitome, "evit": _evit}
-    return build.get(args.method, _keeping)(args, model)
+    build = _BUILDERS.get(args.method, _keeping)
+    return build(args, model)
 
 
 def require_readers(args: argparse.Namespace) -> None:
@@ -240,6 +251,32 @@ def _evit(args: argparse.Namespace, model: nn.Module) -> Method:
     with blame("--keep-rate"):
         blocks = {} if args.keep_blocks is None else {"blocks": args.keep_blocks}
         return EViT(args.keep_rate, fuse=not args.no_fuse, **blocks)
+
+
+def _dtome(args: argparse.Namespace, model: nn.Module) -> Method:
+    from tokcomp import DToMe
+
+    _one_of(args, "thresholds")
+    with blame("--thresholds"):
+        return DToMe(args.thresholds, prop_attn=not args.no_prop_attn)
+
+
+def _ats(args: argparse.Namespace, model: nn.Module) -> Method:
+    from tokcomp import ATS
+
+    _one_of(args, "samples")
+    return ATS(args.samples, args.keep_blocks)
+
+
+_BUILDERS: dict[str, Callable[[argparse.Namespace, nn.Module], Method]] = {
+    "diffrate": scheduled_method,
+    "tome": _tome,
+    "tome_mlp": _tome_mlp,
+    "pitome": _pitome,
+    "dtome": _dtome,
+    "evit": _evit,
+    "ats": _ats,
+}
 
 
 def compress_by(args: argparse.Namespace, model: nn.Module, method: Method | None) -> nn.Module:

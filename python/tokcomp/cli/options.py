@@ -223,12 +223,12 @@ def check_quantize(args: argparse.Namespace, model: nn.Module) -> None:
         raise UserError(f"--quantize {args.quantize}: {error}") from error
 
 
-def gflops(model: nn.Module) -> float | None:
-    """1e9 multiply-adds per image; None for a family whose cost is unknown."""
+def gflops(model: nn.Module, images: torch.Tensor | None = None) -> float | None:
+    """1e9 multiply-adds per image, or the mean over images [B, 3, H, W]; None for a family whose cost is unknown."""
     from tokcomp import UnsupportedModelError, flops
 
     try:
-        return round(flops(model) / 1e9, 6)
+        return round(flops(model, images=images) / 1e9, 6)
     except UnsupportedModelError:
         # A family that cannot be compressed can still be used as it is.
         return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokcomp.adapters.swap import original_class
 from tokcomp.deploy.inputs import Inputs, check_images, checked_batch, inputs_of
 from tokcomp.deploy.onnx_file import check_onnx, write_onnx
-from tokcomp.deploy.watch import method_of
+from tokcomp.deploy.watch import method_of, refuse_varying
 from tokcomp.files import replacing
 from tokcomp_kernels._version import __version__  # importing this registers the operators that packages call
 from tokcomp_kernels.product_types import widened
@@ -67,9 +67,10 @@ def export(
     Raises:
         ImportError: an ONNX file is wanted, and onnxscript is not installed.
         TypeError: ``model`` is not a module, or of a type other than float32, float16 and, for a package, bfloat16.
-        ValueError: it is in training mode, on the meta device or on several devices, or has no image size; ``batch`` is
-            below 1 or above ``max_batch``; the folder of ``path`` does not exist; ``format`` is unknown, or has no
-            ``inductor_configs``; the weights exceed the 2 GiB of an ONNX file.
+        ValueError: it is in training mode, on the meta device or on several devices, has no image size, or keeps
+            different numbers of tokens of different images; ``batch`` is below 1 or above ``max_batch``; the folder of
+            ``path`` does not exist; ``format`` is unknown, or has no ``inductor_configs``; the weights exceed the 2 GiB
+            of an ONNX file.
     """
     format = format_of(path, format)
     if format == "onnx" and inductor_configs:
@@ -83,6 +84,7 @@ def export(
     if not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"path must be a file in an existing folder, got '{path}'")
     model = getattr(model, "_orig_mod", model)
+    refuse_varying(model, "export")
     if format == "onnx":
         check_onnx(model, inputs.dtype)
     lowest, highest = (1, max_batch) if dynamic_batch else (batch, batch)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, cuda, nn
 
+from tokcomp.deploy.watch import refuse_varying
+
 _WARM_UP = 3  # runs before a capture: cuBLAS workspaces, Triton's compilation, lazy buffers
 
 
@@ -74,7 +76,11 @@ class Graphs:
 
         Does nothing if there is such a graph for that key. Batches are best captured from the largest down: the later
         ones then reuse the memory in the pool.
+
+        Raises:
+            ValueError: images keep different numbers of tokens.
         """
+        refuse_varying(model, "a CUDA graph")
         shape = _Shape.of(images)
         # Ordinary tensors even under inference_mode: batches from outside it are copied into them.
         with self._lock, torch.inference_mode(False), torch.no_grad(), cuda.device(images.device):

@@ -63,3 +63,13 @@ def method_of(model: nn.Module) -> Method | None:
     """The method by which a model, or what torch.compile made of it, is compressed; None for any other module."""
     model = getattr(model, "_orig_mod", model)
     return next((adapter.method(model) for adapter in ADAPTERS if adapter.claims(model)), None)
+
+
+def refuse_varying(model: nn.Module, what: str) -> None:
+    """Raise ValueError if images keep different numbers of tokens, of which a graph could hold only one."""
+    method = method_of(model)
+    if method is not None and method.varies:
+        raise ValueError(
+            f"model must keep the same number of tokens of every image for {what}, got one compressed by "
+            f"{type(method).__name__}; use ToMe, PiToMe or DiffRate"
+        )

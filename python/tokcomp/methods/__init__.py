@@ -1,8 +1,10 @@
 """Compression methods. A method knows tensors and counts, never a model family."""
 
+from tokcomp.methods.ats import ATS
 from tokcomp.methods.base import Assignment, Evidence, Geometry, Method, Reduced
 from tokcomp.methods.diffrate import DiffRate
 from tokcomp.methods.divprune import CDPruner, DivPrune
+from tokcomp.methods.dtome import DToMe
 from tokcomp.methods.evit import EViT
 from tokcomp.methods.keeping import KeepingMethod
 from tokcomp.methods.partition import PartitionMethod
@@ -10,11 +12,14 @@ from tokcomp.methods.pitome import PiToMe
 from tokcomp.methods.scheduled import scheduled
 from tokcomp.methods.tome import ToMe
 from tokcomp.methods.tome_mlp import ToMeMLP
+from tokcomp.methods.varying import VaryingMethod
 from tokcomp.methods.visionzip import VisionZip
 
 __all__ = [
+    "ATS",
     "Assignment",
     "CDPruner",
+    "DToMe",
     "DiffRate",
     "DivPrune",
     "EViT",
@@ -27,6 +32,7 @@ __all__ = [
     "Reduced",
     "ToMe",
     "ToMeMLP",
+    "VaryingMethod",
     "VisionZip",
     "scheduled",
 ]

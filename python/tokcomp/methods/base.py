@@ -70,7 +70,7 @@ class Reduced(NamedTuple):
     """A block's tokens after compression."""
 
     x: Tensor  # [B, M, C]
-    size: Tensor | None  # [B, M] float32 patches per token; None while no token stands for more than one patch
+    size: Tensor | None  # [B, M] float32 patches per token; None while all are one patch; 0 for padding
     source: Tensor  # [B, N] int64: the slot each token went to, -1 = pruned
 
 
@@ -86,6 +86,8 @@ class Method(ABC):
     proportional_attention: bool = False
     #: Whether every position gets a token back after the MLP: each block then sees all tokens (:meth:`spread`).
     unmerges: bool = False
+    #: Whether images of one batch may be left with different numbers of tokens; see :mod:`tokcomp.methods.varying`.
+    varies: bool = False
     #: What the command line and a plugin's file call the method; by default the class's name in lower case.
     name: ClassVar[str] = "method"
 
@@ -136,7 +138,8 @@ class Method(ABC):
         every = torch.arange(num_tokens, device=source.device).expand(batch, -1)
         slots = source.masked_fill(source < 0, num_tokens_out)  # pruned tokens share one more slot, left out below
         first = source.new_full((batch, num_tokens_out + 1), num_tokens)
-        return first.scatter_reduce(1, slots, every, "amin")[:, :num_tokens_out]
+        first = first.scatter_reduce(1, slots, every, "amin")[:, :num_tokens_out]
+        return first.clamp(max=num_tokens - 1)  # padding has no token, and may have any place
 
     def reduce_norm(
         self,

@@ -136,7 +136,7 @@ class TimmVisionTransformer(IsotropicAdapter):
         takes_sizes = "attn_mask" in inspect.signature(pool.forward).parameters and (
             hasattr(model, "pool_include_prefix") or not isinstance(model, VisionTransformer)
         )
-        if method.proportional_attention and not takes_sizes:
+        if (method.proportional_attention or method.varies) and not takes_sizes:
             raise UnsupportedModelError(
                 f"this timm's {type(pool).__name__} takes no attn_mask, so sizes cannot reach it"
             )

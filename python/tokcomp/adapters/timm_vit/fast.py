@@ -150,7 +150,14 @@ def attend_heads(block: nn.Module, x: Tensor, state: BlockState, products: Produ
     q, k = norm(attn["q_norm"], q), norm(attn["k_norm"], k)
     stock = partial(state.layout.stock_attention, attention) if state.stock else None
     out, state.evidence = attend(
-        q, k, v, scale=attention.scale, size=state.attention_size, needs=state.needs, stock=stock
+        q,
+        k,
+        v,
+        scale=attention.scale,
+        size=state.attention_size,
+        needs=state.needs,
+        stock=stock,
+        mask=state.mask,
     )
     return attn["proj"], out.transpose(1, 2).reshape(batch, num_tokens, heads * width)
 

@@ -65,7 +65,9 @@ class CompressedModel(CompressedTower):
             return run_blocks(
                 adapter, self, method, x, places, products=products, sources=sources, maps=maps, depth=depth
             )
-        parts = [run_blocks(adapter, self, method, part, places, products=products) for part in fast.split(x, products)]
+        # Groups of images would be padded to the longest of each.
+        groups = (x,) if method.varies else fast.split(x, products)
+        parts = [run_blocks(adapter, self, method, part, places, products=products) for part in groups]
         if len(parts) == 1:
             return parts[0]
         tokens, sizes = zip(*parts, strict=True)
