@@ -20,7 +20,7 @@ configure_file(cmake/build_info.json.in build_info.json @ONLY)
 file(READ "${CMAKE_BINARY_DIR}/build_info.json" build_info)
 file(CONFIGURE OUTPUT build_info.h CONTENT "constexpr const char* kBuildInfo = R\"json(@build_info@)json\";\n" @ONLY)
 
-python_add_library(_C MODULE WITH_SOABI csrc/bindings.cpp)
+python_add_library(_C MODULE WITH_SOABI csrc/bindings.cpp csrc/python_keys.cpp)
 tokcomp_add_kernels(_C _C.${Python_SOABI}.)
 target_include_directories(_C PRIVATE "${CMAKE_BINARY_DIR}")
 if(TOKCOMP_SANITIZE)

@@ -1,5 +1,6 @@
 // The module _C: says what was built and how many threads it uses. Loading it registers the kernels, which each file in
 // csrc/cpu and csrc/cuda does for itself; where those for the CPU are modules of their own, load_cpu_kernels picks one.
+// What runs above the kernels is registered by the functions of python_keys.h.
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
@@ -12,6 +13,7 @@
 
 #include "build_info.h"
 #include "cpu_level.h"
+#include "python_keys.h"
 
 namespace py = pybind11;
 
@@ -47,6 +49,9 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of tokcomp_kernels.";
   m.def("load_cpu_kernels", &load_cpu_kernels, "Load the CPU kernels of the best level there is, and return its name.");
+  m.def("own_autograd", &tokcomp::own_autograd, "Take an operator's Autograd key; see csrc/python_keys.h.");
+  m.def("own_autocast", &tokcomp::own_autocast, "Take an operator's Autocast key of a device.");
+  m.def("own_backend", &tokcomp::own_backend, "Give an operator's key of a device to its compiled kernel.");
   m.def("build_info", &build_info, "What was built and which level runs on the CPU; see tokcomp_kernels.build_info.");
   m.def("get_num_threads", &at::get_num_threads, "Threads the CPU kernels run on.");
   m.def("set_num_threads", &at::set_num_threads, py::arg("num_threads"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tokcomp_kernels._schema import NAMESPACE, NATIVE_NAMESPACES, OPERATORS
+from tokcomp_kernels._schema import NAMESPACE, NATIVE_NAMESPACES, OPERATORS, PYTHON_NAMESPACE
 
 REBUILD = "pip install -e . (or make build)"
 
@@ -28,6 +28,8 @@ def _define(namespace: str, tags: tuple[torch.Tag, ...] = ()) -> torch.library.L
 
 #: The handle on which ops/ registers fakes, gradients and backends.
 LIBRARY = _define(NAMESPACE, (torch.Tag.pt2_compliant_tag,))
+#: The handle on which ops/ registers what compiled code above the kernels hands over to.
+PYTHON_LIBRARY = _define(PYTHON_NAMESPACE)
 # A library's definitions live as long as its handle.
 _NATIVE_LIBRARIES = [_define(namespace) for namespace in NATIVE_NAMESPACES.values()]
 
@@ -90,6 +92,9 @@ def _one_line(error: Exception) -> str:
 
 # A TOKCOMP_CPU_CAPABILITY that is not to be had is an error here, as a wrong TOKCOMP_BACKEND is: ValueError.
 _C, load_error = _load()
+
+#: The compiled code that can stand above the kernels (csrc/python_keys.h), or None: no kernels, or an older build.
+NATIVE_KEYS = _C if hasattr(_C, "own_autograd") else None
 
 
 def build_info() -> dict[str, Any]:

@@ -14,6 +14,8 @@ NAMESPACE = "tokcomp"
 #: Namespaces under which a compiled kernel can be called directly, whoever owns the operator: dispatch key ->
 #: namespace.
 NATIVE_NAMESPACES = {"CPU": "tokcomp_cpu", "CUDA": "tokcomp_cuda"}
+#: Namespace to which compiled code above the kernels hands over what takes Python: gradients and the reference.
+PYTHON_NAMESPACE = "tokcomp_python"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Registers one operator: fake, backends, autograd, autocast. The schema itself stands in ``_schema.py``.
 
 Autograd is a kernel of our own rather than ``torch.library.register_autograd``, which refuses the keyword-only tensors
-of our schemas (``size``, ``pruned_fill``) and takes longer where a gradient is wanted: prune_merge of a [1, 9, 8]
-tensor and its gradient took 180 us that way and 115 us this way, the forward 83 and 24 to 48 us (PyTorch 2.14, one
-thread of a busy AMD EPYC; the kernel itself takes 3 us). Where none is wanted both cost 4 to 7 us.
+of our schemas (``size``, ``pruned_fill``) and takes longer where a gradient is wanted. Where none is, Python would still
+take two to three times as long as the CPU kernel on a tiny tensor; so compiled code stands there (csrc/python_keys.h),
+which hands over to what is registered here only for gradients, tangents and refusals.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch.autograd import forward_ad
 
 from tokcomp_kernels._checked import check_of, checked_as
-from tokcomp_kernels._library import LIBRARY, native_kernels
-from tokcomp_kernels._schema import BY_NAME, NAMESPACE
+from tokcomp_kernels._library import LIBRARY, NATIVE_KEYS, PYTHON_LIBRARY, native_kernels
+from tokcomp_kernels._schema import BY_NAME, NAMESPACE, NATIVE_NAMESPACES
 from tokcomp_kernels.ops._backends import Implementation
 from tokcomp_kernels.ops._layouts import KEYS, refusal
 from tokcomp_kernels.ops._value_checks import check_values
@@ -85,12 +85,9 @@ def register(
     refuse_layout = refusal(name, arguments.names)
     for key in KEYS:
         LIBRARY.impl(name, refuse_layout, key)
-    function = autograd(arguments) if autograd is not None else None
-    LIBRARY.impl(name, _autograd_kernel(arguments, name, function), "Autograd", with_keyset=True)
-    if autocast:
-        for device, key in _DISPATCH_KEYS.items():
-            kernel = _autocast_kernel(arguments, arguments.positions(autocast), device, autocast_dtype)
-            LIBRARY.impl(name, kernel, f"Autocast{key}")
+    _give_autograd(arguments, name, autograd(arguments) if autograd is not None else None)
+    for device in _DISPATCH_KEYS if autocast else ():
+        _give_autocast(arguments, name, arguments.positions(autocast), device, autocast_dtype)
 
 
 def _give_key(implementation: Implementation, device: str) -> None:
@@ -102,10 +99,15 @@ def _give_key(implementation: Implementation, device: str) -> None:
     answers_now = "cpp" if device == "cpu" and name in native_kernels()["cpu"] else "reference"
     if backend == answers_now and not checks:
         return
+    key = _DISPATCH_KEYS[device]
+    if backend == "cuda" and NATIVE_KEYS is not None and not checks:
+        PYTHON_LIBRARY.impl(name, implementation.reference, "CompositeExplicitAutograd")  # float64
+        NATIVE_KEYS.own_backend(name, key, NATIVE_NAMESPACES[key])
+        return
     run = implementation.callable(backend)
     if checks:
         run = _checked(name, run)
-    LIBRARY.impl(name, run, _DISPATCH_KEYS[device], allow_override=True)
+    LIBRARY.impl(name, run, key, allow_override=True)
 
 
 def _checked(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,6 +120,18 @@ def _checked(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         return run(*args, **kwargs)
 
     return checked
+
+
+def _give_autograd(arguments: Arguments, name: str, function: type[torch.autograd.Function] | None) -> None:
+    """Register what happens above the kernels: in compiled code, and Python's where that hands over or is not there."""
+    kernel = _autograd_kernel(arguments, name, function)
+    if NATIVE_KEYS is None:
+        LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+        return
+    operator = BY_NAME[name]
+    watched = operator.differentiable if operator.public else arguments.names  # a gradient's own is refused in all
+    PYTHON_LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    NATIVE_KEYS.own_autograd(name, arguments.positions(watched))
 
 
 def _autograd_kernel(
@@ -159,10 +173,14 @@ def _has_tangent(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-def _autocast_kernel(
-    arguments: Arguments, positions: Sequence[int], device: str, dtype: torch.dtype | None
-) -> Callable[..., Any]:
-    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{_DISPATCH_KEYS[device]}"))
+def _give_autocast(
+    arguments: Arguments, name: str, positions: Sequence[int], device: str, dtype: torch.dtype | None
+) -> None:
+    if NATIVE_KEYS is not None and dtype in (None, torch.float32):
+        NATIVE_KEYS.own_autocast(name, device, positions, dtype is not None)
+        return
+    dispatch_key = f"Autocast{_DISPATCH_KEYS[device]}"
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
 
     def autocast(*args: Any, **kwargs: Any) -> Any:
         flat = arguments.flatten(args, kwargs)
@@ -173,7 +191,7 @@ def _autocast_kernel(
         with torch._C._ExcludeDispatchKeyGuard(key):
             return arguments.call(flat)
 
-    return autocast
+    LIBRARY.impl(name, autocast, dispatch_key)
 
 
 def _autocasts(value: Any, device: str) -> bool:
