@@ -1,9 +1,9 @@
 """Registers one operator: fake, backends, autograd, autocast. The schema itself stands in ``_schema.py``.
 
 Autograd is a kernel of our own rather than ``torch.library.register_autograd``, which refuses the keyword-only tensors
-of our schemas (``size``, ``pruned_fill``) and takes longer where a gradient is wanted. Where none is, Python would still
-take two to three times as long as the CPU kernel on a tiny tensor; so compiled code stands there (csrc/python_keys.h),
-which hands over to what is registered here only for gradients, tangents and refusals.
+of our schemas (``size``, ``pruned_fill``) and takes longer where a gradient is wanted. Where none is, Python would take
+two to three times as long as the CPU kernel on a tiny tensor; so compiled code stands there (csrc/python_keys.h), which
+hands over to what is registered here only for gradients, tangents and refusals.
 """
 
 from __future__ import annotations
