@@ -62,14 +62,14 @@ def test_who_is_absent_or_cannot_is_a_line_with_its_reason(monkeypatch: pytest.M
     def absent(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    entries = uncompressed_rivals(CPU, "float32", compiled=False) | {"tensorrt": Entry("tensorrt")}
+    entries = uncompressed_rivals(CPU, "float32", compiled=False, autotuned=True) | {"tensorrt": Entry("tensorrt")}
     monkeypatch.setattr(importlib, "import_module", absent)
     rows, missing = compare_models(
         make_vit(), entries, batch_sizes=[1], precision="float32", device=CPU, measure=seconds()
     )
     reasons = {one.name: one.reason for one in missing}
     assert [row.name for row in rows] == ["timm"] and set(reasons) == set(entries) - {"timm"}
-    for name in ("onnxruntime", "onnxruntime-int8", "openvino"):
+    for name in ("onnxruntime", "onnxruntime-int8", "torchao-int8", "openvino"):
         assert "cannot be imported: pip install 'tokcomp[bench]'" in reasons[name]
     assert reasons["tensorrt"].endswith("tensorrt does not run a ViT in float32 on cpu")
     assert {one.precision for one in missing if one.name == "onnxruntime-int8"} == {"int8"}

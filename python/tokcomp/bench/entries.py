@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tokcomp
 from tokcomp.bench.published import PublishedPipeline
 from tokcomp.bench.published_code import patch_with_published_code
-from tokcomp.bench.rivals import build_rival
+from tokcomp.bench.rivals import build_rival, quantised_by_torchao
 from tokcomp.methods import Method
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,6 +32,7 @@ COMPETITORS = {
     "timm-cudnn": "timm with cuDNN's attention",
     "onnxruntime": "timm's model in ONNX Runtime",
     "onnxruntime-int8": "the same with its products in int8, by dynamic quantisation",
+    "torchao-int8": "timm with its products in int8 by torchao, under torch.compile",
     "openvino": "timm's model in OpenVINO",
     "tensorrt": "timm's model in TensorRT, by ONNX Runtime",
     "tokcomp": "the compressed model",
@@ -133,6 +134,8 @@ def build_runner(
         return tokcomp.quantize(own.eval())
     if kind == "tokcomp-graph":
         return tokcomp.compile(own, batch=batch)
+    if kind == "torchao-int8":
+        return _compiled(quantised_by_torchao(own), device)
     if kind in ("timm-reduce-overhead", "timm-max-autotune"):
         return _compiled(own, device, mode=kind.removeprefix("timm-"))
     if kind == "timm-cudnn":
@@ -150,7 +153,8 @@ def uncompressed_rivals(
         precision: a name in :data:`PRECISIONS`. In half precision on a CPU OpenVINO takes part in float32 as well, for
             a CPU without such products.
         compiled: whether timm is compiled, which takes up to a minute a batch size.
-        autotuned: whether a GPU also tries every tile of every product for it, which takes minutes.
+        autotuned: whether a GPU also tries every tile of every product for it, which takes minutes, and on a CPU
+            torchao takes part, which is compiled for a minute a batch size.
         others: whether what is not PyTorch takes part.
     """
     names = ["timm", *(["timm-compiled"] if compiled else [])]
@@ -161,6 +165,7 @@ def uncompressed_rivals(
         return {name: Entry(name) for name in names}
     if others:
         names += ["onnxruntime", "onnxruntime-int8"] if precision == "float32" else []
+        names += ["torchao-int8"] if precision == "float32" and autotuned else []
         names += ["openvino"] if precision in ("float32", "bfloat16") else []
     entries = {name: Entry(name) for name in names}
     if others and precision != "float32":

@@ -1,7 +1,7 @@
 """What a user would run in place of tokcomp: other runtimes on the uncompressed model, each as its makers advise.
 
-All take the model through ONNX, its shape fixed to the batch that is timed, and as many threads as PyTorch has. They
-come with ``pip install 'tokcomp[bench]'``; one that is absent or does not fit says so in a :class:`RivalError`.
+All but torchao take the model through ONNX, its shape fixed to the batch that is timed, and as many threads as PyTorch
+has. They come with ``pip install 'tokcomp[bench]'``; one that is absent or does not fit says so in a :class:`RivalError`.
 """
 
 from __future__ import annotations
@@ -91,6 +91,17 @@ def build_rival(
         return logits
 
     return run
+
+
+def quantised_by_torchao(model: nn.Module) -> nn.Module:
+    """The model, in place, with linear layers in int8: activations by their range in each call, weights by output.
+
+    Raises:
+        RivalError: torchao is not installed.
+    """
+    quantization = _imported("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    return model
 
 
 def to_onnx(model: nn.Module, dtype: torch.dtype, device: torch.device, batch: int) -> bytes:
