@@ -1,7 +1,8 @@
 """What a user would run in place of tokcomp: other runtimes on the uncompressed model, each as its makers advise.
 
 All but torchao take the model through ONNX, its shape fixed to the batch that is timed, and as many threads as PyTorch
-has. They come with ``pip install 'tokcomp[bench]'``; one that is absent or does not fit says so in a :class:`RivalError`.
+has. They come with ``pip install 'tokcomp[bench]'``; one that is absent or does not fit says so in a
+:class:`RivalError`.
 """
 
 from __future__ import annotations
