@@ -69,7 +69,6 @@ def flops(model: nn.Module, img_size: int | tuple[int, int] | None = None, image
     return int(flops_of(adapter.cost(model, size), counts, _num_tokens(model, size)))
 
 
-@torch.no_grad()
 def flops_by_image(model: nn.Module, images: Tensor) -> Tensor:
     """Multiply-adds of each of the images [B, 3, H, W] by the tokens that it keeps, [B] float64 on the CPU.
 
@@ -77,11 +76,19 @@ def flops_by_image(model: nn.Module, images: Tensor) -> Tensor:
         TypeError: (UnsupportedModelError) the model is not understood.
         ValueError: there are no images.
     """
+    size = (images.shape[-2], images.shape[-1])
+    cost, num_tokens = find_adapter(model).cost(model, size), _num_tokens(model, size)
+    counts = counts_by_image(model, images)
+    return torch.stack([flops_of(cost, TokenCounts(*one), num_tokens) for one in zip(*counts, strict=True)])
+
+
+@torch.no_grad()
+def counts_by_image(model: nn.Module, images: Tensor) -> TokenCounts:
+    """The token counts of each of the images [B, 3, H, W], [B, L] each; runs the model. Errors as above."""
     if len(images) == 0:
         raise ValueError("images must hold at least one image, got none")
     adapter = find_adapter(model)
-    size = (images.shape[-2], images.shape[-1])
-    method, num_tokens = adapter.method(model), _num_tokens(model, size)
+    method, num_tokens = adapter.method(model), _num_tokens(model, (images.shape[-2], images.shape[-1]))
     entering = torch.full((len(images),), float(num_tokens), dtype=torch.float64)
     num_in, num_out = [], []
     for source in adapter.sources(model, images)[1]:
@@ -89,9 +96,7 @@ def flops_by_image(model: nn.Module, images: Tensor) -> Tensor:
         left = entering if source is None else (source.amax(1) + 1).double().cpu()
         num_out.append(left)
         entering = entering if method is not None and method.unmerges else left
-    cost = adapter.cost(model, size)
-    counts = (torch.stack(rows, 1).unbind(0) for rows in (num_in, num_out))  # [L] of each image
-    return torch.stack([flops_of(cost, TokenCounts(*one), num_tokens) for one in zip(*counts, strict=True)])
+    return TokenCounts(torch.stack(num_in, 1), torch.stack(num_out, 1))
 
 
 def _num_tokens(model: nn.Module, img_size: tuple[int, int] | None) -> int:

@@ -70,6 +70,16 @@ def test_one_command_compares_and_goes_on(run, tmp_path, monkeypatch):
     assert names[-3:-1] == ["schedule of out", "schedule of search-0.012"]
 
 
+def test_counts_that_differ_from_image_to_image_cost_their_mean(run, tmp_path):
+    folder = tmp_path / "out"
+    argv = (*DIGITS, "--pretrained", "--gflops", "0.009", "--speed-batch", "0", "--pictures", "1", "--methods", "dtome")
+    status, _, err = run(*argv, "-o", folder)
+    assert status == 0, err
+    (row,) = json.loads((folder / "results.json").read_text())["budgets"][0]["rows"]
+    assert row["gflops"] == pytest.approx(0.009, rel=0.02) and row["method"].startswith("DToMe(thresholds=(0.")
+    assert row["kept"] == sorted(row["kept"], reverse=True) and row["kept"][-1] < 30 and "schedule" not in row
+
+
 def test_time_that_is_up_ends_it_between_cells(run, tmp_path, monkeypatch):
     argv = (*DIGITS, *FAST, "--methods", "tome", "evit", "-o", tmp_path)
     status, _, err = run(*argv, "--minutes", "1e-9")
@@ -101,7 +111,7 @@ def test_a_backbone_gets_a_head(run, tmp_path):
     [
         (
             ("--methods", "tomo"),
-            "--methods: must be diffrate, search, refine, published, tome, evit, uniform, random:N",
+            "--methods: must be diffrate, search, refine, published, tome, pitome, evit, visionzip",
         ),
         (("--gflops", "9"), "--gflops must be below the uncompressed model's 0.02261, got 9"),
         (("--metrics", "size"), "--metrics must be among cls_attn, image_attn, cls_attn_v, random, got 'size'"),

@@ -15,7 +15,7 @@ from tokcomp.compare.cells import Cells, weights_digest
 from tokcomp.compare.entries import Entry, Variant, parse_methods, sweep, with_seeds
 from tokcomp.compare.probe import attach_head, features_of, fit_head, kept_head
 from tokcomp.compare.summary import summarize
-from tokcomp.equal_cost import BY_COUNT, BY_RATE, Ruler, nearest_published
+from tokcomp.equal_cost import BY_COUNT, BY_IMAGES, BY_RATE, Ruler, nearest_published
 from tokcomp.runs.distributed import World
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_words_become_entries():
     assert len({json.dumps(entry.describe()) for entry in [*seeded, *swept]}) == 9
 
 
-@pytest.mark.parametrize("word", ["tomo", "random", "random:0", "tome/", "tome/sort", "random:3/merge"])
+@pytest.mark.parametrize("word", ["tomo", "random", "random:0", "tome/", "tome/sort", "random:3/merge", "ats/prune"])
 def test_other_words_are_refused(word):
     with pytest.raises(ValueError, match=f"must be diffrate, search, .*; got '{word}'"):
         parse_methods([word], Variant())
@@ -103,17 +103,22 @@ def test_a_summary_ranks_random_schedules_by_their_median():
     assert budget["impossible"] == {"search": "why"}
 
 
-@pytest.mark.parametrize("kind", [*BY_COUNT, *BY_RATE, "uniform", "random", "published"])
+@pytest.mark.parametrize("kind", [*BY_COUNT, *BY_RATE, *BY_IMAGES, "uniform", "random", "published"])
 def test_every_method_meets_the_budget(model, kind):
-    builder = Builder(model, "mine")
+    noise = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = noise * torch.tensor([0.1, 0.2, 0.5, 1, 2, 3])[:, None, None, None]
+    builder = Builder(model, "mine", calibration=lambda: images.split(3))
     gflops = 0.6 * builder.ruler.flops(None) / 1e9
     method = builder.build(Entry(kind, kind, number=1), gflops)
+    shown = images if kind in BY_IMAGES else None
     try:
-        assert tokcomp.flops(tokcomp.compress(model, method)) / 1e9 == pytest.approx(gflops, rel=0.02)
+        cost = tokcomp.flops(tokcomp.compress(model, method), images=shown) / 1e9
+        assert cost == pytest.approx(gflops, rel=0.02)
+        assert builder.flops(method) / 1e9 == pytest.approx(cost)
     finally:
         tokcomp.restore(model)
     assert repr(builder.build(Entry(kind, kind, number=1), gflops)) == repr(method)
-    if kind != "random":
+    if kind != "random" and kind not in BY_IMAGES:
         like = builder.build(Entry(f"{kind}/merge", kind, pipeline="merge"), gflops)
         assert like.pipeline == "merge" and builder.ruler.flops(like) / 1e9 == pytest.approx(gflops, rel=0.02)
 
@@ -122,6 +127,8 @@ def test_what_cannot_be_made_is_refused(model):
     builder = Builder(model, "mine")
     with pytest.raises(ValueError, match="search needs a search, and there are no images"):
         builder.build(Entry("search", "search"), 0.6 * builder.ruler.flops(None) / 1e9)
+    with pytest.raises(ValueError, match="batches must hold images to measure costs on, got none"):
+        builder.build(Entry("dtome", "dtome"), 0.6 * builder.ruler.flops(None) / 1e9)
     with pytest.raises(ValueError, match="the budget must be reachable"):
         builder.build(Entry("uniform", "uniform"), 1e-6)
     shallow = timm.models.VisionTransformer(**{**TWELVE, "depth": 5})

@@ -94,7 +94,7 @@ def watched(
     from tokcomp.explore import Choice, watch
 
     return [
-        Choice(name, strength, builder.ruler.flops(method) / 1e9, speeds.get((name, strength)), repr(method), found)
+        Choice(name, strength, builder.flops(method) / 1e9, speeds.get((name, strength)), repr(method), found)
         for (name, strength), method in methods.items()
         for found in [watch(model, images, method)]
     ]

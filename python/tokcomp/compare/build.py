@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokcomp.adapters import find_adapter
 from tokcomp.compare.entries import SEARCHED, Entry, Variant
 from tokcomp.equal_cost import (
     BY_COUNT,
+    BY_IMAGES,
     BY_RATE,
+    Measured,
     Ruler,
     count_for_budget,
     evit_for_budget,
@@ -39,6 +42,8 @@ class Builder:
         name: timm's name for it, under which schedules may have been published.
         search: (GFLOPs, variant) -> a searched schedule; None: no entry may need a search.
         refine: (GFLOPs, variant, starts by name) -> the best that a refinement finds; None: no entry may need one.
+        calibration: -> batches of images [B, 3, H, W] on the model's device, for methods under which images keep
+            different numbers of tokens: their cost is the mean over these. None: no entry may be one.
     """
 
     def __init__(
@@ -47,9 +52,24 @@ class Builder:
         name: str,
         search: Callable[[float, Variant], DiffRate] | None = None,
         refine: Callable[[float, Variant, dict[str, Method]], Method] | None = None,
+        calibration: Callable[[], Sequence[Tensor]] | None = None,
     ) -> None:
         self.model, self.name, self.ruler = model, name, Ruler(model)
-        self._search, self._refine = search, refine
+        self._search, self._refine, self._calibration = search, refine, calibration
+        self._made: dict[tuple[str, float], Method] = {}  # what was calibrated, by kind and budget
+
+    @cached_property
+    def measured(self) -> Measured:
+        """The costs of methods under which images keep different numbers of tokens.
+
+        Raises:
+            ValueError: there are no images for that.
+        """
+        return Measured(self.model, () if self._calibration is None else self._calibration())
+
+    def flops(self, method: Method | None) -> float:
+        """Multiply-adds per image; on average where it depends on the image."""
+        return self.ruler.flops(method) if method is None or not method.varies else self.measured.flops(method)
 
     def build(self, entry: Entry, gflops: float) -> Method:
         """The entry's method at a cost of ``gflops``.
@@ -59,7 +79,7 @@ class Builder:
             Stopped: a search was asked to stop.
         """
         method = self._method(entry, gflops)
-        cost = self.ruler.flops(method) / 1e9
+        cost = self.flops(method) / 1e9
         if abs(cost - gflops) > TOLERANCE * gflops:
             raise ValueError(f"the nearest cost is {cost:.4g} GFLOPs")
         if entry.pipeline is not None:
@@ -81,6 +101,11 @@ class Builder:
             return count_for_budget(self.model, budget, BY_COUNT[entry.kind])
         if entry.kind in BY_RATE:
             return rate_for_budget(self.model, budget, BY_RATE[entry.kind])
+        if entry.kind in BY_IMAGES:
+            key = (entry.kind, gflops)
+            if key not in self._made:
+                self._made[key] = BY_IMAGES[entry.kind](self.model, budget, self.measured.batches)
+            return self._made[key]
         if entry.kind == "uniform":
             return uniform(self.ruler, budget)
         if entry.kind == "random":

@@ -260,7 +260,7 @@ class Comparison:
         dense = self.done.get((UNCOMPRESSED.name, 0.0))
         same = found.classes == unpacked(dense["answers"]) if dense is not None else found.counted
         return {
-            "gflops": self.builder.ruler.flops(method) / 1e9,
+            "gflops": self.builder.flops(method) / 1e9,
             "top1": found.top1,
             "same": found.share(same),
             "cross_entropy": found.cross_entropy,
@@ -282,6 +282,8 @@ class Comparison:
 
     def _keep_schedule(self, entry: Entry, gflops: float, method: Method) -> dict[str, Any]:
         """The counts, and the schedule as a file where the method follows one."""
+        if method.varies:
+            return {"method": repr(method), "kept": self.builder.measured.kept(method)}
         counts = self.builder.ruler.counts(method)
         kept: dict[str, Any] = {"method": repr(method), "kept": counts.kept, "before_merge": counts.before_merge}
         if entry.kind != "random" and self.builder.ruler.has_schedule(method):

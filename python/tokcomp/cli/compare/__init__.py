@@ -6,11 +6,12 @@ import argparse
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokcomp.cli import options, training
-from tokcomp.cli.compare.parts import fit_probe, make_model, make_refiner, make_searches
+from tokcomp.cli.compare.parts import calibration_images, fit_probe, make_model, make_refiner, make_searches
 from tokcomp.cli.data import add_data_options, data_config, data_root, scored_images
 from tokcomp.cli.errors import RunFailed, UserError, blame, check_output_folder, save
 from tokcomp.cli.model_arguments import model_settings
@@ -38,6 +39,8 @@ Every method at every budget, at equal cost, on your model and your images: the 
               of any model with as many blocks
   tome, pitome  with the r that meets the budget
   evit, visionzip, divprune, cdpruner  with the keep rate in three blocks that meets it
+  dtome, ats  with thresholds, or a number of samples, whose mean cost on 256 training images meets it: images keep
+              different numbers of tokens
   uniform     each block but the first drops the same share of its tokens, half by pruning and half by merging
   random:N    N random schedules; the other methods' rows say how many of them they beat
   tome/merge  another method's numbers of tokens under DiffRate's merging, or pruning (evit/prune, diffrate/merge, ...):
@@ -281,7 +284,9 @@ def _prepare(
     searches = make_searches(args, root, head, facts, device, world, stop)
     refiner = make_refiner(args, root, model, facts, world, stop)
     try:
-        builder = Builder(model, args.model, searches.find, refiner.find)
+        builder = Builder(
+            model, args.model, searches.find, refiner.find, partial(calibration_images, args, root, model)
+        )
     except TypeError as error:
         raise UserError(f"--model '{args.model}': {error}") from error
     dense = builder.ruler.flops(None) / 1e9

@@ -146,3 +146,21 @@ def make_refiner(
         stop=stop,
         note=noting(world.is_main, "refine", args.refine),
     )
+
+
+#: Training images on which thresholds and the mean cost of methods with differing counts are found.
+_CALIBRATION_IMAGES = 256
+
+
+def calibration_images(args: argparse.Namespace, root: Path | None, model: Any) -> list[torch.Tensor]:
+    """Batches of training images, spread over the classes, in the model's type on its device; the same everywhere."""
+    from tokcomp.runs.batches import held_out_batches
+    from tokcomp.runs.data import Part, spread_sample
+    from tokcomp.runs.recipe import plain_transform
+
+    dataset = open_data(args, root, args.train_split)
+    chosen = spread_sample(dataset, _CALIBRATION_IMAGES, args.seed)
+    part = Part(dataset, chosen, plain_transform(data_config(args, model)))
+    first = next(model.parameters())
+    batches = held_out_batches(part, args.batch_size, workers=args.workers)()
+    return [images.to(first.device, first.dtype) for images, _ in batches]
