@@ -33,3 +33,12 @@ def test_a_workflow_calls_only_make_targets_that_exist(path):
     for name, job in jobs.items():
         assert targets_of(job), f"{name} does nothing"
         assert targets_of(job) <= TARGETS, name
+
+
+def test_the_oldest_versions_are_those_that_are_allowed():
+    lines = (ROOT / ".github" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    allowed = dict(re.findall(r'^    "([\w-]+)>=([\d.]+)', project[project.index("dependencies = [") :], re.M))
+    for name, version in pinned.items():
+        assert re.fullmatch(rf"{re.escape(allowed[name])}(\.0)*", version), name

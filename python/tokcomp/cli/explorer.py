@@ -71,6 +71,8 @@ def explore(args: argparse.Namespace, model: nn.Module, pictures: Sequence[Path]
         model, images, methods, builder, {name: _speed(table, model, one) for name, one in methods.items()}
     )
     weights = options.describe_weights(args)
+    if args.checkpoint is not None:  # a page may be passed on, and folders are nobody's business
+        weights = weights.replace(str(args.checkpoint), Path(args.checkpoint).name)
     lead = f"{args.model}, {weights}. GFLOPs are 1e9 multiply-adds per image."
     if not args.pretrained and args.checkpoint is None:
         lead += " The weights are random, so the choice of patches means little."
