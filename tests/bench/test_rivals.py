@@ -44,6 +44,17 @@ def test_a_real_rival_computes_what_timm_does(name: str) -> None:
     assert (error > 1000 * torch.finfo(torch.float32).eps) == (row.precision == "int8")
 
 
+def test_the_compressed_onnx_file_is_held_to_the_published_pipeline() -> None:
+    name = "tokcomp-onnx-int8"
+    for module in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(module, reason="a part of tokcomp[bench]")
+    rows, missing = compare_models(
+        make_vit(), {name: Entry(name, METHOD)}, batch_sizes=[4], precision="float32", device=CPU, measure=seconds()
+    )
+    assert not missing and [row.precision for row in rows] == ["int8"] and rows[0].same_answers is not None
+    assert not Entry(name, METHOD).is_ours  # so that a fault of another runtime is a line, not the end
+
+
 def test_openvino_reaches_bfloat16_by_itself_or_says_that_it_cannot() -> None:
     for module in ("onnx", "openvino"):
         pytest.importorskip(module, reason="a part of tokcomp[bench]")

@@ -10,6 +10,7 @@ import pytest
     [
         (["-b", 9, "--max-batch", 8, "-o", "m.pt2"], "--batch-size must be at most --max-batch, 8, got 9"),
         (["-o", "."], "--output must be a file, got the folder '.'; add a file name"),
+        (["-o", "m.pt2", "--quantize", "int8"], "quantize must be 'int8', for format='onnx' alone"),
         (["-o", "m.pt2", "--method", "tome"], "--method tome needs --r or --gflops or --schedule, got none of them"),
         (
             ["-m", "resnet18", "-o", "m.pt2", "--method", "tome", "--r", 3],

@@ -9,6 +9,8 @@ import pytest
 import tokcomp
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from tokcomp.assets import tokcomp_digits_vit
+from tokcomp.data import held_out_digits
 from tokcomp.deploy.onnx_forms import FORMS
 from torch import nn
 
@@ -82,6 +84,28 @@ def test_runtimes_agree(case, tmp_path):
             want, have = first(exact(images.double())), run(images)
             assert (have - want).abs().max() <= 4 * loss
             assert torch.equal(have.argmax(-1), want.argmax(-1))
+
+
+@torch.no_grad()
+def test_linear_layers_in_int8(tmp_path):
+    """On the trained model of digits: the products by weights are integers, and the answers stay."""
+    onnx = _needed()
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("sklearn")
+    model = tokcomp.compress(tokcomp_digits_vit(pretrained=True).eval(), tokcomp.ToMe(8))
+    path = tokcomp.export(model, tmp_path / "int8.onnx", quantize="int8")
+    assert path.stat().st_size < 0.4 * sum(4 * one.numel() for one in model.parameters())
+    proto = onnx.load(path)
+    kinds = collections.Counter(node.op_type for node in proto.graph.node)
+    assert kinds["MatMulInteger"] == sum(isinstance(one, nn.Linear) for one in model.modules())
+    assert [(one.domain, one.version) for one in proto.opset_import] == [("", 18)]
+    facts = {entry.key: entry.value for entry in proto.metadata_props}
+    assert facts["tokcomp_quantize"] == "int8" and not any(name.startswith("onnx.") for name in facts)
+    images, _ = held_out_digits()
+    images = images[:256].contiguous()
+    exact, coarse = model(images).double(), _onnxruntime(path)(images)
+    assert ((coarse - exact).norm() / exact.norm()).item() > 1e-4  # integers indeed
+    assert (coarse.argmax(1) == exact.argmax(1)).double().mean() >= 0.98
 
 
 class Order(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tokcomp
 from tokcomp.bench.published import PublishedPipeline
 from tokcomp.bench.published_code import patch_with_published_code
-from tokcomp.bench.rivals import build_rival, quantised_by_torchao
+from tokcomp.bench.rivals import build_exported, build_rival, quantised_by_torchao
 from tokcomp.methods import Method
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,6 +37,8 @@ COMPETITORS = {
     "tensorrt": "timm's model in TensorRT, by ONNX Runtime",
     "tokcomp": "the compressed model",
     "tokcomp-int8": "the same with its products in int8 (tokcomp.quantize)",
+    "tokcomp-onnx": "the compressed model's ONNX file in ONNX Runtime",
+    "tokcomp-onnx-int8": "the same with its products in int8, by dynamic quantisation",
     "tokcomp-compiled": "the compressed model under torch.compile",
     "tokcomp-graph": "the same under tokcomp.compile: a CUDA graph for the batch size",
 }
@@ -52,6 +54,8 @@ MAY_FAIL = (
     "published-code",
     "published-tocom",
     *(name for name in UNCOMPRESSED if name != "timm"),
+    "tokcomp-onnx",
+    "tokcomp-onnx-int8",
     "tokcomp-compiled",
     "tokcomp-graph",
 )
@@ -100,7 +104,8 @@ class Entry:
 
     @property
     def is_ours(self) -> bool:
-        return self.competitor.startswith("tokcomp")
+        """Whether what runs is ours: our ONNX files are run by others."""
+        return self.competitor.startswith("tokcomp") and "onnx" not in self.competitor
 
 
 def build_runner(
@@ -130,6 +135,8 @@ def build_runner(
     own: Any = copy.deepcopy(model).to(dtype)
     if entry.method is not None:
         tokcomp.compress(own, entry.method)
+    if "onnx" in kind:
+        return build_exported(kind, own, dtype, device, batch)
     if kind == "tokcomp-int8":
         return tokcomp.quantize(own.eval())
     if kind == "tokcomp-graph":

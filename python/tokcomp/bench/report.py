@@ -19,6 +19,8 @@ _COLOURS = {
     "openvino": "#8172b3",
     "tokcomp": "#c44e52",
     "tokcomp-int8": "#e8873a",
+    "tokcomp-onnx": "#d98880",
+    "tokcomp-onnx-int8": "#f5c49b",
     "tokcomp-compiled": "#7a1f2b",
     "tokcomp-graph": "#4a0f18",
 }

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp.adapters.timm_vit.embedding import image_shape
+from tokcomp.deploy.exported import export
+from tokcomp.deploy.onnx_int8 import in_int8
 from tokcomp.measure.instruction_sets import instruction_sets, level_in_force
 from tokcomp_kernels.product_types import product_dtype
 
@@ -28,6 +30,8 @@ _OPSET = 17
 _PROVIDERS = {
     ("onnxruntime", "cpu"): "CPUExecutionProvider",
     ("onnxruntime-int8", "cpu"): "CPUExecutionProvider",
+    ("tokcomp-onnx", "cpu"): "CPUExecutionProvider",
+    ("tokcomp-onnx-int8", "cpu"): "CPUExecutionProvider",
     ("onnxruntime", "cuda"): "CUDAExecutionProvider",
     ("tensorrt", "cuda"): "TensorrtExecutionProvider",
 }
@@ -55,6 +59,31 @@ def build_rival(
     """
     if name == "openvino":
         return _openvino(model, dtype, device, batch)
+    runtime, provider = _runtime(name, dtype, device)
+    exported = to_onnx(model, dtype, device, batch)
+    if name == "onnxruntime-int8":
+        exported = _prepared_int8(exported)
+    return _session(runtime, provider, name, exported, dtype, device)
+
+
+def build_exported(
+    name: str, model: nn.Module, dtype: torch.dtype, device: torch.device, batch: int
+) -> Callable[[Tensor], Tensor]:
+    """The same for a compressed model through :func:`tokcomp.export`: "tokcomp-onnx" or "tokcomp-onnx-int8".
+
+    Raises:
+        RivalError: onnxruntime is not installed, or has no such dtype or device.
+        ImportError: onnxscript is not installed.
+    """
+    runtime, provider = _runtime(name, dtype, device)
+    quantize = "int8" if name.endswith("-int8") else None
+    with tempfile.TemporaryDirectory() as folder:
+        path = export(model, Path(folder) / "model.onnx", batch=batch, dynamic_batch=False, quantize=quantize)
+        return _session(runtime, provider, name, path.read_bytes(), dtype, device)
+
+
+def _runtime(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, str]:
+    """ONNX Runtime, and what of it runs this rival here."""
     provider = _PROVIDERS.get((name, device.type))
     if provider is None or dtype == torch.bfloat16 or (device.type == "cpu" and dtype != torch.float32):
         raise RivalError(f"{name} does not run a ViT in {str(dtype).removeprefix('torch.')} on {device.type}")
@@ -64,9 +93,13 @@ def build_rival(
     runtime = _imported("onnxruntime")
     if provider not in runtime.get_available_providers():
         raise RivalError(f"the installed onnxruntime has no {provider}")
-    exported = to_onnx(model, dtype, device, batch)
-    if name == "onnxruntime-int8":
-        exported = _quantised(exported)
+    return runtime, provider
+
+
+def _session(
+    runtime: Any, provider: str, name: str, exported: bytes, dtype: torch.dtype, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """An ONNX file's bytes in ONNX Runtime, on images and logits in PyTorch's own memory."""
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors alone
@@ -128,19 +161,14 @@ def to_onnx(model: nn.Module, dtype: torch.dtype, device: torch.device, batch: i
         return path.read_bytes()
 
 
-def _quantised(exported: bytes) -> bytes:
-    """Its products in int8: weights beforehand, a scale per output channel; activations by their range in each call."""
-    quantization = _imported("onnxruntime.quantization")
+def _prepared_int8(exported: bytes) -> bytes:
+    """Its linear layers in int8, after ONNX Runtime's own preparation, as it advises."""
+    onnx = _imported("onnx")
     with tempfile.TemporaryDirectory() as folder:
-        source, ready, target = (Path(folder) / f"{name}.onnx" for name in ("float", "ready", "int8"))
+        source, ready = (Path(folder) / f"{name}.onnx" for name in ("float", "ready"))
         source.write_bytes(exported)
         _imported("onnxruntime.quantization.shape_inference").quant_pre_process(str(source), str(ready))
-        # Not the patch embedding: ONNX Runtime's int8 convolution is the slower one.
-        quantization.quantize_dynamic(
-            ready, target, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"],
-            weight_type=quantization.QuantType.QInt8,
-        )  # fmt: skip
-        return target.read_bytes()
+        return in_int8(onnx.load(ready)).SerializeToString()
 
 
 def _openvino(model: nn.Module, dtype: torch.dtype, device: torch.device, batch: int) -> Callable[[Tensor], Tensor]:

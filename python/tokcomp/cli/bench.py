@@ -148,6 +148,8 @@ def _entries(args: argparse.Namespace, method: Method, device: torch.device) -> 
     )
     stacks = ["tokcomp", *(["tokcomp-compiled"] if args.torchcompile else [])]
     stacks += ["tokcomp-int8"] if device.type == "cpu" and args.precision == "float32" else []
+    if device.type == "cpu" and args.precision == "float32" and not args.no_rivals:
+        stacks += ["tokcomp-onnx", "tokcomp-onnx-int8"]
     stacks += ["tokcomp-graph"] if args.torchcompile and device.type == "cuda" else []
     return entries | {name: Entry(name, method) for name in stacks}
 

@@ -23,6 +23,8 @@ examples:
       the schedule that the DiffRate paper published for this model and budget
   tokcomp export -m deit_small_patch16_224 --pretrained --method diffrate --gflops 2.3 -o deit.onnx
       the same as an ONNX file
+  tokcomp export -m deit_small_patch16_224 --pretrained --method diffrate --gflops 2.3 --quantize int8 -o int8.onnx
+      and with its linear layers in int8
   tokcomp export -m deit_base_patch16_224 --checkpoint mine.safetensors --method diffrate --schedule mine.json \\
       --device cuda --model-dtype float16 -b 64 --static-batch -o mine.pt2
       your own weights and schedule, in half precision, for exactly 64 images at a time
@@ -39,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--format", choices=("aoti", "onnx"), help="compiled package or ONNX (default: onnx for a FILE.onnx, else aoti)"
+    )
+    group.add_argument(
+        "--quantize", choices=("int8",), help="of an ONNX file: its linear layers in int8, by onnxruntime"
     )
     group.add_argument(
         "--model-dtype", choices=("float32", "float16", "bfloat16"), help="convert the weights (default: as they are)"
@@ -76,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
             max_batch=args.max_batch,
             img_size=args.img_size,
             format=args.format,
+            quantize=args.quantize,
         )
     onnx = format_of(args.output, args.format) == "onnx"
     count = "any number of" if onnx else f"1 to {args.max_batch}"

@@ -36,6 +36,7 @@ def export(
     img_size: int | Sequence[int] | None = None,
     inductor_configs: Mapping[str, Any] | None = None,
     format: str | None = None,
+    quantize: str | None = None,
 ) -> Path:
     """Write a model into one file, weights included: a compiled package, or an ONNX file. The model is not changed.
 
@@ -60,12 +61,13 @@ def export(
         inductor_configs: further settings of ``torch._inductor.config``, such as ``{"max_autotune": True}``. On CPU
             ``freezing`` is set, which packs the weights for oneDNN.
         format: "aoti" or "onnx"; None: "onnx" for a path that ends in ``.onnx``, else "aoti".
+        quantize: of an ONNX file, "int8": its linear layers in int8 by ONNX Runtime's dynamic quantisation.
 
     Returns:
         The path.
 
     Raises:
-        ImportError: an ONNX file is wanted, and onnxscript is not installed.
+        ImportError: an ONNX file is wanted, and onnxscript, or for int8 onnxruntime, is not installed.
         TypeError: ``model`` is not a module, or of a type other than float32, float16 and, for a package, bfloat16.
         ValueError: it is in training mode, on the meta device or on several devices, has no image size, or keeps
             different numbers of tokens of different images; ``batch`` is below 1 or above ``max_batch``; the folder of
@@ -75,6 +77,8 @@ def export(
     format = format_of(path, format)
     if format == "onnx" and inductor_configs:
         raise ValueError(f"inductor_configs must be left out for format='onnx', got {dict(inductor_configs)}")
+    if quantize is not None and (quantize != "int8" or format != "onnx"):
+        raise ValueError(f"quantize must be 'int8', for format='onnx' alone, got {quantize!r} for format={format!r}")
     inputs = inputs_of(model, img_size)
     if inputs.dtype not in _DTYPES.values():
         raise TypeError(f"model must be of {', '.join(_DTYPES)}, got {inputs.dtype}: convert it, as by model.float()")
@@ -86,7 +90,7 @@ def export(
     model = getattr(model, "_orig_mod", model)
     refuse_varying(model, "export")
     if format == "onnx":
-        check_onnx(model, inputs.dtype)
+        check_onnx(model, inputs.dtype, quantize)
     lowest, highest = (1, max_batch) if dynamic_batch else (batch, batch)
     facts = {
         "version": __version__,
@@ -104,7 +108,8 @@ def export(
     if format == "onnx":
         names = ("version", "torch", "model", "method", "channels", "height", "width", "dtype")
         program = _program(model, inputs, batch, lowest, highest)
-        write_onnx(program, path, {_PREFIX + name: str(facts[name]) for name in names})
+        told = {_PREFIX + name: str(facts[name]) for name in names}
+        write_onnx(program, path, told | ({} if quantize is None else {f"{_PREFIX}quantize": quantize}), quantize)
         return path
     configs: dict[str, Any] = {"freezing": inputs.device.type == "cpu"}
     configs |= {"aot_inductor.metadata": {_PREFIX + name: str(value) for name, value in facts.items()}}

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree
 
 from tokcomp.deploy.onnx_forms import FORMS
+from tokcomp.deploy.onnx_int8 import in_int8, quantiser
 from tokcomp.files import replacing
 
 #: The first opset with all that is used here, LayerNormalization the youngest; the newest of the exporter's own choice.
@@ -23,11 +24,11 @@ DTYPES = (torch.float32, torch.float16)
 _MOST_BYTES = 2**31 - 1
 
 
-def check_onnx(model: nn.Module, dtype: torch.dtype) -> None:
+def check_onnx(model: nn.Module, dtype: torch.dtype, quantize: str | None = None) -> None:
     """Refuse what an ONNX file cannot be made of, before any work.
 
     Raises:
-        ImportError: onnxscript is not installed.
+        ImportError: onnxscript is not installed, or for int8 onnxruntime.
         TypeError, ValueError: the weights are of a type that runtimes do not compute in, or too large for one file.
     """
     try:
@@ -37,6 +38,10 @@ def check_onnx(model: nn.Module, dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
         names = " or ".join(str(one).removeprefix("torch.") for one in DTYPES)
         raise TypeError(f"model must be {names} for format='onnx', got {dtype}: convert it, as by model.float()")
+    if quantize is not None:
+        if dtype != torch.float32:
+            raise TypeError(f"model must be float32 for quantize='int8', got {dtype}: convert it, as by model.float()")
+        quantiser()
     nbytes = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
     if nbytes > _MOST_BYTES:
         raise ValueError(
@@ -45,11 +50,11 @@ def check_onnx(model: nn.Module, dtype: torch.dtype) -> None:
         )
 
 
-def write_onnx(program: ExportedProgram, path: Path, facts: Mapping[str, str]) -> None:
+def write_onnx(program: ExportedProgram, path: Path, facts: Mapping[str, str], quantize: str | None = None) -> None:
     """Write an exported program, whole or not at all.
 
     Its input is "images"; its output "logits" or, where the model returns several, what the model calls them. ``facts``
-    become the file's metadata.
+    become the file's metadata. ``quantize``: "int8", or None.
     """
     names = _output_names(program)
     plain = program.run_decompositions(FORMS)
@@ -67,6 +72,8 @@ def write_onnx(program: ExportedProgram, path: Path, facts: Mapping[str, str]) -
     proto = exported.model_proto
     for part in (*proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         del part.metadata_props[:]  # where each came from in the source, with paths of this machine
+    if quantize is not None:
+        proto = in_int8(proto)
     for name, value in facts.items():
         proto.metadata_props.add(key=name, value=value)
     with replacing(path) as file:
