@@ -7,7 +7,7 @@ TRITONS ?= 3.6.0 3.9.0
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 .PHONY: build rebuild setup demo test test-fast oracle attack race-mutations bench cpu-records results kernel-report
-.PHONY: triton-range aarch64 lint docs sdist wheel gpu-check clean
+.PHONY: triton-range aarch64 lint docs sdist wheel kernels-hub gpu-check clean
 
 build:  ## The compiled kernels, in place, for PYTHON as it is
 	$(PYTHON) build_backend/native.py
@@ -87,6 +87,9 @@ sdist: .venv/installed  ## dist/tokcomp-<version>.tar.gz
 
 wheel: .venv/installed  ## dist/tokcomp-<version>-*.whl for this Python and the torch in .venv; kernels of every CPU level
 	$(BIN)/python -m pip wheel -v --no-deps -w dist .
+
+kernels-hub: .venv/installed  ## The operators as a repository of the `kernels` hub, in build/kernels-hub
+	rm -rf build/kernels-hub && $(BIN)/python -m tools.kernels_hub build/kernels-hub
 
 gpu-check:  ## On a GPU machine that has torch and nvcc: no .venv, no network. MINUTES=9, ONLY=step,step
 	$(PYTHON) -m tools.gpu_check --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
