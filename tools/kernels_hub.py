@@ -138,7 +138,7 @@ class BlockBenchmark(Benchmark):
         self.out, _, _ = self.kernel.prune_merge(self.x, self.importance, 120, 120)
 
     def verify_prune(self):
-        order = self.importance[:, 1:].argsort(1, descending=True, stable=True)[:, :119] + 1
+        order = self.importance[:, 1:].argsort(dim=1, descending=True, stable=True)[:, :119] + 1
         kept = torch.cat([torch.zeros_like(order[:, :1]), order], 1)
         return self.x.gather(1, kept[..., None].expand(-1, -1, self.x.shape[2]))
 '''

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,22 @@ def test_nothing_leads_back_to_the_installed_package(repository, loaded):
         text = (out / "build/torch-cuda" / path).read_text()
         assert not re.search(r"^\s*(?:from|import) tokcomp_kernels|import_module\(f?.tokcomp", text, re.M), path
         assert not re.search(r"torch\.ops\.tokcomp(?:_cpu|_cuda|_python|_int8)?\.", text), path
+
+
+def test_its_benchmark_verifies(repository, loaded, monkeypatch):
+    """On two images instead of 64."""
+    benchmark = SimpleNamespace(Benchmark=type("Benchmark", (), {"device": "cpu"}))
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(benchmark=benchmark))
+    monkeypatch.setitem(sys.modules, "kernels.benchmark", benchmark)
+    names: dict = {}
+    exec((repository[0] / "benchmarks" / "benchmark.py").read_text().replace("(64, ", "(2, "), names)
+    block = names["BlockBenchmark"]()
+    block.kernel = next(iter(loaded.values()))
+    block.setup()
+    for name in ("attention", "prune"):
+        getattr(block, f"benchmark_{name}")()
+        assert block.out.shape[0] == 2
+        torch.testing.assert_close(block.out, getattr(block, f"verify_{name}")())
 
 
 def test_a_folder_in_use_is_left(repository):
