@@ -37,26 +37,39 @@ def attention(
 ) -> list[KernelCost]:
     """The forward kernel, where each block of queries goes over all keys, and the mean of the class rows.
 
-    More keys than ONE_TILE in a single pass, and widths up to it, come in tiles that add up to a multiple of 16.
+    A head's first block finds the class row of its own, by the keys at hand or by reading them twice more. More keys
+    than ONE_TILE in a single pass, and widths up to it, come in tiles that add up to a multiple of 16.
     """
     tiles = launch_config("attention", "forward", gpu, N=num_tokens, D=width, itemsize=item)
     blocks, pairs, padded = _attention_tiles(tiles, num_tokens, width)
     rows = heads * num_tokens * width * item  # of q, k, v or out, of one image
     sizes = num_tokens * _FLOAT * has_size
-    written = rows + heads * (num_tokens + 2) * _FLOAT
+    written = rows + heads * num_tokens * _FLOAT
+    passes, query_loads = _class_row_passes(tiles, num_tokens)
+    class_row = heads * (query_loads * width * item + passes * sizes) + (2 * rows if passes > 1 else 0)
     forward = KernelCost(
         "attention.forward",
         block,
         multiply_adds=batch * heads * 2 * num_tokens**2 * width,
         tile_multiply_adds=batch * heads * 2 * pairs * padded,
-        exponentials=batch * heads * pairs,
+        exponentials=batch * heads * (pairs + 2 * num_tokens),
         bytes_read=batch * (3 * rows + sizes),
         bytes_written=batch * written,
-        bytes_loaded=batch * (rows + blocks * (2 * rows + heads * sizes)),
+        bytes_loaded=batch * (rows + blocks * (2 * rows + heads * sizes) + class_row),
         bytes_stored=batch * written,
         programs=batch * heads * blocks,
     )
-    return [forward, _mean_over_groups("attention.class_row", batch, heads, num_tokens, block)]
+    return [forward, _mean_over_groups("attention.class_row", batch, heads, num_tokens, block, of_logits=False)]
+
+
+def _class_row_passes(tiles: Mapping[str, int], num_tokens: int) -> tuple[int, int]:
+    """How often a head's class row goes over its keys, and over how many tiles of them in all."""
+    if num_tokens > tiles["BLOCK_N"]:
+        return 2, 2 * ceil_div(num_tokens, tiles["BLOCK_N"])
+    if tiles["BLOCK_N"] <= ONE_TILE:
+        return 1, 1
+    full, rest = divmod(_up(num_tokens, _TILE_STEP), 64)
+    return 1, full + (rest // _TILE_STEP).bit_count()
 
 
 def _attention_tiles(tiles: Mapping[str, int], num_tokens: int, width: int) -> tuple[int, int, int]:

@@ -199,3 +199,71 @@ def store_first_row(ptr, tile, offs_m, offs_n, N):
     """Row 0 of a tile, for the program whose rows ``offs_m`` begin with it."""
     row = tl.sum(tl.where((offs_m == 0)[:, None], tile, 0.0), 0)  # [BLOCK_N]
     tl.store(ptr + offs_n, row, mask=offs_n < N)
+
+
+@triton.jit
+def class_scores(q_ptr, k, size_ptr, offs_n, stride_sn, N, scale, D: tl.constexpr, WIDTHS: tl.constexpr, HAS_SIZE):
+    """Base-2 scores of query 0, at ``q_ptr``, with a tile of keys; -inf for keys beyond N.
+
+    From the keys as they were loaded, whose few threads of a row add up its products: taking row 0 out of a tile of
+    scores is a sum over all its rows.
+    """  # [BLOCK_N]
+    products = tl.zeros([k[0].shape[0]], tl.float32)
+    for i in tl.static_range(len(WIDTHS)):
+        offs_d = first_of(WIDTHS, i) + tl.arange(0, WIDTHS[i])
+        q = tl.load(q_ptr + offs_d, mask=within(offs_d, D, i + 1 < len(WIDTHS)), other=0.0).to(tl.float32)
+        products += tl.sum(k[i].to(tl.float32) * q[None, :], 1)
+    scores = products * (scale * LOG2_E)
+    if HAS_SIZE:
+        scores += load_bias(size_ptr, offs_n, stride_sn, N)
+    return tl.where(offs_n < N, scores, float("-inf"))
+
+
+@triton.jit
+def store_class_row(ptr, scores, N, TILES: tl.constexpr):
+    """The softmax of a row whose ``scores`` are tiles."""
+    top = tl.max(scores[0], 0)
+    for i in tl.static_range(1, len(TILES)):
+        top = tl.maximum(top, tl.max(scores[i], 0))
+    top = finite_max(top)
+    total = 0.0
+    for i in tl.static_range(len(TILES)):
+        total += tl.sum(tl.exp2(scores[i] - top), 0)
+    for i in tl.static_range(len(TILES)):
+        offs_n = first_of(TILES, i) + tl.arange(0, TILES[i])
+        tl.store(ptr + offs_n, tl.exp2(scores[i] - top) / total, mask=offs_n < N)
+
+
+@triton.jit
+def store_long_class_row(
+    ptr,
+    q_ptr,
+    k_ptr,
+    size_ptr,
+    stride_kn,
+    stride_sn,
+    N,
+    scale,
+    D: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_SIZE: tl.constexpr,
+):
+    """The softmax of query 0's scores with keys that come in tiles of BLOCK_N: read for the sum, and read again."""
+    top = tl.full([BLOCK_N], float("-inf"), tl.float32)  # of every lane
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for start_n in range(0, N, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        k = load_parts(k_ptr, offs_n, stride_kn, N, D, WIDTHS)
+        scores = class_scores(q_ptr, k, size_ptr, offs_n, stride_sn, N, scale, D, WIDTHS, HAS_SIZE)
+        new_top = tl.maximum(top, scores)
+        subtract = finite_max(new_top)
+        total = total * tl.exp2(top - subtract) + tl.exp2(scores - subtract)
+        top = new_top
+    row_top = finite_max(tl.max(top, 0))
+    row_total = tl.sum(total * tl.exp2(top - row_top), 0)
+    for start_n in range(0, N, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        k = load_parts(k_ptr, offs_n, stride_kn, N, D, WIDTHS)
+        scores = class_scores(q_ptr, k, size_ptr, offs_n, stride_sn, N, scale, D, WIDTHS, HAS_SIZE)
+        tl.store(ptr + offs_n, tl.exp2(scores - row_top) / row_total, mask=offs_n < N)

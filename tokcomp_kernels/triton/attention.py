@@ -19,6 +19,7 @@ from tokcomp_kernels.triton._attention import (
     UNSPECIALIZED,
     add_values,
     apply_mask,
+    class_scores,
     divide_parts,
     finite_max,
     first_of,
@@ -28,7 +29,9 @@ from tokcomp_kernels.triton._attention import (
     load_parts,
     part_scores,
     scale_parts,
+    store_class_row,
     store_first_row,
+    store_long_class_row,
     store_parts,
     width_tiles,
     zero_parts,
@@ -46,7 +49,6 @@ def _attention_fwd_kernel(
     mask_ptr,
     out_ptr,
     cls_ptr,
-    stats_ptr,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -75,7 +77,7 @@ def _attention_fwd_kernel(
     HAS_SIZE: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """cls_ptr [B, H, N] takes row 0: probabilities with a mask, else scores; stats_ptr [B, H, 2]: maximum, sum."""
+    """cls_ptr [B, H, N] takes row 0 of each head's softmax."""
     num_blocks = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)
     pid_m = pid % num_blocks
@@ -98,13 +100,17 @@ def _attention_fwd_kernel(
     if KEYS > 0:
         TILES: tl.constexpr = key_tiles(KEYS)
         scores = ()  # [BLOCK_M, TILES]
+        first_row = ()  # [TILES], for the program whose rows begin with it
         row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         for i in tl.static_range(len(TILES)):
             offs_n = first_of(TILES, i) + tl.arange(0, TILES[i])
             k = load_parts(k_ptr, offs_n, stride_kn, N, D, WIDTHS, i + 1 < len(TILES))  # [TILES[i], WIDTHS]
             tile = part_scores(q, k, size_ptr, offs_n, stride_sn, N, scale, HAS_SIZE, i + 1 < len(TILES))
-            if not HAS_MASK and pid_m == 0:
-                store_first_row(cls_ptr, tile, offs_m, offs_n, N)
+            if not HAS_MASK:
+                first = tl.full([TILES[i]], float("-inf"), tl.float32)
+                if pid_m == 0:
+                    first = class_scores(q_ptr, k, size_ptr, offs_n, stride_sn, N, scale, D, WIDTHS, HAS_SIZE)
+                first_row = first_row + (first,)  # type: ignore[assignment]  # noqa: RUF005
             row_max = tl.maximum(row_max, tl.max(tile, 1))
             scores = scores + (tile,)  # type: ignore[assignment]  # noqa: RUF005 (Triton unpacks no tuples)
         row_max = finite_max(row_max)
@@ -130,6 +136,8 @@ def _attention_fwd_kernel(
                     store_first_row(cls_ptr, probs, offs_m, offs_n, N)
                 v = load_parts(v_ptr, offs_n, stride_vn, N, D, WIDTHS, i + 1 < len(TILES))  # [TILES[i], WIDTHS]
                 out = add_values(out, narrow(probs, v_ptr.dtype.element_ty), v)
+        elif pid_m == 0:
+            store_class_row(cls_ptr, first_row, N, TILES)
     else:
         offs_tile = tl.arange(0, BLOCK_N)
         row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -146,8 +154,6 @@ def _attention_fwd_kernel(
             if HAS_MASK:
                 powers = apply_mask(powers, load_mask(mask_ptr, offs_n, stride_mn, N)[None, :], offs_m, offs_n)
             else:
-                if pid_m == 0:
-                    store_first_row(cls_ptr, scores, offs_m, offs_n, N)
                 v = load_parts(v_ptr, offs_n, stride_vn, N, D, WIDTHS)  # [BLOCK_N, WIDTHS]
                 out = add_values(scale_parts(out, decay), narrow(powers, v_ptr.dtype.element_ty), v)
             row_sum = row_sum * decay + tl.sum(powers, 1)
@@ -166,12 +172,13 @@ def _attention_fwd_kernel(
                     store_first_row(cls_ptr, probs, offs_m, offs_n, N)
                 v = load_parts(v_ptr, offs_n, stride_vn, N, D, WIDTHS)  # [BLOCK_N, WIDTHS]
                 out = add_values(out, narrow(probs, v_ptr.dtype.element_ty), v)
+        elif pid_m == 0:
+            store_long_class_row(
+                cls_ptr, q_ptr, k_ptr, size_ptr, stride_kn, stride_sn, N, scale, D, WIDTHS, BLOCK_N, HAS_SIZE
+            )
 
     if not HAS_MASK:
         out = divide_parts(out, row_sum)
-    if not HAS_MASK and pid_m == 0:
-        tl.store(stats_ptr + 2 * bh + offs_m, row_max, mask=offs_m == 0)
-        tl.store(stats_ptr + 2 * bh + 1 + offs_m, row_sum, mask=offs_m == 0)
     store_parts(out_ptr, offs_m, stride_on, N, out, D, WIDTHS)
 
 
@@ -192,7 +199,6 @@ def attention_forward(
     q, k, v = (inner_contiguous(tensor) for tensor in (q, k, v))
     out = torch.empty(batch, num_tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     cls_rows = torch.empty(batch, heads, num_tokens, dtype=torch.float32, device=q.device)
-    stats = torch.empty(batch, heads, 2, dtype=torch.float32, device=q.device) if token_mask is None else None
     if cls_rows.numel() > 0:
         options = forward_options(op, q.device, num_tokens, width, q.element_size())
         with device_guard(q):
@@ -204,7 +210,6 @@ def attention_forward(
                 mask_ptr=token_mask,
                 out_ptr=out,
                 cls_ptr=cls_rows,
-                stats_ptr=stats,
                 **strides(q, "stride_qb", "stride_qh", "stride_qn"),
                 **strides(k, "stride_kb", "stride_kh", "stride_kn"),
                 **strides(v, "stride_vb", "stride_vh", "stride_vn"),
@@ -220,7 +225,7 @@ def attention_forward(
                 HAS_MASK=token_mask is not None,
                 **options,
             )
-    return out, reduce_groups(cls_rows, stats=stats, mean=True, dtype=torch.float32)
+    return out, reduce_groups(cls_rows, mean=True, dtype=torch.float32)
 
 
 @checked
