@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 
 import pytest
 import timm
@@ -71,6 +72,17 @@ def test_importance_is_what_evit_goes_by(model, images):
             kept = [own for own, now in zip(importance, source, strict=True) if now >= 0]
             assert dropped and max(dropped) <= min(kept)
             before = source
+
+
+def test_images_that_keep_different_numbers_of_tokens(model, images):
+    """The mean is that of the tokens that an image has, not of those that fill the batch."""
+    images = torch.cat([images, torch.zeros(1, 3, 32, 32)])  # of one colour: everything merges
+    found = watch(model, images, tokcomp.DToMe(0.95))
+    assert len({len(set(blocks[-1].source)) for blocks in found}) > 1
+    for blocks in found:
+        for entering, block in pairwise(blocks):
+            of_tokens = dict(zip(entering.source, block.importance, strict=True))
+            assert sum(of_tokens.values()) / len(of_tokens) == pytest.approx(1, abs=0.01)
 
 
 def test_a_model_without_class_token_has_the_attention_received(images):

@@ -196,7 +196,7 @@ def _methods(
 
 
 def _strength(gflops: float) -> str:
-    return f"{gflops:.3g} GFLOPs"
+    return f"{gflops:.4g} GFLOPs"
 
 
 def _figures(args: argparse.Namespace, model: nn.Module, pictures: Sequence[Path]) -> tuple[list[Figure], Tensor]:

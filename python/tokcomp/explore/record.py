@@ -66,7 +66,11 @@ def _of_patches(score: Tensor, entering: Tensor, prefix: int) -> Tensor | None:
     if score.shape[1] <= int(entering.max()):
         return None  # this block saw other tokens than the map says: every position has its own again
     score = score.float().nan_to_num(0.0)
-    score = score / score[:, prefix:].mean(1, keepdim=True).clamp(min=1e-12)
+    # Only tokens that patches are in: where images keep different numbers of them, the others fill the batch.
+    alive = torch.zeros_like(score).scatter(1, entering.clamp(min=0), (entering >= 0).float())
+    alive[:, :prefix] = 0
+    mean = (score * alive).sum(1, keepdim=True) / alive.sum(1, keepdim=True).clamp(min=1)
+    score = score / mean.clamp(min=1e-12)
     return score.gather(1, entering.clamp(min=0)).masked_fill(entering < 0, 0.0)[:, prefix:]
 
 
