@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -11,13 +12,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from tokcomp import methods
 from tokcomp.adapters import find_adapter
 from tokcomp.api import compress, quantize, restore
 from tokcomp.equal_cost import Ruler
 from tokcomp.files import write_whole
 from tokcomp.folded import fold_of
 from tokcomp.hub import Card, Shareable, fetch, fetch_beside
-from tokcomp.methods import DiffRate, Method, scheduled
+from tokcomp.methods import DiffRate, EViT, Method, ToMe, scheduled
 from tokcomp.reading import read_json
 from tokcomp.schedule import FILE as SCHEDULE_FILE
 from tokcomp.schedule import CompressionSchedule
@@ -50,26 +52,33 @@ class CompressionConfig(Shareable):
     It holds no weights of the model itself.
 
     Args:
-        schedule: the counts, and the method that they are for.
+        schedule: the counts, and the method that they are for: DiffRate, ToMe or EViT; None for another method.
         model: the model's name, for people; :meth:`apply` goes by what the model is.
         attention: as for :func:`tokcomp.compress`.
         quantized: whether products are computed in int8 (:func:`tokcomp.quantize`).
         folding: the plugin, if one is folded in.
         figures: numbers and texts for the card, such as ``{"top1": 79.8}``.
+        method: instead of a schedule, the name and the arguments of one of tokcomp's methods:
+            ``{"name": "ATS", "arguments": {"num_samples": 40}}``.
 
     Raises:
-        TypeError, ValueError: a value of another kind.
+        TypeError, ValueError: a value of another kind, or not just one of schedule and method.
     """
 
-    schedule: CompressionSchedule
+    schedule: CompressionSchedule | None
     model: str | None = None
     attention: str = "tokcomp"
     quantized: bool = False
     folding: Folding | None = None
     figures: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.schedule, CompressionSchedule):
+        if (self.schedule is None) == (self.method is None):
+            raise ValueError(f"schedule or method must be given, got {'neither' if self.method is None else 'both'}")
+        if self.method is not None:
+            _made(self.method)
+        elif not isinstance(self.schedule, CompressionSchedule):
             raise TypeError(f"schedule must be a CompressionSchedule, got {type(self.schedule).__name__}")
         if self.attention not in ("tokcomp", "stock"):
             raise ValueError(f"attention must be 'tokcomp' or 'stock', got {self.attention!r}")
@@ -86,14 +95,14 @@ class CompressionConfig(Shareable):
         """How ``model`` is compressed now.
 
         Args:
-            model: compressed by DiffRate, ToMe or EViT; it is not changed.
+            model: compressed by one of tokcomp's own methods; it is not changed.
             name: the model's name, for people.
             plugin: the plugin that is folded in, if one is.
             figures: for the card, such as ``top1=79.8``. GFLOPs are added.
 
         Raises:
             ValueError: the model is not compressed; or a plugin is folded in and this is not the one.
-            TypeError: the method follows no schedule, or the model is not understood.
+            TypeError: the method is somebody's own, or the model is not understood.
         """
         adapter = find_adapter(model)
         method, record = adapter.method(model), fold_of(model)
@@ -110,13 +119,15 @@ class CompressionConfig(Shareable):
             folding = Folding(plugin, record.source, record.target, record.scale)
         ruler = Ruler(model)
         dense, cost = ruler.flops(None) / 1e9, ruler.flops(method) / 1e9
+        has_schedule = isinstance(method, (DiffRate, ToMe, EViT))
         return cls(
-            _schedule_of(ruler, method),
+            _schedule_of(ruler, method) if has_schedule else None,
             name,
             "stock" if adapter.keeps_attention(model) else "tokcomp",
             adapter.uses_int8(model),
             folding,
             {"gflops": cost, "uncompressed_gflops": dense, **figures},
+            None if has_schedule else _described(method),
         )
 
     def apply(self, model: ModelT) -> ModelT:
@@ -134,13 +145,14 @@ class CompressionConfig(Shareable):
         """
         if find_adapter(model).method(model) is not None or fold_of(model) is not None:
             raise ValueError("model must be plain, got one that is compressed or has a plugin: restore and unfold it")
+        method = _made(self.method) if self.schedule is None else scheduled(self.schedule)
         plugin = None if self.folding is None else self.folding.plugin
         if isinstance(plugin, Path):
             plugin = ToCom.load(plugin, model)
         try:
             if plugin is not None and self.folding is not None:
                 plugin.fold(model, self.folding.source, self.folding.target, self.folding.scale)
-            compress(model, scheduled(self.schedule), attention=self.attention)
+            compress(model, method, attention=self.attention)
             if self.quantized:
                 quantize(model)
         except BaseException:
@@ -177,17 +189,20 @@ class CompressionConfig(Shareable):
         if data["format"] != FORMAT or data["version"] != VERSION:
             got = f"{data['format']!r}, version {data['version']!r}"
             raise ValueError(f"{path}: format must be {FORMAT!r}, version {VERSION}, got {got}; is tokcomp too old?")
-        schedule = CompressionSchedule.load(fetch_beside(path, name, SCHEDULE_FILE, **options))
+        schedule, method = None, data["method"]
+        if method is None:
+            schedule = CompressionSchedule.load(fetch_beside(path, name, SCHEDULE_FILE, **options))
         folding = None
         if data["folding"] is not None:
             source, target, scale = (data["folding"][key] for key in ("source", "target", "scale"))
             if not all(type(one) is int for one in (source, target)) or not math.isfinite(scale):
                 raise ValueError(f"{path}: folding must have whole degrees and a scale, got {data['folding']}")
             folding = Folding(fetch_beside(path, name, PLUGIN_FILE, **options), source, target, float(scale))
-        return cls(schedule, data["model"], data["attention"], data["quantized"], folding, data["figures"])
+        return cls(schedule, data["model"], data["attention"], data["quantized"], folding, data["figures"], method)
 
     def _write_files(self, folder: Path) -> None:
-        self.schedule.save(folder / SCHEDULE_FILE)
+        if self.schedule is not None:
+            self.schedule.save(folder / SCHEDULE_FILE)
         folding = None
         if self.folding is not None:
             folding = {name: getattr(self.folding, name) for name in ("source", "target", "scale")}
@@ -204,6 +219,7 @@ class CompressionConfig(Shareable):
             "quantized": self.quantized,
             "folding": folding,
             "figures": self.figures,
+            "method": self.method,
         }
         try:
             text = json.dumps(data, indent=2, allow_nan=False) + "\n"
@@ -212,8 +228,10 @@ class CompressionConfig(Shareable):
         write_whole(folder / FILE, text)  # last: it says that the others are there
 
     def _card(self) -> Card:
-        card = self.schedule._card()
+        card = self.schedule._card() if self.schedule is not None else Card("", "", "", "")
         facts = {**card.facts, **({"model": self.model} if self.model else {}), **self.figures}
+        if self.schedule is None:
+            facts["method"] = repr(_made(self.method))
         if self.attention == "stock":
             facts["attention"] = "the model's own"
         if self.quantized:
@@ -241,3 +259,25 @@ def _schedule_of(ruler: Ruler, method: Method) -> CompressionSchedule:
     if isinstance(method, DiffRate):
         return replace(method.schedule, method=ruler.settings_of(method))
     return ruler.as_schedule(method)
+
+
+def _described(method: Method) -> dict[str, Any]:
+    """The class of one of tokcomp's methods, and the arguments that make it again."""
+    name = type(method).__name__
+    if getattr(methods, name, None) is not type(method):
+        raise TypeError(f"method must be one of tokcomp's own, got {name}, which nobody could make from a file")
+    arguments = {argument: getattr(method, argument) for argument in inspect.signature(type(method)).parameters}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
+    return {"name": name, "arguments": plain}
+
+
+def _made(described: Any) -> Method:
+    """The method of :func:`_described`; ValueError where it is none, as in a file from anyone."""
+    name = described.get("name") if isinstance(described, dict) else None
+    kind = getattr(methods, name, None) if isinstance(name, str) and name in methods.__all__ else None
+    if not (isinstance(kind, type) and issubclass(kind, Method)) or inspect.isabstract(kind) or kind is DiffRate:
+        raise ValueError(f"method must have the name of one of tokcomp's methods, got {described!r}")
+    try:
+        return kind(**described["arguments"])
+    except (TypeError, KeyError, OverflowError) as error:
+        raise ValueError(f"method must have the arguments of {name}, got {described!r} ({error})") from error
