@@ -7,7 +7,7 @@ TRITONS ?= 3.6.0 3.9.0
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 .PHONY: build rebuild setup demo test test-fast oracle attack race-mutations bench cpu-records results kernel-report
-.PHONY: triton-range aarch64 lint docs sdist wheel kernels-hub gpu-check clean
+.PHONY: triton-range aarch64 lint docs operator-pictures sdist wheel kernels-hub gpu-check clean
 
 build:  ## The compiled kernels, in place, for PYTHON as it is
 	$(PYTHON) build_backend/native.py
@@ -56,6 +56,9 @@ cpu-records: .venv/installed  ## DeiT-S against every rival with and without AVX
 	$(RECORD) $(ARGS)
 	$(HELD_TO_AVX2) $(RECORD) $(ARGS)
 	$(BIN)/python -m benchmarks.page
+
+operator-pictures: .venv/installed  ## docs/images/operators, drawn from the operators' own outputs
+	$(BIN)/python -m tools.operator_pictures
 
 results: .venv/installed  ## docs/results.md and its pictures from the records in benchmarks/results
 	$(BIN)/python -m benchmarks.page

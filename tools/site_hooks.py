@@ -29,9 +29,15 @@ LINK_OR_CODE = re.compile(
 ROLE = re.compile(r":(?:class|func|meth|attr|mod):<code>~?([^<]*)</code>")
 
 
+#: Operators that have a picture get a page each: their section of docs/operators.md and their rows of the results.
+PICTURES = ROOT / "docs" / "images" / "operators"
+
+
 def on_config(config: Any) -> Any:
-    """Anchors as GitHub writes them, so that one link serves both."""
+    """Anchors as GitHub writes them, so that one link serves both; the operators' own pages in the navigation."""
     config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
+    operators = next(part["Operators"] for part in config.nav if "Operators" in part)
+    operators.insert(1, {"One by one": [{name: f"operators/{name}.md"} for name in operator_sections()]})
     return config
 
 
@@ -41,12 +47,53 @@ def on_files(files: Any, config: Any) -> Any:
         text = rewritten((ROOT / source).read_text("utf-8"), source)
         first_page = "---\nhide: [navigation]\n---\n" if place == "index.md" else ""
         files.append(File.generated(config, place, content=first_page + text))
+    for name, section in operator_sections().items():
+        files.append(File.generated(config, f"operators/{name}.md", content=operator_page(name, section)))
     return files
 
 
+def operator_sections() -> dict[str, str]:
+    """What docs/operators.md says of each operator that has a picture, in its order."""
+    parts = re.split(r"^## (.+)\n", (ROOT / "docs" / "operators.md").read_text("utf-8"), flags=re.MULTILINE)
+    named = dict(zip(parts[1::2], parts[2::2], strict=True))
+    return {name: section for name, section in named.items() if (PICTURES / f"{name}.svg").exists()}
+
+
+def operator_page(name: str, section: str) -> str:
+    """The page of an operator: picture, shapes and rules, where its function is, what was measured and predicted."""
+    section = re.sub(r"\]\(#", "](operators.md#", section)
+    parts = [f"# {name}", f"<div class='operator'>{(PICTURES / f'{name}.svg').read_text('utf-8').strip()}</div>"]
+    parts.append(rewritten(section, "docs/operators.md", here=f"operators/{name}.md").strip())
+    function = f"[`tokcomp_kernels.{name}`](../api/operators.md#tokcomp_kernels.{name})"
+    parts.append(f"In Python: {function}. [Rules for all operators](../operators.md#rules-for-all-operators).")
+    return "\n\n".join([*parts, *operator_results(name)]) + "\n"
+
+
+def operator_results(name: str) -> list[str]:
+    """An operator's rows of the tables in docs/results.md, under the headings that they have there."""
+    found, titles, header = [], {2: "", 3: ""}, []
+    rows: list[str] = []
+    for line in [*(ROOT / "docs" / "results.md").read_text("utf-8").splitlines(), ""]:
+        if title := re.match(r"(##|###) (.*)", line):
+            titles[len(title[1])] = title[2]
+        if line.startswith("| operator |"):
+            header, rows = [line], []
+        elif header and len(header) < 2:
+            header.append(line)
+        elif header and line.startswith("|"):
+            rows += [line] if line.split("|")[1].strip() == name else []
+        elif header:
+            if rows:
+                found += [f"## {titles[2]}: {titles[3]}", "\n".join([*header, *rows])]
+            header = []
+    return [*found, "How to read these: [results](../results.md)."] if found else []
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    source = f"docs/{page.file.src_uri}"
-    return markdown if page.file.src_uri in PLACES.values() else rewritten(markdown, source)
+    place = page.file.src_uri
+    if place in PLACES.values() or place.startswith("operators/"):
+        return markdown
+    return rewritten(markdown, f"docs/{place}")
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -54,8 +101,12 @@ def on_page_content(html: str, **_: Any) -> str:
     return ROLE.sub(r"<code>\1</code>", html)
 
 
-def rewritten(markdown: str, source: str) -> str:
-    """``markdown`` of ``source`` with its links as they are on the site; what is not on the site loses its link."""
+def rewritten(markdown: str, source: str, here: str | None = None) -> str:
+    """``markdown`` of ``source`` with its links as they are on the site; what is not on the site loses its link.
+
+    ``here``: the page that it becomes part of, if that is not the one of ``source``.
+    """
+    at = here or PLACES.get(source, source.removeprefix("docs/"))
 
     def link(match: re.Match[str]) -> str:
         if match["text"] is None:
@@ -64,8 +115,7 @@ def rewritten(markdown: str, source: str) -> str:
         place = PLACES.get(target) or (target.removeprefix("docs/") if target.startswith("docs/") else None)
         if place is None:
             return match["text"][1:-1]
-        here = PLACES.get(source, source.removeprefix("docs/"))
-        relative = posixpath.relpath(place, posixpath.dirname(here) or ".")
+        relative = posixpath.relpath(place, posixpath.dirname(at) or ".")
         return f"{match['text']}({relative}{match['fragment'] or ''})"
 
     return LINK_OR_CODE.sub(link, markdown)
