@@ -110,7 +110,6 @@ OPERATORS: tuple[Operator, ...] = (
         "Merge sources into their most similar destinations, which the caller names token by token.",
         differentiable=("x",),
         backward="_merge_backward",
-        native=False,
         triton=False,
     ),
     Operator(
@@ -118,7 +117,6 @@ OPERATORS: tuple[Operator, ...] = (
         "(Tensor features, int num_kept, *, Tensor? relevance=None, int num_prefix_tokens=1, str rule='farthest')"
         " -> Tensor",
         "Choose tokens one by one, each unlike those chosen before: farthest points, or a determinantal process.",
-        native=False,
         triton=False,
     ),
     Operator(

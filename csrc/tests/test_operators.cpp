@@ -117,6 +117,22 @@ void test_tome_merge() {
   expect(merged[2].equal(at::tensor({0, 2, 1, 3, 2}, at::kLong).view({1, 5})), "tome_merge: sources");
 }
 
+// The same tokens, of which 1 and 2 may leave and 3 and 4 receive: token 1 goes to token 4, which points its way.
+void test_bipartite_merge() {
+  const at::Tensor x = at::tensor({5., 5., 1., 0., 0., 2., 0., -2., 2., 0.}, at::kFloat).view({1, 5, 2});
+  const at::Tensor role = at::tensor({0, 1, 1, 2, 2}, at::kLong).view({1, 5});
+  const Tensors merged = call("bipartite_merge", {x, x, role, 1});
+  const at::Tensor x_out = at::tensor({5., 5., 0., 2., 0., -2., 1.5, 0.}, at::kFloat).view({1, 4, 2});
+  expect(at::allclose(merged[0], x_out), "bipartite_merge: tokens");
+  expect(merged[2].equal(at::tensor({0, 3, 1, 2, 3}, at::kLong).view({1, 5})), "bipartite_merge: sources");
+}
+
+// Of four directions the one apart from the others comes first, then what is farthest from it.
+void test_select_diverse() {
+  const at::Tensor x = at::tensor({9., 9., 1., .1, 1., .2, -1., 1., 1., 0.}, at::kFloat).view({1, 5, 2});
+  expect(call("select_diverse", {x, 3})[0].equal(at::tensor({0, 3, 4}, at::kLong).view({1, 3})), "select_diverse");
+}
+
 // Position 2 went into token 0, position 3 was pruned.
 void test_unmerge() {
   const at::Tensor x = at::tensor({1., 2., 3., 4.}, at::kFloat).view({1, 2, 2});
@@ -202,6 +218,8 @@ int main() {
   test_masked_merge(at::kCPU, "cpu");
   test_masked_attention();
   test_tome_merge();
+  test_bipartite_merge();
+  test_select_diverse();
   test_unmerge();
   test_linear_gelu();
   test_composed_attention(at::kFloat, 1e-5);

@@ -32,6 +32,7 @@ EVERYWHERE = {
     ("masked_merge", 0),
     ("add_layer_norm", 0),
     ("tome_merge", 1),
+    ("bipartite_merge", 1),
 }
 ABOVE_DEFAULT = EVERYWHERE | {("tome_merge", 0), ("_masked_merge_backward", 0)}
 

@@ -29,7 +29,8 @@ def _python(code: str, **environment: str) -> str:
 BACKENDS_ON_CPU = """
 from tokcomp_kernels._schema import BY_NAME
 from tokcomp_kernels.ops import IMPLEMENTATIONS
-print(",".join(sorted({i.backend("cpu") for i in IMPLEMENTATIONS.values() if BY_NAME[i.name].native})))
+everywhere = [i for i in IMPLEMENTATIONS.values() if BY_NAME[i.name].native and BY_NAME[i.name].triton]
+print(",".join(sorted({i.backend("cpu") for i in everywhere})))
 """
 CONTENDERS = """
 from tokcomp_kernels.ops import IMPLEMENTATIONS

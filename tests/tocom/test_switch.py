@@ -30,6 +30,7 @@ def folded_by_hand(model, plugin, source, degree, method, images=IMAGES):
 
 METHODS = {
     "tome": (tokcomp.ToMe, tokcomp.ToMe),
+    "pitome": (tokcomp.PiToMe, tokcomp.PiToMe),
     "evit": (tokcomp.EViT, lambda degree: tokcomp.EViT(num_pruned=degree)),
     "function": (lambda degree: tokcomp.ToMe(degree, prop_attn=False), lambda d: tokcomp.ToMe(d, prop_attn=False)),
     "mapping": ({degree: tokcomp.ToMe([degree, 0, 0, 1]) for degree in DEGREES}, lambda d: tokcomp.ToMe([d, 0, 0, 1])),
@@ -220,12 +221,12 @@ WRONG = {
     "scale": (ValueError, "scale must be finite, got inf", dict(scale=float("inf"))),
     "method": (
         TypeError,
-        "method must be ToMe, ToMeMLP, EViT, or a mapping or function .* got ToMe",
+        "method must be ToMe, PiToMe, ToMeMLP, EViT, or a mapping or function .* got ToMe",
         dict(method=tokcomp.ToMe(3)),
     ),
     "class": (
         TypeError,
-        "method must be ToMe, ToMeMLP, EViT, or a mapping or function .* got DiffRate",
+        "method must be ToMe, PiToMe, ToMeMLP, EViT, or a mapping or function .* got DiffRate",
         dict(method=tokcomp.DiffRate),
     ),
     "gap": (

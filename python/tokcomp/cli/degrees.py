@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokcomp.methods import Method
     from tokcomp.tocom.plugin import ToCom
 
-METHODS = ("tome", "evit", "diffrate", "tome_mlp")
+METHODS = ("tome", "pitome", "evit", "diffrate", "tome_mlp")
 
 
 def add_degree_options(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +27,8 @@ def add_degree_options(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default="tome",
-        help="what a degree counts: tokens merged per block (tome), tokens dropped per block (evit), the position in "
-        "--schedules (diffrate), --tokens-per-degree merged for each MLP (tome_mlp) (default: %(default)s)",
+        help="what a degree counts: tokens merged per block (tome, pitome), tokens dropped per block (evit), the "
+        "position in --schedules (diffrate), --tokens-per-degree merged for each MLP (tome_mlp) (default: %(default)s)",
     )
     group.add_argument(
         "--schedules",
@@ -43,7 +43,7 @@ def add_degree_options(parser: argparse.ArgumentParser) -> None:
         help="diffrate: what ranks tokens (default: the schedules'; cls_attn; image_attn without a class token)",
     )
     add_rescale_option(group)
-    group.add_argument("--no-prop-attn", action="store_true", help="tome: attention that ignores token sizes")
+    group.add_argument("--no-prop-attn", action="store_true", help="tome, pitome: attention that ignores token sizes")
     group.add_argument("--no-fuse", action="store_true", help="evit: drop the inattentive tokens rather than fuse them")
     group.add_argument(
         "--tokens-per-degree",
@@ -60,11 +60,13 @@ def add_degree_options(parser: argparse.ArgumentParser) -> None:
 
 def build_degrees(args: argparse.Namespace, model: nn.Module) -> tuple[Callable[[int], Method], int | None]:
     """The method of each degree, and the highest degree if the options determine it."""
-    from tokcomp import EViT, ToMe, ToMeMLP
+    from tokcomp import EViT, PiToMe, ToMe, ToMeMLP
 
     method_options.require_readers(args)
     if args.method == "tome":
         return partial(ToMe, prop_attn=not args.no_prop_attn), None
+    if args.method == "pitome":
+        return partial(PiToMe, prop_attn=not args.no_prop_attn), None
     if args.method == "evit":
         return lambda degree: EViT(num_pruned=degree, fuse=not args.no_fuse), None
     if args.method == "tome_mlp":

@@ -12,13 +12,15 @@ from tokcomp.adapters import find_adapter
 from tokcomp.adapters.twins import twin_model
 from tokcomp.api import compress
 from tokcomp.cost import flops
-from tokcomp.methods import DiffRate, EViT, Method, ToMe, ToMeMLP
+from tokcomp.methods import DiffRate, EViT, Method, PiToMe, ToMe, ToMeMLP
 from tokcomp.schedule import CompressionSchedule
 from tokcomp.tocom.layers import modules_of, projections_of
 
-#: ``ToMe`` or ``ToMeMLP`` (degree r merges r tokens in every block), ``EViT`` (degree r drops r), or a mapping or
-#: function of degrees.
-Degrees: TypeAlias = type[ToMe] | type[ToMeMLP] | type[EViT] | Mapping[int, Method] | Callable[[int], Method]
+#: ``ToMe``, ``PiToMe`` or ``ToMeMLP`` (degree r merges r tokens in every block), ``EViT`` (degree r drops r), or a
+#: mapping or function of degrees.
+Degrees: TypeAlias = (
+    type[ToMe] | type[PiToMe] | type[ToMeMLP] | type[EViT] | Mapping[int, Method] | Callable[[int], Method]
+)
 
 
 def method_at(degrees: Degrees, degree: int) -> Method:
@@ -30,6 +32,8 @@ def method_at(degrees: Degrees, degree: int) -> Method:
     """
     if degrees is ToMe:
         return ToMe(degree)
+    if degrees is PiToMe:
+        return PiToMe(degree)
     if degrees is ToMeMLP:
         return ToMeMLP(degree)
     if degrees is EViT:
@@ -44,7 +48,7 @@ def method_at(degrees: Degrees, degree: int) -> Method:
     else:
         name = degrees.__name__ if isinstance(degrees, type) else repr(degrees)
         raise TypeError(
-            f"method must be ToMe, ToMeMLP, EViT, or a mapping or function from degrees to methods, got {name}"
+            f"method must be ToMe, PiToMe, ToMeMLP, EViT, or a mapping or function from degrees to methods, got {name}"
         )
     if not isinstance(method, Method):
         raise TypeError(f"method must give a Method for each degree, got {method!r} for {degree}")

@@ -38,8 +38,9 @@ class Switchable:
         tocom: the plugin.
         source: the degree that the model was trained at.
         degrees: the degrees to switch between; it starts at the first.
-        method: what a degree means: ``ToMe`` (r tokens merged per block), ``EViT`` (r tokens dropped per block), or a
-            mapping or function from degrees to methods, such as :func:`tokcomp.tocom.degrees.diffrate_degrees`.
+        method: what a degree means: ``ToMe`` or ``PiToMe`` (r tokens merged per block), ``EViT`` (r tokens dropped per
+            block), or a mapping or function from degrees to methods, such as
+            :func:`tokcomp.tocom.degrees.diffrate_degrees`.
         scale: the plugin's scale.
 
     Raises:
