@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ def attend(
         return _attend_with_bias(q, k, v, scale, size, needs, dropout_p, bias)
     if stock is not None:
         return _attend_by(stock, q, k, v, scale, size, needs, dropout_p)
-    cls_attn = image_attn = None
+    cls_attn = None
     own_kernel = _COMPILED_ON_CPU and q.device.type == "cpu"
     if dropout_p > 0 and (size is not None or "cls_attn" in needs):
         out, cls_attn = _attend_with_dropout(q, k, v, scale, size, dropout_p)
@@ -66,15 +67,8 @@ def attend(
         out, cls_attn = torch.ops.tokcomp.attention(q, k, v, size=size, scale=scale)
     else:
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
-    if "image_attn" in needs:
-        image_attn = torch.ops.tokcomp.attention_received(q, k, size=size, scale=scale)
-    evidence = Evidence(
-        cls_attn if "cls_attn" in needs else None,
-        image_attn,
-        k if "keys" in needs else None,
-        v if "values" in needs else None,
-    )
-    return out, evidence
+    received = partial(torch.ops.tokcomp.attention_received, q, k, size=size, scale=scale)
+    return out, _evidence(needs, k, v, lambda: cls_attn, received)
 
 
 def masked_attend(
@@ -98,16 +92,8 @@ def masked_attend(
     else:
         attn = torch.ops.tokcomp.masked_softmax(_scores(q, k, scale, _with_log_size(bias, size)), mask, eps)
         out, cls_attn = attn.to(v.dtype) @ v, attn[:, :, 0].detach().mean(1)
-    image_attn = None
-    if "image_attn" in needs:
-        image_attn = _mean_received_under_mask(q, k, mask, scale=scale, size=size, bias=bias, eps=eps)
-    evidence = Evidence(
-        cls_attn if "cls_attn" in needs else None,
-        image_attn,
-        k if "keys" in needs else None,
-        v if "values" in needs else None,
-    )
-    return out, evidence
+    received = partial(_mean_received_under_mask, q, k, mask, scale=scale, size=size, bias=bias, eps=eps)
+    return out, _evidence(needs, k, v, lambda: cls_attn, received)
 
 
 def prefix_masked_attend(
@@ -177,13 +163,14 @@ def _attend_by(
 ) -> tuple[Tensor, Evidence]:
     mask = _with_log_size(None, size)
     out = stock(q, k, v, None if mask is None else mask.to(q.dtype), dropout_p)
-    cls_attn = image_attn = None
     with torch.no_grad():
-        if "cls_attn" in needs:
-            cls_attn, _ = torch.ops.tokcomp.class_attention_sort(q[:, :, 0], k, size=size, scale=scale)
-        if "image_attn" in needs:
-            image_attn = torch.ops.tokcomp.attention_received(q, k, size=size, scale=scale)
-    return out, Evidence(cls_attn, image_attn, k if "keys" in needs else None, v if "values" in needs else None)
+        return out, _evidence(
+            needs,
+            k,
+            v,
+            lambda: torch.ops.tokcomp.class_attention_sort(q[:, :, 0], k, size=size, scale=scale)[0],
+            partial(torch.ops.tokcomp.attention_received, q, k, size=size, scale=scale),
+        )
 
 
 def _attend_with_bias(
@@ -199,14 +186,31 @@ def _attend_with_bias(
     whole = _with_log_size(bias, size)
     assert whole is not None
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=whole.to(q.dtype), dropout_p=dropout_p, scale=scale)
-    cls_attn = image_attn = None
+    everyone = torch.ones(q.shape[0], q.shape[2], dtype=accumulate_dtype(q), device=q.device)
     with torch.no_grad():
-        if "cls_attn" in needs:
-            cls_attn = _probabilities(q[:, :, :1], k, scale, whole[:, :, :1])[:, :, 0].mean(1)
-        if "image_attn" in needs:
-            everyone = torch.ones(q.shape[0], q.shape[2], dtype=accumulate_dtype(q), device=q.device)
-            image_attn = _mean_received_under_mask(q, k, everyone, scale=scale, size=size, bias=bias)
-    return out, Evidence(cls_attn, image_attn, k if "keys" in needs else None, v if "values" in needs else None)
+        return out, _evidence(
+            needs,
+            k,
+            v,
+            lambda: _probabilities(q[:, :, :1], k, scale, whole[:, :, :1])[:, :, 0].mean(1),
+            partial(_mean_received_under_mask, q, k, everyone, scale=scale, size=size, bias=bias),
+        )
+
+
+def _evidence(
+    needs: frozenset[str],
+    k: Tensor,
+    v: Tensor,
+    cls_attn: Callable[[], Tensor | None],
+    image_attn: Callable[[], Tensor],
+) -> Evidence:
+    """The evidence that ``needs`` names; the other attention is not computed."""
+    return Evidence(
+        cls_attn() if "cls_attn" in needs else None,
+        image_attn() if "image_attn" in needs else None,
+        k if "keys" in needs else None,
+        v if "values" in needs else None,
+    )
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._numbers import accumulate_dtype
-from tokcomp_kernels.reference._common import cosine, effective_size, log_size_bias, size_or_ones
+from tokcomp_kernels.reference._common import cosine, effective_size, size_or_ones
+from tokcomp_kernels.reference.attention import probabilities_of
 
 
 def attention(
@@ -146,7 +147,7 @@ FORMS: dict[Any, Callable[..., Any]] = {
 def _probabilities(q: Tensor, k: Tensor, size: Tensor | None, scale: float | None) -> Tensor:
     dtype = accumulate_dtype(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.softmax((q.to(dtype) @ k.to(dtype).mT) * scale + log_size_bias(size, dtype), dim=-1)
+    return probabilities_of(q.to(dtype), k.to(dtype), size, scale)
 
 
 def _descending_order(importance: Tensor, num_prefix_tokens: int) -> Tensor:
