@@ -1,4 +1,4 @@
-"""The CI workflows do their work by make targets, and only by ones that exist."""
+"""The CI workflows do their work by make targets, and only by ones that exist; the other files of the project agree."""
 
 from __future__ import annotations
 
@@ -42,3 +42,11 @@ def test_the_oldest_versions_are_those_that_are_allowed():
     allowed = dict(re.findall(r'^    "([\w-]+)>=([\d.]+)', project[project.index("dependencies = [") :], re.M))
     for name, version in pinned.items():
         assert re.fullmatch(rf"{re.escape(allowed[name])}(\.0)*", version), name
+
+
+def test_the_citation_is_of_this_version():
+    from tokcomp_kernels import _version
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == _version.__version__ and citation["license"] == "Apache-2.0"
+    assert {reference["year"] for reference in citation["references"]} == {2022, 2023, 2024}
