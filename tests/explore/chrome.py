@@ -51,9 +51,7 @@ class Page:
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
-        self.call("Page.navigate", url=path.as_uri())
-        loaded = "document.readyState === 'complete' ? done() : addEventListener('load', done)"
-        self.evaluate(f"new Promise((done) => {{ {loaded} }})")
+        self.open(path.as_uri())
 
     def __enter__(self) -> Page:
         return self
@@ -63,6 +61,13 @@ class Page:
         self._process.wait()
         os.close(self._to)
         os.close(self._from)
+
+    def open(self, address: str) -> None:
+        """Go to an address, and wait until it is loaded."""
+        self.call("Page.navigate", url="about:blank")  # else another fragment alone loads nothing
+        self.call("Page.navigate", url=address)
+        loaded = "document.readyState === 'complete' ? done() : addEventListener('load', done)"
+        self.evaluate(f"new Promise((done) => {{ {loaded} }})")
 
     def call(self, method: str, **params: Any) -> Any:
         """One command of the protocol and its answer; events on the way are looked at."""

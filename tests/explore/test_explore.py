@@ -156,8 +156,18 @@ def test_the_page_in_a_browser(page, tmp_path):
             assert browser.evaluate("document.querySelector('#views input:checked').value") == view
             seen.append(browser.evaluate(pixels))
         assert len(set(seen)) == 3
+        # The address leads back to what is shown, and one that asks for what is not there still opens the page.
+        where = browser.evaluate("location.hash")
+        browser.evaluate("show({image: 0, choice: 2, block: 0, view: 'size'})")
+        for address, shown in ((where, "after block 3"), ("#method=x&block=y&picture=9", "after block 3")):
+            browser.open(page.as_uri() + address)
+            assert browser.text("#where") == shown
+            assert browser.evaluate("state.view") == ("importance" if address == where else "groups")
+            assert browser.evaluate("state.choice") == 0 and browser.evaluate("state.image") == (address == where)
         assert browser.errors == []
-        assert all(address.startswith(("file:", "data:")) for address in browser.requests) and browser.requests
+        assert (
+            all(address.startswith(("file:", "data:", "about:")) for address in browser.requests) and browser.requests
+        )
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="needs Chromium")

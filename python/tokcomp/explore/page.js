@@ -242,10 +242,10 @@ const strengthsOf = (method) => data.choices.filter((one) => one.method === meth
 function pick(method, strength) {
   const own = data.choices.map((one, index) => [one, index]).filter(([one]) => one.method === method);
   const [, index] = own.find(([one]) => one.strength === strength) || own[0];
-  show({ choice: index });
+  return index;
 }
-const pickMethod = (index) => pick(methods[index], choice().strength);
-const pickStrength = (index) => pick(choice().method, strengthsOf(choice().method)[index]);
+const pickMethod = (index) => show({ choice: pick(methods[index], choice().strength) });
+const pickStrength = (index) => show({ choice: pick(choice().method, strengthsOf(choice().method)[index]) });
 
 function show(change) {
   Object.assign(state, change);
@@ -267,6 +267,17 @@ function show(change) {
   legend();
   bars();
   point(state.patch);
+  const shown = { picture: state.image + 1, method, budget: strength, block: state.block, view: state.view };
+  history.replaceState(null, "", `#${new URLSearchParams(shown)}`); // so that the address leads back here
+}
+// What the address asks for, as far as the page has it.
+function asked() {
+  const wanted = new URLSearchParams(location.hash.slice(1)), image = Number(wanted.get("picture")) - 1;
+  if (data.images[image]) state.image = image;
+  if (VIEWS.includes(wanted.get("view"))) state.view = wanted.get("view");
+  if (methods.includes(wanted.get("method"))) state.choice = pick(wanted.get("method"), wanted.get("budget"));
+  const block = wanted.has("block") ? Number(wanted.get("block")) : NaN;
+  return Number.isInteger(block) ? block : Math.ceil((2 * blocks().length) / 3);
 }
 function point(patch) {
   state.patch = patch;
@@ -306,4 +317,4 @@ document.addEventListener("keydown", (event) => {
 });
 
 data.images.forEach((_, index) => load(index));
-show({ block: Math.ceil((2 * blocks().length) / 3) });
+show({ block: asked() });
