@@ -209,6 +209,7 @@ def test_a_page_is_refused_before_any_work(run, picture, tmp_path):
     mine.write_text("<p>mine")
     wrong = [
         (("--html", mine), "--html must not overwrite what tokcomp did not write"),
+        (("--columns", "1", "--html", page), "--columns is for pictures, got it with --html"),
         (("--budgets", "0.01"), "--budgets goes with --html FILE"),
         (("--budgets", "1", "--html", page), "--budgets must be below the uncompressed model's 0.02261, got 1"),
         (("--budgets", "0.0001", "--html", page), "--budgets must be GFLOPs that some method can reach"),

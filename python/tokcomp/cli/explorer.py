@@ -48,10 +48,14 @@ def refuse_explorer_options(args: argparse.Namespace) -> None:
             raise UserError(f"--{option.replace('_', '-')} goes with --html FILE, got it alone; add --html")
 
 
-def check_page(path: Path) -> None:
+def check_page(args: argparse.Namespace) -> None:
     """Refuse, before any work, a page that could not be written or would replace something else."""
     from tokcomp.explore import MARK
 
+    path: Path = args.html
+    for option in ("columns", "cell"):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} is for pictures, got it with --html, which shows every block; leave it out")
     check_output_file("--html", path)
     if path.exists() and MARK.encode() not in path.read_bytes()[:2000]:
         raise UserError(f"--html must not overwrite what tokcomp did not write, got '{path}'; name another file")

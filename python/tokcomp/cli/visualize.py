@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     pictures = _pictures(args)
     if args.html is not None:
-        check_page(args.html)
+        check_page(args)
         model = options.build_model(args)
         return explore(args, model, pictures, _named_method(args, model))
     refuse_explorer_options(args)
