@@ -80,6 +80,7 @@ def test_evit_fused_tokens_are_traced_to_the_fused_slot(make_vit):
         (lambda: tokcomp.VisionZip(0.5, contextual=0), ValueError, r"contextual must be in \(0, 1\], got 0"),
         (lambda: tokcomp.VisionZip(0.5, contextual="few"), TypeError, "contextual must be a number, got 'few'"),
         (lambda: tokcomp.PiToMe(2, margin=1.5), ValueError, r"margin must be in \[-1, 1\], as cosines are, got 1.5"),
+        (lambda: tokcomp.PiToMe(2, unprotected=1.5), ValueError, r"unprotected must be in \[0, 1\], got 1.5"),
         (lambda: tokcomp.PiToMe(2, margin=None), TypeError, "margin must be a number, got None"),
         (lambda: tokcomp.DToMe(1.5), ValueError, r"thresholds must be in \[-1, 1\], as cosines are, got 1.5"),
         (lambda: tokcomp.DToMe([0.5, "x"]), TypeError, "thresholds must be numbers, got 'x'"),

@@ -55,7 +55,9 @@ def visionzip(vit: PlainViT, image: Tensor, keep_rates: Sequence[float], context
     return run(vit, image, rule)
 
 
-def pitome(vit: PlainViT, image: Tensor, rates: Sequence[int], margin: float, proportional: bool) -> Tensor:
+def pitome(
+    vit: PlainViT, image: Tensor, rates: Sequence[int], margin: float, proportional: bool, unprotected: float
+) -> Tensor:
     def rule(block: int, x: Tensor, attended: Attended) -> list[list[int]]:
         groups, first = {token: [token] for token in range(len(x))}, vit.num_prefix
         rate = min(rates[block], (len(x) - first) // 2)
@@ -64,9 +66,12 @@ def pitome(vit: PlainViT, image: Tensor, rates: Sequence[int], margin: float, pr
         energy = [0.0] * first
         for row in cosine[first:, first:].tolist():
             energy.append(sum(c - m if c > m else math.exp(c - m) - 1 for c in row) / len(row))
-        alike = by_importance(energy, first)[first : first + 2 * rate]
-        if rate:
-            join(groups, cosine, alike[::2], alike[1::2])
+        alike = by_importance(energy, first)[first:]
+        if block >= unprotected * vit.depth:
+            alike = alike[: 2 * rate]
+        sources, targets = alike[::2], alike[1::2]
+        closest = sorted(sources, key=lambda token: (-float(cosine[token, targets].max()), token)) if rate else []
+        join(groups, cosine, closest[:rate], targets)
         return list(groups.values())
 
     return run(vit, image, rule, by_size=True, proportional=proportional)

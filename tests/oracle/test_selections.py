@@ -29,9 +29,9 @@ def test_pitome() -> None:
     def check(seed: int) -> None:
         case = Case(seed)
         rates = [case.rng.randint(0, case.num_patches // case.depth + 2) for _ in range(case.depth)]
-        margin, proportional = case.rng.choice((0.9, 0.75, -0.2)), seed % 3 > 0
-        want = plain_logits(case, rules.pitome, rates, margin, proportional)
-        method = tokcomp.PiToMe(rates, margin, proportional)
+        settings = case.rng.choice((0.9, 0.75, -0.2)), seed % 3 > 0, case.rng.choice((0.0, 0.5, 1.0))
+        want = plain_logits(case, rules.pitome, rates, *settings)
+        method = tokcomp.PiToMe(rates, *settings)
         assert_near(compressed_logits(case, method), want, f"{case.family}, {method}")
 
     each_case(check)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokcomp.cli.errors import UserError, blame
-from tokcomp.cli.options import list_of, listed, non_negative_int, positive_float, positive_int
+from tokcomp.cli.options import list_of, listed, non_negative_float, non_negative_int, positive_float, positive_int
 from tokcomp.cli.schedules import add_rescale_option, scheduled_method
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _READERS = {
     "thresholds": ("dtome",),
     "samples": ("ats",),
     "margin": ("pitome",),
+    "unprotected": ("pitome",),
     "tokens_per_degree": ("tome_mlp",),
     "merge_residual": ("tome_mlp",),
     "keep_rate": ("evit", *_KEEPING),
@@ -82,6 +83,12 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
     group.add_argument("--no-prop-attn", action="store_true", help="tome, pitome, dtome: attention that ignores sizes")
     group.add_argument(
         "--margin", type=float, metavar="M", help="pitome: cosine from which on tokens count as alike (default: 0.9)"
+    )
+    group.add_argument(
+        "--unprotected",
+        type=non_negative_float,
+        metavar="S",
+        help="pitome: share of the blocks, from the first on, in which all tokens may merge (default: 0)",
     )
     group.add_argument(
         "--thresholds",
@@ -206,9 +213,9 @@ def _pitome(args: argparse.Namespace, model: nn.Module) -> Method:
     margin = 0.9 if args.margin is None else args.margin
 
     def make(r: int | Sequence[int]) -> PiToMe:
-        return PiToMe(r, margin, prop_attn=not args.no_prop_attn)
+        return PiToMe(r, margin, prop_attn=not args.no_prop_attn, unprotected=args.unprotected or 0.0)
 
-    with blame("--margin"):
+    with blame("--method pitome"):
         make(0)
     if chosen == "r":
         return make(args.r)

@@ -28,20 +28,22 @@ class PiToMe(PartitionMethod):
         r: tokens merged away in each block, or one number per block; at most half of a block's patch tokens merge.
         margin: of block 0.
         prop_attn: proportional attention: add log(size) to the attention scores from the first merge on.
+        unprotected: share of the blocks, from the first on, in which all patch tokens pair up rather than 2r of them,
+            and the r most similar pairs merge (0.5 in the published code for DeiT).
 
     Raises:
-        TypeError, ValueError: r is neither a non-negative integer nor a list of them; margin outside [-1, 1].
+        TypeError, ValueError: r is neither a non-negative integer nor a list of them; margin outside [-1, 1];
+            unprotected outside [0, 1].
     """
 
     needs = frozenset({"keys"})
 
-    def __init__(self, r: int | Sequence[int], margin: float = 0.9, prop_attn: bool = True) -> None:
+    def __init__(
+        self, r: int | Sequence[int], margin: float = 0.9, prop_attn: bool = True, unprotected: float = 0.0
+    ) -> None:
         self._counts = ToMe(r, prop_attn)
-        if not isinstance(margin, (int, float)) or isinstance(margin, bool):
-            raise TypeError(f"margin must be a number, got {margin!r}")
-        if not -1 <= margin <= 1:
-            raise ValueError(f"margin must be in [-1, 1], as cosines are, got {margin}")
-        self.margin = float(margin)
+        self.margin = _number("margin", margin, -1, ", as cosines are")
+        self.unprotected = _number("unprotected", unprotected, 0)
         self.proportional_attention = self.prop_attn = bool(prop_attn)
         self._geometry: Geometry | None = None
 
@@ -50,7 +52,8 @@ class PiToMe(PartitionMethod):
         return self._counts.r
 
     def __repr__(self) -> str:
-        return f"PiToMe(r={self.r}, margin={self.margin}, prop_attn={self.prop_attn})"
+        rest = f", unprotected={self.unprotected}" if self.unprotected else ""
+        return f"PiToMe(r={self.r}, margin={self.margin}, prop_attn={self.prop_attn}{rest})"
 
     def validate(self, geometry: Geometry) -> None:
         self._counts.validate(geometry)
@@ -64,18 +67,23 @@ class PiToMe(PartitionMethod):
         return self._counts.assign(block, num_tokens, num_prefix_tokens)
 
     def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
-        if self._geometry is None:
+        """The keys [B, N, D], and each token's role."""
+        geometry = self._geometry
+        if geometry is None:
             raise RuntimeError("PiToMe must know the model's depth: call fitted(geometry), as tokcomp.compress does")
         keys = evidence.require("keys").detach()
-        keys = keys.to(accumulate_dtype(keys)).mean(1)  # [B, N, D]
-        prefix = self._geometry.num_prefix_tokens
-        among_patches = energy(keys[:, prefix:], self.margin * (1 - block / self._geometry.depth))
-        return with_rank(keys, F.pad(among_patches, (prefix, 0)))
+        keys = keys.to(accumulate_dtype(keys)).mean(1)
+        prefix, num_tokens = geometry.num_prefix_tokens, keys.shape[1]
+        rank = F.pad(energy(keys[:, prefix:], self.margin * (1 - block / geometry.depth)), (prefix, 0))
+        pairing = order_of(rank, prefix)
+        assignment = self.assign(block, num_tokens, prefix)
+        if assignment is not None and block >= self.unprotected * geometry.depth:
+            pairing = pairing[:, : 2 * (num_tokens - assignment.num_tokens_out)]
+        role = torch.zeros_like(rank).scatter(1, pairing[:, ::2], SOURCE)
+        return with_rank(keys, role.scatter(1, pairing[:, 1::2], DESTINATION))
 
     def roles(self, rank: Tensor, num_dropped: int, num_prefix_tokens: int) -> Tensor:
-        order = order_of(rank, num_prefix_tokens)
-        role = torch.zeros_like(rank, dtype=torch.int64).scatter(1, order[:, : 2 * num_dropped : 2], SOURCE)
-        return role.scatter(1, order[:, 1 : 2 * num_dropped : 2], DESTINATION)
+        return rank.long()
 
 
 def energy(features: Tensor, margin: float) -> Tensor:
@@ -84,3 +92,11 @@ def energy(features: Tensor, margin: float) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         chunks = [F.elu(rows @ unit.mT - margin).mean(-1) for rows in unit.split(_CHUNK, 1)]
     return torch.cat(chunks, 1)
+
+
+def _number(name: str, value: float, least: float, why: str = "") -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not least <= value <= 1:
+        raise ValueError(f"{name} must be in [{least}, 1]{why}, got {value}")
+    return float(value)
