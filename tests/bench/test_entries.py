@@ -7,9 +7,10 @@ import copy
 import pytest
 import tokcomp
 import torch
+from tokcomp.adapters import find_adapter
 from tokcomp.bench import entries as entries_module
 from tokcomp.bench import models
-from tokcomp.bench.entries import Entry
+from tokcomp.bench.entries import Entry, build_runner
 from tokcomp.bench.models import Row, compare_models, keep_everything
 from tokcomp.bench.published import PublishedPipeline
 from tokcomp.bench.static_slice import StaticSlice
@@ -161,3 +162,9 @@ def test_keeping_everything_is_the_plain_model() -> None:
         want = model.double()(images.double())
         have = tokcomp.compress(model.float(), keep_everything(model))(images)
     assert (have - want).norm() <= 1e-5 * want.norm()
+
+
+def test_stock_attention_is_the_model_s_own() -> None:
+    for name, kept in (("tokcomp", False), ("tokcomp-stock", True)):
+        run = build_runner(Entry(name, METHOD), make_vit(), torch.float32, CPU)
+        assert find_adapter(run).keeps_attention(run) == kept

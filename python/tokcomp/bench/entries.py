@@ -36,7 +36,8 @@ COMPETITORS = {
     "openvino": "timm's model in OpenVINO",
     "tensorrt": "timm's model in TensorRT, by ONNX Runtime",
     "tokcomp": "the compressed model",
-    "tokcomp-int8": "the same with its products in int8 (tokcomp.quantize)",
+    "tokcomp-stock": "the same with the model's own attention in place of our kernels",
+    "tokcomp-int8": "the compressed model with its products in int8 (tokcomp.quantize)",
     "tokcomp-onnx": "the compressed model's ONNX file in ONNX Runtime",
     "tokcomp-onnx-int8": "the same with its products in int8, by dynamic quantisation",
     "tokcomp-compiled": "the compressed model under torch.compile",
@@ -134,7 +135,7 @@ def build_runner(
         return run
     own: Any = copy.deepcopy(model).to(dtype)
     if entry.method is not None:
-        tokcomp.compress(own, entry.method)
+        tokcomp.compress(own, entry.method, attention="stock" if kind == "tokcomp-stock" else "tokcomp")
     if "onnx" in kind:
         return build_exported(kind, own, dtype, device, batch)
     if kind == "tokcomp-int8":

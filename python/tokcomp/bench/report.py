@@ -19,6 +19,7 @@ _COLOURS = {
     "openvino": "#8172b3",
     "tokcomp": "#c44e52",
     "tokcomp-int8": "#e8873a",
+    "tokcomp-stock": "#e3a6a8",
     "tokcomp-onnx": "#d98880",
     "tokcomp-onnx-int8": "#f5c49b",
     "tokcomp-compiled": "#7a1f2b",

@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", choices=tuple(PRECISIONS), default="float32", help="default: %(default)s")
     group.add_argument("--torchcompile", action="store_true", help="also time each of them under torch.compile")
     group.add_argument("--no-rivals", action="store_true", help="time only timm among the uncompressed rivals")
+    group.add_argument("--stock", action="store_true", help="also time tokcomp with the model's own attention")
     group.add_argument("--rounds", type=int, default=MIN_ROUNDS, help="turns per competitor (default: %(default)s)")
     group.add_argument("--results", type=Path, metavar="DIR", help="add a JSON record and a picture to this folder")
 
@@ -147,6 +148,7 @@ def _entries(args: argparse.Namespace, method: Method, device: torch.device) -> 
         device, args.precision, compiled=compiled, autotuned=compiled, others=not args.no_rivals
     )
     stacks = ["tokcomp", *(["tokcomp-compiled"] if args.torchcompile else [])]
+    stacks += ["tokcomp-stock"] if args.stock else []
     stacks += ["tokcomp-int8"] if device.type == "cpu" and args.precision == "float32" else []
     if device.type == "cpu" and args.precision == "float32" and not args.no_rivals:
         stacks += ["tokcomp-onnx", "tokcomp-onnx-int8"]
