@@ -10,8 +10,11 @@ import pytest
 import timm
 import tokcomp
 import torch
+from tokcomp.methods import Evidence
 
 from benchmarks.reproduce.pretrained import __main__ as pretrained
+from benchmarks.reproduce.pretrained import exported as exported_files
+from benchmarks.reproduce.pretrained import importance
 from benchmarks.reproduce.pretrained.images import FashionMNIST, read_idx
 from benchmarks.reproduce.pretrained.page import BEGIN, END, keep_results
 from benchmarks.reproduce.pretrained.plan import QUICK, Settings, entries_for
@@ -95,6 +98,33 @@ def test_the_most_telling_rows_come_first(tmp_path):
     assert Settings().random >= 100 and Settings().seeds >= 3 and len(Settings().shares) == 3
 
 
+def test_tokens_are_ranked_by_the_importance_that_is_asked_for():
+    draw = torch.Generator().manual_seed(0)
+    received, values = torch.rand(2, 9, generator=draw), torch.randn(2, 3, 9, 4, generator=draw)
+    evidence = Evidence(cls_attn=received.flip(1), image_attn=received, values=values)
+    norms = values.transpose(1, 2).flatten(2).norm(dim=2)
+    wanted = {
+        "attention received": received,
+        "value norm": norms,
+        "received x value norm": received * norms,
+        "class attention": received.flip(1),
+    }
+    schedule = tokcomp.CompressionSchedule([9, 7], [9, 6])
+    x = torch.zeros(2, 9, 12)
+    for method in (tokcomp.DiffRate(schedule, metric="cls_attn"), tokcomp.EViT(0.5, blocks=(1,))):
+        for name, needs in importance.IMPORTANCES.items():
+            one = importance.ranked(method, name)
+            assert one.assign(1, 9, 1) == method.assign(1, 9, 1) and one.needs == needs
+            given = evidence._replace(**{field: None for field in evidence._fields if field not in needs})
+            score = one.score(given, 1, x)
+            if name in wanted:
+                assert torch.equal(score.argsort(dim=1), wanted[name].argsort(dim=1))
+            else:
+                assert torch.equal(score[0], score[1]) and not torch.equal(score, one.score(given, 0, x))
+            if name not in ("attention received", "class attention"):
+                torch.testing.assert_close(score.sum(1), torch.ones(2))
+
+
 @pytest.mark.slow
 def test_the_command_in_small(tmp_path, capsys):
     out = tmp_path / "out"
@@ -134,7 +164,19 @@ def test_the_command_in_small(tmp_path, capsys):
     assert all("before_merge" not in row for row in json.loads(kept[1].read_text())["budgets"][0]["rows"])
 
 
+@pytest.mark.slow
+def test_importances_in_small(tmp_path, capsys):
+    assert importance.main(["--quick", "-o", str(tmp_path / "importance.json")]) == 0
+    record = json.loads((tmp_path / "importance.json").read_text())
+    assert [row["method"] for row in record["rows"]] == ["DiffRate, uniform", "EViT"] * 2
+    assert all(row["over_the_default"]["attention received"] == [0, 0] for row in record["rows"])
+    assert importance.section(record) in capsys.readouterr().out
+
+
 def test_missing_files_are_named(tmp_path, capsys):
+    for command in (importance, exported_files):
+        assert command.main(["--weights", str(tmp_path / "none.onnx"), "-o", str(tmp_path / "out")]) == 2
+        assert "--weights must be the file vit_s_focus.onnx" in capsys.readouterr().err
     assert pretrained.main(["--weights", str(tmp_path / "none.onnx"), "-o", str(tmp_path / "out")]) == 2
     assert "--weights must be the file vit_s_focus.onnx" in capsys.readouterr().err
     assert pretrained.main(["--keep", "-o", str(tmp_path / "out")]) == 2

@@ -13,6 +13,7 @@ from tokcomp.compare.summary import cells_of, header
 from tokcomp.files import write_whole
 
 from benchmarks.page.tables import replace_block
+from benchmarks.reproduce.pretrained import importance as importance_part
 from benchmarks.reproduce.pretrained import tocom as tocom_part
 from benchmarks.reproduce.spread import markdown, mean_and_deviation
 
@@ -90,7 +91,8 @@ def keep_results(folder: Path, kept: Path = KEPT, page: Path = PAGE, readme: Pat
         path = kept / "tocom.json"
         write_whole(path, json.dumps({key: one for key, one in plugins.items() if key != "plugins"}, indent=1) + "\n")
         written.append(path)
-    write_whole(page, page_of(records, plugins))
+    ranks = kept / importance_part.KEPT.name
+    write_whole(page, page_of(records, plugins, json.loads(ranks.read_text()) if ranks.is_file() else None))
     first = next(iter(records.values()))
     write_whole(readme, replace_block(readme.read_text(encoding="utf-8"), BEGIN, END, summary(first)))
     return [*written, page, readme]
@@ -122,8 +124,12 @@ def _mean(budget: Mapping[str, Any], name: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def page_of(records: Mapping[str, Mapping[str, Any]], plugins: Mapping[str, Any] | None = None) -> str:
-    """The page, from records by image size, and from that of ToCom's plugins."""
+def page_of(
+    records: Mapping[str, Mapping[str, Any]],
+    plugins: Mapping[str, Any] | None = None,
+    ranks: Mapping[str, Any] | None = None,
+) -> str:
+    """The page, from records by image size, from that of ToCom's plugins and from that of importances."""
     first = next(iter(records.values()))
     facts = first["facts"]
     parts = [
@@ -150,6 +156,8 @@ def page_of(records: Mapping[str, Mapping[str, Any]], plugins: Mapping[str, Any]
             parts += _remarks(budget)
     if plugins is not None:
         parts += [_TOCOM.format(settings=plugins["facts"]["settings"]), tocom_part.section(plugins)]
+    if ranks is not None:
+        parts.append(importance_part.section(ranks))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
