@@ -71,6 +71,20 @@ def _require_per_token(
     _require_device(op, argument, tensor, other_name, other)
 
 
+def _require_importance(op: str, importance: Tensor, x: Tensor) -> None:
+    """A value per token, [B, N], or several whose mean counts, [B, H, N]."""
+    batch, num_tokens, _ = x.shape
+    if importance is None or importance.dim() != 3:
+        _require_per_token(op, "importance", importance, "x", x, (batch, num_tokens))
+        return
+    heads = importance.shape[1]
+    if heads < 1:
+        refuse(op, "importance", "have at least one head", f"a tensor of shape {_shape(importance.shape)}")
+    _require_shape(op, "importance", importance, "[B, H, N]", (batch, heads, num_tokens))
+    _require_floating(op, "importance", importance)
+    _require_device(op, "importance", importance, "x", x)
+
+
 def _require_int64(op: str, argument: str, tensor: Tensor) -> None:
     if tensor.dtype != torch.int64:
         refuse(op, argument, "be int64", _dtype(tensor), TypeError)
@@ -138,7 +152,7 @@ def check_prune_merge(
     _require_dim(op, "x", x, "[B, N, C]")
     _require_floating(op, "x", x)
     batch, num_tokens, _ = x.shape
-    _require_per_token(op, "importance", importance, "x", x, (batch, num_tokens))
+    _require_importance(op, importance, x)
     if size is not None:
         _require_per_token(op, "size", size, "x", x, (batch, num_tokens))
     _require_prefix(op, num_prefix_tokens, num_tokens)
@@ -278,6 +292,12 @@ def _check_masked_attention(
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None) -> None:
     _require_qkv("attention", q, size, k=k, v=v)
+
+
+def check_attention_heads(
+    q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None
+) -> None:
+    _require_qkv("_attention_heads", q, size, k=k, v=v)
 
 
 def check_attention_backward(

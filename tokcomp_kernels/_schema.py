@@ -20,7 +20,8 @@ PYTHON_NAMESPACE = "tokcomp_python"
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator. ``signature`` follows the name in the schema; a leading underscore marks a backward pass.
+    """One operator. ``signature`` follows the name in the schema; a leading underscore marks a backward
+    pass, or another step that models take and users need not.
 
     ``native`` says whether it has compiled kernels, ``triton`` whether it has Triton's; without, PyTorch's own
     operators make it up. ``file`` names its file in every folder, the reference's too, where that is not the operator's
@@ -180,6 +181,13 @@ OPERATORS: tuple[Operator, ...] = (
         "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor token_mask, *, Tensor? size=None, float? scale=None,"
         " float eps=1e-06) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_token_mask)",
         "Gradient of masked_attention in q, k, v and token_mask; recomputes each row.",
+    ),
+    Operator(
+        "_attention_heads",
+        "(Tensor q, Tensor k, Tensor v, *, Tensor? size=None, float? scale=None) -> (Tensor out, Tensor cls_attn)",
+        "attention whose class row is left by heads, [B, H, N], for prune_merge_norm to average; inference alone.",
+        native=False,
+        file="attention",
     ),
     Operator(
         "_attention_backward",

@@ -22,7 +22,7 @@ from torch import Tensor
 from tokcomp_kernels import reference
 from tokcomp_kernels._partition_compare import compare_bipartite_merge, compare_select_diverse
 from tokcomp_kernels._rounding import assert_within_rounding, cosine_slack
-from tokcomp_kernels.reference._common import cosine, descending_order, effective_size
+from tokcomp_kernels.reference._common import cosine, descending_order, effective_size, head_mean
 from tokcomp_kernels.reference.add_layer_norm import layer_norm
 from tokcomp_kernels.reference.masked_attention import biased_scores
 from tokcomp_kernels.reference.masked_merge import live_order
@@ -96,7 +96,7 @@ def _compare_prune_merge(sample: Sample, x_out: Tensor, size_out: Tensor, source
     num_tokens = x.shape[1]
     alive = min(num_tokens, num_prune_kept)
     kept = min(alive, num_merge_kept)
-    order = descending_order(importance, prefix)
+    order = descending_order(head_mean(importance), prefix)
     slots = source.gather(1, order)
     assert torch.equal(slots[:, :kept], torch.arange(kept, device=x.device).expand(x.shape[0], -1)), "kept slots"
     assert bool((slots[:, alive:] == -1).all()), "tokens that rank after num_prune_kept must be pruned"

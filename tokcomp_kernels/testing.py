@@ -93,6 +93,9 @@ def _prune_merge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     yield "prune-all", (x, importance, 1, 39), {"size": size}, False
     yield "transposed", (m.randn(3, channels, 39).mT, importance, 30, 11), {}, False
     yield "importance-dtype", (x, importance.to(x.dtype), 30, 11), {}, False
+    by_heads = m.integers(0, 64, 3, 4, 39).to(m.accumulate) / 64  # sums of four are exact in any order
+    yield "heads", (x, by_heads, 30, 11), {"size": size}, False
+    yield "heads-strided", (x, by_heads.mT.contiguous().mT[:, :2].to(x.dtype), 30, 11), {}, False
     yield "B0", (x[:0], importance[:0], 30, 11), {"size": size[:0]}, False
     tied = m.integers(0, 3, 3, 39).to(m.accumulate)
     yield "ties", (m.signs(3, 39, 6), tied, 33, 9), {"size": m.integers(1, 4, 3, 39).to(m.accumulate)}, True
@@ -179,6 +182,13 @@ def _binary(m: Maker, batch: int, num_tokens: int) -> Tensor:
 
 def _attention(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     yield from _attention_cases(make, small, lambda m, batch, num_tokens: ())
+
+
+def _attention_heads(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+    """Some of attention's: it is the same kernel."""
+    for name, *call in _attention(make, small):
+        if name.startswith(("N33", "N7", "last-dim", "B0")):
+            yield name, *call
 
 
 def _masked_attention(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
@@ -368,6 +378,7 @@ _CASES: dict[str, Callable[..., Iterator[tuple]]] = {
     "_unmerge_backward": _unmerge_backward,
     "_masked_softmax_backward": _with_grad(_masked_softmax, 0),
     "_masked_attention_backward": _with_grad(_masked_attention, 0),
+    "_attention_heads": _attention_heads,
     "_attention_backward": _with_grad(_attention, 0),
     "_masked_merge_backward": _masked_merge_backward,
 }

@@ -189,8 +189,8 @@ def kernels(
 ) -> list[KernelCost]:
     """What a compressed model launches on a GPU for a batch, kernel by kernel, in order.
 
-    A block: qkv, attention and the mean of its class rows (PyTorch's own attention where it needs neither sizes nor
-    class row), proj, prune_merge_norm or add_layer_norm, fc1, GELU, fc2, and add_layer_norm with the next block's
+    A block: qkv, attention (PyTorch's own where it needs neither sizes nor class row), proj, prune_merge_norm, which
+    averages the class rows of the heads, or add_layer_norm, fc1, GELU, fc2, and add_layer_norm with the next block's
     weights; after the last block the model's own norm. Products are the library's.
 
     Args:
@@ -220,7 +220,7 @@ def kernels(
         costs.append(traffic.linear("qkv", index, rows, channels, 3 * channels, item))
         if has_size or num_out < num_in:
             costs += traffic_triton.attention(
-                batch, shape.heads, num_in, shape.head_width, item, has_size=has_size, block=index, gpu=gpu
+                batch, shape.heads, num_in, shape.head_width, item, has_size=has_size, mean=False, block=index, gpu=gpu
             )
         else:
             costs.append(traffic.plain_attention(batch, shape.heads, num_in, shape.head_width, item, index))
@@ -235,6 +235,7 @@ def kernels(
                 item,
                 has_size=has_size,
                 fused=True,
+                heads=shape.heads,
                 num_prefix_tokens=shape.num_prefix_tokens,
                 block=index,
                 gpu=gpu,

@@ -32,10 +32,11 @@ def attention(
     item: int,
     *,
     has_size: bool,
+    mean: bool = True,
     block: int | None = None,
     gpu: str = DEFAULT,
 ) -> list[KernelCost]:
-    """The forward kernel, where each block of queries goes over all keys, and the mean of the class rows.
+    """The forward kernel, where each block of queries goes over all keys, and with ``mean`` that of the class rows.
 
     A head's first block finds the class row of its own, by the keys at hand or by reading them twice more. More keys
     than ONE_TILE in a single pass, and widths up to it, come in tiles that add up to a multiple of 16.
@@ -59,6 +60,8 @@ def attention(
         bytes_stored=batch * written,
         programs=batch * heads * blocks,
     )
+    if not mean:
+        return [forward]
     return [forward, _mean_over_groups("attention.class_row", batch, heads, num_tokens, block, of_logits=False)]
 
 
@@ -175,6 +178,7 @@ def prune_merge(
     *,
     has_size: bool,
     fused: bool = False,
+    heads: int = 1,
     num_prefix_tokens: int = 1,
     destinations: int | None = None,
     block: int | None = None,
@@ -188,6 +192,7 @@ def prune_merge(
     Args:
         fused: prune_merge_norm: a branch is added to each row that is read, and each row's LayerNorm written beside it,
             with weight and bias.
+        heads: whose importance is averaged.
         destinations: slots that something joins, over all images, which the values decide; all that can be, by default.
 
     Raises:
@@ -213,7 +218,7 @@ def prune_merge(
     # A program per block of slots and part of the sources: those of the first part write.
     each_part = slots * (row_in + _INDEX) + blocks * vectors
     costs = [
-        _select(f"{name}.select", batch, num_tokens, kept, sources, num_prefix_tokens, block, gpu),
+        _select(f"{name}.select", batch, heads, num_tokens, kept, sources, num_prefix_tokens, block, gpu),
         KernelCost(
             f"{name}.kept",
             block,
@@ -293,7 +298,15 @@ def linear_gelu(
 
 
 def _select(
-    name: str, batch: int, num_tokens: int, kept: int, sources: int, num_prefix_tokens: int, block: int | None, gpu: str
+    name: str,
+    batch: int,
+    heads: int,
+    num_tokens: int,
+    kept: int,
+    sources: int,
+    num_prefix_tokens: int,
+    block: int | None,
+    gpu: str,
 ) -> KernelCost:
     tiles = launch_config("prune_merge", "select", gpu, N=num_tokens)
     others = (num_tokens - num_prefix_tokens) * ceil_div(num_tokens, tiles["BLOCK_N"])
@@ -301,9 +314,9 @@ def _select(
     return KernelCost(
         name,
         block,
-        bytes_read=batch * num_tokens * _FLOAT,
+        bytes_read=batch * heads * num_tokens * _FLOAT,
         bytes_written=batch * written,
-        bytes_loaded=batch * (num_tokens + others) * _FLOAT,
+        bytes_loaded=batch * heads * (num_tokens + others) * _FLOAT,
         bytes_stored=batch * written,
     )
 

@@ -95,6 +95,18 @@ inline void per_token(const char* op, const char* argument, const OptionalTensor
   if (tensor.has_value()) per_token(op, argument, *tensor, other_name, other, sizes);
 }
 
+// A value per token, [B, N], or several whose mean counts, [B, H, N].
+inline void importance(const char* op, const Tensor& tensor, const Tensor& x) {
+  const int64_t batch = x.size(0), num_tokens = x.size(1);
+  if (!tensor.defined() || tensor.dim() != 3) return per_token(op, "importance", tensor, "x", x, {batch, num_tokens});
+  const int64_t heads = tensor.size(1);
+  TORCH_CHECK_VALUE(heads >= 1, op, ": importance must have at least one head, got a tensor of shape ",
+                    shape_name(tensor.sizes()));
+  shape(op, "importance", tensor, "[B, H, N]", {batch, heads, num_tokens});
+  floating(op, "importance", tensor);
+  device(op, "importance", tensor, "x", x);
+}
+
 inline void int64(const char* op, const char* argument, const Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kLong, op, ": ", argument, " must be int64, got ", dtype_name(tensor));
 }
@@ -160,7 +172,7 @@ inline void check_prune_merge(const Tensor& x, const Tensor& importance, int64_t
   checks::dim(op, "x", x, "[B, N, C]");
   checks::floating(op, "x", x);
   const int64_t batch = x.size(0), num_tokens = x.size(1);
-  checks::per_token(op, "importance", importance, "x", x, {batch, num_tokens});
+  checks::importance(op, importance, x);
   checks::per_token(op, "size", size, "x", x, {batch, num_tokens});
   checks::prefix(op, num_prefix_tokens, num_tokens);
   TORCH_CHECK_VALUE(num_prune_kept >= num_prefix_tokens, op, ": num_prune_kept must be at least num_prefix_tokens (",

@@ -42,4 +42,13 @@ inline std::optional<at::Tensor> per_token_acc(const std::optional<at::Tensor>& 
   return per_token_acc(*values, like);
 }
 
+// Importance [B, N] as it is; of heads, [B, H, N], their mean, added up in the order of heads.
+inline at::Tensor head_mean(const at::Tensor& importance) {
+  if (importance.dim() == 2) return importance;
+  const at::Tensor heads = importance.to(acc_scalar_type(importance.scalar_type()));
+  at::Tensor sum = heads.select(1, 0).clone();
+  for (int64_t head = 1; head < heads.size(1); ++head) sum.add_(heads.select(1, head));
+  return sum.div_(heads.size(1));
+}
+
 }  // namespace tokcomp

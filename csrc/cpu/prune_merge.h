@@ -157,7 +157,7 @@ inline Result run(const Tensor& x, const Tensor& importance, const Counts& count
   const Tensor weight = fused && fused->weight ? fused->weight->contiguous() : Tensor();
   const Tensor bias = fused && fused->bias ? fused->bias->contiguous() : Tensor();
   // float16 and bfloat16 widen exactly, so the order is that of the scores' own type.
-  const Tensor score = per_token_acc(importance, importance);
+  const Tensor score = per_token_acc(head_mean(importance), importance);
   const OptionalTensor size_in = per_token_acc(size, x);
   const auto acc_options = x.options().dtype(acc_scalar_type(x.scalar_type()));
   Result out{at::empty({batch, num_kept, width}, x.options()),

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "partial_sums.cuh"
 #include "prune_merge_host.h"
 #include "prune_merge_resident.cuh"
 #include "prune_merge_streaming.cuh"
@@ -22,6 +23,15 @@ Tensor rank_tokens(const Tensor& importance, const MergeShape& shape, const Laun
     launch_rank(RankParams<float, int>{input<float>(importance), out, batch, count, prefix}, launch);
   }
   return order;
+}
+
+// [B, N]: the mean of values [B, H, N].
+Tensor mean_of_heads(const Tensor& values, const Launcher& launch) {
+  const Tensor mean = empty_like_with(values, {values.size(0), values.size(2)}, at::kFloat);
+  launch_partial_sums({input<float>(values), output<float>(mean), values.size(0), values.size(1),
+                       static_cast<int>(values.size(2)), static_cast<float>(values.size(1))},
+                      launch);
+  return mean;
 }
 
 std::tuple<Tensor, Tensor, Tensor> prune_merge_cuda(const Tensor& x, const Tensor& importance, int64_t num_prune_kept,
@@ -65,9 +75,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_prune_merge(const PruneMergeArgum
     aligned = aligned && (!other || rows_aligned({*other}));
   // Importance is ranked in its own precision; float16 and bfloat16 widen exactly.
   const bool wide = importance.scalar_type() == at::kDouble;
-  const Tensor values = wide ? importance.contiguous() : per_token_acc(importance, x);
+  const Tensor values = per_token_acc(wide ? head_mean(importance) : importance, importance);  // [B, N] or [B, H, N]
+  const int64_t heads = values.dim() == 3 ? values.size(1) : 1;
+  const auto averaged = [&] { return heads > 1 ? mean_of_heads(values, launch) : values; };
   Tensor order;
-  if (wide || !shape.ranked_here()) order = rank_tokens(values, shape, launch);
+  if (wide || !shape.ranked_here()) order = rank_tokens(averaged(), shape, launch);
 
   TOKCOMP_DISPATCH_CUDA(x.scalar_type(), "prune_merge", [&] {
     using T = typename DeviceType<scalar_t>::type;
@@ -80,7 +92,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_prune_merge(const PruneMergeArgum
       p.branch_stride_b = branch_rows->stride(0);
       p.branch_stride_n = branch_rows->stride(1);
     }
-    p.importance = order.defined() ? nullptr : input<float>(values);
     p.order = order.defined() ? input<int>(order) : nullptr;
     p.size = input<float>(sizes);
     p.weight = input<T>(weight);
@@ -91,6 +102,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_prune_merge(const PruneMergeArgum
     p.source = output<int64_t>(source);
     p.shape = shape;
     p.plan = make_merge_plan<T>(shape, launch.limits());
+    // The streaming kernel has no register left for a mean.
+    const Tensor ranked = order.defined() || p.plan.resident ? values : averaged();
+    p.importance = order.defined() ? nullptr : input<float>(ranked);
+    p.importance_heads = static_cast<int>(heads);
     p.norm_eps = norm ? static_cast<float>(norm->eps) : 0.f;
     p.similarity_weighted_size = similarity_weighted_size;
     p.aligned = aligned;

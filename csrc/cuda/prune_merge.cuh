@@ -13,7 +13,7 @@ template <typename T>
 struct PruneMergeParams {
   const T* x;               // [B, N, C]
   const T* branch;          // [B, N, C] or null
-  const float* importance;  // [B, N], or null where `order` is given
+  const float* importance;  // [B, N], resident [B, H, N], whose mean counts; null where `order` is given
   const int* order;         // [B, N]: the token at each rank, or null to rank here
   const float* size;        // [B, N] or null
   const T* weight;          // [C] or null
@@ -26,6 +26,7 @@ struct PruneMergeParams {
   int64_t x_stride_b, x_stride_n, branch_stride_b, branch_stride_n;
   MergeShape shape;
   MergePlan plan;
+  int importance_heads;  // H
   float norm_eps;
   bool similarity_weighted_size, aligned;
 };
@@ -67,14 +68,13 @@ __device__ __forceinline__ float slice_channels(const PruneMergeParams<T>& p, in
 
 // order [P]: the token at each rank below P, in every block of the cluster; source becomes -1 for the others. Each
 // block ranks its share of the tokens, four lanes a token. A block's memory is written once it runs, and not before.
-template <typename T>
-__device__ void make_order(const PruneMergeParams<T>& p, int64_t image, int share, int shares, uint32_t* keys,
-                           int* order) {
+template <typename T, typename Importance>
+__device__ void make_order(const PruneMergeParams<T>& p, int64_t image, const Importance& importance_of, int share,
+                           int shares, uint32_t* keys, int* order) {
   constexpr int kParts = 4;
   const int count = p.shape.num_tokens, prefix = p.shape.num_prefix_tokens, alive = p.shape.num_alive;
   if (shares > 1) cluster_arrive_relaxed();
-  const float* importance = p.importance + image * count;
-  for (int n = threadIdx.x; n < count; n += kThreads) keys[n] = order_key(importance[n]);
+  for (int n = threadIdx.x; n < count; n += kThreads) keys[n] = order_key(importance_of(n));
   __syncthreads();
   if (shares > 1) cluster_wait();
   const int each = static_cast<int>(ceil_div(count, shares)), part = threadIdx.x % kParts;

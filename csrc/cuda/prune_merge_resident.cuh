@@ -101,7 +101,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) prune_merge_resi
     }
     __syncthreads();
   } else {
-    make_order(p, image, slice, slices, shared_memory<uint32_t>(), own.order);
+    const int heads = p.importance_heads, count = p.shape.num_tokens;
+    const float* importance = p.importance + image * heads * count;
+    const auto mean_of = [&](int token) {
+      float sum = importance[token];
+      for (int head = 1; head < heads; ++head) sum += importance[head * count + token];
+      return heads > 1 ? sum / static_cast<float>(heads) : sum;
+    };
+    make_order(p, image, mean_of, slice, slices, shared_memory<uint32_t>(), own.order);
     sync_cluster(slices);
   }
 

@@ -78,7 +78,8 @@ __global__ void __launch_bounds__(kThreads, kStreamingBlocks<T>) prune_merge_str
     }
   } else {
     int* own_order = reinterpret_cast<int*>(shared_memory<unsigned char>() + p.plan.order);
-    make_order(p, image, 0, 1, shared_memory<uint32_t>(), own_order);
+    const float* importance = p.importance + image * shape.num_tokens;
+    make_order(p, image, [&](int token) { return importance[token]; }, 0, 1, shared_memory<uint32_t>(), own_order);
     __syncthreads();
     order = own_order;
   }

@@ -141,6 +141,20 @@ def test_prune_merge(
     assert joined <= batch * (kept - merged)
 
 
+def test_prune_merge_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokcomp_kernels.triton.attention import attention_heads_triton
+    from tokcomp_kernels.triton.prune_merge import prune_merge_triton
+
+    q, k, v = random(3, 2, 3, 33, 24, dtype=torch.float16).unbind(0)
+    x = random(2, 33, 72)
+    with counting(monkeypatch) as launches:
+        _, by_heads = attention_heads_triton(q, k, v)
+        prune_merge_triton(x, by_heads, 20, 20)
+    costs = traffic_triton.attention(2, 3, 33, 24, 2, has_size=False, mean=False)
+    costs += traffic_triton.prune_merge(2, 33, 20, 20, 72, 4, has_size=False, heads=3, destinations=0)
+    check(launches, costs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add_layer_norm(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokcomp_kernels.triton.add_layer_norm import add_layer_norm_triton
@@ -207,6 +221,37 @@ def test_uncompressed_kernels_move_what_pytorch_s_operators_do(small: torch.nn.M
         cost for cost in roofline.kernels(shape, None, IMAGES, torch.float32) if (cost.name, cost.block) == ("gelu", 0)
     }
     assert (gelu.read, gelu.written) == (ours.bytes_read, ours.bytes_written)
+
+
+def test_a_compressing_block_launches_as_many_kernels_as_another(small: torch.nn.Module) -> None:
+    """With prune_merge_norm's CUDA kernel, one where Triton's are three (tests/cuda counts it); with Triton's two more."""
+    costs = roofline.kernels(small, SCHEDULE, IMAGES, torch.float32)
+    per_block = [[cost.name for cost in costs if cost.block == block] for block in range(len(small.blocks) - 1)]
+    compressing = [names for names in per_block if "prune_merge_norm.select" in names]
+    assert len(compressing) >= 2
+    for names in per_block:
+        by_triton = sum(name.startswith("prune_merge_norm.") for name in names)
+        assert len(names) - max(by_triton - 1, 0) == 8
+        assert by_triton <= 3
+
+
+def test_a_gpu_s_attention_leaves_heads_to_who_averages_them(
+    small: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokcomp.adapters.timm_vit import fast
+
+    monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+    images = random(IMAGES, 3, 64, 64)
+    for method, apart in ((tokcomp.DiffRate(SCHEDULE), True), (tokcomp.EViT(0.7, blocks=(1, 3)), False)):
+        model = tokcomp.compress(copy.deepcopy(small), method)
+        with torch.no_grad():
+            want = model(images)
+            with monkeypatch.context() as patched, Dispatched() as seen:
+                patched.setattr(fast, "_AVERAGES_LATE", frozenset({"cpu"}))
+                have = model(images)
+        names = [call.name for call in seen.calls]
+        assert "_attention_heads" in names and ("attention" in names) != apart
+        torch.testing.assert_close(have, want)
 
 
 def test_multiply_adds_are_pytorch_s(small: torch.nn.Module) -> None:

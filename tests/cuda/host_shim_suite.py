@@ -38,6 +38,7 @@ torch.ops.load_library(os.environ["TOKCOMP_CUDA_SHIM"])
 SHIM = ctypes.CDLL(os.environ["TOKCOMP_CUDA_SHIM"])
 SHIM.shim_set_schedule.argtypes = (ctypes.c_int64,)
 SHIM.shim_set_device.argtypes = (ctypes.c_int64, ctypes.c_int)
+SHIM.shim_launches.restype = ctypes.c_int64
 SHIM.shim_merge_plan.argtypes = (ctypes.c_int64, *[ctypes.c_int] * 5, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
 
 
@@ -225,6 +226,22 @@ def test_prune_merge_importance(num_tokens: int, dtype: torch.dtype) -> None:
     order = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(num_tokens))
     importance = awkward((1.0 + order.double()[None] * 2.0**-40).to(dtype))
     check("prune_merge", randn(1, num_tokens, 8), importance, num_tokens - 9, num_tokens - 17, num_prefix_tokens=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_prune_merge_norm_averages_heads_in_its_own_launch(dtype: torch.dtype) -> None:
+    """As if the mean had come from the kernel that it spares; float64 is ranked, and averaged, apart."""
+    x, branch, heads = randn(2, 50, 96).half(), randn(2, 50, 96, seed=1).half(), rand(2, 7, 50).to(dtype)
+    mean = heads[:, 0].to(torch.promote_types(dtype, torch.float32))
+    for head in range(1, 7):
+        mean = mean + heads[:, head]
+    expected = run("prune_merge_norm", x, branch, mean / 7, 45, 30)
+    for have, want in zip(run("prune_merge_norm", x, branch, heads, 45, 30), expected, strict=True):
+        assert torch.equal(have, want)
+    SHIM.shim_set_device(*DEVICES["sm_90"])
+    before = SHIM.shim_launches()
+    torch.ops.tokcomp_shim.prune_merge_norm(x, branch, heads, 45, 30)
+    assert SHIM.shim_launches() - before == (2 if dtype == torch.float64 else 1)
 
 
 def test_prune_merge_rows_that_are_not_numbers() -> None:

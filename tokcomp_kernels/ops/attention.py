@@ -62,6 +62,15 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
     return Attention
 
 
+def _heads_fake(q: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    return token_major(q), q.new_empty(q.shape[:3], dtype=accumulate_dtype(q))
+
+
+register(
+    "_attention_heads",
+    fake=_heads_fake,
+    autocast=("q", "k", "v"),
+)
 register(
     "_attention_backward",
     fake=_backward_fake,

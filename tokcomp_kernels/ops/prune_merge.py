@@ -30,7 +30,8 @@ def prune_merge(
 
     Args:
         x: Tokens, [B, N, C], of any floating dtype and any strides.
-        importance: Score of each token, [B, N]; the prefix's are not looked at.
+        importance: Score of each token, [B, N], or by heads, [B, H, N], whose mean counts; the prefix's are not looked
+            at.
         num_prune_kept: Tokens left by pruning, prefix included.
         num_merge_kept: Tokens left by merging, prefix included.
         size: Patches in each token, [B, N]; ones where None.

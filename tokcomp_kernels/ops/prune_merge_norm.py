@@ -31,7 +31,7 @@ def prune_merge_norm(
     Args:
         x: The residual stream, [B, N, C], of any floating dtype and any strides.
         branch: What is added to it (attention's output), as x.
-        importance: As for prune_merge, [B, N].
+        importance: As for prune_merge, [B, N] or [B, H, N].
         num_prune_kept: As for prune_merge.
         num_merge_kept: As for prune_merge.
         weight: LayerNorm's scale, [C] in the dtype of x; ones where None.

@@ -8,6 +8,11 @@ from torch import Tensor
 from tokcomp_kernels._numbers import MIN_SIZE, accumulate_dtype
 
 
+def head_mean(importance: Tensor) -> Tensor:
+    """Importance [B, N] as it is; of heads, [B, H, N], their mean."""
+    return importance if importance.dim() == 2 else importance.to(accumulate_dtype(importance)).mean(1)
+
+
 def effective_size(size: Tensor, dtype: torch.dtype) -> Tensor:
     """Sizes as every backend reads and writes them: NaN and whatever is not above the floor become the floor."""
     size = size.to(dtype)

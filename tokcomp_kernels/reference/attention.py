@@ -18,8 +18,16 @@ def probabilities_of(q: Tensor, k: Tensor, size: Tensor | None, scale: float) ->
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
+    out, cls_attn = attention_heads_reference(q, k, v, size=size, scale=scale)
+    return out, cls_attn.mean(dim=1)
+
+
+@checked
+def attention_heads_reference(
+    q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     dtype = accumulate_dtype(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     probabilities = probabilities_of(q.to(dtype), k.to(dtype), size, scale)
     out = (probabilities @ v.to(dtype)).to(q.dtype)
-    return token_major(out), probabilities[:, :, 0].detach().mean(dim=1)
+    return token_major(out), probabilities[:, :, 0].detach().contiguous()

@@ -12,6 +12,7 @@ from tokcomp_kernels.reference._common import (
     descending_order,
     effective_size,
     gather_rows,
+    head_mean,
     scatter_add_rows,
     size_or_ones,
 )
@@ -33,7 +34,7 @@ def prune_merge_reference(
     num_kept = min(num_alive, num_merge_kept)  # M: left by merging
     dtype = accumulate_dtype(x)
 
-    order = descending_order(importance, num_prefix_tokens)
+    order = descending_order(head_mean(importance), num_prefix_tokens)
     kept_index, src_index = order[:, :num_kept], order[:, num_kept:num_alive]
     kept, src = gather_rows(x, kept_index).to(dtype), gather_rows(x, src_index).to(dtype)  # [B, M, C], [B, P - M, C]
     token_size = size_or_ones(size, x)

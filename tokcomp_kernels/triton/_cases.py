@@ -105,6 +105,7 @@ def _block_cases(block: Block, dtype: torch.dtype, *, sizes: bool) -> Iterator[C
     sized = {"size": size}
     call, norm = (per_token, block.pruned, block.merged), (vector, vector)
     yield Case("attention", name, (q, k, v), sized)
+    yield Case("_attention_heads", name, (q, k, v), sized)
     yield Case("masked_attention", name, (q, k, v, per_token), sized)
     yield Case("_attention_backward", name, (grad_out, q, k, v), sized)
     yield Case("_masked_attention_backward", name, (grad_out, q, k, v, per_token), sized)
@@ -112,6 +113,8 @@ def _block_cases(block: Block, dtype: torch.dtype, *, sizes: bool) -> Iterator[C
     yield Case("attention_received", name, (q, k), sized)
     yield Case("prune_merge", name, (x, *call), sized)
     yield Case("prune_merge_norm", name, (x, x, *call, *norm), sized)
+    by_heads = _rows(torch.float32, _BATCH, block.heads, tokens)
+    yield Case("prune_merge_norm", f"{name} heads", (x, x, by_heads, *call[1:], *norm), sized)
     prunes = (per_token, block.merged, block.merged)
     yield Case("prune_merge_norm", f"{name} prunes", (x, x, *prunes, *norm), sized)
     yield Case("tome_merge", name, (x, k.mean(1), 13), sized)

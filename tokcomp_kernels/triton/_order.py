@@ -26,6 +26,20 @@ def descending_key(values):
 
 
 @triton.jit
+def load_mean(values_ptr, offs, inside, stride, num_heads, stride_h, HEADS: tl.constexpr):
+    """Values by token; with HEADS their mean over heads, added up in their order."""
+    ptrs = values_ptr + offs.to(tl.int64) * stride
+    values = tl.load(ptrs, mask=inside, other=0.0)
+    if HEADS:
+        values = values if values.dtype == tl.float64 else values.to(tl.float32)
+        for _ in range(1, num_heads):
+            ptrs += stride_h
+            values += tl.load(ptrs, mask=inside, other=0.0).to(values.dtype)
+        values = values / num_heads
+    return values
+
+
+@triton.jit
 def count_before(
     values_ptr,
     offs_i,
@@ -33,16 +47,20 @@ def count_before(
     end,
     stride,
     BLOCK_J: tl.constexpr,
+    num_heads=1,
+    stride_h=0,
+    HEADS: tl.constexpr = False,
 ):
-    """For each index of ``offs_i``, how many of ``begin .. end - 1`` come before it: larger, or equal and lower."""
-    key_i = descending_key(
-        tl.load(values_ptr + offs_i.to(tl.int64) * stride, mask=offs_i < end, other=0.0)
-    )  # [BLOCK_I]
+    """For each index of ``offs_i``, how many of ``begin .. end - 1`` come before it: larger, or equal and lower.
+
+    With HEADS the values are means over ``num_heads`` rows that lie ``stride_h`` apart.
+    """
+    key_i = descending_key(load_mean(values_ptr, offs_i, offs_i < end, stride, num_heads, stride_h, HEADS))  # [BLOCK_I]
     before = tl.zeros([offs_i.shape[0], BLOCK_J], tl.int32)
     for start in range(begin, end, BLOCK_J):
         offs_j = start + tl.arange(0, BLOCK_J)
         mask_j = offs_j < end
-        key_j = descending_key(tl.load(values_ptr + offs_j.to(tl.int64) * stride, mask=mask_j, other=0.0))  # [BLOCK_J]
+        key_j = descending_key(load_mean(values_ptr, offs_j, mask_j, stride, num_heads, stride_h, HEADS))  # [BLOCK_J]
         # j is before i where key_j > key_i, or key_j == key_i and j < i: for integers, where key_j > key_i - (j < i).
         threshold = key_i[:, None] - (offs_j[None, :] < offs_i[:, None]).to(key_i.dtype)
         before += ((key_j[None, :] > threshold) & mask_j[None, :]).to(tl.int32)  # [BLOCK_I, BLOCK_J]

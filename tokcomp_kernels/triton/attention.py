@@ -193,7 +193,7 @@ def attention_forward(
     token_mask: Tensor | None = None,
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel on checked arguments: out [B, H, N, D], stored as [B, N, H, D], and cls_attn [B, N]."""
+    """Launch the forward kernel on checked arguments: out [B, H, N, D], stored as [B, N, H, D], and cls_attn [B, H, N]."""
     require_supported(op, "q", q)
     batch, heads, num_tokens, width = q.shape
     q, k, v = (inner_contiguous(tensor) for tensor in (q, k, v))
@@ -225,7 +225,12 @@ def attention_forward(
                 HAS_MASK=token_mask is not None,
                 **options,
             )
-    return out, reduce_groups(cls_rows, mean=True, dtype=torch.float32)
+    return out, cls_rows
+
+
+def mean_of_heads(cls_rows: Tensor) -> Tensor:
+    """cls_attn [B, N] of its heads', [B, H, N]."""
+    return reduce_groups(cls_rows, mean=True, dtype=torch.float32)
 
 
 @checked
@@ -233,4 +238,13 @@ def attention_triton(
     q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """``tokcomp::attention`` in Triton, for float16, bfloat16 and float32; see ``ops/attention.py``."""
+    out, cls_rows = attention_forward("attention", q, k, v, size=size, scale=scale)
+    return out, mean_of_heads(cls_rows)
+
+
+@checked
+def attention_heads_triton(
+    q: Tensor, k: Tensor, v: Tensor, *, size: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """``tokcomp::_attention_heads`` in Triton: as attention, without the mean over heads."""
     return attention_forward("attention", q, k, v, size=size, scale=scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokcomp_kernels._checked import checked
-from tokcomp_kernels.triton.attention import attention_forward
+from tokcomp_kernels.triton.attention import attention_forward, mean_of_heads
 
 
 @checked
@@ -20,4 +20,6 @@ def masked_attention_triton(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """``tokcomp::masked_attention`` in Triton, for float16, bfloat16 and float32; see ``ops/masked_attention.py``."""
-    return attention_forward("masked_attention", q, k, v, size=size, scale=scale, token_mask=token_mask, eps=eps)
+    op = "masked_attention"
+    out, cls_rows = attention_forward(op, q, k, v, size=size, scale=scale, token_mask=token_mask, eps=eps)
+    return out, mean_of_heads(cls_rows)

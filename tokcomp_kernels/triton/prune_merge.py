@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokcomp_kernels._checked import checked
-from tokcomp_kernels.reference._common import descending_order
+from tokcomp_kernels.reference._common import descending_order, head_mean
 from tokcomp_kernels.triton._common import device_guard, inner_contiguous, require_supported, strides
 from tokcomp_kernels.triton._configs import MAX_RESIDENT, launch_config
 from tokcomp_kernels.triton._merge_norm import TABLE, Norm, merge_ranked
@@ -24,7 +24,7 @@ from tokcomp_kernels.triton._similarity import best_matches
 _COUNTS = ["num_tokens", "num_kept", "num_merged", "num_prefix_tokens"]
 
 
-@triton.jit(do_not_specialize=[*_COUNTS, "stride_ib"])
+@triton.jit(do_not_specialize=[*_COUNTS, "num_heads", "stride_ib", "stride_ih"])
 def _prune_merge_select_kernel(
     importance_ptr,
     order_ptr,
@@ -33,8 +33,11 @@ def _prune_merge_select_kernel(
     num_kept,
     num_merged,
     num_prefix_tokens,
+    num_heads,
     stride_ib,
+    stride_ih,
     stride_in,
+    HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -42,7 +45,17 @@ def _prune_merge_select_kernel(
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_tokens
     num_alive = num_kept + num_merged
-    before = count_before(importance_ptr + batch * stride_ib, offs_n, num_prefix_tokens, num_tokens, stride_in, BLOCK_J)
+    before = count_before(
+        importance_ptr + batch * stride_ib,
+        offs_n,
+        num_prefix_tokens,
+        num_tokens,
+        stride_in,
+        BLOCK_J,
+        num_heads,
+        stride_ih,
+        HEADS,
+    )
     rank = tl.where(offs_n < num_prefix_tokens, offs_n, num_prefix_tokens + before)  # [BLOCK_N]
     tl.store(order_ptr + batch * num_alive + rank, offs_n, mask=mask_n & (rank < num_alive))
     # The match kernel fills in the sources.
@@ -192,10 +205,10 @@ def _match(x: Tensor, order: Tensor, source: Tensor, num_kept: int, num_prefix_t
 
 def _select(importance: Tensor, num_kept: int, num_merged: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
     """The first M + S tokens of the order, [B, M + S] int32, and source [B, N] but for the sources' entries."""
-    batch, num_tokens = importance.shape
+    batch, num_tokens = importance.shape[0], importance.shape[-1]
     num_alive = num_kept + num_merged
     if num_tokens > MAX_COUNTED:
-        order = descending_order(importance, num_prefix_tokens)
+        order = descending_order(head_mean(importance), num_prefix_tokens)
         rank = torch.arange(num_tokens, device=importance.device).expand(batch, -1)
         source = torch.empty_like(order).scatter_(1, order, torch.where(rank < num_kept, rank, -1))
         return order[:, :num_alive].to(torch.int32).contiguous(), source
@@ -203,6 +216,7 @@ def _select(importance: Tensor, num_kept: int, num_merged: int, num_prefix_token
     source = torch.empty((batch, num_tokens), dtype=torch.int64, device=importance.device)
     if source.numel() > 0:
         config = launch_config(TABLE, "select", importance.device, N=num_tokens)
+        rows = importance if importance.dim() == 3 else importance[:, None]  # [B, H, N]
         _prune_merge_select_kernel[(batch, triton.cdiv(num_tokens, config["BLOCK_N"]))](
             importance_ptr=importance,
             order_ptr=order,
@@ -211,7 +225,9 @@ def _select(importance: Tensor, num_kept: int, num_merged: int, num_prefix_token
             num_kept=num_kept,
             num_merged=num_merged,
             num_prefix_tokens=num_prefix_tokens,
-            **strides(importance, "stride_ib", "stride_in"),
+            num_heads=rows.shape[1],
+            **strides(rows, "stride_ib", "stride_ih", "stride_in"),
+            HEADS=importance.dim() == 3,
             **config,
         )
     return order, source

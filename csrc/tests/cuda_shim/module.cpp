@@ -25,6 +25,7 @@ namespace shim {
 extern int64_t schedule;
 extern int64_t shared_limit;
 bool clusters = true;
+int64_t launches = 0;
 
 }  // namespace shim
 
@@ -34,6 +35,7 @@ template <typename Params>
 void tokcomp::cuda::Launcher::operator()(void (*kernel)(Params), int64_t blocks, int64_t shared_bytes,
                                          const Params& params, int cluster) const {
   if (cluster > 1 && !shim::clusters) throw std::runtime_error("shim: a device without clusters");
+  ++shim::launches;
   shim::launch(kernel, blocks, kThreads, shared_bytes, cluster, params);
 }
 
@@ -51,6 +53,9 @@ void tokcomp::cuda::Launcher::operator()(void (*kernel)(Params), int64_t blocks,
 
 // The order of a block's threads from now on: 0 ascending, 1 descending, above 1 the seed of random ones.
 extern "C" void shim_set_schedule(int64_t schedule) { shim::schedule = schedule; }
+
+// Kernels launched so far.
+extern "C" int64_t shim_launches() { return shim::launches; }
 
 // The numbered barriers that are left out from now on, by their bits.
 extern "C" void shim_set_without(uint64_t sites) { shim::without = sites; }

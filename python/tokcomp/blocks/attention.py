@@ -31,6 +31,7 @@ def attend(
     bias: Tensor | None = None,
     stock: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor] | None = None,
     mask: Tensor | None = None,
+    by_heads: bool = False,
 ) -> tuple[Tensor, Evidence]:
     """softmax(q k^T * scale + bias + log size) v, and the evidence that ``needs`` names.
 
@@ -44,6 +45,7 @@ def attend(
         stock: the model's own attention, for q, k, v, a mask [B, 1, 1, N] to add to the scores or None, and dropout_p.
             The evidence then takes one more pass over the keys.
         mask: [B, N] 1 for tokens and 0 for padding, to which nobody attends; None: no padding.
+        by_heads: leave cls_attn by heads, [B, H, N], where our own attention computes it; nothing has a gradient then.
 
     Returns:
         out [B, H, N, D] and the evidence; evidence carries no gradient.
@@ -64,7 +66,8 @@ def attend(
     if dropout_p > 0 and (size is not None or "cls_attn" in needs):
         out, cls_attn = _attend_with_dropout(q, k, v, scale, size, dropout_p)
     elif size is not None or "cls_attn" in needs or (own_kernel and dropout_p == 0):
-        out, cls_attn = torch.ops.tokcomp.attention(q, k, v, size=size, scale=scale)
+        attention = torch.ops.tokcomp._attention_heads if by_heads else torch.ops.tokcomp.attention
+        out, cls_attn = attention(q, k, v, size=size, scale=scale)
     else:
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     received = partial(torch.ops.tokcomp.attention_received, q, k, size=size, scale=scale)

@@ -61,6 +61,13 @@ class BlockState:
         return self.size if self.method.proportional_attention else None
 
     @property
+    def takes_heads(self) -> bool:
+        """Whether attention may leave its class row by heads, [B, H, N]: who reads it averages it, or nobody reads it."""
+        if "cls_attn" not in self.needs:
+            return True
+        return self.method.averages_heads and reduces_in_one(type(self.method)) and self.places is None
+
+    @property
     def mask(self) -> Tensor | None:
         """1 for tokens and 0 for padding, [B, N]; None where there is none."""
         return (self.size > 0).float() if self.method.varies and self.size is not None else None

@@ -88,6 +88,9 @@ class Method(ABC):
     unmerges: bool = False
     #: Whether images of one batch may be left with different numbers of tokens; see :mod:`tokcomp.methods.varying`.
     varies: bool = False
+    #: Whether :meth:`score` is ``cls_attn`` as it stands and the reduction averages it where it comes by heads,
+    #: [B, H, N], which spares a GPU a kernel.
+    averages_heads: bool = False
     #: What the command line and a plugin's file call the method; by default the class's name in lower case.
     name: ClassVar[str] = "method"
 

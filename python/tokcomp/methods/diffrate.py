@@ -185,6 +185,10 @@ class DiffRate(Method):
             return None
         return Assignment(min(num_prune_kept, num_tokens), min(num_merge_kept, num_tokens), left)
 
+    @property
+    def averages_heads(self) -> bool:  # type: ignore[override]
+        return self.metric == "cls_attn"
+
     def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:
         return score_tokens(self.metric, evidence, block, x, self.seed)
 

@@ -33,6 +33,8 @@ from tokcomp_kernels import int8
 
 #: Elements of the widest activation of a group of images.
 _ACTIVATION_ELEMENTS = 5 * 2**19
+#: Where the mean over heads is a kernel of its own, which what follows attention then saves.
+_AVERAGES_LATE = frozenset({"cuda"})
 _NORMS = (nn.LayerNorm, LayerNorm, nn.Identity)
 _SCALES = (LayerScale, ResidualScale, nn.Identity)
 
@@ -158,6 +160,7 @@ def attend_heads(block: nn.Module, x: Tensor, state: BlockState, products: Produ
         needs=state.needs,
         stock=stock,
         mask=state.mask,
+        by_heads=q.device.type in _AVERAGES_LATE and state.takes_heads,
     )
     return attn["proj"], out.transpose(1, 2).reshape(batch, num_tokens, heads * width)
 
