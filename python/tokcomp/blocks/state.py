@@ -62,7 +62,7 @@ class BlockState:
 
     @property
     def takes_heads(self) -> bool:
-        """Whether attention may leave its class row by heads, [B, H, N]: who reads it averages it, or nobody reads it."""
+        """Whether attention may leave its class row by heads, [B, H, N]: its reader averages it, or there is none."""
         if "cls_attn" not in self.needs:
             return True
         return self.method.averages_heads and reduces_in_one(type(self.method)) and self.places is None
