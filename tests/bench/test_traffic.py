@@ -224,7 +224,7 @@ def test_uncompressed_kernels_move_what_pytorch_s_operators_do(small: torch.nn.M
 
 
 def test_a_compressing_block_launches_as_many_kernels_as_another(small: torch.nn.Module) -> None:
-    """With prune_merge_norm's CUDA kernel, one where Triton's are three (tests/cuda counts it), and 2 more with Triton."""
+    """With prune_merge_norm's CUDA kernel, which is one (tests/cuda counts it); Triton's are three."""
     costs = roofline.kernels(small, SCHEDULE, IMAGES, torch.float32)
     per_block = [[cost.name for cost in costs if cost.block == block] for block in range(len(small.blocks) - 1)]
     compressing = [names for names in per_block if "prune_merge_norm.select" in names]

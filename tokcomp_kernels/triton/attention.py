@@ -193,7 +193,7 @@ def attention_forward(
     token_mask: Tensor | None = None,
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel on checked arguments: out [B, H, N, D], stored as [B, N, H, D], and cls_attn [B, H, N]."""
+    """Launch the forward kernel on checked arguments: out [B, H, N, D], stored as [B, N, H, D]; cls_attn [B, H, N]."""
     require_supported(op, "q", q)
     batch, heads, num_tokens, width = q.shape
     q, k, v = (inner_contiguous(tensor) for tensor in (q, k, v))
