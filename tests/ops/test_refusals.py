@@ -34,6 +34,8 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] =
      "prune_merge: x must be [B, N, C], got a tensor of shape [9, 4]"),
     ("prune_merge", (None, IMPORTANCE, 5, 3), {}, TypeError, "prune_merge: x must be a tensor, got None"),
     ("prune_merge", (X, None, 5, 3), {}, TypeError, "prune_merge: importance must be a tensor, got None"),
+    ("_attention_heads", (QKV, _randn(2, 3, 8, 4), QKV), {}, ValueError,
+     "_attention_heads: k must be [B, H, N, D] = [2, 3, 9, 4], got a tensor of shape [2, 3, 8, 4]"),
     ("attention", (QKV, QKV, None), {}, TypeError, "attention: v must be a tensor, got None"),
     ("attention", (_randn(2, 3, 9, 0),) * 3, {"scale": 1.0}, ValueError,
      "attention: q must have heads of at least one number (D >= 1), got a tensor of shape [2, 3, 9, 0]"),
