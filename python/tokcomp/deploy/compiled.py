@@ -55,7 +55,8 @@ def compile(
             logits. What ``torch.compile`` returns will do as well.
         batch: number of images, or several such numbers.
         dtype: compute in this type by autocast, whatever autocast is active around the calls. None: in the weights' own
-            type, which is faster if the model was converted (``model.half()``).
+            type, which is faster if the model was converted (``model.half()``): on CUDA autocast casts each layer's
+            input and leaves the path of fused kernels, of which a warning tells.
         img_size: side, or (height, width), of the images; None: the model's own.
         pad: on CUDA, run every batch through graphs: in pieces of the largest size, the last one padded up to the next
             size. An image's logits do not depend on what else is in its batch.
@@ -95,6 +96,12 @@ class CompiledModel(nn.Module):
         self._graphs, self._lock, self._warned = graphs.Graphs(), threading.RLock(), False
         self._watch = Watch(model)
         self._batches: list[int] = []
+        if self._autocast is not None and graphs.serve(self._inputs.device):
+            warnings.warn(
+                f"dtype={self._autocast} runs under autocast, which on CUDA leaves the fused kernels and is slower: "
+                f"convert the model and its images instead, with .to({self._autocast})",
+                stacklevel=3,
+            )
         sizes = [batch] if isinstance(batch, int) else list(batch)
         if not sizes:
             raise ValueError("batch must name at least one size, got none")
@@ -118,6 +125,30 @@ class CompiledModel(nn.Module):
             self._prepare(batch)
             if batch not in self._batches:
                 self._batches = [*self._batches, batch]
+
+    def input_buffer(self, batch: int) -> Tensor:
+        """The memory that the graph for ``batch`` images reads, [batch, C, H, W]: filled and passed itself, no copy.
+
+        ``buffer = compiled.input_buffer(64)``, then for each batch ``buffer.copy_(images)`` (from the host, say, or by
+        the kernel that normalises them) and ``compiled(buffer)``; with ``pad=True`` its first images do as well. It
+        may be filled anew once the call is back: the GPU keeps the order on the caller's stream. A call with other
+        images of this size overwrites it, so it is for one caller at a time. When the graphs are captured again, of
+        which a warning tells, it is a tensor like any other, and copied: ask for it anew. Without graphs, on a CPU,
+        each call gives a tensor of the right shape.
+
+        Raises:
+            TypeError, ValueError: ``batch`` is not one of :attr:`batches`.
+        """
+        checked_batch("batch", batch)
+        with self._lock, self._precision():
+            if batch not in self._batches:
+                ready = ", ".join(map(str, self.batches))
+                raise ValueError(
+                    f"batch must be one of those that are ready ({ready}), got {batch}: call capture({batch})"
+                )
+            images = self._inputs.batch(batch)
+            buffer = self._graphs.buffer(images) if graphs.serve(images.device) else None
+        return images if buffer is None else buffer
 
     def memory(self) -> Memory:
         """Bytes held beyond the model: per graph, and for packed weights."""

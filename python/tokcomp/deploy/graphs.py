@@ -64,6 +64,14 @@ class Graphs:
         """Bytes of the buffers into which batches of this size are copied."""
         return sum(images.nbytes for shape, images in self._images.items() if shape.size[0] == batch)
 
+    def buffer(self, images: Tensor) -> Tensor | None:
+        """What the graphs for batches like ``images``, under the current autocast, read; None if there are none.
+
+        :meth:`run` copies nothing where it is given that buffer, or its first images.
+        """
+        with self._lock:
+            return self._images.get(_Shape.of(images))
+
     def clear(self) -> None:
         """Drop every graph and its memory."""
         with self._lock:
@@ -129,7 +137,11 @@ class Graphs:
             caller = cuda.current_stream()
             self._stream.wait_stream(caller)
             with cuda.stream(self._stream):
-                self._images[shape][: len(images)].copy_(images, non_blocking=True)
+                buffer = self._images[shape][: len(images)]
+                if images.data_ptr() != buffer.data_ptr() or images.stride() != buffer.stride():
+                    # Another part of the buffer would overlap with where it goes.
+                    within = images.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+                    buffer.copy_(images.clone() if within else images, non_blocking=True)
                 captured.graph.replay()
                 logits = captured.logits[: len(images)].clone()
             caller.wait_stream(self._stream)
