@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from tokcomp.bench.published_search import PublishedSearch
 
+from tests.drawn import draws_what_was_recorded
 from tests.library.conftest import make_vit, published  # noqa: F401
 
 DATA = Path(__file__).parents[1] / "data" / "published_search.safetensors"
@@ -30,6 +31,7 @@ def assert_same_gradients(have, want, relative):
         assert (gradient - wanted).norm() <= relative * wanted.norm() + 1e-18, name
 
 
+@draws_what_was_recorded
 def test_agrees_with_the_published_code(published):  # noqa: F811
     with safe_open(DATA, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

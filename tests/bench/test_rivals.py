@@ -16,6 +16,10 @@ from tokcomp.bench.report import headline, table
 
 from tests.bench.toys import CPU, METHOD, make_vit, seconds
 
+UNDER_NO_LIMIT = pytest.mark.skipif(
+    "ONEDNN_MAX_CPU_ISA" in os.environ, reason="OpenVINO itself crashes on small models under a limit"
+)
+
 
 @pytest.fixture(autouse=True)
 def at_its_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +27,7 @@ def at_its_best(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rivals, "instruction_sets", lambda: {"cpu": "avx2", "torch": "avx2"})
 
 
-@pytest.mark.skipif("ONEDNN_MAX_CPU_ISA" in os.environ, reason="OpenVINO itself crashes on small models under a limit")
+@UNDER_NO_LIMIT
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-int8", "openvino"])
 def test_a_real_rival_computes_what_timm_does(name: str) -> None:
     for module in ("onnx", "openvino" if name == "openvino" else "onnxruntime"):
@@ -55,6 +59,7 @@ def test_the_compressed_onnx_file_is_held_to_the_published_pipeline() -> None:
     assert not Entry(name, METHOD).is_ours  # so that a fault of another runtime is a line, not the end
 
 
+@UNDER_NO_LIMIT
 def test_openvino_reaches_bfloat16_by_itself_or_says_that_it_cannot() -> None:
     for module in ("onnx", "openvino"):
         pytest.importorskip(module, reason="a part of tokcomp[bench]")

@@ -6,6 +6,8 @@ import pytest
 import tokcomp
 import torch
 
+from tests.drawn import draws_what_was_recorded
+
 # The published float32 run itself is off its float64 run by up to 1e-6; two such runs may add up.
 TOLERANCE = 1e-5
 
@@ -49,6 +51,7 @@ def test_logits_and_blocks(published, name):
         torch.testing.assert_close(sort_rows(outputs[index][0]), sort_rows(expected), atol=TOLERANCE, rtol=0)
 
 
+@draws_what_was_recorded
 @pytest.mark.parametrize("name", ["diffrate", "tome", "evit"])
 def test_float64_logits(published, name):
     model = tokcomp.compress(published.model().double(), method_of(name, published.settings))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from tests.drawn import draws_what_was_recorded
 from tests.library.conftest import Published, published  # noqa: F401
 from tests.oracle import rules
 from tests.oracle.plain_vit import PlainViT
@@ -31,6 +32,7 @@ def off(have: Tensor, want: Tensor) -> float:
     return ((have - want).norm() / want.norm()).item()
 
 
+@draws_what_was_recorded
 def test_methods(published: Published) -> None:  # noqa: F811
     plain, settings = plain_of(published), published.settings
     counts = settings["diffrate"]["num_prune_kept"], settings["diffrate"]["num_merge_kept"]
@@ -47,6 +49,7 @@ def test_methods(published: Published) -> None:  # noqa: F811
         assert off(have, published.tensors[f"{name}.logits_f64"]) < LOGITS, name
 
 
+@draws_what_was_recorded
 def test_search(published: Published) -> None:  # noqa: F811
     with safe_open(DATA, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from tokcomp import DiffRateSearch
 
+from tests.drawn import draws_what_was_recorded
+
 DATA = Path(__file__).parents[1] / "data" / "published_search.safetensors"
 RELATIVE = 1e-7
 
@@ -54,6 +56,7 @@ def test_kept_numbers(search, expected):
     assert schedule.num_merge_kept == expected.settings["kept_merge"]
 
 
+@draws_what_was_recorded
 def test_logits_and_flops(search, expected, published):
     logits, flops = search(published.images.double())
     torch.testing.assert_close(logits, expected.tensors["logits"], rtol=RELATIVE, atol=RELATIVE)
@@ -63,6 +66,7 @@ def test_logits_and_flops(search, expected, published):
     assert loss.item() == pytest.approx(expected.tensors["ce"].item(), rel=RELATIVE)
 
 
+@draws_what_was_recorded
 @pytest.mark.parametrize("which", ["grad_ce", "grad_total", "grad_flops_G"])
 def test_gradients(search, expected, published, which):
     logits, flops = search(published.images.double())

@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.drawn import draws_what_was_recorded
+
 DATA = Path(__file__).parents[1] / "data" / "published_tocom.safetensors"
 # As in tests/library/test_published.py: the published float32 run is itself off its float64 run by up to 1e-6.
 TOLERANCE = 1e-5
@@ -65,6 +67,7 @@ def test_logits(published, expected, load, run, way):
     torch.testing.assert_close(logits, expected.logits[f"{source}-{target}.logits"], atol=TOLERANCE, rtol=0)
 
 
+@draws_what_was_recorded
 @pytest.mark.parametrize("way", ["fold", "applied"])
 def test_float64_logits(published, expected, load, way):
     model = tokcomp.compress(published.model().double(), tokcomp.ToMe(8))
