@@ -7,6 +7,7 @@ import torch
 
 from tests.ops.backends import SHARED, Target, all_samples, all_targets, find, targets
 from tokcomp_kernels.compare import assert_right
+from tokcomp_kernels.reference._common import sorted_sums, sum_per_slot
 from tokcomp_kernels.testing import Sample, samples
 
 
@@ -98,3 +99,13 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _effective_strides(t: torch.Tensor) -> list[int]:
     return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
+@pytest.mark.parametrize("shape", [(3, 11), (3, 11, 4), (0, 11, 4)])
+def test_sums_per_slot_without_atomics_are_the_same(shape: tuple[int, ...]) -> None:
+    """What the reference runs on CUDA; whole numbers, whose sums do not depend on the order."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-9, 9, shape, generator=generator).float()
+    for num_slots in (1, 5, 20):
+        slot = torch.randint(-1, num_slots, shape[:2], generator=generator)
+        assert torch.equal(sorted_sums(values, slot, num_slots), sum_per_slot(values, slot, num_slots))

@@ -62,18 +62,23 @@ def scatter_add_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
 def sum_per_slot(values: Tensor, slot: Tensor, num_slots: int) -> Tensor:
     """values [B, N, ...], slot [B, N] -> [B, M, ...]: each slot's sum, in the order of N; slot -1 is left out."""
-    shape = (values.shape[0], num_slots + 1, *values.shape[2:])
-    index = torch.where(slot < 0, num_slots, slot)
     if values.is_floating_point() and values.device.type == "cuda":
-        # scatter_add's atomics would add up in another order from run to run.
-        index, order = index.sort(dim=1, stable=True)
-        lengths = torch.zeros(shape[:2], dtype=torch.int64, device=index.device)
-        lengths = lengths.scatter_add(1, index, torch.ones_like(index)).flatten()
-        order = order + values.shape[1] * torch.arange(shape[0], device=order.device)[:, None]
-        rows = values.flatten(0, 1)[order.flatten()]
-        return torch.segment_reduce(rows, "sum", lengths=lengths, unsafe=True, initial=0).view(shape)[:, :num_slots]
+        return sorted_sums(values, slot, num_slots)  # scatter_add's atomics would add up in any order
+    index = torch.where(slot < 0, num_slots, slot)
     index = index.view(*index.shape, *[1] * (values.dim() - 2)).expand_as(values)
+    shape = (values.shape[0], num_slots + 1, *values.shape[2:])
     return values.new_zeros(shape).scatter_add(1, index, values)[:, :num_slots]
+
+
+def sorted_sums(values: Tensor, slot: Tensor, num_slots: int) -> Tensor:
+    """:func:`sum_per_slot` without atomics: the rows of a slot are brought together, and summed one after the other."""
+    batch, num_rows = slot.shape
+    index, order = torch.where(slot < 0, num_slots, slot).sort(dim=1, stable=True)
+    lengths = index.new_zeros(batch, num_slots + 1).scatter_add(1, index, torch.ones_like(index))
+    order = order + num_rows * torch.arange(batch, device=order.device)[:, None]
+    rows = values.flatten(0, 1)[order.flatten()]
+    sums = torch.segment_reduce(rows, "sum", lengths=lengths.flatten(), unsafe=True, initial=0)
+    return sums.view(batch, num_slots + 1, *values.shape[2:])[:, :num_slots]
 
 
 def log_size_bias(size: Tensor | None, dtype: torch.dtype) -> Tensor | float:
