@@ -288,6 +288,35 @@ def test_what_is_not_dense_is_named(op: str, kind: str) -> None:
                 getattr(torch.ops.tokcomp, op)(*args, **sample.kwargs)
 
 
+def test_what_was_right_once_is_not_checked_again_and_wrong_input_still_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokcomp_kernels import _checked, _checks
+
+    asked = []
+
+    def check(*args: object, **kwargs: object) -> None:
+        asked.append(args)
+        _checks.check_attention(*args, **kwargs)
+
+    monkeypatch.setattr(_checked, "check_of", lambda name: check)
+    monkeypatch.setattr(_checked, "_REMEMBERED", 2)
+
+    @_checked.checked
+    def attention_reference(q: object, k: object, v: object, **options: object) -> str:
+        return "ran"
+
+    one, q = torch.ones(2, 9), torch.ones(2, 3, 9, 4)
+    attention_reference(q, q, q, size=one)
+    attention_reference(q * 2, q, q, size=one * 3)
+    assert len(asked) == 1
+    for wrong in ({"size": one[:1]}, {"size": one.long()}, {"size": one.to("meta")}):
+        for _ in range(2):
+            with pytest.raises((ValueError, TypeError), match="attention: size must"):
+                attention_reference(q, q, q, **wrong)
+    for dtype in (torch.float64, torch.bfloat16, torch.float64):  # more kinds than are remembered
+        attention_reference(*[q.to(dtype)] * 3)
+    assert len(asked) == 1 + 6 + 3
+
+
 def test_every_public_operator_is_in_the_table() -> None:
     from tokcomp_kernels._schema import OPERATORS
 

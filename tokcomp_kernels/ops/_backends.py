@@ -13,6 +13,7 @@ What is missing falls back to the reference, which runs on every device; so does
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -104,9 +105,16 @@ class Implementation:
         raise ValueError(f"backend must be one of cpp, cuda, triton, reference, got {backend!r}")
 
     def _launch_triton(self, *args: Any, **kwargs: Any) -> Any:
-        operator = BY_NAME[self.name]
-        module = importlib.import_module(f"tokcomp_kernels.triton.{operator.file}")
-        return getattr(module, f"{operator.stem}_triton")(*args, **kwargs)
+        return _triton_launcher(self.name)(*args, **kwargs)
+
+
+@functools.cache
+def _triton_launcher(name: str) -> Callable[..., Any]:
+    operator = BY_NAME[name]
+    launcher: Callable[..., Any] = getattr(
+        importlib.import_module(f"tokcomp_kernels.triton.{operator.file}"), f"{operator.stem}_triton"
+    )
+    return launcher
 
 
 def _float64_elsewhere(fast: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tokcomp_kernels.triton._common import LOG2_E, dot, effective_size, narrow
+from tokcomp_kernels.triton._common import LOG2_E, dot, effective_size, narrow, next_power_of_2
 from tokcomp_kernels.triton._configs import ONE_TILE, launch_config
 
 #: One kernel serves all their values: strides from image to image of [B, N] tensors, which vary with N alone.
@@ -24,7 +24,7 @@ def launch_options(
     """Constants and launch options of one kernel of ``op``. They do not depend on the batch, nor do an image's bits."""
     config = launch_config(op, kernel, device, N=num_tokens, D=width, itemsize=itemsize)
     single_tile = num_tokens <= config["BLOCK_N"]
-    return {"D": width, "BLOCK_D": max(16, triton.next_power_of_2(width)), "SINGLE_TILE": single_tile, **config}
+    return {"D": width, "BLOCK_D": max(16, next_power_of_2(width)), "SINGLE_TILE": single_tile, **config}
 
 
 @triton.constexpr_function

@@ -24,6 +24,16 @@ def require_supported(op: str, argument: str, tensor: Tensor) -> None:
         refuse(op, argument, "be float16, bfloat16 or float32 for the Triton kernel", got, TypeError)
 
 
+def cdiv(count: int, size: int) -> int:
+    """Parts of ``size`` that ``count`` takes. Triton's own is for constants of kernels, and takes microseconds here."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """The least power of two that is not below ``count``, at least 1; Triton's own takes microseconds here."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
 def inner_contiguous(tensor: Tensor) -> Tensor:
     """The tensor, or a compact copy where its last dimension is strided (kernels take that stride to be 1)."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from tokcomp_kernels.triton._common import strides
+from tokcomp_kernels.triton._common import cdiv, next_power_of_2, strides
 from tokcomp_kernels.triton._configs import launch_config
 from tokcomp_kernels.triton._merge_kernels import merge_join_kernel, merge_kept_kernel
 from tokcomp_kernels.triton._norm import chunks, compact
@@ -68,7 +67,7 @@ def merge_ranked(
     if size_out.numel() == 0:
         return x_out, normalized, size_out
     kept = launch_config(TABLE, "kept", x.device, C=channels, S=num_merged, itemsize=x.itemsize)
-    num_blocks = triton.cdiv(num_kept, kept["BLOCK_M"])
+    num_blocks = cdiv(num_kept, kept["BLOCK_M"])
     best = torch.empty((batch, num_blocks, num_merged), dtype=torch.float32, device=x.device)
     best_slot = torch.empty((batch, num_blocks, num_merged), dtype=torch.int32, device=x.device)
     inv_src = torch.empty((batch, num_merged), dtype=torch.float32, device=x.device)
@@ -95,7 +94,7 @@ def merge_ranked(
         "size_ptr": size,
         "order_ptr": order,
     }
-    num_parts = max(1, triton.cdiv(num_merged, kept["BLOCK_S"]))
+    num_parts = max(1, cdiv(num_merged, kept["BLOCK_S"]))
     merge_kept_kernel[(batch * num_blocks * num_parts,)](
         **rows,
         x_out_ptr=x_out,
@@ -117,7 +116,7 @@ def merge_ranked(
     )
     if num_merged > 0:
         join = launch_config(TABLE, "join", x.device, C=channels)
-        merge_join_kernel[(batch * triton.cdiv(num_merged, join["BLOCK_R"]),)](
+        merge_join_kernel[(batch * cdiv(num_merged, join["BLOCK_R"]),)](
             **rows,
             best_ptr=best,
             best_slot_ptr=best_slot,
@@ -136,7 +135,7 @@ def merge_ranked(
             **flags,
             WEIGHTED_SIZE=similarity_weighted_size,
             CHANNELS=channels,
-            BLOCK_C=max(16, triton.next_power_of_2(channels)),
+            BLOCK_C=max(16, next_power_of_2(channels)),
             **join,
         )
     return x_out, normalized, size_out

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels.triton._common import narrow
+from tokcomp_kernels.triton._common import cdiv, narrow
 
 
 @triton.jit
@@ -109,4 +109,4 @@ def compact(vector: Tensor | None) -> Tensor | None:
 
 def chunks(channels: int, config: dict[str, int]) -> int:
     """Tiles that a row takes."""
-    return max(1, triton.cdiv(channels, config["BLOCK_C"]))
+    return max(1, cdiv(channels, config["BLOCK_C"]))

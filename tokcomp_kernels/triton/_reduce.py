@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels.triton._common import device_guard
+from tokcomp_kernels.triton._common import cdiv, device_guard
 from tokcomp_kernels.triton._configs import ENABLE_FP_FUSION, REDUCE_BLOCK
 
 
@@ -52,7 +52,7 @@ def reduce_groups(values: Tensor, *, stats: Tensor | None = None, mean: bool, dt
     if out.numel() == 0:
         return out
     with device_guard(values):
-        _reduce_kernel[(batch * triton.cdiv(num_tokens, REDUCE_BLOCK),)](
+        _reduce_kernel[(batch * cdiv(num_tokens, REDUCE_BLOCK),)](
             values_ptr=values,
             stats_ptr=stats,
             out_ptr=out,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels.triton._common import effective_size, narrow, strides
+from tokcomp_kernels.triton._common import cdiv, effective_size, narrow, strides
 from tokcomp_kernels.triton._configs import launch_config
 
 
@@ -136,7 +136,7 @@ def merge_rows(
     if size_out.numel() == 0:
         return x_out, size_out
     config = launch_config(op, "apply", x.device, S=num_merged, C=channels)
-    grid = (batch, triton.cdiv(num_kept, config["BLOCK_M"]), max(1, triton.cdiv(channels, config["BLOCK_C"])))
+    grid = (batch, cdiv(num_kept, config["BLOCK_M"]), max(1, cdiv(channels, config["BLOCK_C"])))
     _merge_apply_kernel[grid](
         x_ptr=x,
         size_ptr=size,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokcomp_kernels._checked import checked
-from tokcomp_kernels.triton._common import device_guard, inner_contiguous, require_supported, strides
+from tokcomp_kernels.triton._common import cdiv, device_guard, inner_contiguous, require_supported, strides
 from tokcomp_kernels.triton._configs import launch_config
 from tokcomp_kernels.triton._norm import chunks, compact, load_tiles, store_normalized, store_tiles
 
@@ -77,7 +77,7 @@ def add_layer_norm_triton(
     x, branch = (inner_contiguous(t.reshape(groups, rows_per_group, channels)) for t in (x, branch))
     config = launch_config("add_layer_norm", "rows", x.device, C=channels, itemsize=x.itemsize)
     with device_guard(x):
-        _add_layer_norm_kernel[(triton.cdiv(num_rows, config["BLOCK_R"]),)](
+        _add_layer_norm_kernel[(cdiv(num_rows, config["BLOCK_R"]),)](
             x_ptr=x,
             branch_ptr=branch,
             weight_ptr=compact(weight),

@@ -36,7 +36,7 @@ from tokcomp_kernels.triton._attention import (
     width_tiles,
     zero_parts,
 )
-from tokcomp_kernels.triton._common import device_guard, inner_contiguous, narrow, require_supported, strides
+from tokcomp_kernels.triton._common import cdiv, device_guard, inner_contiguous, narrow, require_supported, strides
 from tokcomp_kernels.triton._reduce import reduce_groups
 
 
@@ -202,7 +202,7 @@ def attention_forward(
     if cls_rows.numel() > 0:
         options = forward_options(op, q.device, num_tokens, width, q.element_size())
         with device_guard(q):
-            _attention_fwd_kernel[(batch * heads * triton.cdiv(num_tokens, options["BLOCK_M"]),)](
+            _attention_fwd_kernel[(batch * heads * cdiv(num_tokens, options["BLOCK_M"]),)](
                 q_ptr=q,
                 k_ptr=k,
                 v_ptr=v,

@@ -30,6 +30,7 @@ from tokcomp_kernels.triton._attention import (
 )
 from tokcomp_kernels.triton._common import (
     LOG2_E,
+    cdiv,
     device_guard,
     dot,
     inner_contiguous,
@@ -292,7 +293,7 @@ def attention_backward(
         }
         flags = {"HAS_SIZE": size is not None, "HAS_MASK": token_mask is not None}
         with device_guard(q):
-            _attention_bwd_rows_kernel[(batch * heads * triton.cdiv(num_tokens, rows["BLOCK_M"]),)](
+            _attention_bwd_rows_kernel[(batch * heads * cdiv(num_tokens, rows["BLOCK_M"]),)](
                 **inputs,
                 dq_ptr=grad_q,
                 stats_ptr=stats,
@@ -302,7 +303,7 @@ def attention_backward(
                 **flags,
                 **rows,
             )
-            _attention_bwd_columns_kernel[(batch * heads * triton.cdiv(num_tokens, columns["BLOCK_N"]),)](
+            _attention_bwd_columns_kernel[(batch * heads * cdiv(num_tokens, columns["BLOCK_N"]),)](
                 **inputs,
                 stats_ptr=stats,
                 dk_ptr=grad_k,

@@ -22,7 +22,7 @@ from tokcomp_kernels.triton._attention import (
     part_scores,
     width_tiles,
 )
-from tokcomp_kernels.triton._common import device_guard, inner_contiguous, require_supported, strides
+from tokcomp_kernels.triton._common import cdiv, device_guard, inner_contiguous, require_supported, strides
 from tokcomp_kernels.triton._reduce import reduce_groups
 
 
@@ -119,7 +119,7 @@ def attention_received_triton(
     batch, heads, num_tokens, width = q.shape
     q, k = inner_contiguous(q), inner_contiguous(k)
     options = forward_options(op, q.device, num_tokens, width, q.element_size())
-    groups = heads * triton.cdiv(num_tokens, options["BLOCK_M"])
+    groups = heads * cdiv(num_tokens, options["BLOCK_M"])
     sums = torch.empty(batch, groups, num_tokens, dtype=torch.float32, device=q.device)
     if sums.numel() > 0:
         with device_guard(q):

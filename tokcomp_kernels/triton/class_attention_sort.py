@@ -10,7 +10,15 @@ from torch import Tensor
 from tokcomp_kernels._checked import checked
 from tokcomp_kernels.reference._common import descending_order
 from tokcomp_kernels.triton._attention import finite_max, load_bias, load_rows
-from tokcomp_kernels.triton._common import LOG2_E, device_guard, inner_contiguous, require_supported, strides
+from tokcomp_kernels.triton._common import (
+    LOG2_E,
+    cdiv,
+    device_guard,
+    inner_contiguous,
+    next_power_of_2,
+    require_supported,
+    strides,
+)
 from tokcomp_kernels.triton._configs import ENABLE_FP_FUSION, ORDER_BLOCK, launch_config
 from tokcomp_kernels.triton._order import MAX_COUNTED, count_before
 from tokcomp_kernels.triton._reduce import reduce_groups
@@ -92,7 +100,7 @@ def token_order(cls_attn: Tensor, num_prefix_tokens: int) -> Tensor:
     order = torch.empty(batch, num_tokens, dtype=torch.int64, device=cls_attn.device)
     if order.numel() > 0:
         with device_guard(cls_attn):
-            _token_order_kernel[(batch * triton.cdiv(num_tokens, ORDER_BLOCK),)](
+            _token_order_kernel[(batch * cdiv(num_tokens, ORDER_BLOCK),)](
                 cls_ptr=cls_attn,
                 order_ptr=order,
                 N=num_tokens,
@@ -131,7 +139,7 @@ def class_attention_sort_triton(
                 N=num_tokens,
                 scale=width**-0.5 if scale is None else float(scale),
                 D=width,
-                BLOCK_D=triton.next_power_of_2(width),
+                BLOCK_D=next_power_of_2(width),
                 HAS_SIZE=size is not None,
                 **config,
             )

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokcomp_kernels._checked import checked
-from tokcomp_kernels.triton._common import device_guard, dot, inner_contiguous, narrow, require_supported
+from tokcomp_kernels.triton._common import cdiv, device_guard, dot, inner_contiguous, narrow, require_supported
 from tokcomp_kernels.triton._configs import launch_config
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -80,7 +80,7 @@ def linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     rows = inner_contiguous(x.reshape(out.numel() // features, width))
     weight = inner_contiguous(weight)
     config = launch_config("linear_gelu", "forward", x.device, F=features, K=width, itemsize=x.itemsize)
-    blocks = triton.cdiv(rows.shape[0], config["BLOCK_M"]) * triton.cdiv(features, config["BLOCK_F"])
+    blocks = cdiv(rows.shape[0], config["BLOCK_M"]) * cdiv(features, config["BLOCK_F"])
     with device_guard(x):
         _linear_gelu_kernel[(blocks,)](
             x_ptr=rows,

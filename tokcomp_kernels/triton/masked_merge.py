@@ -14,6 +14,7 @@ from torch import Tensor
 from tokcomp_kernels._checked import checked
 from tokcomp_kernels.reference.masked_merge import live_order
 from tokcomp_kernels.triton._common import (
+    cdiv,
     device_guard,
     effective_size,
     inner_contiguous,
@@ -242,7 +243,7 @@ def masked_merge_triton(
         dst = torch.empty((batch, num_tokens), dtype=torch.int32, device=x.device)
         similarity = torch.empty((batch, num_tokens), dtype=torch.float32, device=x.device)
         config = launch_config("masked_merge", "match", x.device, C=channels, itemsize=x.itemsize)
-        programs = min(MATCH_PROGRAMS, triton.cdiv(num_tokens, config["BLOCK_S"]))
+        programs = min(MATCH_PROGRAMS, cdiv(num_tokens, config["BLOCK_S"]))
         _masked_merge_match_kernel[(batch, programs)](
             x_ptr=x,
             counts_ptr=counts,
@@ -258,8 +259,8 @@ def masked_merge_triton(
             **config,
         )
         config = launch_config("masked_merge", "apply", x.device, C=channels)
-        channel_blocks = max(1, triton.cdiv(channels, config["BLOCK_C"]))
-        _masked_merge_apply_kernel[(batch, triton.cdiv(num_tokens, config["BLOCK_N"]), channel_blocks)](
+        channel_blocks = max(1, cdiv(channels, config["BLOCK_C"]))
+        _masked_merge_apply_kernel[(batch, cdiv(num_tokens, config["BLOCK_N"]), channel_blocks)](
             x_ptr=x,
             size_ptr=size,
             counts_ptr=counts,
@@ -301,7 +302,7 @@ def _select(
     order = torch.empty((batch, num_tokens), dtype=torch.int32, device=device)
     num_merged = torch.empty((batch,), dtype=torch.int32, device=device)
     config = launch_config("masked_merge", "select", device, N=num_tokens)
-    _masked_merge_select_kernel[(batch, triton.cdiv(num_tokens, config["BLOCK_N"]))](
+    _masked_merge_select_kernel[(batch, cdiv(num_tokens, config["BLOCK_N"]))](
         importance_ptr=importance,
         mask_ptr=token_mask,
         counts_ptr=counts,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokcomp_kernels._checked import checked
-from tokcomp_kernels.triton._common import device_guard, inner_contiguous, narrow, require_supported, strides
+from tokcomp_kernels.triton._common import cdiv, device_guard, inner_contiguous, narrow, require_supported, strides
 from tokcomp_kernels.triton._configs import launch_config
 
 
@@ -74,7 +74,7 @@ def masked_merge_backward_triton(grad: Tensor, destination: Tensor) -> Tensor:
         return out
     config = launch_config("masked_merge_backward", "backward", grad.device, C=channels)
     with device_guard(grad):
-        _masked_merge_bwd_kernel[(batch, triton.cdiv(num_tokens, config["BLOCK_N"]))](
+        _masked_merge_bwd_kernel[(batch, cdiv(num_tokens, config["BLOCK_N"]))](
             grad_ptr=grad,
             destination_ptr=destination,
             out_ptr=out,

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from tokcomp_kernels._checked import checked
 from tokcomp_kernels.triton._attention import apply_mask, finite_max, load_mask
-from tokcomp_kernels.triton._common import LOG2_E, device_guard, inner_contiguous, narrow, require_supported, strides
+from tokcomp_kernels.triton._common import (
+    LOG2_E,
+    cdiv,
+    device_guard,
+    inner_contiguous,
+    narrow,
+    require_supported,
+    strides,
+)
 from tokcomp_kernels.triton._configs import launch_config
 from tokcomp_kernels.triton._reduce import reduce_groups
 
@@ -202,7 +210,7 @@ def masked_softmax_triton(scores: Tensor, token_mask: Tensor, eps: float = 1e-6)
         scores = inner_contiguous(scores)
         options = _launch_options("forward", scores.device, num_tokens)
         with device_guard(scores):
-            _masked_softmax_fwd_kernel[(batch * heads * triton.cdiv(num_tokens, options["BLOCK_M"]),)](
+            _masked_softmax_fwd_kernel[(batch * heads * cdiv(num_tokens, options["BLOCK_M"]),)](
                 scores_ptr=scores,
                 mask_ptr=token_mask,
                 out_ptr=out,
@@ -226,7 +234,7 @@ def masked_softmax_backward_triton(
     batch, heads, num_tokens, _ = scores.shape
     grad_scores = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
     options = _launch_options("backward", scores.device, num_tokens)
-    num_blocks = triton.cdiv(num_tokens, options["BLOCK_M"])
+    num_blocks = cdiv(num_tokens, options["BLOCK_M"])
     partial_sums = torch.empty(batch, heads * num_blocks, num_tokens, dtype=torch.float32, device=scores.device)
     if grad_scores.numel() > 0:
         grad, scores = inner_contiguous(grad), inner_contiguous(scores)

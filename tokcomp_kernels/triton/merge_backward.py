@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokcomp_kernels._checked import checked
 from tokcomp_kernels.triton._common import (
+    cdiv,
     device_guard,
     effective_size,
     inner_contiguous,
@@ -91,7 +92,7 @@ def merge_backward_triton(grad: Tensor, source: Tensor, size: Tensor | None = No
         return out
     config = launch_config("merge_backward", "backward", grad.device, C=channels)
     with device_guard(grad):
-        _merge_bwd_kernel[(batch, triton.cdiv(num_tokens, config["BLOCK_N"]))](
+        _merge_bwd_kernel[(batch, cdiv(num_tokens, config["BLOCK_N"]))](
             grad_ptr=grad,
             source_ptr=source,
             size_ptr=size,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokcomp_kernels._checked import checked
 from tokcomp_kernels.reference._common import descending_order, head_mean
-from tokcomp_kernels.triton._common import device_guard, inner_contiguous, require_supported, strides
+from tokcomp_kernels.triton._common import cdiv, device_guard, inner_contiguous, require_supported, strides
 from tokcomp_kernels.triton._configs import MAX_RESIDENT, launch_config
 from tokcomp_kernels.triton._merge_norm import TABLE, Norm, merge_ranked
 from tokcomp_kernels.triton._order import MAX_COUNTED, count_before
@@ -186,7 +186,7 @@ def _match(x: Tensor, order: Tensor, source: Tensor, num_kept: int, num_prefix_t
     similarity = torch.empty((batch, num_merged), dtype=torch.float32, device=x.device)
     if dst.numel() > 0:
         config = launch_config(TABLE, "match", x.device, S=num_merged, C=channels, itemsize=x.itemsize)
-        _prune_merge_match_kernel[(batch, triton.cdiv(num_merged, config["BLOCK_S"]))](
+        _prune_merge_match_kernel[(batch, cdiv(num_merged, config["BLOCK_S"]))](
             x_ptr=x,
             order_ptr=order,
             dst_ptr=dst,
@@ -217,7 +217,7 @@ def _select(importance: Tensor, num_kept: int, num_merged: int, num_prefix_token
     if source.numel() > 0:
         config = launch_config(TABLE, "select", importance.device, N=num_tokens)
         rows = importance if importance.dim() == 3 else importance[:, None]  # [B, H, N]
-        _prune_merge_select_kernel[(batch, triton.cdiv(num_tokens, config["BLOCK_N"]))](
+        _prune_merge_select_kernel[(batch, cdiv(num_tokens, config["BLOCK_N"]))](
             importance_ptr=importance,
             order_ptr=order,
             source_ptr=source,

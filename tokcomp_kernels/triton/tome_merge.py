@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokcomp_kernels._checked import checked
 from tokcomp_kernels.reference._common import descending_order, size_or_ones
-from tokcomp_kernels.triton._common import device_guard, dot, inner_contiguous, require_supported, strides
+from tokcomp_kernels.triton._common import cdiv, device_guard, dot, inner_contiguous, require_supported, strides
 from tokcomp_kernels.triton._configs import launch_config
 from tokcomp_kernels.triton._order import MAX_COUNTED, count_before
 from tokcomp_kernels.triton._rows import merge_rows
@@ -162,7 +162,7 @@ def _match(metric: Tensor, num_merged: int, num_prefix_tokens: int) -> tuple[Ten
     dst = torch.empty((batch, num_merged), dtype=torch.int32, device=metric.device)
     source = torch.empty((batch, num_tokens), dtype=torch.int64, device=metric.device)
     config = launch_config("tome_merge", "match", metric.device, K=channels, itemsize=metric.itemsize)
-    _tome_merge_match_kernel[(batch, triton.cdiv(num_a, config["BLOCK_A"]))](
+    _tome_merge_match_kernel[(batch, cdiv(num_a, config["BLOCK_A"]))](
         metric_ptr=metric,
         best_ptr=best,
         best_b_ptr=best_b,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokcomp_kernels._checked import checked
-from tokcomp_kernels.triton._common import device_guard, inner_contiguous, narrow, require_supported, strides
+from tokcomp_kernels.triton._common import cdiv, device_guard, inner_contiguous, narrow, require_supported, strides
 from tokcomp_kernels.triton._configs import launch_config
 
 
@@ -121,7 +121,7 @@ def unmerge_triton(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = No
     if out.numel() == 0:
         return out
     config = launch_config("unmerge", "forward", x.device, C=channels)
-    grid = (batch, triton.cdiv(num_tokens, config["BLOCK_N"]), triton.cdiv(channels, config["BLOCK_C"]))
+    grid = (batch, cdiv(num_tokens, config["BLOCK_N"]), cdiv(channels, config["BLOCK_C"]))
     with device_guard(x):
         _unmerge_fwd_kernel[grid](
             x_ptr=x,
@@ -150,7 +150,7 @@ def unmerge_backward_triton(grad: Tensor, source: Tensor, num_tokens: int) -> Te
     if out.numel() == 0:
         return out
     config = launch_config("unmerge", "backward", grad.device, C=channels)
-    grid = (batch, triton.cdiv(num_tokens, config["BLOCK_M"]), triton.cdiv(channels, config["BLOCK_C"]))
+    grid = (batch, cdiv(num_tokens, config["BLOCK_M"]), cdiv(channels, config["BLOCK_C"]))
     with device_guard(grad):
         _unmerge_bwd_kernel[grid](
             grad_ptr=grad,
