@@ -37,6 +37,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], r: int | Sequence[int
     geometry = adapter.geometry(model)
     if model.training:
         raise ValueError("model must be in evaluation mode, got one in training mode; call model.eval() first")
+    DToMe(0.0).validate(geometry)
     watcher = _Calibration(r, geometry, prop_attn)
     before, stock = adapter.method(model), adapter.keeps_attention(model)
     count = 0
