@@ -146,7 +146,7 @@ def operators(batch: int = 1024, item: int = 2, gpu: str = "H200") -> list[dict[
             ),
             "add_layer_norm": (
                 4 * tokens * row,
-                traffic_triton.add_layer_norm(batch * tokens, channels, item, gpu=gpu),
+                traffic_triton.add_layer_norm(batch * tokens, channels, item),
             ),
         }
         for fused, name in ((False, "prune_merge"), (True, "prune_merge_norm")):

@@ -241,7 +241,7 @@ def kernels(
                 gpu=gpu,
             )
         else:
-            costs += traffic_triton.add_layer_norm(rows, channels, item, block=index, gpu=gpu)
+            costs += traffic_triton.add_layer_norm(rows, channels, item, block=index)
         if fused_gelu:
             costs += traffic_triton.linear_gelu(rows_out, channels, hidden, item, block=index, gpu=gpu)
         else:
@@ -249,7 +249,7 @@ def kernels(
             costs.append(traffic.elementwise("gelu", index, rows_out * hidden, rows_out * hidden, item))
         costs.append(traffic.linear("fc2", index, rows_out, hidden, channels, item))
         if index + 1 < shape.depth:
-            costs += traffic_triton.add_layer_norm(rows_out, channels, item, block=index, gpu=gpu)
+            costs += traffic_triton.add_layer_norm(rows_out, channels, item, block=index)
     out = rows_out * channels  # after the last block
     costs += [
         traffic.elementwise("residual", None, 2 * out, out, item),

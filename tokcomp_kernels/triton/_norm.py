@@ -63,6 +63,16 @@ def store_tiles(tiles, out_rows, mask_rows, CHANNELS: tl.constexpr, BLOCK_C: tl.
 
 
 @triton.jit
+def _load_vector(ptr, offs_c, mask_c, mask, PER_ROW: tl.constexpr):
+    """A vector's chunk in float32, [1, BLOCK_C], or as a tile of equal rows, [R, BLOCK_C]."""
+    if PER_ROW:
+        values = tl.load(ptr + tl.broadcast_to(offs_c[None, :], mask.shape), mask=mask, other=0.0).to(tl.float32)
+    else:
+        values = tl.load(ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    return values
+
+
+@triton.jit
 def store_normalized(
     tiles,
     out_rows,
@@ -75,10 +85,13 @@ def store_normalized(
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PER_ROW: tl.constexpr = False,
 ):
     """LayerNorm of rows held in tiles: the mean, then the variance about it, both in float32, one rounding at the end.
 
-    Tiles are added up before the one sum across threads that each of the two takes.
+    Tiles are added up before the one sum across threads that each of the two takes. PER_ROW is for tiles of which a
+    thread holds one row: it then loads weight and bias for that row, which takes as many loads, and no exchange through
+    shared memory of a vector that each thread had loaded its own part of.
     """
     partial = tl.zeros(tiles[0].shape, tl.float32)  # [R, BLOCK_C]
     for chunk in tl.static_range(CHUNKS):
@@ -94,11 +107,11 @@ def store_normalized(
     for chunk in tl.static_range(CHUNKS):
         offs_c, mask_c = channels_of(chunk, CHANNELS, BLOCK_C)
         values = (tiles[chunk].to(tl.float32) - mean) * inv_std
-        if HAS_WEIGHT:
-            values *= tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-        if HAS_BIAS:
-            values += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
         mask = mask_rows[:, None] & mask_c[None, :]
+        if HAS_WEIGHT:
+            values *= _load_vector(weight_ptr, offs_c, mask_c, mask, PER_ROW)
+        if HAS_BIAS:
+            values += _load_vector(bias_ptr, offs_c, mask_c, mask, PER_ROW)
         tl.store(out_rows[:, None] + offs_c[None, :], narrow(values, out_rows.dtype.element_ty), mask=mask)
 
 

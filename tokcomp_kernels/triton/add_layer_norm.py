@@ -59,6 +59,7 @@ def _add_layer_norm_kernel(
         CHANNELS,
         BLOCK_C,
         CHUNKS,
+        True,
     )
 
 
