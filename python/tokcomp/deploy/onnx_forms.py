@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokcomp_kernels._numbers import accumulate_dtype
-from tokcomp_kernels.reference._common import cosine, effective_size, size_or_ones
+from tokcomp_kernels.reference._common import cosine, effective_size, head_mean, size_or_ones
 from tokcomp_kernels.reference.attention import probabilities_of
 
 
@@ -50,7 +50,7 @@ def prune_merge(
     num_tokens = x.shape[1]
     alive = min(num_tokens, num_prune_kept)  # P
     kept = min(alive, num_merge_kept)  # M
-    order = _descending_order(importance, num_prefix_tokens)  # [B, N]
+    order = _descending_order(head_mean(importance), num_prefix_tokens)  # [B, N]
     rows = _gather_rows(x, order[:, :alive]).to(accumulate_dtype(x))  # [B, P, C], the merged ones last
     sizes = size_or_ones(size, x).gather(1, order[:, :alive])
     rank = order.sort(dim=1).indices  # [B, N], the permutation's inverse
