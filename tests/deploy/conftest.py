@@ -7,6 +7,7 @@ import copy
 from types import SimpleNamespace
 
 import pytest
+import tokcomp
 import torch
 from tokcomp.deploy import graphs
 from torch import nn
@@ -105,3 +106,9 @@ def stand_in(monkeypatch):
 def recorded(stand_in):
     """Wraps a model for the stand-in: recorded(model)."""
     return lambda model: Recorded(stand_in, model)
+
+
+@pytest.fixture
+def served(model, recorded):
+    """A model on stand-ins for a GPU, and the images' arguments: graphs of 2 and 4 images."""
+    return lambda **options: tokcomp.compile(recorded(model), [2, 4], img_size=32, **options)

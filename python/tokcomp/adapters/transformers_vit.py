@@ -24,12 +24,8 @@ from tokcomp.adapters.swap import Swapped, original_class
 from tokcomp.blocks.places import Places
 from tokcomp.methods.base import Method
 
-_SEPARATE: dict[str, Any] = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "norms": None,
-    "out_norm": None,
-    "out_dropout": None,
-}
+_ABSENT: dict[str, Any] = dict.fromkeys(("norms", "out_norm", "out_dropout"))
+_SEPARATE: dict[str, Any] = {"qkv": ("q_proj", "k_proj", "v_proj"), **_ABSENT}
 _VIT: dict[str, Any] = {
     **_SEPARATE,
     "attention": "attention",
