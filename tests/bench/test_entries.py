@@ -97,7 +97,7 @@ def test_what_disagrees_is_never_timed(monkeypatch: pytest.MonkeyPatch, competit
     """A rival's fault is a reason beside the other rows; a fault of ours, compiled or not, stops everything."""
     monkeypatch.setattr(torch, "compile", lambda model, **options: lambda images: model(images) * 1.01)
     if competitor == "tokcomp":
-        monkeypatch.setattr(entries_module.tokcomp, "compress", lambda model, method: model)
+        monkeypatch.setattr(entries_module.tokcomp, "compress", lambda model, method, attention="tokcomp": model)
     entries = {competitor: Entry(competitor, METHOD), "timm": Entry("timm")}
     if competitor.startswith("tokcomp"):
         with pytest.raises(models.DisagreementError, match="more than twice as far from float64"):
