@@ -1,4 +1,4 @@
-"""``python -m benchmarks.page``: draw docs/results.md and its pictures again."""
+"""``python -m benchmarks.page``: draw docs/results.md, docs/results-history.md and their pictures again."""
 
 from benchmarks.page.page import main
 

@@ -1,8 +1,9 @@
-"""The pictures of docs/results.md."""
+"""The pictures of docs/results.md and docs/results-history.md."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,33 @@ def _logarithmic(axes: Any, batches: Sequence[int]) -> None:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xlabel("batch")
     axes.set_ylabel("images per second")
+
+
+def draw_history(
+    lines: Mapping[tuple[str, str], Sequence[tuple[str, float, float | None]]], batch: int, path: Path
+) -> None:
+    """Images per second, and how many times the best rival, against the date: a line per machine and precision.
+
+    ``lines``: (machine, precision) -> date, images per second, ratio or None; in the order of dates.
+    """
+    figure, (left, right) = _figure(2, width=6.2)
+    machines = list(dict.fromkeys(machine for machine, _ in lines))
+    precisions = list(dict.fromkeys(precision for _, precision in lines))
+    for (machine, precision), points in lines.items():
+        style = {
+            "color": ("#4c72b0", "#c44e52", "#55a868", "#e8873a")[precisions.index(precision) % 4],
+            "linestyle": ("-", "--", ":", "-.")[machines.index(machine) % 4],
+        }
+        dates = [datetime.fromisoformat(date) for date, _, _ in points]
+        left.plot(dates, [rate for _, rate, _ in points], marker="o", ms=3, label=f"{precision}, {machine}", **style)
+        known = [(date, ratio) for date, (_, _, ratio) in zip(dates, points, strict=True) if ratio is not None]
+        if known:
+            right.plot(*zip(*known, strict=True), marker="o", ms=3, **style)
+    for axes, words in ((left, "images per second"), (right, "times the best rival of the run")):
+        axes.set_ylabel(words)
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"DeiT-S at 2.3 GFLOPs, batch {batch}", fontsize=9)
+        axes.tick_params(axis="x", rotation=30, labelsize=7)
+    right.axhline(1, color="#8c8c8c", lw=0.8)
+    left.legend(frameon=False, fontsize=6)
+    figure.savefig(path, dpi=120)

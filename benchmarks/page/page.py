@@ -1,4 +1,4 @@
-"""docs/results.md, its pictures and README's table of speed, drawn from the records in benchmarks/results.
+"""docs/results.md, docs/results-history.md, their pictures and README's table of speed, drawn from benchmarks/results.
 
 ``python -m benchmarks.page`` draws them. It also works out benchmarks/results/predictions.json
 again. A record is any JSON file in benchmarks/results/<device>/ with ``provenance`` and ``rows``; what a later one
@@ -17,6 +17,7 @@ from tokcomp.files import write_whole
 
 from benchmarks.model.predictions import predictions
 from benchmarks.page.figures import draw_batches, draw_models, draw_predictions
+from benchmarks.page.history import write_history
 from benchmarks.page.kernels import kernels_section
 from benchmarks.page.predicted import predicted_section
 from benchmarks.page.speed import replace_speed
@@ -89,7 +90,8 @@ def _head(records: Sequence[Record], gpus: Sequence[Record]) -> str:
         "the fastest of those that were measured on the uncompressed model, in the same precision or a finer one; int8",
         "is a precision of its own.",
         "*Same answers*: the images of nine, under random weights, that keep their top-1 class.",
-        "Changes and their outcomes are in the [performance log](performance-log.md).",
+        "Changes and their outcomes are in the [performance log](performance-log.md), earlier measurements in the",
+        "[history](results-history.md).",
     )
     return f"# Results\n\n{origin}\n\n{terms}"
 
@@ -170,7 +172,7 @@ def draw_figures(results: Path, images: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: predictions, pictures, page, README's table."""
+    """The command: predictions, pictures, pages, README's table."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="default: %(default)s")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="default: %(default)s")
@@ -184,5 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path.write_text(page(options.results), encoding="utf-8")
     readme = replace_speed(options.readme.read_text(encoding="utf-8"), read_records(options.results))
     write_whole(options.readme, readme)
+    if not write_history(options.results, options.docs):
+        print(f"{options.docs / 'results-history.md'} is as it was: git does not know {options.results}")
     print(f"wrote {path}, the table in {options.readme} and {', '.join(one.name for one in drawn)}")
     return 0
