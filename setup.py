@@ -28,7 +28,7 @@ class PinTorch(egg_info):
     """
 
     def run(self) -> None:
-        version = native.torch_version()
+        version = native.torch_version() if native.wanted() else None
         if version and "sdist" not in self.distribution.commands:
             pin = f"torch=={version.partition('+')[0]}"
             requires = [re.sub(r"^torch\b(?![\w-]).*", pin, name) for name in self.distribution.install_requires]
@@ -37,6 +37,6 @@ class PinTorch(egg_info):
 
 
 setup(
-    ext_modules=[Extension("tokcomp_kernels._C", sources=[])],
+    ext_modules=[Extension("tokcomp_kernels._C", sources=[])] if native.wanted() else [],
     cmdclass={"build_ext": BuildNative, "egg_info": PinTorch},
 )

@@ -15,11 +15,12 @@ from setuptools.build_meta import *  # noqa: F403
 
 
 def torch_requirements() -> list[str]:
-    """Nothing where the environment has a torch; else what makes the resolver pick the one it will install later.
+    """Nothing where the environment has a torch, or no kernels are wanted.
 
-    That choice is torchvision's too, which timm needs and which goes with one version of torch.
+    Else what makes the resolver pick the one it will install later. That choice is torchvision's too, which timm needs
+    and which goes with one version of torch.
     """
-    if native.torch_version() is not None:
+    if not native.wanted() or native.torch_version() is not None:
         return []
     torch = re.search(r'"(torch[^"a-z]*)"', (native.ROOT / "pyproject.toml").read_text())
     assert torch is not None

@@ -3,7 +3,8 @@
 Standard library only, so it also serves a machine with no setuptools and no network. Environment variables are handed
 to CMakeLists.txt, which owns their meaning and defaults: TOKCOMP_BUILD_CUDA, TORCH_CUDA_ARCH_LIST, TOKCOMP_CPU_ARCH.
 One default is set here: a wheel may go to another machine, so it is built for every CPU of its kind. MAX_JOBS bounds
-the parallel compilations. TOKCOMP_SANITIZE=address,undefined or thread builds a package of its own, in ``build``.
+the parallel compilations. TOKCOMP_BUILD_KERNELS=0 makes a distribution without any, for setup.py and the backend.
+TOKCOMP_SANITIZE=address,undefined or thread builds a package of its own, in ``build``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = ("TOKCOMP_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "TOKCOMP_CPU_ARCH")
 GIBIBYTES_PER_JOB = 2.5
+
+
+def wanted() -> bool:
+    """Whether a distribution gets compiled kernels; without them PyTorch and Triton run the operators.
+
+    Raises:
+        ValueError: TOKCOMP_BUILD_KERNELS is neither 0 nor 1.
+    """
+    value = os.environ.get("TOKCOMP_BUILD_KERNELS") or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"TOKCOMP_BUILD_KERNELS must be 0 or 1, got {value!r}")
+    return value == "1"
 
 
 def program(name: str) -> str | None:

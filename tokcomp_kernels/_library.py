@@ -56,7 +56,10 @@ def _cpu_features() -> frozenset[str] | None:
 def _mismatch(built: dict[str, Any]) -> str | None:
     """Why kernels built so cannot be loaded here, or None. Asked before loading: afterwards is too late."""
     if built["torch"] != torch.__version__:
-        return f"built for torch {built['torch']}, running torch {torch.__version__}: rebuild with {REBUILD}"
+        version = built["torch"].partition("+")[0]
+        # The same version in another build, for CPUs or for another CUDA, is not to be had by its number.
+        exchange = "" if version == torch.__version__.partition("+")[0] else f"pip install torch=={version}, or "
+        return f"built for torch {built['torch']}, running torch {torch.__version__}: {exchange}rebuild with {REBUILD}"
     features = _cpu_features()
     missing = [] if features is None else [name for name in built["cpu_features"].split() if name not in features]
     if missing:

@@ -72,8 +72,11 @@ def test_another_torch(package: Path):
     put_module(package, torch="2.10.0+cpu")
     assert load_error(package) == (
         f"_C{SUFFIX}: built for torch 2.10.0+cpu, running torch {torch.__version__}: "
-        "rebuild with pip install -e . (or make build)"
+        "pip install torch==2.10.0, or rebuild with pip install -e . (or make build)"
     )
+    other = f"{torch.__version__.partition('+')[0]}+other"
+    put_module(package, torch=other)
+    assert f"built for torch {other}, running torch {torch.__version__}: rebuild with " in load_error(package)
 
 
 @pytest.mark.skipif(

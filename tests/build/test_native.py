@@ -74,6 +74,17 @@ def test_sanitizers_have_a_package_of_their_own(native: ModuleType, commands: li
     assert [path.name for path in (folder / "tokcomp_kernels").iterdir()] == ["__init__.py"], "not the kernels in place"
 
 
+def test_kernels_are_built_unless_switched_off(native: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TOKCOMP_BUILD_KERNELS", raising=False)
+    assert native.wanted()
+    for value, wanted in (("", True), ("1", True), ("0", False)):
+        monkeypatch.setenv("TOKCOMP_BUILD_KERNELS", value)
+        assert native.wanted() == wanted
+    monkeypatch.setenv("TOKCOMP_BUILD_KERNELS", "no")
+    with pytest.raises(ValueError, match="TOKCOMP_BUILD_KERNELS must be 0 or 1, got 'no'"):
+        native.wanted()
+
+
 @pytest.mark.parametrize(
     ("ninja", "generator", "make_program", "stale"),
     [

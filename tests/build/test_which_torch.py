@@ -79,3 +79,6 @@ def test_torch_is_a_build_requirement_only_where_there_is_none(environment: tupl
     hide = "import native; native.torch_version = lambda: None; "
     bare = subprocess.run([environment[0], "-c", hide + ask], env=env, capture_output=True, text=True, check=True)
     assert bare.stdout == "['torch>=2.10', 'torchvision']\n"
+    env["TOKCOMP_BUILD_KERNELS"] = "0"
+    none = subprocess.run([environment[0], "-c", hide + ask], env=env, capture_output=True, text=True, check=True)
+    assert none.stdout == "[]\n"
