@@ -146,8 +146,8 @@ def history_page(history: History) -> str:
     legend = paragraph(
         "Images per second, and how many times the fastest uncompressed rival *of that run*, in the same precision or",
         "a finer one. Both ran in turns, so the ratio holds whatever the machine was doing; images per second also",
-        "depend on the host that a virtual machine got that day. Rivals were added over time: where a faster one joins,",
-        "the ratio falls.",
+        "depend on the host that a virtual machine got that day. Rivals were added over time: where a faster one",
+        "joins, the ratio falls.",
     )
     return "\n\n".join([*parts, f"![{_ALTERNATIVE}](images/{PICTURE})", legend, markdown(columns, measurements)]) + "\n"
 
