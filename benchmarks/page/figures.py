@@ -143,7 +143,9 @@ def draw_history(
 
     ``lines``: (machine, precision) -> date, images per second, ratio or None; in the order of dates.
     """
-    figure, (left, right) = _figure(2, width=6.2)
+    figure, (left, right) = _figure(2, width=4.4)
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter  # there, or _figure has said so
+
     machines = list(dict.fromkeys(machine for machine, _ in lines))
     precisions = list(dict.fromkeys(precision for _, precision in lines))
     for (machine, precision), points in lines.items():
@@ -160,7 +162,9 @@ def draw_history(
         axes.set_ylabel(words)
         axes.set_ylim(bottom=0)
         axes.set_title(f"DeiT-S at 2.3 GFLOPs, batch {batch}", fontsize=9)
-        axes.tick_params(axis="x", rotation=30, labelsize=7)
+        axes.xaxis.set_major_locator(AutoDateLocator(minticks=3))
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator()))
+        axes.tick_params(axis="x", labelsize=7)
     right.axhline(1, color="#8c8c8c", lw=0.8)
-    left.legend(frameon=False, fontsize=6)
+    left.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=120)

@@ -113,10 +113,16 @@ def machines(history: History) -> dict[str, str]:
 def history_page(history: History) -> str:
     """The page's text."""
     names, measurements = machines(history), history.measurements
-    keys = sorted({key for one in measurements for key in one.ours}, key=lambda key: (PRECISIONS.index(key[0]), key[1]))
+    batches = sorted({batch for one in measurements for _, batch in one.ours})
+    lines = [
+        (one, precision)
+        for one in measurements
+        for precision in PRECISIONS
+        if any((precision, batch) in one.ours for batch in batches)
+    ]
 
-    def cell(one: Measurement, key: tuple[str, int]) -> str:
-        row = one.ours.get(key)
+    def cell(line: tuple[Measurement, str], batch: int) -> str:
+        row = line[0].ours.get((line[1], batch))
         if row is None:
             return "-"
         rate = number(row["images_per_second"])
@@ -125,11 +131,12 @@ def history_page(history: History) -> str:
         return f"{rate}, {row['over_best_rival'][0]:.1f}x {row['best_rival'].removesuffix(FLOAT32)}"
 
     columns: list[tuple[str, Any]] = [
-        ("measured", lambda one: one.date[:16].replace("T", " ")),
-        ("commit", lambda one: (one.record.provenance["commit"] or "unknown")[:_SHORT]),
-        ("machine", lambda one: names[one.record.device]),
-        ("torch", lambda one: one.record.provenance["versions"].get("torch", "unknown")),
-        *((f"{key[0]}, batch {key[1]}", partial(cell, key=key)) for key in keys),
+        ("measured", lambda line: line[0].date[:16].replace("T", " ")),
+        ("commit", lambda line: (line[0].record.provenance["commit"] or "unknown")[:_SHORT]),
+        ("machine", lambda line: names[line[0].record.device]),
+        ("torch", lambda line: line[0].record.provenance["versions"].get("torch", "unknown").partition("+")[0]),
+        ("precision", lambda line: line[1]),
+        *((f"batch {batch}", partial(cell, batch=batch)) for batch in batches),
     ]
     head = paragraph(
         "DeiT-S at the published 2.3 GFLOPs schedule, every time that it was measured. Drawn by",
@@ -149,7 +156,7 @@ def history_page(history: History) -> str:
         "depend on the host that a virtual machine got that day. Rivals were added over time: where a faster one",
         "joins, the ratio falls.",
     )
-    return "\n\n".join([*parts, f"![{_ALTERNATIVE}](images/{PICTURE})", legend, markdown(columns, measurements)]) + "\n"
+    return "\n\n".join([*parts, f"![{_ALTERNATIVE}](images/{PICTURE})", legend, markdown(columns, lines)]) + "\n"
 
 
 def write_history(results: Path, docs: Path) -> bool:

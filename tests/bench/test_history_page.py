@@ -62,9 +62,9 @@ def test_every_measurement_has_a_line(results: Path) -> None:
     assert history is not None and not history.shallow
     text = history_page(history)
     assert [[line[0][:10], *line[2:]] for line in lines(text)] == [
-        ["2030-01-01", "AMD EPYC, AVX-512", "unknown", "50, 2.0x openvino"],
-        ["2030-01-02", "AMD EPYC, AVX-512 switched off", "unknown", "30, 1.2x openvino"],
-        ["2030-01-03", "AMD EPYC, AVX-512", "unknown", "60, 2.4x openvino"],
+        ["2030-01-01", "AMD EPYC, AVX-512", "unknown", "float32", "50, 2.0x openvino"],
+        ["2030-01-02", "AMD EPYC, AVX-512 switched off", "unknown", "float32", "30, 1.2x openvino"],
+        ["2030-01-03", "AMD EPYC, AVX-512", "unknown", "float32", "60, 2.4x openvino"],
     ]
     [spoilt] = history.unreadable
     assert spoilt.endswith(":benchmarks/results/amd-epyc/deit.json") and f"`{spoilt}`" in text
