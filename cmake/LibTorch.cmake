@@ -27,7 +27,8 @@ endif()
 # whole CUDA toolkit. libtorch.so brings torch's CUDA half along, and AOTInductor's packages ask for it by name.
 add_library(tokcomp_program INTERFACE)
 set_target_properties(tokcomp_program PROPERTIES EXPORT_NAME torch)
-target_include_directories(tokcomp_program SYSTEM INTERFACE "${include_main}" "${include_api}")
+# $<1:...>: CMake refuses to install a path below the sources, where .venv may be, unless it begins with an expression.
+target_include_directories(tokcomp_program SYSTEM INTERFACE "$<1:${include_main}>" "$<1:${include_api}>")
 target_compile_definitions(tokcomp_program INTERFACE _GLIBCXX_USE_CXX11_ABI=${tokcomp_torch_cxx11_abi})
 target_compile_features(tokcomp_program INTERFACE cxx_std_20)
 foreach(library torch torch_cpu c10)

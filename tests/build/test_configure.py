@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import platform
+import tempfile
 import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.build.builds import ROOT
 
 Configure = Callable[..., subprocess.CompletedProcess[str]]
 FakeTorch = Callable[..., Path]
@@ -90,6 +93,15 @@ def test_an_old_torch(configure: Configure, fake_torch: FakeTorch):
     run = configure(TOKCOMP_TORCH_ROOT=str(fake_torch("2.9.1", None)))
     assert run.returncode != 0
     assert "tokcomp: torch must be at least 2.10, got 2.9.1" in said(run)
+
+
+def test_libtokcomp_with_a_torch_below_the_sources(configure: Configure, fake_torch: FakeTorch):
+    """As in .venv: CMake takes such a path for one that an installation will not have."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder:
+        torch = str(fake_torch("2.15.0", None, Path(folder) / "torch"))
+        run = configure(TOKCOMP_TORCH_ROOT=torch, TOKCOMP_LIBTORCH="ON", TOKCOMP_BUILD_CUDA="0")
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 names")
