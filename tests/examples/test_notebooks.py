@@ -74,6 +74,19 @@ def test_dinov2_features() -> None:
     assert found["picture"].size == (64, 64) and found["similarity"].mean() > 0.5
 
 
+def test_dinov2_segmentation() -> None:
+    pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    smaller = {"pretrained=True, img_size=224": "img_size=70, embed_dim=48, depth=3, num_heads=2", "(64, t": "(16, t"}
+    found = run("dinov2-segmentation", {**smaller, "(320, ": "(64, ", "range(300)": "range(100)"})
+    costs, scores = zip(*found["results"].values(), strict=True)
+    assert costs[0] > costs[1] > costs[2] and costs[3] < costs[0]
+    # The background alone, everywhere, would have a sixth of its share.
+    share = (torch.cat([masks for _, masks in found["held_out"]]) == 0).float().mean().item()
+    assert min(scores) > 100 * share / 6 + 2 and max(scores) - min(scores) < 10
+    assert len(found["painted"]) == 4 and len(found["classes"]) == 64
+
+
 def test_search_for_latency() -> None:
     pytest.importorskip("sklearn")
     from timm import create_model
