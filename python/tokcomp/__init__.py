@@ -20,7 +20,21 @@ if TYPE_CHECKING:
     from tokcomp.deploy.compiled import CompiledModel, compile
     from tokcomp.deploy.exported import ExportedModel, export, load_exported
     from tokcomp.equal_cost.thresholds import calibrate
-    from tokcomp.methods import ATS, CDPruner, DiffRate, DivPrune, DToMe, EViT, Method, PiToMe, ToMe, ToMeMLP, VisionZip
+    from tokcomp.methods import (
+        ATS,
+        CDPruner,
+        DiffRate,
+        DivPrune,
+        DToMe,
+        DynamicViT,
+        EViT,
+        Method,
+        PiToMe,
+        SPViT,
+        ToMe,
+        ToMeMLP,
+        VisionZip,
+    )
     from tokcomp.schedule import CompressionSchedule
     from tokcomp.search.model import DiffRateSearch
     from tokcomp.tocom.plugin import ToCom
@@ -37,10 +51,12 @@ _HOMES = {
     "DiffRateSearch": "tokcomp.search.model",
     "DToMe": "tokcomp.methods",
     "DivPrune": "tokcomp.methods",
+    "DynamicViT": "tokcomp.methods",
     "EViT": "tokcomp.methods",
     "ExportedModel": "tokcomp.deploy.exported",
     "Method": "tokcomp.methods",
     "PiToMe": "tokcomp.methods",
+    "SPViT": "tokcomp.methods",
     "Switchable": "tokcomp.tocom.switch",
     "ToCom": "tokcomp.tocom.plugin",
     "ToMe": "tokcomp.methods",
@@ -70,10 +86,12 @@ __all__ = [
     "DiffRate",
     "DiffRateSearch",
     "DivPrune",
+    "DynamicViT",
     "EViT",
     "ExportedModel",
     "Method",
     "PiToMe",
+    "SPViT",
     "Switchable",
     "ToCom",
     "ToMe",

@@ -11,7 +11,7 @@ from tokcomp.adapters import Adapter, find_adapter
 from tokcomp.blocks.state import compose_sources
 from tokcomp.folded import fold_of, require_same_method
 from tokcomp.in_flight import require_idle
-from tokcomp.methods import Method, ToMe
+from tokcomp.methods import LearnedMethod, Method, ToMe
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -37,8 +37,8 @@ def compress(model: ModelT, method: Method, attention: str = "tokcomp") -> Model
     Raises:
         TypeError: ``method`` is not a Method; or (UnsupportedModelError) the model, or a module in it, is not
             understood.
-        ValueError: the method does not fit the model (number of blocks, prefix tokens, class token), or a ToCom plugin
-            that was trained with another method is folded in.
+        ValueError: the method does not fit the model (number of blocks, prefix tokens, class token), its trained parts
+            are missing, or a ToCom plugin that was trained with another method is folded in.
         RuntimeError: another thread is calling the model.
     """
     if not isinstance(method, Method):
@@ -57,6 +57,8 @@ def compress(model: ModelT, method: Method, attention: str = "tokcomp") -> Model
             "tokens, got 'stock'"
         )
     method.validate(geometry)
+    if isinstance(method, LearnedMethod):
+        adapter.check_learned(model, method)
     require_same_method(fold_of(model), method.name)
     require_idle(model)
     _change(adapter, model, _State(method.fitted(geometry), attention == "stock", adapter.uses_int8(model)))

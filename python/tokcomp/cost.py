@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokcomp.adapters import Cost, find_adapter
+from tokcomp.adapters import Adapter, Cost, find_adapter
 from tokcomp.methods import Method
 
 
@@ -30,15 +30,12 @@ def counts_of(model: nn.Module, method: Method | None = None, img_size: tuple[in
 
 def counts_under(method: Method | None, num_tokens: int, depth: int, prefix: int) -> TokenCounts:
     """The same for any model of ``depth`` blocks that ``num_tokens`` enter, ``prefix`` of them no patches."""
-    if method is not None:
+    if method is None:
+        found = [(num_tokens, num_tokens)] * depth
+    else:
         method.check_tokens(num_tokens, prefix)
-    num_in, num_out = [], []
-    for block in range(depth):
-        num_in.append(num_tokens)
-        assignment = None if method is None else method.assign(block, num_tokens, prefix)
-        num_out.append(num_tokens if assignment is None else assignment.num_tokens_out)
-        num_tokens = num_tokens if method is not None and method.unmerges else num_out[-1]
-    return TokenCounts(torch.tensor(num_in, dtype=torch.float64), torch.tensor(num_out, dtype=torch.float64))
+        found = method.counts(depth, num_tokens, prefix)
+    return TokenCounts(*torch.tensor(found, dtype=torch.float64).reshape(depth, 2).unbind(1))
 
 
 def flops(model: nn.Module, img_size: int | tuple[int, int] | None = None, images: Tensor | None = None) -> int:
@@ -65,8 +62,10 @@ def flops(model: nn.Module, img_size: int | tuple[int, int] | None = None, image
             raise ValueError("img_size must be left out where images are given, which have a size")
         return round(flops_by_image(model, images).mean().item())
     size = None if img_size is None else _pair(img_size)
-    counts = counts_of(model, adapter.method(model), size)
-    return int(flops_of(adapter.cost(model, size), counts, _num_tokens(model, size)))
+    method, num_tokens = adapter.method(model), _num_tokens(model, size)
+    counts = counts_of(model, method, size)
+    added = added_cost(method, adapter, model, counts, num_tokens)
+    return int(flops_of(adapter.cost(model, size), counts, num_tokens) + added)
 
 
 def flops_by_image(model: nn.Module, images: Tensor) -> Tensor:
@@ -77,9 +76,13 @@ def flops_by_image(model: nn.Module, images: Tensor) -> Tensor:
         ValueError: there are no images.
     """
     size = (images.shape[-2], images.shape[-1])
-    cost, num_tokens = find_adapter(model).cost(model, size), _num_tokens(model, size)
-    counts = counts_by_image(model, images)
-    return torch.stack([flops_of(cost, TokenCounts(*one), num_tokens) for one in zip(*counts, strict=True)])
+    adapter = find_adapter(model)
+    method, cost, num_tokens = adapter.method(model), adapter.cost(model, size), _num_tokens(model, size)
+    found = []
+    for one in zip(*counts_by_image(model, images), strict=True):
+        counts = TokenCounts(*one)
+        found.append(flops_of(cost, counts, num_tokens) + added_cost(method, adapter, model, counts, num_tokens))
+    return torch.stack(found)
 
 
 @torch.no_grad()
@@ -92,11 +95,22 @@ def counts_by_image(model: nn.Module, images: Tensor) -> TokenCounts:
     entering = torch.full((len(images),), float(num_tokens), dtype=torch.float64)
     num_in, num_out = [], []
     for source in adapter.sources(model, images)[1]:
-        num_in.append(entering)
         left = entering if source is None else (source.amax(1) + 1).double().cpu()
+        num_in.append(left if method is not None and method.between else entering)
         num_out.append(left)
         entering = entering if method is not None and method.unmerges else left
     return TokenCounts(torch.stack(num_in, 1), torch.stack(num_out, 1))
+
+
+def added_cost(
+    method: Method | None, adapter: Adapter, model: nn.Module, counts: TokenCounts, num_tokens: int
+) -> float:
+    """Multiply-adds of one image by the parts that a method adds to a model, where its blocks see these counts."""
+    if method is None or not method.between:
+        return 0.0
+    prefix = adapter.geometry(model).num_prefix_tokens
+    arriving = [num - prefix for num in (num_tokens, *counts.num_out.tolist()[:-1])]
+    return method.added_cost(adapter.token_shape(model), arriving)
 
 
 def _num_tokens(model: nn.Module, img_size: tuple[int, int] | None) -> int:

@@ -198,3 +198,29 @@ def test_data_without_images_or_labels_is_refused(run, tmp_path):
         (tmp_path / "empty" / part / "cat").mkdir(parents=True)
     status, _, err = run(*MODEL, tmp_path / "empty", "--from-scratch", "-o", tmp_path / "out")
     assert status == 2 and "DATA" in err and "Traceback" not in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["dynamicvit"])
+def test_trained_parts_come_along(run, tmp_path, few_images, method):
+    """A run makes them, its checkpoint has them, and evaluate and another run go on with them."""
+    options = ("--method", method, "--keep-rate", "0.6")
+    short = (*options, "-b", "32", "--epochs", "0.03", "--mixup", "0", "--cutmix", "0")
+    status, _, err = run(*DIGITS, *short, "-o", tmp_path / "one")
+    assert status == 0, err
+    weights = tmp_path / "one" / "last.safetensors"
+    summary = json.loads((tmp_path / "one" / "summary.json").read_text())
+    data = ("--dataset", "digits", "-m", "tokcomp_digits_vit", "--device", "cpu", "-j", "0")
+    status, out, err = run("evaluate", *data, "--checkpoint", weights, *options, "--num-samples", "20", "--json")
+    assert status == 0, err
+    assert json.loads(out)["gflops"] == pytest.approx(summary["gflops"])
+    status, _, err = run(*MODEL, "--dataset", "digits", "--checkpoint", weights, *short, "-o", tmp_path / "two")
+    assert status == 0, err
+    second = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert second["before"] == summary["last"] and second["settings"]["teacher"] == f"weights from {weights}"
+    status, _, err = run(*DIGITS, *short, "--torchcompile", "-o", tmp_path / "three")
+    assert status == 2 and f"--method {method} takes no --torchcompile" in err
+    status, _, err = run("evaluate", *data, "--pretrained", *options, "--num-samples", "20")
+    assert (
+        status == 2 and f"--method {method} does not fit tokcomp_digits_vit: model must have the trained parts" in err
+    )
+    assert not (tmp_path / "three").exists()

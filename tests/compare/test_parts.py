@@ -9,13 +9,14 @@ import timm
 import tokcomp
 import torch
 import torch.nn.functional as F
+from tokcomp import learned
 from tokcomp.compare.answers import Answers, answer, packed, paired, unpacked
 from tokcomp.compare.build import Builder
 from tokcomp.compare.cells import Cells, weights_digest
 from tokcomp.compare.entries import Entry, Variant, parse_methods, sweep, with_seeds
 from tokcomp.compare.probe import attach_head, features_of, fit_head, kept_head
 from tokcomp.compare.summary import summarize
-from tokcomp.equal_cost import BY_COUNT, BY_IMAGES, BY_RATE, Ruler, nearest_published
+from tokcomp.equal_cost import BY_COUNT, BY_IMAGES, BY_PREDICTOR, BY_RATE, Ruler, nearest_published
 from tokcomp.runs.distributed import World
 
 CPU = torch.device("cpu")
@@ -103,12 +104,16 @@ def test_a_summary_ranks_random_schedules_by_their_median():
     assert budget["impossible"] == {"search": "why"}
 
 
-@pytest.mark.parametrize("kind", [*BY_COUNT, *BY_RATE, *BY_IMAGES, "uniform", "random", "published"])
+@pytest.mark.parametrize("kind", [*BY_COUNT, *BY_RATE, *BY_IMAGES, *BY_PREDICTOR, "uniform", "random", "published"])
 def test_every_method_meets_the_budget(model, kind):
     noise = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     images = noise * torch.tensor([0.1, 0.2, 0.5, 1, 2, 3])[:, None, None, None]
     builder = Builder(model, "mine", calibration=lambda: images.split(3))
     gflops = 0.6 * builder.ruler.flops(None) / 1e9
+    if kind in BY_PREDICTOR:
+        with pytest.raises(ValueError, match="model must have the trained parts of"):
+            builder.build(Entry(kind, kind), gflops)
+        learned.attach(model, BY_PREDICTOR[kind](0.7, None))
     method = builder.build(Entry(kind, kind, number=1), gflops)
     shown = images if kind in BY_IMAGES else None
     try:
@@ -118,7 +123,7 @@ def test_every_method_meets_the_budget(model, kind):
     finally:
         tokcomp.restore(model)
     assert repr(builder.build(Entry(kind, kind, number=1), gflops)) == repr(method)
-    if kind != "random" and kind not in BY_IMAGES:
+    if kind != "random" and kind not in (*BY_IMAGES, *BY_PREDICTOR):
         like = builder.build(Entry(f"{kind}/merge", kind, pipeline="merge"), gflops)
         assert like.pipeline == "merge" and builder.ruler.flops(like) / 1e9 == pytest.approx(gflops, rel=0.02)
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from tokcomp.methods.base import Geometry, Method
+from tokcomp.methods.base import Geometry, Method, TokenShape
 
 if TYPE_CHECKING:
     from tokcomp.adapters.projections import Projection
     from tokcomp.blocks.search import BlockSearch
+    from tokcomp.methods.learned import LearnedMethod
 
 
 class UnsupportedModelError(TypeError):
@@ -118,6 +119,29 @@ class Adapter(ABC):
     @abstractmethod
     def sources(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Run the model: the last block's tokens [B, M, C], and each block's source map (None: nothing dropped)."""
+
+    def check_learned(self, model: nn.Module, method: LearnedMethod) -> None:
+        """Raise unless ``model`` has the trained parts of ``method``, for its settings.
+
+        Raises:
+            ValueError: it has none, or they are for other settings.
+            UnsupportedModelError: this family takes none.
+        """
+        raise UnsupportedModelError(
+            f"{self.family}: {type(method).__name__} is for plain vision transformers; use ToMe"
+        )
+
+    def token_shape(self, model: nn.Module) -> TokenShape:
+        """The shape of its blocks' tokens.
+
+        Raises:
+            UnsupportedModelError: this family does not say.
+        """
+        raise UnsupportedModelError(f"{self.family}: the shape of its tokens is not known")
+
+    def holder(self, model: nn.Module) -> nn.Module:
+        """The module that holds the trained parts of learned methods."""
+        return model
 
     def image_shape(self, model: nn.Module) -> tuple[int, int, int]:
         """Channels, height and width of the model's own images.

@@ -53,6 +53,7 @@ def compressed_attention(attn: Any, x: Tensor, state: BlockState) -> Tensor:
         bias=layout.pair_bias(attn, state.places),
         stock=partial(layout.stock_attention, attn) if state.stock else None,
         mask=state.mask,
+        eps=state.mask_eps,
     )
     return layout.join(attn, out, x)
 

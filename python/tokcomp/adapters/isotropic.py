@@ -19,7 +19,8 @@ from tokcomp.adapters.twins import twin_model
 from tokcomp.blocks.places import Places
 from tokcomp.blocks.search import BlockSearch
 from tokcomp.fastpath import Products, forget, is_int8, set_int8
-from tokcomp.methods.base import Geometry, Method, Norm
+from tokcomp.methods.base import Geometry, Method, Norm, TokenShape
+from tokcomp.methods.learned import LearnedMethod
 from tokcomp.methods.tome import ToMe
 
 
@@ -134,6 +135,42 @@ class IsotropicAdapter(Adapter):
     def validate(self, model: Any, method: Method) -> None:
         if method.unmerges:
             raise UnsupportedModelError(f"{self.family}: {type(method).__name__} is for timm's VisionTransformer alone")
+
+    def holder(self, model: Any) -> nn.Module:
+        tower: nn.Module = self.tower(model)
+        return tower
+
+    def parts(self, tower: Any, method: LearnedMethod) -> nn.Module:
+        """The trained parts of a method, of a tower that has them."""
+        found: nn.Module = tower._modules[method.name]
+        return found
+
+    def token_shape(self, model: Any) -> TokenShape:
+        tower = self.tower(model)
+        layout, block = self.layout_of(tower), self.blocks(tower)[0]
+        attn = layout.attention_of(block)
+        return TokenShape(layout.projection(attn, "block 0").width, int(getattr(attn, layout.num_heads)))
+
+    def check_learned(self, model: Any, method: LearnedMethod) -> None:
+        name = type(method).__name__
+        if self.reads_patches(model) and not method.keeps_all:
+            raise UnsupportedModelError(
+                f"{self.family}: {name} needs a model that answers by its class token alone; use ToMe or DiffRate"
+            )
+        parts = self.tower(model)._modules.get(method.name)
+        if parts is None:
+            raise ValueError(
+                f"model must have the trained parts of {name}, got one without: load a checkpoint that has them by "
+                f"tokcomp.learned.load, or attach untrained ones by tokcomp.learned.attach and train them"
+            )
+        geometry, weight = self.geometry(model), next(self.tower(model).parameters())
+        method.check_parts(parts, self.token_shape(model), geometry.depth)
+        for key, tensor in parts.state_dict().items():
+            if (tensor.device, tensor.dtype) != (weight.device, weight.dtype):
+                raise ValueError(
+                    f"{method.name}.{key} must be {weight.dtype} on {weight.device} as the model is, got "
+                    f"{tensor.dtype} on {tensor.device}; convert the whole model by .to()"
+                )
 
     def check_search(self, model: Any) -> None:
         """Nothing: the family's models end in logits or pooled features, unless an adapter says otherwise."""

@@ -13,12 +13,14 @@ from tokcomp.adapters.blocks import search_block
 from tokcomp.adapters.images import refuse_symbols
 from tokcomp.adapters.pooling import Weights
 from tokcomp.adapters.swap import Swapped
+from tokcomp.blocks.passages import note_passage
 from tokcomp.blocks.places import Places
 from tokcomp.blocks.positions import Positions
 from tokcomp.blocks.search import BlockSearch, TokenState
 from tokcomp.blocks.state import BlockState
 from tokcomp.fastpath import Products, has_hooks
 from tokcomp.methods.base import Method
+from tokcomp.methods.learned import LearnedMethod, Passage, Standing
 from tokcomp.methods.varying import without_padding
 from tokcomp_kernels.product_types import unless_emulated, widened
 
@@ -125,17 +127,24 @@ def run_blocks(
     blocks, layout = adapter.blocks(tower), adapter.layout_of(tower)
     prefix = adapter.num_prefix_tokens(tower)
     checkpoints, dtype, stock = adapter.checkpoints(tower), x.dtype, adapter.keeps_attention(tower)
-    # A hook may change what leaves a block, so nothing is computed of that beforehand.
-    ahead = products is not None and not checkpoints and not has_hooks(blocks)
+    passage: Passage | None = None
+    if isinstance(method, LearnedMethod):
+        passage = method.begin(x, adapter.parts(tower, method), prefix, tower.training)
+    # A hook or a passage may change what leaves a block, so nothing is computed of that beforehand.
+    ahead = products is not None and passage is None and not checkpoints and not has_hooks(blocks)
 
-    def run(index: int, x: Tensor, before: BlockState | None) -> tuple[Tensor, BlockState]:
-        """One block after the one whose state is ``before``."""
+    def run(index: int, x: Tensor, before: BlockState | None, standing: Standing | None) -> tuple[Tensor, BlockState]:
+        """One block after the one whose state is ``before``; ``standing``: what a passage tells it."""
         block, own = blocks[index], None
         if products is not None:
             own = products if adapter.has_products(block, products) else None
             x = x.to(dtype if own is None else own.dtype)
         size, here = (None, places) if before is None else (before.size, before.places)
-        state = BlockState(method, index, x.shape[1], prefix, size, own, layout, here, stock)
+        if standing is not None:
+            size, here = standing.size, places
+            if places is not None and standing.origin is not None:
+                here = places.follow(standing.origin)
+        state = BlockState(method, index, x.shape[1], prefix, size, own, layout, here, stock, standing)
         if own is not None and ahead:
             if before is not None:
                 state.normalized = before.normalized
@@ -147,14 +156,28 @@ def run_blocks(
     state: BlockState | None = None
     positions = None if maps is None else Positions(x)
     for index in range(len(blocks) if depth is None else depth):
-        x, state = checkpoint(run, index, x, state, use_reentrant=False) if checkpoints else run(index, x, state)
+        standing: Standing | None = None
+        if passage is not None:
+            x = passage.enter(index, x.to(dtype))
+            standing = passage.standing
+        if checkpoints:
+            x, state = checkpoint(run, index, x, state, standing, use_reentrant=False)
+        else:
+            x, state = run(index, x, state, standing)
+        source = state.source
+        if passage is not None:
+            source, x = passage.source, passage.leave(index, x, state.evidence)
         if sources is not None:
-            sources.append(state.source)
+            sources.append(source)
         if positions is not None:
-            positions.follow(x.to(dtype), state.source)
+            positions.follow(x.to(dtype), source)
     if maps is not None and positions is not None:
         maps.extend(positions.maps)
     size = None if state is None else state.size
+    if passage is not None:
+        x, size = passage.finish(x), passage.size
+        if tower.training:
+            note_passage(passage)
     if method.varies and size is not None:
         x = without_padding(x, size)
     return x.to(dtype), size

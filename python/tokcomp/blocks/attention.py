@@ -16,7 +16,9 @@ from tokcomp_kernels._numbers import MIN_SIZE, accumulate_dtype
 #: On CPU the compiled kernel takes a third of the time of scaled_dot_product_attention (docs/performance-log.md).
 _COMPILED_ON_CPU = "attention" in native_kernels()["cpu"]
 #: masked_attention's eps where the mask is that of padding: it must be positive, and less than any rounding.
-_NO_EPS = 1e-30
+NO_EPS = 1e-30
+#: The same where the mask is learned, as published with DynamicViT and DiffRate.
+MASK_EPS = 1e-6
 
 
 def attend(
@@ -31,6 +33,7 @@ def attend(
     bias: Tensor | None = None,
     stock: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor] | None = None,
     mask: Tensor | None = None,
+    eps: float = NO_EPS,
     by_heads: bool = False,
 ) -> tuple[Tensor, Evidence]:
     """softmax(q k^T * scale + bias + log size) v, and the evidence that ``needs`` names.
@@ -44,7 +47,8 @@ def attend(
         bias: [B or 1, H, N, N] added to the scores, or None; no operator of ours takes one, PyTorch's attention does.
         stock: the model's own attention, for q, k, v, a mask [B, 1, 1, N] to add to the scores or None, and dropout_p.
             The evidence then takes one more pass over the keys.
-        mask: [B, N] 1 for tokens and 0 for padding, to which nobody attends; None: no padding.
+        mask: [B, N] 1 for tokens and 0 for padding, to which nobody attends; None: no padding. It may have a gradient.
+        eps: of the softmax under a mask.
         by_heads: leave cls_attn by heads, [B, H, N], where our own attention computes it; nothing has a gradient then.
 
     Returns:
@@ -55,8 +59,8 @@ def attend(
     """
     if mask is not None:
         if dropout_p > 0:
-            raise RuntimeError("attention dropout must be 0 where images keep different numbers of tokens")
-        return masked_attend(q, k, v, mask, scale=scale, size=size, needs=needs, bias=bias, eps=_NO_EPS)
+            raise RuntimeError("attention dropout must be 0 where tokens are masked: images keep different ones")
+        return masked_attend(q, k, v, mask, scale=scale, size=size, needs=needs, bias=bias, eps=eps)
     if bias is not None:
         return _attend_with_bias(q, k, v, scale, size, needs, dropout_p, bias)
     if stock is not None:
@@ -84,7 +88,7 @@ def masked_attend(
     size: Tensor | None = None,
     needs: frozenset[str] = frozenset(),
     bias: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float = MASK_EPS,
 ) -> tuple[Tensor, Evidence]:
     """:func:`attend` under a token mask [B, N] that has a gradient (DiffRate, Eq. 11-12); a token still sees itself.
 
@@ -107,7 +111,7 @@ def prefix_masked_attend(
     *,
     scale: float,
     size: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float = MASK_EPS,
     bias: Tensor | None = None,
 ) -> Tensor:
     """The first rows of :func:`masked_attend` alone: q [B, H, P, D] of prefix tokens, which are never masked.
@@ -133,7 +137,7 @@ def _mean_received_under_mask(
     scale: float,
     size: Tensor | None,
     bias: Tensor | None = None,
-    eps: float = 1e-6,
+    eps: float = MASK_EPS,
 ) -> Tensor:
     heads = q.shape[1]
     weight = (mask / mask.sum(1, keepdim=True)).unsqueeze(1)  # [B, 1, N] of each query

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokcomp.blocks.attention import MASK_EPS, NO_EPS
 from tokcomp.blocks.places import Places
 from tokcomp.fastpath import Products
 from tokcomp.methods.base import Assignment, Evidence, Method, Norm, reduces_in_one
+from tokcomp.methods.learned import Standing
 
 
 def compose_sources(first: Tensor, then: Tensor) -> Tensor:
@@ -34,6 +36,7 @@ class BlockState:
         layout: Any = None,
         places: Places | None = None,
         stock: bool = False,
+        standing: Standing | None = None,
     ) -> None:
         self.method = method
         self.block = block
@@ -46,6 +49,7 @@ class BlockState:
         self.layout = layout  # where the block keeps its parts: adapters.layout.Layout
         self.places = places  # of the tokens, for a family whose attention goes by them
         self.stock = stock  # whether the model's own attention runs, not ours
+        self.standing = standing  # what a learned method says, which acts between the blocks
         #: The next block's first norm, where the fast path may apply it, and what came of it; see timm_vit/fast.py.
         self.following: Norm | None = None
         self.normalized: Tensor | None = None  # on the way in: this block's first norm of x, where that is done
@@ -53,6 +57,8 @@ class BlockState:
     @property
     def needs(self) -> frozenset[str]:
         """What the block's attention has to deliver; nothing where the block drops nothing."""
+        if self.standing is not None:
+            return self.standing.needs
         return self.method.needs if self.assignment is not None else frozenset()
 
     @property
@@ -69,8 +75,15 @@ class BlockState:
 
     @property
     def mask(self) -> Tensor | None:
-        """1 for tokens and 0 for padding, [B, N]; None where there is none."""
+        """1 for tokens and 0 for padding, [B, N]; None where there is none. A learned method's may have a gradient."""
+        if self.standing is not None and self.standing.mask is not None:
+            return self.standing.mask
         return (self.size > 0).float() if self.method.varies and self.size is not None else None
+
+    @property
+    def mask_eps(self) -> float:
+        """The eps of the softmax under :attr:`mask`."""
+        return NO_EPS if self.standing is None or self.standing.mask is None else MASK_EPS
 
     def reduce(self, x: Tensor) -> Tensor:
         """Compress the tokens x [B, N, C] as this block's assignment says; x itself where it drops nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from tokcomp.finetune.run import FineTuneRun
+    from tokcomp.methods import Method
 
 DESCRIPTION = """\
 Train a model with its tokens really dropped: fine-tuning by the DiffRate paper's recipe (its Table 6: 30 epochs from
@@ -153,6 +155,7 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> FineTuneRun:
     method = method_options.build_method(args, model)
     plain_cost = options.gflops(model)
     branches = _attach_branches(args, model)
+    teacher = _prepare_learned(args, model, method)
     method_options.compress_by(args, model, method)
     if args.grad_checkpointing:
         model.set_grad_checkpointing(True)
@@ -176,6 +179,7 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> FineTuneRun:
             steps_per_epoch=batches.steps_per_epoch,
             **job.place,
             compiled=args.torchcompile,
+            teacher=teacher,
         )
     method_settings = repr(method) if method is not None else None
     facts = {
@@ -196,6 +200,7 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> FineTuneRun:
         "adaptformer": branches,
         "img_size": config["input_size"][-1],
         "val_images": len(val_set),
+        **({} if teacher is None else {"teacher": options.describe_weights(args)}),
         **job.settings(recipe, data=args.dataset or str(root), train_images=len(train_set)),
     }
     return FineTuneRun(
@@ -208,6 +213,29 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> FineTuneRun:
         total_steps=total_steps,
         **job.intervals,
     )
+
+
+def _prepare_learned(args: argparse.Namespace, model: nn.Module, method: Method | None) -> nn.Module | None:
+    """Attach the parts of a learned method if the checkpoint had none; returns its teacher, if it has one."""
+    from tokcomp import UnsupportedModelError, learned
+    from tokcomp.methods import LearnedMethod
+
+    if not isinstance(method, LearnedMethod):
+        return None
+    if args.torchcompile:
+        raise UserError(f"--method {args.method} takes no --torchcompile, as its losses watch the model; leave one out")
+    # A model with random weights teaches nothing.
+    teacher = copy.deepcopy(model) if method.has_teacher and not args.from_scratch else None
+    if teacher is not None:
+        learned.detach(teacher)
+    try:
+        if not learned.is_attached(model, method):
+            learned.attach(model, method)
+    except UnsupportedModelError as error:
+        raise UserError(f"--model '{args.model}': {error}") from error
+    except ValueError as error:
+        raise UserError(f"--method {args.method} does not fit {args.model}: {error}") from error
+    return teacher
 
 
 def _attach_branches(args: argparse.Namespace, model: nn.Module) -> dict[str, Any] | None:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 #: Methods that keep a share of the patches in some blocks, with the same options.
 _KEEPING = ("visionzip", "divprune", "cdpruner")
-METHODS = ("none", "diffrate", "tome", "tome_mlp", "pitome", "dtome", "evit", *_KEEPING, "ats")
+#: Methods whose predictors keep a share of the patches in some blocks.
+_PREDICTING = ("dynamicvit", "spvit")
+METHODS = ("none", "diffrate", "tome", "tome_mlp", "pitome", "dtome", "evit", *_KEEPING, "ats", *_PREDICTING)
 #: option -> the methods that read it
 _READERS = {
     "schedule": ("diffrate", "tome", "evit"),
@@ -27,7 +29,7 @@ _READERS = {
     "metric": ("diffrate",),
     "pipeline": ("diffrate",),
     "rescale": ("diffrate", "tome", "evit"),
-    "gflops": ("diffrate", "tome", "pitome", "evit", *_KEEPING),
+    "gflops": ("diffrate", "tome", "pitome", "evit", *_KEEPING, *_PREDICTING),
     "r": ("tome", "tome_mlp", "pitome"),
     "no_prop_attn": ("tome", "pitome", "dtome"),
     "thresholds": ("dtome",),
@@ -36,9 +38,9 @@ _READERS = {
     "unprotected": ("pitome",),
     "tokens_per_degree": ("tome_mlp",),
     "merge_residual": ("tome_mlp",),
-    "keep_rate": ("evit", *_KEEPING),
+    "keep_rate": ("evit", *_KEEPING, *_PREDICTING),
     "num_kept": _KEEPING,
-    "keep_blocks": ("evit", *_KEEPING, "ats"),
+    "keep_blocks": ("evit", *_KEEPING, "ats", *_PREDICTING),
     "contextual": ("visionzip",),
     "num_pruned": ("evit",),
     "no_fuse": ("evit",),
@@ -105,7 +107,8 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
         "--keep-rate",
         type=listed(positive_float),
         metavar="K",
-        help="evit, visionzip, divprune, cdpruner: share of patches to keep, or one per block",
+        help="evit, visionzip, divprune, cdpruner: share of patches to keep, or one per block; dynamicvit, spvit: "
+        "share left after the first stage, or one for each of --keep-blocks",
     )
     group.add_argument(
         "--num-kept",
@@ -117,7 +120,8 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
         "--keep-blocks",
         type=list_of(non_negative_int),
         metavar="B,B,...",
-        help="blocks (from 0) for --keep-rate, --num-kept or --samples (default: 3,6,9; ats: all from 3 on)",
+        help="blocks (from 0) for --keep-rate, --num-kept or --samples (default: 3,6,9; ats: all from 3 on; "
+        "dynamicvit, spvit: a quarter, half and three quarters of the way)",
     )
     group.add_argument(
         "--contextual",
@@ -275,6 +279,20 @@ def _ats(args: argparse.Namespace, model: nn.Module) -> Method:
     return ATS(args.samples, args.keep_blocks)
 
 
+def _predicting(args: argparse.Namespace, model: nn.Module) -> Method:
+    """DynamicViT or SPViT."""
+    from tokcomp.equal_cost import BY_PREDICTOR, predictor_for_budget
+
+    make = BY_PREDICTOR[args.method]
+    if _one_of(args, "keep_rate", "gflops") == "gflops":
+        if args.keep_blocks is not None:
+            raise UserError("--keep-blocks goes with --keep-rate, got --gflops; leave it out")
+        with blame("--gflops"):
+            return predictor_for_budget(model, args.gflops * 1e9, make)
+    with blame("--keep-rate"):
+        return make(args.keep_rate, args.keep_blocks)
+
+
 _BUILDERS: dict[str, Callable[[argparse.Namespace, nn.Module], Method]] = {
     "diffrate": scheduled_method,
     "tome": _tome,
@@ -283,6 +301,7 @@ _BUILDERS: dict[str, Callable[[argparse.Namespace, nn.Module], Method]] = {
     "dtome": _dtome,
     "evit": _evit,
     "ats": _ats,
+    **dict.fromkeys(_PREDICTING, _predicting),
 }
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokcomp.learned import has_parts, load_state
 from tokcomp.reading import read_pickle, read_tensors
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ _WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a checkpoint into a model: safetensors, a ``torch.save`` file, or a published ``.npz`` file from JAX.
 
+    Trained parts of a learned method that it holds come along.
+
     Raises:
         ValueError: the file holds anything but tensors and plain data (nothing in it is run), or no weights.
         RuntimeError: the weights are not this model's.
@@ -31,7 +34,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
             raise ValueError(f"a {path.suffix} file needs a model that timm loads such files into")
         own.load_pretrained(str(path))  # numpy itself refuses pickled objects
         return
-    model.load_state_dict(read_weights(path))
+    tensors = read_weights(path)
+    if has_parts(tensors):
+        try:
+            load_state(model, tensors)
+        except ValueError as error:
+            raise RuntimeError(str(error)) from error
+    else:
+        model.load_state_dict(tensors)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

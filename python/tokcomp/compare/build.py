@@ -14,6 +14,7 @@ from tokcomp.compare.entries import SEARCHED, Entry, Variant
 from tokcomp.equal_cost import (
     BY_COUNT,
     BY_IMAGES,
+    BY_PREDICTOR,
     BY_RATE,
     Measured,
     Ruler,
@@ -21,11 +22,12 @@ from tokcomp.equal_cost import (
     evit_for_budget,
     fit,
     nearest_published,
+    predictor_for_budget,
     random_schedule,
     rate_for_budget,
     uniform,
 )
-from tokcomp.methods import DiffRate, Method, scheduled
+from tokcomp.methods import DiffRate, LearnedMethod, Method, scheduled
 from tokcomp.refine import starts_for
 from tokcomp.runs.steps import derived_seed
 from tokcomp.schedule import CompressionSchedule, published_schedule
@@ -91,6 +93,8 @@ class Builder:
         """Raise ValueError or TypeError unless the model can be compressed by the method."""
         find_adapter(self.model).validate(self.model, method)
         method.validate(self.ruler.geometry)
+        if isinstance(method, LearnedMethod):
+            find_adapter(self.model).check_learned(self.model, method)
 
     def _method(self, entry: Entry, gflops: float) -> Method:
         budget = gflops * 1e9
@@ -101,6 +105,8 @@ class Builder:
             return count_for_budget(self.model, budget, BY_COUNT[entry.kind])
         if entry.kind in BY_RATE:
             return rate_for_budget(self.model, budget, BY_RATE[entry.kind])
+        if entry.kind in BY_PREDICTOR:
+            return predictor_for_budget(self.model, budget, BY_PREDICTOR[entry.kind])
         if entry.kind in BY_IMAGES:
             key = (entry.kind, gflops)
             if key not in self._made:

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tokcomp.equal_cost import BY_COUNT, BY_IMAGES, BY_RATE
+from tokcomp.equal_cost import BY_COUNT, BY_IMAGES, BY_PREDICTOR, BY_RATE
 from tokcomp.methods.diffrate import METRICS, PIPELINES
 
 #: Methods by the names that users give; what each does is in the help of ``tokcomp compare``.
-NAMES = ("diffrate", "search", "refine", "published", *BY_COUNT, *BY_RATE, *BY_IMAGES, "uniform")
+NAMES = ("diffrate", "search", "refine", "published", *BY_COUNT, *BY_RATE, *BY_IMAGES, *BY_PREDICTOR, "uniform")
 #: Those that depend on a search, and so on its seed.
 SEARCHED = ("diffrate", "search", "refine")
 
@@ -83,7 +83,9 @@ def parse_methods(words: Sequence[str], variant: Variant) -> list[Entry]:
         kind, _, pipeline = word.partition("/")
         if drawn:
             entries += [Entry(f"random {number}", "random", number=number) for number in range(1, int(drawn[1]) + 1)]
-        elif word in NAMES or (kind in NAMES and kind not in BY_IMAGES and pipeline in ("prune", "merge")):
+        elif word in NAMES or (
+            kind in NAMES and kind not in (*BY_IMAGES, *BY_PREDICTOR) and pipeline in ("prune", "merge")
+        ):
             entries.append(Entry(word, kind, variant, pipeline or None))
         else:
             raise ValueError(

@@ -2,10 +2,12 @@
 
 from tokcomp.equal_cost.budget import (
     BY_COUNT,
+    BY_PREDICTOR,
     BY_RATE,
     count_for_budget,
     evit_blocks,
     evit_for_budget,
+    predictor_for_budget,
     rate_for_budget,
     tome_for_budget,
 )
@@ -16,6 +18,7 @@ from tokcomp.equal_cost.schedules import at_cost, fit, nearest_published, random
 __all__ = [
     "BY_COUNT",
     "BY_IMAGES",
+    "BY_PREDICTOR",
     "BY_RATE",
     "Counts",
     "Measured",
@@ -28,6 +31,7 @@ __all__ = [
     "evit_for_budget",
     "fit",
     "nearest_published",
+    "predictor_for_budget",
     "random_schedule",
     "rate_for_budget",
     "tome_for_budget",

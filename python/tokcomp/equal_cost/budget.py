@@ -10,7 +10,8 @@ from torch import nn
 
 from tokcomp.adapters import find_adapter
 from tokcomp.equal_cost.counts import Ruler
-from tokcomp.methods import CDPruner, DivPrune, EViT, Method, PiToMe, ToMe, VisionZip
+from tokcomp.methods import CDPruner, DivPrune, DynamicViT, EViT, LearnedMethod, Method, PiToMe, SPViT, ToMe, VisionZip
+from tokcomp.methods.learned import stages
 
 MethodT = TypeVar("MethodT", bound=Method)
 #: Methods by the names that the command line gives them, made from r per block ...
@@ -21,6 +22,13 @@ BY_RATE: dict[str, Callable[[float, Sequence[int]], Method]] = {
     "visionzip": VisionZip,
     "divprune": DivPrune,
     "cdpruner": CDPruner,
+}
+
+
+#: ... or from the share that a predictor's first stage keeps, its powers for the others, and blocks (None: its own).
+BY_PREDICTOR: dict[str, Callable[[float, Sequence[int] | None], LearnedMethod]] = {
+    "dynamicvit": DynamicViT,
+    "spvit": SPViT,
 }
 
 
@@ -93,9 +101,32 @@ def rate_for_budget(
     return _nearest(model, ruler, budget, candidate, steps - 1)
 
 
+def predictor_for_budget(
+    model: nn.Module,
+    budget: float,
+    make: Callable[[float, Sequence[int] | None], LearnedMethod],
+    *,
+    ruler: Ruler | None = None,
+) -> LearnedMethod:
+    """A method whose predictors keep r, r^2, ... of the patch tokens, at the cost nearest to ``budget`` multiply-adds.
+
+    Args:
+        make: the method of such an r and its own blocks: :class:`DynamicViT`, say.
+
+    The other arguments and the error as for :func:`count_for_budget`.
+    """
+    ruler = ruler or Ruler(model)
+    steps = 200
+
+    def candidate(index: int) -> LearnedMethod:
+        return make(1.0 - index / steps, None)
+
+    return _nearest(model, ruler, budget, candidate, steps - 1)
+
+
 def evit_blocks(depth: int) -> list[int]:
     """Three blocks (from 0), spread as published: 3, 6 and 9 of 12."""
-    return sorted({max(1, depth * k // 4) for k in (1, 2, 3)})
+    return list(stages(depth))
 
 
 def tome_for_budget(model: nn.Module, budget: float, *, ruler: Ruler | None = None) -> ToMe:

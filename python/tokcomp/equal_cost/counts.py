@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from tokcomp.adapters import find_adapter
-from tokcomp.cost import TokenCounts, counts_under, flops_of
+from tokcomp.cost import TokenCounts, added_cost, counts_under, flops_of
 from tokcomp.methods import DiffRate, EViT, Method, ToMe, scheduled
 from tokcomp.methods.diffrate import published_settings
 from tokcomp.schedule import CompressionSchedule
@@ -24,6 +24,9 @@ class Counts(NamedTuple):
 def effective_counts(method: Method, num_tokens: int, depth: int, prefix: int = 1) -> Counts:
     """What a method's counts amount to in each block of a model that ``num_tokens`` enter, ``prefix`` of them no
     patches."""
+    if method.between:
+        left = [out for _, out in method.counts(depth, num_tokens, prefix)]
+        return Counts(left, left)
     before_merge, kept = [], []
     for block in range(depth):
         assignment = method.assign(block, num_tokens, prefix)
@@ -69,6 +72,7 @@ class Ruler:
 
     def __init__(self, model: nn.Module, measure: Callable[[TokenCounts], float] | None = None) -> None:
         adapter = find_adapter(model)
+        self._adapter, self._model = adapter, model
         self.geometry = adapter.geometry(model)
         self.num_tokens = adapter.num_tokens(model)
         self.prefix, self.depth = self.geometry.num_prefix_tokens, self.geometry.depth
@@ -77,7 +81,9 @@ class Ruler:
 
     def flops(self, method: Method | None) -> int:
         """Multiply-adds of one image under a method; None: uncompressed."""
-        return int(flops_of(self._coefficients, self._token_counts(method), self.num_tokens))
+        counts = self._token_counts(method)
+        added = added_cost(method, self._adapter, self._model, counts, self.num_tokens)
+        return int(flops_of(self._coefficients, counts, self.num_tokens) + added)
 
     def cost(self, method: Method | None) -> float:
         """What budgets are compared with: multiply-adds, or what ``measure`` says."""

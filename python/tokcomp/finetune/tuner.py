@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tokcomp.adapters import UnsupportedModelError, find_adapter
 from tokcomp.fastpath.training import FastLinear
+from tokcomp.finetune.objective import Objective
+from tokcomp.methods import LearnedMethod, Method
 from tokcomp.runs.distributed import ALONE, World
 from tokcomp.runs.recipe import LearningRate, Recipe, Targets, make_optimizer, soft_cross_entropy
 from tokcomp.runs.steps import MODEL, seed_all
@@ -37,12 +40,14 @@ class FineTuner:
             of W processes and P pieces draws the same as any other with the same W x P.
         amp_dtype: run under autocast with this type; gradients are scaled if it is float16.
         compiled: run the model through torch.compile.
+        teacher: of a learned method (:class:`tokcomp.DynamicViT`, say), the plain model before its training, to which
+            the method's losses compare; None: those losses are left out.
         fast_linear: on CPU in float32, compute linear layers through oneDNN rather than PyTorch's choice, unless blocks
             are recomputed.
 
     Raises:
         ValueError: the recipe names an optimizer or scheduler that timm does not know; or float16 is used on a device
-            other than CUDA.
+            other than CUDA; or there is a teacher, or ``compiled``, where the method takes none.
     """
 
     def __init__(
@@ -59,11 +64,21 @@ class FineTuner:
         pieces: int = 1,
         amp_dtype: torch.dtype | None = None,
         compiled: bool = False,
+        teacher: nn.Module | None = None,
         fast_linear: bool = True,
     ) -> None:
         if amp_dtype == torch.float16 and device.type != "cuda":
             raise ValueError(f"mixed precision in float16 must run on cuda, got {device.type}; use bfloat16")
+        method = method_of(model)
+        if teacher is not None and not isinstance(method, LearnedMethod):
+            raise ValueError(f"teacher must be None for a method without trained parts, got {type(teacher).__name__}")
+        if compiled and isinstance(method, LearnedMethod):
+            raise ValueError(f"compiled must be False for {type(method).__name__}, whose losses watch the forward pass")
         self.model = model.to(device).train()
+        #: What a learned method adds to the loss; None for another method.
+        self.objective = None
+        if isinstance(method, LearnedMethod):
+            self.objective = Objective(method, self.model, None if teacher is None else teacher.to(device))
         self.recipe, self.device, self.world, self.amp_dtype = recipe, device, world, amp_dtype
         self.step_number = 0
         self.learning_rate = 0.0  # of the last step
@@ -110,8 +125,8 @@ class FineTuner:
             linear = FastLinear() if self._fast_linear else nullcontext()
             with self._held_back(number + 1 < len(parts)):
                 with self._autocast(), linear:
-                    logits = self._runner(mixed)
-                loss = self.loss(logits, targets)
+                    logits, penalty = self._answer(mixed)
+                loss = self.loss(logits, targets) + penalty
                 scaled = loss / len(parts)
                 (scaled if self._scaler is None else self._scaler.scale(scaled)).backward()
             losses.append(loss.detach())
@@ -128,6 +143,14 @@ class FineTuner:
             self.ema.update(self.model)
         self.step_number += 1
         return torch.stack(losses).mean()
+
+    def _answer(self, images: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Logits of images [b, 3, H, W], and what a learned method adds to their loss."""
+        if self.objective is None:
+            return self._runner(images), 0.0
+        with self.objective.watching() as seen:
+            logits = self._runner(images)
+        return logits, self.objective(images, logits, seen)
 
     def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images (overwritten) and labels [b] -> what the model gets, and its targets."""
@@ -176,3 +199,11 @@ class FineTuner:
     def _held_back(self, hold: bool) -> AbstractContextManager:
         """Exchange gradients only with the last piece."""
         return self._parallel.no_sync() if hold and self._parallel is not None else nullcontext()
+
+
+def method_of(model: nn.Module) -> Method | None:
+    """The method that a model is compressed by; None for a plain one, also of a family that is not understood."""
+    try:
+        return find_adapter(model).method(model)
+    except UnsupportedModelError:
+        return None

@@ -6,6 +6,7 @@ import copy
 import functools
 import operator
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -29,6 +30,13 @@ class Geometry:
     following_blocks: int = 0
     #: Whether every position gets a token again after the last block, as hierarchical models need.
     spreads_tokens: bool = False
+
+
+class TokenShape(NamedTuple):
+    """The tokens of a model's blocks."""
+
+    width: int  # channels
+    num_heads: int
 
 
 class Evidence(NamedTuple):
@@ -86,6 +94,8 @@ class Method(ABC):
     proportional_attention: bool = False
     #: Whether every position gets a token back after the MLP: each block then sees all tokens (:meth:`spread`).
     unmerges: bool = False
+    #: Whether tokens leave between the blocks, before a block's attention, as a :class:`Passage` says.
+    between: bool = False
     #: Whether images of one batch may be left with different numbers of tokens; see :mod:`tokcomp.methods.varying`.
     varies: bool = False
     #: Whether :meth:`score` is ``cls_attn`` as it stands and the reduction averages it where it comes by heads,
@@ -115,6 +125,25 @@ class Method(ABC):
     @abstractmethod
     def assign(self, block: int, num_tokens: int, num_prefix_tokens: int) -> Assignment | None:
         """How many of ``num_tokens`` block ``block`` keeps; None if it keeps all."""
+
+    def counts(self, depth: int, num_tokens: int, num_prefix_tokens: int) -> list[tuple[int, int]]:
+        """Tokens that attention and MLP of each block see, of an image of ``num_tokens``, prefix included."""
+        found = []
+        for block in range(depth):
+            assignment = self.assign(block, num_tokens, num_prefix_tokens)
+            left = num_tokens if assignment is None else assignment.num_tokens_out
+            found.append((num_tokens, left))
+            num_tokens = num_tokens if self.unmerges else left
+        return found
+
+    def added_cost(self, shape: TokenShape, arriving: Sequence[float]) -> float:
+        """Multiply-adds of one image that the method itself adds: those of its trained parts.
+
+        Args:
+            shape: of the model's tokens.
+            arriving: [L] patch tokens that the block before leaves to each.
+        """
+        return 0.0
 
     @abstractmethod
     def score(self, evidence: Evidence, block: int, x: Tensor) -> Tensor:

@@ -160,6 +160,7 @@ def attend_heads(block: nn.Module, x: Tensor, state: BlockState, products: Produ
         needs=state.needs,
         stock=stock,
         mask=state.mask,
+        eps=state.mask_eps,
         by_heads=q.device.type in _AVERAGES_LATE and state.takes_heads,
     )
     return attn["proj"], out.transpose(1, 2).reshape(batch, num_tokens, heads * width)

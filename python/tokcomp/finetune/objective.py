@@ -1,0 +1,68 @@
+"""What a learned method adds to the loss of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokcomp.blocks.passages import watched_passages
+from tokcomp.methods import Answers, LearnedMethod, Passage
+
+
+class Seen(NamedTuple):
+    """Of a forward pass in training."""
+
+    passages: list[Passage]  # one
+    tokens: list[Tensor]  # one, [b, N, C], that the model's last norm gave
+
+
+class Objective:
+    """The penalties of one learned method, and the uncompressed model that some of them compare with.
+
+    Args:
+        method: that the model is compressed by.
+        model: in training, a timm model.
+        teacher: the plain model before its training, left as it is; None: penalties that need one are left out.
+
+    Raises:
+        ValueError: there is a teacher that the method has no use for.
+    """
+
+    def __init__(self, method: LearnedMethod, model: nn.Module, teacher: nn.Module | None) -> None:
+        if teacher is not None and not method.has_teacher:
+            raise ValueError(f"teacher must be None for {type(method).__name__}, whose losses compare with none")
+        self.method = method
+        self._model: Any = model
+        self._teacher: Any = None if teacher is None else teacher.eval().requires_grad_(False)
+
+    @contextmanager
+    def watching(self) -> Iterator[Seen]:
+        """What the one forward pass in the ``with`` block leaves for the penalties."""
+        tokens: list[Tensor] = []
+        hook = self._model.norm.register_forward_hook(lambda module, given, out: tokens.append(out))
+        try:
+            with watched_passages() as passages:
+                yield Seen(passages, tokens)
+        finally:
+            hook.remove()
+
+    def __call__(self, images: Tensor, logits: Tensor, seen: Seen) -> Tensor:
+        """The sum of the penalties: 0-dim, float32 or better.
+
+        Args:
+            images: [b, 3, H, W], as the model got them.
+            logits: [b, classes], its answers.
+            seen: of that forward pass.
+        """
+        ((passage,), (tokens,)) = seen
+        taught = None
+        if self._teacher is not None:
+            with torch.no_grad():
+                features = self._teacher.forward_features(images)
+                taught = Answers(self._teacher.forward_head(features), features)
+        found = self.method.penalties(passage, Answers(logits, tokens), taught)
+        return torch.stack(list(found.values())).sum()

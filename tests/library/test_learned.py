@@ -1,0 +1,267 @@
+"""Trained parts of methods: on the model, in its checkpoint, through compress and restore; cost; what is refused.
+
+That the methods compute what their papers say is tested in tests/oracle, their training in tests/train.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import timm
+import tokcomp
+import torch
+from safetensors.torch import save_file
+from tokcomp import learned
+from tokcomp.blocks.passages import watched_passages
+from tokcomp.methods import Answers
+
+METHODS = {"dynamicvit": tokcomp.DynamicViT(0.6), "spvit": tokcomp.SPViT(0.6)}
+#: Tokens in each of 4 blocks, of 17.
+COUNTS = {"dynamicvit": [17, 10, 6, 4], "spvit": [17, 11, 8, 7]}
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return METHODS[request.param]
+
+
+@pytest.fixture
+def attached(make_vit, method):
+    model = learned.attach(make_vit(), method)
+    with torch.no_grad():
+        for parameter in model._modules[method.name].parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model
+
+
+def test_compressed_and_restored(attached, method, images_for):
+    """The parts stay as they are through both, and copies and pickles have them."""
+    model, images = attached, images_for(attached)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    attributes = [set(vars(module)) for module in model.modules()]
+    before = model(images)
+    tokcomp.compress(model, method)
+    compressed = model(images)
+    assert not torch.equal(compressed, before)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(images), compressed)
+        assert copied._modules[method.name] is not model._modules[method.name]
+    assert model.state_dict().keys() == state.keys()
+    assert any(name.startswith(f"{method.name}.0.") for name in state)
+    tokcomp.compress(model, tokcomp.ToMe(2))
+    assert torch.equal(tokcomp.compress(model, method)(images), compressed)
+    tokcomp.restore(model)
+    assert torch.equal(model(images), before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    learned.detach(model)
+    assert not learned.is_attached(model, method) and torch.equal(model(images), before)
+
+
+def test_a_checkpoint_brings_the_parts(attached, make_vit, method, images_for, tmp_path):
+    images, path = images_for(attached), tmp_path / "model.safetensors"
+    save_file(attached.state_dict(), path)
+    want = tokcomp.compress(attached, method)(images)
+    for other in (make_vit(7), learned.attach(make_vit(7), method)):
+        assert learned.load(path, other) is other
+        assert torch.equal(tokcomp.compress(other, method)(images), want)
+        assert all(parameter.requires_grad for parameter in other.parameters())
+
+
+def test_tokens_are_really_dropped_and_counted(attached, method, images_for):
+    model, images = tokcomp.compress(attached, method), images_for(attached)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    model(images)
+    assert seen == COUNTS[method.name]
+    maps = tokcomp.trace(model, images)
+    assert [int(one.max()) + 1 for one in maps] == COUNTS[method.name]
+    gone = (maps[-1] < 0).sum(1).tolist()
+    assert gone == [0 if method.name == "spvit" else 13] * 3
+    plain = tokcomp.flops(tokcomp.restore(model))
+    tokcomp.compress(model, tokcomp.ToMe([0] * 4))
+    assert tokcomp.flops(model) == plain
+    assert tokcomp.flops(tokcomp.compress(model, method)) == tokcomp.flops(model, images=images) < 0.69 * plain
+
+
+def test_published_cost(meta_model):
+    """DynamicViT's own code multiplies 2,980,897,728 times, less the class token's share of the patch embedding."""
+    model = meta_model("deit_small_patch16_224")
+    for method, want in ((tokcomp.DynamicViT(0.7), 2.9808977), (tokcomp.SPViT((0.7, 0.39, 0.21)), 2.64)):
+        learned.attach(model, method)
+        tokcomp.compress(model, method)
+        assert tokcomp.flops(model) / 1e9 == pytest.approx(want, rel=2e-4 if want > 2.7 else 0.02)
+
+
+def test_feature_maps_have_every_position(attached, method, images_for):
+    images = images_for(attached)
+    maps = tokcomp.compress(attached, method).forward_intermediates(images, intermediates_only=True)
+    assert len(maps) == 4 and all(one.shape == (3, 24, 4, 4) for one in maps)
+
+
+def test_half_precision_and_no_images(attached, method, images_for):
+    images = images_for(attached)
+    want = tokcomp.compress(attached, method)(images)
+    torch.testing.assert_close(attached.double()(images.double()), want.double(), rtol=1e-4, atol=1e-4)
+    assert attached(images.double()[:0]).shape == (0, 5)
+    have = attached.bfloat16()(images.bfloat16())
+    assert have.dtype == torch.bfloat16 and have.isfinite().all()
+
+
+def test_rotary_places_follow(images_for):
+    eva = timm.models.Eva(
+        img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2, num_classes=5, use_rot_pos_emb=True,
+        global_pool="token",
+    ).eval()  # fmt: skip
+    for method in METHODS.values():
+        images = images_for(eva)
+        learned.attach(eva, method)
+        exact = copy.deepcopy(eva).double()
+        tokcomp.compress(exact, method)
+        order = torch.tensor([2, 0, 1])
+        torch.testing.assert_close(exact(images.double())[order], exact(images.double()[order]))
+
+
+def test_losses_by_hand(method):
+    generator = torch.Generator().manual_seed(0)
+    randn = partial(torch.randn, generator=generator, dtype=torch.float64)
+    first = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]], dtype=torch.float64)
+    second = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 1]], dtype=torch.float64)
+    ours, theirs = (Answers(randn(2, 5), randn(2, 5, 3)) for _ in range(2))
+
+    class Drawn:
+        decisions = (first, second)
+
+    found = method.penalties(Drawn, ours, theirs)
+    if method.name == "dynamicvit":
+        ratio = [((3 / 4 - 0.6) ** 2 + (2 / 4 - 0.6) ** 2) / 2, ((2 / 4 - 0.36) ** 2 + (1 / 4 - 0.36) ** 2) / 2]
+    else:
+        ratio = [(5 / 8 - 0.6) ** 2, (3 / 8 - 0.36) ** 2]
+    assert found["ratio"].item() == pytest.approx(2.0 * sum(ratio) / 2)
+    p, q = theirs.logits.softmax(-1), ours.logits.softmax(-1)
+    assert found["logits"].item() == pytest.approx(0.5 * (p * (p / q).log()).sum().item() / 2)
+    squares = [(ours.tokens[b, 1 + t] - theirs.tokens[b, 1 + t]).square().mean() for b, t in ((0, 0), (0, 3), (1, 3))]
+    assert found["tokens"].item() == pytest.approx(0.5 * sum(squares).item() / 3)
+    assert method.penalties(Drawn, ours, None).keys() == {"ratio"}
+
+
+def test_losses_have_right_gradients(method):
+    torch.manual_seed(0)
+    taught = Answers(torch.randn(2, 5).double(), torch.randn(2, 5, 3).double())
+
+    def total(logits, tokens, first, second):
+        class Drawn:
+            decisions = (first, second)
+
+        return torch.stack(list(method.penalties(Drawn, Answers(logits, tokens), taught).values())).sum()
+
+    shapes = ((2, 5), (2, 5, 3), (2, 4), (2, 4))
+    inputs = [torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    # The tokens' error takes the decisions as they are, so their gradient is the ratio's alone.
+    assert torch.autograd.gradcheck(lambda a, b: total(a, b, *inputs[2:]), inputs[:2])
+    alone = lambda a, b: method.penalties(type("D", (), {"decisions": (a, b)}), taught, None)["ratio"]  # noqa: E731
+    assert torch.autograd.gradcheck(alone, inputs[2:])
+
+
+def test_training_reaches_every_part_even_where_nothing_is_left(attached, method, images_for):
+    """An image of which a stage drops everything gives numbers, and the gradient still reaches the predictors."""
+    model = tokcomp.compress(attached, method).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("0.out.bias", "1.out.bias")) and method.name in name:
+                parameter.copy_(torch.tensor([-50.0, 50.0]))
+    with watched_passages() as passages:
+        logits = model(images_for(model))
+    (passage,) = passages
+    assert passage.decisions[-1].sum() == 0 and logits.isfinite().all()
+    torch.stack([logits.sum(), *(one.sum() for one in passage.decisions)]).sum().backward()
+    grads = [p.grad for name, p in model.named_parameters() if name.startswith(f"{method.name}.")]
+    assert all(grad is not None and grad.isfinite().all() for grad in grads)
+    with watched_passages() as passages:
+        model.eval()(images_for(model))
+    assert passages == []
+
+
+def test_what_is_refused(make_vit, method, tmp_path):
+    name, model = type(method).__name__, make_vit()
+    with pytest.raises(ValueError, match=f"model must have the trained parts of {name}, got one without: load a check"):
+        tokcomp.compress(model, method)
+    for wrong in (tokcomp.ToMe(2), type(method)):
+        with pytest.raises(TypeError, match=r"method must be one with trained parts .* got (ToMe|the class)"):
+            learned.attach(model, wrong)
+    learned.attach(model, method)
+    with pytest.raises(ValueError, match=f"model must have no parts of {name} yet, got one with them"):
+        learned.attach(model, method)
+    with pytest.raises(ValueError, match=r"the model's (predictors|selectors) must be 2 of width 24.*, got 3 of 24"):
+        tokcomp.compress(model, type(method)(0.6, [1, 2]))
+    model.head.double(), model._modules[method.name].double()
+    with pytest.raises(ValueError, match=r"must be torch.float32 on cpu as the model is, got torch.float64 on cpu"):
+        tokcomp.compress(model, method)
+    model.float()
+    tokcomp.compress(model, method)
+    with pytest.raises(ValueError, match="model must not be compressed by a learned method while its parts leave"):
+        learned.detach(model)
+    path = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), path)
+    with pytest.raises(ValueError, match=r"weights.safetensors: model must be plain, got a compressed one"):
+        learned.load(path, model)
+    with pytest.raises(FileNotFoundError, match="absent does not exist"):
+        learned.load(tmp_path / "absent", model)
+    pooled = make_vit(global_pool="avg")
+    with pytest.raises(tokcomp.UnsupportedModelError, match="needs a model that answers by its class token alone"):
+        tokcomp.compress(learned.attach(pooled, method), method)
+    with pytest.raises(ValueError, match=f"{name} needs a plain vision transformer, got a hierarchical model"):
+        method.validate(tokcomp.methods.Geometry(4, 0, False, 16, spreads_tokens=True))
+    with pytest.raises(ValueError, match=f"{name} needs a class token, which this model does not have"):
+        learned.attach(make_vit(class_token=False, global_pool="avg"), method)
+
+
+def test_hostile_checkpoints_change_nothing(make_vit, method, tmp_path):
+    model, path = make_vit(), tmp_path / "weights.safetensors"
+    good = learned.attach(make_vit(3), method).state_dict()
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    norm = f"{method.name}.0.norm.weight"
+    changes = {
+        norm: torch.ones(10**6),  # as if of a width whose layers would take terabytes
+        f"{method.name}.7.norm.weight": torch.ones(24),
+        f"{method.name}.0.out.bias": torch.ones(2, dtype=torch.int64),
+        f"{method.name}.odd": torch.ones(1),
+        "blocks.0.attn.qkv.weight": torch.ones(3),
+        "blocks.9.attn.qkv.weight": torch.ones(3),
+    }
+    for key, value in changes.items():
+        save_file({**good, key: value}, path)
+        with pytest.raises(ValueError, match=rf"{path.name}: .* must (be|hold)"):
+            learned.load(path, model)
+    save_file({key: value for key, value in good.items() if key != norm}, path)
+    with pytest.raises(ValueError, match=f"{norm} must be a vector, got nothing"):
+        learned.load(path, model)
+    assert model.state_dict().keys() == own.keys()
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"keep_rate": 1.2}, ValueError, r"keep_rate must be in \(0, 1\], got 1.2"),
+        ({"keep_rate": (0.5, 0.7, 0.3)}, ValueError, "keep_rate must not rise from stage to stage"),
+        ({"blocks": [2, 1]}, ValueError, "blocks must rise"),
+        ({"blocks": 2}, TypeError, "blocks must be a list of block numbers, got 2"),
+        ({"ratio_weight": -1}, ValueError, "ratio_weight must be 0 or more and finite, got -1"),
+        ({"distill_weight": "x"}, TypeError, "distill_weight must be a number, got 'x'"),
+        ({"blocks": [1, 4]}, None, r"blocks must be below the model's depth 4, got \(1, 4\)"),
+        ({"keep_rate": (0.5, 0.3)}, None, r"keep_rate must be one number, or one for each of \(1, 2, 3\)"),
+    ],
+)
+def test_wrong_settings(make_vit, method, arguments, kind, message):
+    if kind is None:
+        with pytest.raises(ValueError, match=message):
+            learned.attach(make_vit(), type(method)(**arguments))
+        return
+    with pytest.raises(kind, match=message):
+        type(method)(**arguments)

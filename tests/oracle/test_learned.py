@@ -1,0 +1,73 @@
+"""DynamicViT and SPViT on random models in float64, in inference and in training, as in ``test_random_cases``."""
+
+from __future__ import annotations
+
+import pytest
+import tokcomp
+import torch
+from tokcomp import learned
+from tokcomp.blocks.passages import watched_passages
+
+from tests.oracle import learned_rules as rules
+from tests.oracle.cases import FAMILIES, Case
+from tests.oracle.checks import assert_near, each_case
+from tests.oracle.test_random_cases import compressed_logits, plain_logits
+
+
+def prepared(kind: type, seed: int) -> tuple[Case, tokcomp.Method, rules.Scorer, dict[int, int]]:
+    """A model with lively parts, the method, the plain functions' scores, and how many go into which block."""
+    case = Case(seed, family=sorted(set(FAMILIES) - {"pooled"})[seed % (len(FAMILIES) - 1)])
+    blocks = sorted(case.rng.sample(range(case.depth), case.rng.randint(1, case.depth)))
+    rate = case.rng.uniform(0.4, 1.0)
+    method = kind(rate, blocks)
+    learned.attach(case.model, method)
+    with torch.no_grad():
+        for name, parameter in case.model.named_parameters():
+            if name.startswith(f"{method.name}."):
+                noise = case.randn(*parameter.shape)
+                # No livelier: probabilities that round to 1 are tied.
+                parameter.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else noise / parameter.shape[-1] ** 0.5)
+    weights = {name: value.clone() for name, value in case.model.state_dict().items()}
+    scorer = (
+        rules.dynamicvit_scorer(weights)
+        if kind is tokcomp.DynamicViT
+        else rules.spvit_scorer(weights, case.plain.num_heads)
+    )
+    steps = {block: max(1, int(case.num_patches * rate ** (k + 1))) for k, block in enumerate(blocks)}
+    return case, method, scorer, steps
+
+
+@pytest.mark.parametrize("kind", [tokcomp.DynamicViT, tokcomp.SPViT])
+def test_inference(kind: type) -> None:
+    def check(seed: int) -> None:
+        case, method, scorer, steps = prepared(kind, seed)
+        want = plain_logits(case, rules.dropped, scorer, steps, kind is tokcomp.SPViT)
+        assert_near(compressed_logits(case, method), want, f"{case.family}, {method}")
+
+    each_case(check)
+
+
+@pytest.mark.parametrize("kind", [tokcomp.DynamicViT, tokcomp.SPViT])
+def test_training(kind: type) -> None:
+    """With the decisions that were drawn."""
+
+    def check(seed: int) -> None:
+        case, method, scorer, steps = prepared(kind, seed)
+        tokcomp.compress(case.model, method).train()
+        with torch.no_grad(), watched_passages() as passages:
+            have = case.model(case.images)
+        (passage,) = passages
+        for number, image in enumerate(case.images):
+            drawn = {block: one[number] for block, one in zip(steps, passage.decisions, strict=True)}
+            if any(not one.any() for one in drawn.values()):
+                continue  # nothing is left to take a mean of
+            want = rules.masked(case.plain, image, scorer, drawn, kind is tokcomp.SPViT)
+            assert_near(logits_of(have, number, case), want, f"{case.family}, {method}")
+
+    each_case(check)
+
+
+def logits_of(have: object, number: int, case: Case) -> torch.Tensor:
+    """A distilled model in training answers with both heads, of which inference takes the mean."""
+    answers = have if isinstance(have, tuple) else (have,)
+    return torch.stack([answer[number] for answer in answers]).mean(0)

@@ -1,0 +1,119 @@
+"""Training methods with parts of their own: their losses in the one step, the teacher, exact resumption."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import tokcomp
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tokcomp import learned
+from tokcomp.blocks.passages import watched_passages
+from tokcomp.finetune.tuner import FineTuner
+from tokcomp.methods import Answers
+from tokcomp.runs.recipe import soft_cross_entropy
+from tokcomp.runs.steps import MODEL, seed_all
+
+from tests.train.test_finetune import LIVELY, PLAIN, StopAfter, flat, make_images, make_model, make_run, make_tuner
+
+METHODS = {"dynamicvit": tokcomp.DynamicViT(0.6, [1, 2]), "spvit": tokcomp.SPViT(0.6, [1, 2])}
+
+
+def prepared(name, dtype=torch.float32, drop_path=0.0):
+    """A compressed model and its teacher."""
+    model = make_model("none", dtype, drop_path)
+    teacher = copy.deepcopy(model)
+    torch.manual_seed(1)
+    return tokcomp.compress(learned.attach(model, METHODS[name]), METHODS[name]), teacher
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_minimises_answer_and_penalties(name):
+    """The gradients of one step in float64 are those of the losses written out."""
+    recipe = replace(PLAIN, smoothing=0.0)
+    model, teacher = prepared(name, torch.float64)
+    twin, images = copy.deepcopy(model).train(), make_images(8, torch.float64)
+    tuner = make_tuner(recipe, model=model, teacher=teacher)
+    loss = tuner.step(images[0].clone(), images[1])
+    seed_all(3, MODEL, 0, 0)
+    with watched_passages() as passages:
+        tokens = twin.forward_features(images[0])
+        logits = twin.forward_head(tokens)
+    plain = teacher.eval()
+    with torch.no_grad():
+        taught = plain.forward_features(images[0])
+        answers = plain.forward_head(taught)
+    found = METHODS[name].penalties(passages[0], Answers(logits, tokens), Answers(answers, taught))
+    assert found.keys() == {"ratio", "logits", "tokens"} and all(one > 0 for one in found.values())
+    want = soft_cross_entropy(logits, F.one_hot(images[1], 5)) + sum(found.values())
+    want.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-12)
+    for (path, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert theirs.grad is not None, path
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-11 * max(1.0, theirs.grad.abs().max()))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_finds_the_keep_rates_and_the_teacher_stays(name):
+    model, teacher = prepared(name)
+    tokcomp.compress(model, type(METHODS[name])(0.85, [1, 2]))
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    tuner = make_tuner(replace(PLAIN, lr=5e-2), model=model, teacher=teacher, total=30)
+    images, labels = make_images()
+    for _ in range(30):
+        tuner.step(images.clone(), labels)
+    with watched_passages() as passages, torch.no_grad():
+        for _ in range(8):
+            model(images)
+    shares = torch.stack([torch.stack(one.decisions).mean((1, 2)) for one in passages]).mean(0)
+    assert (shares - torch.tensor([0.85, 0.85**2])).abs().max() < 0.12  # at first a half and a quarter
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["dynamicvit"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, name):
+    def run(folder):
+        model, teacher = prepared(name, drop_path=0.3)
+        return make_run(folder, LIVELY, model=model, teacher=teacher)
+
+    whole, first = run(tmp_path / "whole"), run(tmp_path / "parts")
+    assert whole.train(StopAfter(whole))
+    assert not first.train(StopAfter(first, 5))
+    second = run(tmp_path / "parts")
+    second.resume()
+    assert second.train(StopAfter(second), resumed=True)
+    want, have = flat(whole.trainee.state()), flat(second.trainee.state())
+    assert want.keys() == have.keys() and any(f".{name}.0." in key for key in want)
+    assert all(torch.equal(tensor, have[key]) for key, tensor in want.items())
+    for file in ("log.csv", "best.safetensors", "last.safetensors", "last_ema.safetensors"):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    saved = load_file(tmp_path / "parts" / "last.safetensors")
+    again = tokcomp.compress(learned.load(tmp_path / "parts" / "last.safetensors", make_model("none")), METHODS[name])
+    assert saved.keys() == again.state_dict().keys()
+    images, _ = make_images(4)
+    assert torch.equal(again.eval()(images), second.trainee.model.eval()(images))
+
+
+def test_pieces_and_blocks_computed_again():
+    """With --grad-accum-steps each piece has its own passage, with --grad-checkpointing one that is not run twice."""
+    found = []
+    for checkpointing in (False, True):
+        model, teacher = prepared("dynamicvit", torch.float64)
+        model.set_grad_checkpointing(checkpointing)
+        tuner = make_tuner(PLAIN, model=model, teacher=teacher, pieces=2)
+        found.append((tuner.step(*make_images(8, torch.float64)), [p.grad for p in model.parameters()]))
+    assert torch.equal(found[0][0], found[1][0])
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_is_refused():
+    model, teacher = prepared("dynamicvit")
+    with pytest.raises(ValueError, match="compiled must be False for DynamicViT, whose losses watch the forward pass"):
+        make_tuner(PLAIN, model=model, teacher=teacher, compiled=True)
+    with pytest.raises(ValueError, match="teacher must be None for a method without trained parts, got Vision"):
+        make_tuner(PLAIN, teacher=teacher)
+    assert isinstance(make_tuner(PLAIN, model=model), FineTuner)  # its losses without a teacher's
