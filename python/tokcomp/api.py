@@ -11,7 +11,7 @@ from tokcomp.adapters import Adapter, find_adapter
 from tokcomp.blocks.state import compose_sources
 from tokcomp.folded import fold_of, require_same_method
 from tokcomp.in_flight import require_idle
-from tokcomp.methods import LearnedMethod, Method, ToMe
+from tokcomp.methods import Method, PassageMethod, ToMe
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -57,8 +57,8 @@ def compress(model: ModelT, method: Method, attention: str = "tokcomp") -> Model
             "tokens, got 'stock'"
         )
     method.validate(geometry)
-    if isinstance(method, LearnedMethod):
-        adapter.check_learned(model, method)
+    if isinstance(method, PassageMethod):
+        adapter.check_passage(model, method)
     require_same_method(fold_of(model), method.name)
     require_idle(model)
     _change(adapter, model, _State(method.fitted(geometry), attention == "stock", adapter.uses_int8(model)))
@@ -170,9 +170,11 @@ def trace(model: nn.Module, images: Tensor) -> list[Tensor]:
     maps: list[Tensor] = []
     num_tokens = next((source.shape[1] for source in sources if source is not None), x.shape[1])
     current = torch.arange(num_tokens, device=x.device).expand(x.shape[0], -1)
+    method = adapter.method(model)
+    from_start = isinstance(method, PassageMethod) and method.maps_positions
     for source in sources:
         if source is not None:
-            current = compose_sources(current, source)
+            current = source if from_start else compose_sources(current, source)
         maps.append(current.clone())
     return maps
 

@@ -110,7 +110,7 @@ def test_every_method_meets_the_budget(model, kind):
     images = noise * torch.tensor([0.1, 0.2, 0.5, 1, 2, 3])[:, None, None, None]
     builder = Builder(model, "mine", calibration=lambda: images.split(3))
     gflops = 0.6 * builder.ruler.flops(None) / 1e9
-    if kind in BY_PREDICTOR:
+    if kind in learned.LEARNED:
         with pytest.raises(ValueError, match="model must have the trained parts of"):
             builder.build(Entry(kind, kind), gflops)
         learned.attach(model, BY_PREDICTOR[kind](0.7, None))

@@ -93,9 +93,43 @@ def test_published_cost(meta_model):
     """DynamicViT's own code multiplies 2,980,897,728 times, less the class token's share of the patch embedding."""
     model = meta_model("deit_small_patch16_224")
     for method, want in ((tokcomp.DynamicViT(0.7), 2.9808977), (tokcomp.SPViT((0.7, 0.39, 0.21)), 2.64)):
-        learned.attach(model, method)
-        tokcomp.compress(model, method)
+        tokcomp.compress(learned.attach(model, method), method)
         assert tokcomp.flops(model) / 1e9 == pytest.approx(want, rel=2e-4 if want > 2.7 else 0.02)
+    tokcomp.compress(model, tokcomp.EvoViT())
+    assert tokcomp.flops(model) / 1e9 == pytest.approx(3.0, abs=0.05)
+
+
+def test_tokens_of_evo_vit_come_back(make_vit, images_for):
+    """Slots are those of the slow path, the last one the placeholders'; features, pooling and cost are right."""
+    model, method = make_vit(global_pool="avg"), tokcomp.EvoViT(0.5, [1, 3])
+    images = images_for(model)
+    tokcomp.compress(model, method)
+    maps = tokcomp.trace(model, images)
+    assert [int(one.max()) for one in maps] == [16, 9, 9, 9]
+    assert all((one[:, 1:] == 9).sum().item() == 3 * 8 for one in maps[1:]) and torch.equal(maps[1], maps[2])
+    assert not torch.equal(maps[2], maps[3])
+    assert tokcomp.flops(model) == tokcomp.flops(model, images=images)
+    plain = tokcomp.EvoViT(0.5, [1, 3], representative=False)
+    assert [int(one.max()) for one in tokcomp.trace(tokcomp.compress(model, plain), images)] == [16, 8, 8, 8]
+    tokcomp.compress(model, method)
+    features = model.forward_features(images)
+    assert features.shape == (3, 17, 24)
+    last = model.forward_intermediates(images, indices=1, intermediates_only=True, norm=True, output_fmt="NLC")[0]
+    torch.testing.assert_close(last, features[:, 1:])
+    torch.testing.assert_close(model(images), model.forward_head(features))
+    everything = tokcomp.EvoViT(1.0)
+    torch.testing.assert_close(tokcomp.compress(model, everything)(images), tokcomp.restore(model)(images))
+    for arguments, message in (
+        ({"keep_rate": 0}, r"keep_rate must be in \(0, 1\], got 0"),
+        ({"momentum": 2}, r"momentum must be in \(0, 1\], got 2"),
+        ({"blocks": [0, 2]}, "blocks must rise and start above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tokcomp.EvoViT(**arguments)
+    with pytest.raises(TypeError, match=r"keep_rate must be a number, got \(0.5, 0.4\)"):
+        tokcomp.EvoViT((0.5, 0.4))
+    with pytest.raises(TypeError, match="method must be one with trained parts"):
+        tokcomp.learned.attach(model, method)
 
 
 def test_feature_maps_have_every_position(attached, method, images_for):

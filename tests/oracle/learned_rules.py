@@ -1,8 +1,8 @@
-"""DynamicViT and SPViT on a plain ViT, one image at a time, as in ``rules``."""
+"""DynamicViT, SPViT and Evo-ViT on a plain ViT, one image at a time, as in ``rules``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -98,4 +98,33 @@ def masked(vit: PlainViT, image: Tensor, scorer: Scorer, decisions: Mapping[int,
             mask = torch.cat((x.new_ones(first), alive, filled))
         x = x + attention(vit, block, x, None, mask).out
         x = x + mlp(vit, block, x)
+    return classify(vit, x)
+
+
+def evovit(
+    vit: PlainViT, image: Tensor, keep_rate: float, blocks: Sequence[int], momentum: float, representative: bool
+) -> Tensor:
+    """Every placeholder gets what its representative gets, block by block."""
+    x, first = embed(vit, image), vit.num_prefix
+    kept = max(1, int(keep_rate * (len(x) - first)))
+    seen, inside, others = torch.zeros(len(x), dtype=x.dtype), list(range(len(x))), []
+    for block in range(vit.depth):
+        if block in blocks and kept < len(x) - first:
+            order = by_importance(seen.tolist(), first)
+            inside, others = order[: first + kept], order[first + kept :]
+            weight = seen[others] / seen[others].sum()
+            summary = weight @ x[others]
+        slow = x[inside]
+        if others and representative:
+            slow = torch.cat((slow, summary[None]))
+        attended = attention(vit, block, slow, None)
+        after = slow + attended.out
+        after = after + mlp(vit, block, after)
+        share = momentum if others else 1.0
+        seen[inside] = (1 - share) * seen[inside] + share * attended.map[:, 0, : len(inside)].mean(0)
+        x = x.clone()
+        x[inside] = after[: len(inside)]
+        if others and representative:
+            x[others] = x[others] + (after[-1] - summary)
+            summary = after[-1]
     return classify(vit, x)

@@ -1,4 +1,4 @@
-"""DynamicViT and SPViT on random models in float64, in inference and in training, as in ``test_random_cases``."""
+"""DynamicViT, SPViT and Evo-ViT on random models in float64, inference and training, as in ``test_random_cases``."""
 
 from __future__ import annotations
 
@@ -63,6 +63,24 @@ def test_training(kind: type) -> None:
                 continue  # nothing is left to take a mean of
             want = rules.masked(case.plain, image, scorer, drawn, kind is tokcomp.SPViT)
             assert_near(logits_of(have, number, case), want, f"{case.family}, {method}")
+
+    each_case(check)
+
+
+def test_evovit() -> None:
+    """Training differs from inference in nothing."""
+
+    def check(seed: int) -> None:
+        case = Case(seed)
+        blocks = sorted(case.rng.sample(range(1, case.depth), case.rng.randint(1, case.depth - 1)))
+        rate, momentum = case.rng.uniform(0.2, 1.0), case.rng.uniform(0.1, 1.0)
+        settings = rate, blocks, momentum, seed % 3 > 0
+        want = plain_logits(case, rules.evovit, *settings)
+        have = compressed_logits(case, tokcomp.EvoViT(*settings))
+        assert_near(have, want, f"{case.family}, {settings}")
+        with torch.no_grad():
+            trained = case.model.train()(case.images)
+        assert_near(torch.stack([logits_of(trained, n, case) for n in range(2)]), want, f"{case.family}, {settings}")
 
     each_case(check)
 

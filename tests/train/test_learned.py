@@ -114,6 +114,8 @@ def test_what_is_refused():
     model, teacher = prepared("dynamicvit")
     with pytest.raises(ValueError, match="compiled must be False for DynamicViT, whose losses watch the forward pass"):
         make_tuner(PLAIN, model=model, teacher=teacher, compiled=True)
-    with pytest.raises(ValueError, match="teacher must be None for a method without trained parts, got Vision"):
+    with pytest.raises(
+        ValueError, match="teacher must be None for a method whose losses compare with none, got Vision"
+    ):
         make_tuner(PLAIN, teacher=teacher)
     assert isinstance(make_tuner(PLAIN, model=model), FineTuner)  # its losses without a teacher's

@@ -13,7 +13,7 @@ from tokcomp.methods.base import Geometry, Method, TokenShape
 if TYPE_CHECKING:
     from tokcomp.adapters.projections import Projection
     from tokcomp.blocks.search import BlockSearch
-    from tokcomp.methods.learned import LearnedMethod
+    from tokcomp.methods.learned import PassageMethod
 
 
 class UnsupportedModelError(TypeError):
@@ -120,12 +120,12 @@ class Adapter(ABC):
     def sources(self, model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Run the model: the last block's tokens [B, M, C], and each block's source map (None: nothing dropped)."""
 
-    def check_learned(self, model: nn.Module, method: LearnedMethod) -> None:
-        """Raise unless ``model`` has the trained parts of ``method``, for its settings.
+    def check_passage(self, model: nn.Module, method: PassageMethod) -> None:
+        """Raise unless ``model`` can run ``method`` and has the trained parts that it may need, for its settings.
 
         Raises:
             ValueError: it has none, or they are for other settings.
-            UnsupportedModelError: this family takes none.
+            UnsupportedModelError: this family, or its head, takes no such method.
         """
         raise UnsupportedModelError(
             f"{self.family}: {type(method).__name__} is for plain vision transformers; use ToMe"

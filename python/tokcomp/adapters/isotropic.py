@@ -20,7 +20,7 @@ from tokcomp.blocks.places import Places
 from tokcomp.blocks.search import BlockSearch
 from tokcomp.fastpath import Products, forget, is_int8, set_int8
 from tokcomp.methods.base import Geometry, Method, Norm, TokenShape
-from tokcomp.methods.learned import LearnedMethod
+from tokcomp.methods.learned import LearnedMethod, PassageMethod
 from tokcomp.methods.tome import ToMe
 
 
@@ -140,23 +140,20 @@ class IsotropicAdapter(Adapter):
         tower: nn.Module = self.tower(model)
         return tower
 
-    def parts(self, tower: Any, method: LearnedMethod) -> nn.Module:
-        """The trained parts of a method, of a tower that has them."""
-        found: nn.Module = tower._modules[method.name]
-        return found
-
     def token_shape(self, model: Any) -> TokenShape:
         tower = self.tower(model)
         layout, block = self.layout_of(tower), self.blocks(tower)[0]
         attn = layout.attention_of(block)
         return TokenShape(layout.projection(attn, "block 0").width, int(getattr(attn, layout.num_heads)))
 
-    def check_learned(self, model: Any, method: LearnedMethod) -> None:
+    def check_passage(self, model: Any, method: PassageMethod) -> None:
         name = type(method).__name__
         if self.reads_patches(model) and not method.keeps_all:
             raise UnsupportedModelError(
                 f"{self.family}: {name} needs a model that answers by its class token alone; use ToMe or DiffRate"
             )
+        if not isinstance(method, LearnedMethod):
+            return
         parts = self.tower(model)._modules.get(method.name)
         if parts is None:
             raise ValueError(

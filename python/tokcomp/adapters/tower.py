@@ -20,7 +20,7 @@ from tokcomp.blocks.search import BlockSearch, TokenState
 from tokcomp.blocks.state import BlockState
 from tokcomp.fastpath import Products, has_hooks
 from tokcomp.methods.base import Method
-from tokcomp.methods.learned import LearnedMethod, Passage, Standing
+from tokcomp.methods.learned import Passage, PassageMethod, Standing
 from tokcomp.methods.varying import without_padding
 from tokcomp_kernels.product_types import unless_emulated, widened
 
@@ -128,8 +128,8 @@ def run_blocks(
     prefix = adapter.num_prefix_tokens(tower)
     checkpoints, dtype, stock = adapter.checkpoints(tower), x.dtype, adapter.keeps_attention(tower)
     passage: Passage | None = None
-    if isinstance(method, LearnedMethod):
-        passage = method.begin(x, adapter.parts(tower, method), prefix, tower.training)
+    if isinstance(method, PassageMethod):
+        passage = method.begin(x, tower._modules.get(method.name), prefix, len(blocks), tower.training)
     # A hook or a passage may change what leaves a block, so nothing is computed of that beforehand.
     ahead = products is not None and passage is None and not checkpoints and not has_hooks(blocks)
 
@@ -170,7 +170,11 @@ def run_blocks(
         if sources is not None:
             sources.append(source)
         if positions is not None:
-            positions.follow(x.to(dtype), source)
+            everywhere = None if passage is None else passage.positions(x)
+            if everywhere is None:
+                positions.follow(x.to(dtype), source)
+            else:
+                positions.maps.append(everywhere.to(dtype))
     if maps is not None and positions is not None:
         maps.extend(positions.maps)
     size = None if state is None else state.size

@@ -218,18 +218,18 @@ def _prepare(job: Job, recipe: Recipe, root: Path | None) -> FineTuneRun:
 def _prepare_learned(args: argparse.Namespace, model: nn.Module, method: Method | None) -> nn.Module | None:
     """Attach the parts of a learned method if the checkpoint had none; returns its teacher, if it has one."""
     from tokcomp import UnsupportedModelError, learned
-    from tokcomp.methods import LearnedMethod
+    from tokcomp.methods import LearnedMethod, PassageMethod
 
-    if not isinstance(method, LearnedMethod):
+    if not isinstance(method, PassageMethod):
         return None
     if args.torchcompile:
-        raise UserError(f"--method {args.method} takes no --torchcompile, as its losses watch the model; leave one out")
+        raise UserError(f"--method {args.method} takes no --torchcompile, as its losses watch the model; leave it out")
     # A model with random weights teaches nothing.
     teacher = copy.deepcopy(model) if method.has_teacher and not args.from_scratch else None
     if teacher is not None:
         learned.detach(teacher)
     try:
-        if not learned.is_attached(model, method):
+        if isinstance(method, LearnedMethod) and not learned.is_attached(model, method):
             learned.attach(model, method)
     except UnsupportedModelError as error:
         raise UserError(f"--model '{args.model}': {error}") from error

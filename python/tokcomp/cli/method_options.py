@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 #: Methods that keep a share of the patches in some blocks, with the same options.
 _KEEPING = ("visionzip", "divprune", "cdpruner")
-#: Methods whose predictors keep a share of the patches in some blocks.
-_PREDICTING = ("dynamicvit", "spvit")
+#: Methods that keep a share of the patches between some blocks.
+_PREDICTING = ("dynamicvit", "spvit", "evovit")
 METHODS = ("none", "diffrate", "tome", "tome_mlp", "pitome", "dtome", "evit", *_KEEPING, "ats", *_PREDICTING)
 #: option -> the methods that read it
 _READERS = {
@@ -108,7 +108,7 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
         type=listed(positive_float),
         metavar="K",
         help="evit, visionzip, divprune, cdpruner: share of patches to keep, or one per block; dynamicvit, spvit: "
-        "share left after the first stage, or one for each of --keep-blocks",
+        "share left after the first stage, or one for each of --keep-blocks; evovit: share of informative ones",
     )
     group.add_argument(
         "--num-kept",
@@ -121,7 +121,7 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
         type=list_of(non_negative_int),
         metavar="B,B,...",
         help="blocks (from 0) for --keep-rate, --num-kept or --samples (default: 3,6,9; ats: all from 3 on; "
-        "dynamicvit, spvit: a quarter, half and three quarters of the way)",
+        "dynamicvit, spvit: a quarter, half and three quarters of the way; evovit: a third and two thirds)",
     )
     group.add_argument(
         "--contextual",
@@ -280,7 +280,7 @@ def _ats(args: argparse.Namespace, model: nn.Module) -> Method:
 
 
 def _predicting(args: argparse.Namespace, model: nn.Module) -> Method:
-    """DynamicViT or SPViT."""
+    """DynamicViT, SPViT or Evo-ViT."""
     from tokcomp.equal_cost import BY_PREDICTOR, predictor_for_budget
 
     make = BY_PREDICTOR[args.method]

@@ -27,7 +27,7 @@ from tokcomp.equal_cost import (
     rate_for_budget,
     uniform,
 )
-from tokcomp.methods import DiffRate, LearnedMethod, Method, scheduled
+from tokcomp.methods import DiffRate, Method, PassageMethod, scheduled
 from tokcomp.refine import starts_for
 from tokcomp.runs.steps import derived_seed
 from tokcomp.schedule import CompressionSchedule, published_schedule
@@ -93,8 +93,8 @@ class Builder:
         """Raise ValueError or TypeError unless the model can be compressed by the method."""
         find_adapter(self.model).validate(self.model, method)
         method.validate(self.ruler.geometry)
-        if isinstance(method, LearnedMethod):
-            find_adapter(self.model).check_learned(self.model, method)
+        if isinstance(method, PassageMethod):
+            find_adapter(self.model).check_passage(self.model, method)
 
     def _method(self, entry: Entry, gflops: float) -> Method:
         budget = gflops * 1e9

@@ -10,7 +10,19 @@ from torch import nn
 
 from tokcomp.adapters import find_adapter
 from tokcomp.equal_cost.counts import Ruler
-from tokcomp.methods import CDPruner, DivPrune, DynamicViT, EViT, LearnedMethod, Method, PiToMe, SPViT, ToMe, VisionZip
+from tokcomp.methods import (
+    CDPruner,
+    DivPrune,
+    DynamicViT,
+    EViT,
+    EvoViT,
+    Method,
+    PassageMethod,
+    PiToMe,
+    SPViT,
+    ToMe,
+    VisionZip,
+)
 from tokcomp.methods.learned import stages
 
 MethodT = TypeVar("MethodT", bound=Method)
@@ -25,10 +37,11 @@ BY_RATE: dict[str, Callable[[float, Sequence[int]], Method]] = {
 }
 
 
-#: ... or from the share that a predictor's first stage keeps, its powers for the others, and blocks (None: its own).
-BY_PREDICTOR: dict[str, Callable[[float, Sequence[int] | None], LearnedMethod]] = {
+#: ... or from the share that a first stage keeps, and blocks (None: its own), for methods that act between blocks.
+BY_PREDICTOR: dict[str, Callable[[float, Sequence[int] | None], PassageMethod]] = {
     "dynamicvit": DynamicViT,
     "spvit": SPViT,
+    "evovit": EvoViT,
 }
 
 
@@ -104,21 +117,21 @@ def rate_for_budget(
 def predictor_for_budget(
     model: nn.Module,
     budget: float,
-    make: Callable[[float, Sequence[int] | None], LearnedMethod],
+    make: Callable[[float, Sequence[int] | None], PassageMethod],
     *,
     ruler: Ruler | None = None,
-) -> LearnedMethod:
-    """A method whose predictors keep r, r^2, ... of the patch tokens, at the cost nearest to ``budget`` multiply-adds.
+) -> PassageMethod:
+    """A method that acts between its own blocks, at the cost nearest to ``budget`` multiply-adds.
 
     Args:
-        make: the method of such an r and its own blocks: :class:`DynamicViT`, say.
+        make: the method of such a keep rate: :class:`DynamicViT`, say.
 
     The other arguments and the error as for :func:`count_for_budget`.
     """
     ruler = ruler or Ruler(model)
     steps = 200
 
-    def candidate(index: int) -> LearnedMethod:
+    def candidate(index: int) -> PassageMethod:
         return make(1.0 - index / steps, None)
 
     return _nearest(model, ruler, budget, candidate, steps - 1)

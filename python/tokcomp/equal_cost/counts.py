@@ -25,8 +25,8 @@ def effective_counts(method: Method, num_tokens: int, depth: int, prefix: int = 
     """What a method's counts amount to in each block of a model that ``num_tokens`` enter, ``prefix`` of them no
     patches."""
     if method.between:
-        left = [out for _, out in method.counts(depth, num_tokens, prefix)]
-        return Counts(left, left)
+        after = [out for _, out in method.counts(depth, num_tokens, prefix)]
+        return Counts(after, after)
     before_merge, kept = [], []
     for block in range(depth):
         assignment = method.assign(block, num_tokens, prefix)

@@ -1,4 +1,4 @@
-"""What a learned method adds to the loss of a training step."""
+"""What a method that acts between the blocks adds to the loss of a training step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp.blocks.passages import watched_passages
-from tokcomp.methods import Answers, LearnedMethod, Passage
+from tokcomp.methods import Answers, Passage, PassageMethod
 
 
 class Seen(NamedTuple):
@@ -21,7 +21,7 @@ class Seen(NamedTuple):
 
 
 class Objective:
-    """The penalties of one learned method, and the uncompressed model that some of them compare with.
+    """The penalties of one method, and the uncompressed model that some of them compare with.
 
     Args:
         method: that the model is compressed by.
@@ -32,7 +32,7 @@ class Objective:
         ValueError: there is a teacher that the method has no use for.
     """
 
-    def __init__(self, method: LearnedMethod, model: nn.Module, teacher: nn.Module | None) -> None:
+    def __init__(self, method: PassageMethod, model: nn.Module, teacher: nn.Module | None) -> None:
         if teacher is not None and not method.has_teacher:
             raise ValueError(f"teacher must be None for {type(method).__name__}, whose losses compare with none")
         self.method = method
@@ -65,4 +65,4 @@ class Objective:
                 features = self._teacher.forward_features(images)
                 taught = Answers(self._teacher.forward_head(features), features)
         found = self.method.penalties(passage, Answers(logits, tokens), taught)
-        return torch.stack(list(found.values())).sum()
+        return torch.stack(list(found.values())).sum() if found else logits.new_zeros(())

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tokcomp.adapters import UnsupportedModelError, find_adapter
 from tokcomp.fastpath.training import FastLinear
 from tokcomp.finetune.objective import Objective
-from tokcomp.methods import LearnedMethod, Method
+from tokcomp.methods import Method, PassageMethod
 from tokcomp.runs.distributed import ALONE, World
 from tokcomp.runs.recipe import LearningRate, Recipe, Targets, make_optimizer, soft_cross_entropy
 from tokcomp.runs.steps import MODEL, seed_all
@@ -70,14 +70,16 @@ class FineTuner:
         if amp_dtype == torch.float16 and device.type != "cuda":
             raise ValueError(f"mixed precision in float16 must run on cuda, got {device.type}; use bfloat16")
         method = method_of(model)
-        if teacher is not None and not isinstance(method, LearnedMethod):
-            raise ValueError(f"teacher must be None for a method without trained parts, got {type(teacher).__name__}")
-        if compiled and isinstance(method, LearnedMethod):
+        if teacher is not None and not isinstance(method, PassageMethod):
+            raise ValueError(
+                f"teacher must be None for a method whose losses compare with none, got {type(teacher).__name__}"
+            )
+        if compiled and isinstance(method, PassageMethod):
             raise ValueError(f"compiled must be False for {type(method).__name__}, whose losses watch the forward pass")
         self.model = model.to(device).train()
         #: What a learned method adds to the loss; None for another method.
         self.objective = None
-        if isinstance(method, LearnedMethod):
+        if isinstance(method, PassageMethod):
             self.objective = Objective(method, self.model, None if teacher is None else teacher.to(device))
         self.recipe, self.device, self.world, self.amp_dtype = recipe, device, world, amp_dtype
         self.step_number = 0

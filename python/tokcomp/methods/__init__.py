@@ -7,8 +7,9 @@ from tokcomp.methods.divprune import CDPruner, DivPrune
 from tokcomp.methods.dtome import DToMe
 from tokcomp.methods.dynamicvit import DynamicViT
 from tokcomp.methods.evit import EViT
+from tokcomp.methods.evovit import EvoViT
 from tokcomp.methods.keeping import KeepingMethod
-from tokcomp.methods.learned import Answers, LearnedMethod, Passage
+from tokcomp.methods.learned import Answers, LearnedMethod, Passage, PassageMethod
 from tokcomp.methods.partition import PartitionMethod
 from tokcomp.methods.pitome import PiToMe
 from tokcomp.methods.scheduled import scheduled
@@ -30,12 +31,14 @@ __all__ = [
     "DynamicViT",
     "EViT",
     "Evidence",
+    "EvoViT",
     "Geometry",
     "KeepingMethod",
     "LearnedMethod",
     "Method",
     "PartitionMethod",
     "Passage",
+    "PassageMethod",
     "PiToMe",
     "Reduced",
     "SPViT",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,15 +93,18 @@ class DynamicViT(StagedMethod):
         return loaded(lambda: nn.ModuleList(Predictor(width) for _ in range(number)), tensors, cls.name)
 
     def check_parts(self, parts: nn.Module, shape: TokenShape, depth: int) -> None:
-        found = [one.norm.weight.shape[0] for one in parts.children()]
+        own: list[Any] = list(parts.children())
+        found = [one.norm.weight.shape[0] for one in own]
         if found != [shape.width] * len(self.at(depth)):
             raise ValueError(
                 f"the model's predictors must be {len(self.at(depth))} of width {shape.width}, got {len(found)} of "
                 f"{' and '.join(map(str, dict.fromkeys(found)))}; attach or load those that are for these blocks"
             )
 
-    def begin(self, x: Tensor, parts: nn.Module, num_prefix_tokens: int, training: bool) -> Passage:
-        blocks, predictors = self.blocks or (), list(parts.children())
+    def begin(self, x: Tensor, parts: nn.Module | None, num_prefix_tokens: int, depth: int, training: bool) -> Passage:
+        assert parts is not None
+        blocks = self.at(depth)
+        predictors: list[Any] = list(parts.children())
         patches = x.shape[1] - num_prefix_tokens
         if training:
             return _Masked(dict(zip(blocks, predictors, strict=True)), num_prefix_tokens)

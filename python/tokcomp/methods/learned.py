@@ -1,4 +1,4 @@
-"""Methods with trained parts, which act between the blocks: their contract, and what one forward pass keeps of it."""
+"""Methods that act between the blocks, most of them with trained parts: their contract, and what one pass keeps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Standing(NamedTuple):
 
 
 class Passage:
-    """One forward pass under a learned method: what happens to the tokens between the blocks.
+    """One forward pass under a method that acts between the blocks: what happens to the tokens there.
 
     It is made for the pass and holds all that one block leaves for the next. The attributes say how matters stand for
     the block about to run.
@@ -54,6 +54,10 @@ class Passage:
         """The tokens x [B, N, C] that a block has left, with what is to be changed about them."""
         return x
 
+    def positions(self, x: Tensor) -> Tensor | None:
+        """The tokens of all positions [B, N, C] where a block has left x; None: as the source maps say."""
+        return None
+
     def finish(self, x: Tensor) -> Tensor:
         """What the model's last norm gets of the tokens x [B, N, C] that the last block has left."""
         return x
@@ -66,12 +70,11 @@ class Answers(NamedTuple):
     tokens: Tensor  # [B, N, C] after the model's last norm
 
 
-class LearnedMethod(Method):
-    """A method with parts that are trained along with the model; :mod:`tokcomp.learned` attaches them to it.
+class PassageMethod(Method):
+    """A method that acts between the blocks, before their attention.
 
-    The method itself has only settings. It drops tokens between the blocks, in evaluation mode really; how it trains,
-    its passage says. A subclass defines :meth:`make_parts`, :meth:`parts_like`, :meth:`begin` and, for its training,
-    :meth:`penalties`.
+    In evaluation mode tokens really leave; how it trains, its passage says. A subclass defines :meth:`begin`,
+    :meth:`counts` and, for its training, :meth:`penalties`.
     """
 
     between = True
@@ -79,6 +82,8 @@ class LearnedMethod(Method):
     has_teacher: bool = False
     #: Whether every position has its token again after the last block, so that any pooling is right.
     keeps_all: bool = False
+    #: Whether a source map says where each position is, and not each token that arrived.
+    maps_positions: bool = False
 
     def validate(self, geometry: Geometry) -> None:
         if geometry.spreads_tokens:
@@ -87,25 +92,15 @@ class LearnedMethod(Method):
         require_class_token(type(self).__name__, geometry, "ToMe or DiffRate")
 
     @abstractmethod
-    def make_parts(self, shape: TokenShape, depth: int) -> nn.Module:
-        """New, untrained parts for a model of ``depth`` blocks."""
+    def begin(self, x: Tensor, parts: nn.Module | None, num_prefix_tokens: int, depth: int, training: bool) -> Passage:
+        """The passage of a forward pass through ``depth`` blocks that the tokens x [B, N, C] begin.
 
-    @classmethod
-    @abstractmethod
-    def parts_like(cls, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """Parts of the form that the tensors of a state_dict have, which may come from anyone.
-
-        Raises:
-            ValueError: they are not those of this method's parts.
+        ``parts``: the model's for this method; None if it has none.
         """
 
     @abstractmethod
-    def check_parts(self, parts: nn.Module, shape: TokenShape, depth: int) -> None:
-        """Raise ValueError if parts are not for these settings and such a model."""
-
-    @abstractmethod
-    def begin(self, x: Tensor, parts: nn.Module, num_prefix_tokens: int, training: bool) -> Passage:
-        """The passage of a forward pass that the tokens x [B, N, C] begin."""
+    def counts(self, depth: int, num_tokens: int, num_prefix_tokens: int) -> list[tuple[int, int]]:
+        """As of :class:`Method`."""
 
     def penalties(self, passage: Any, answers: Answers, taught: Answers | None) -> dict[str, Tensor]:
         """What training adds to the loss of the answer, by name: 0-dim each, weighted.
@@ -128,6 +123,31 @@ class LearnedMethod(Method):
         self, x: Tensor, score: Tensor, assignment: Assignment, *, size: Tensor | None, num_prefix_tokens: int
     ) -> Reduced:
         raise RuntimeError(f"{type(self).__name__} drops tokens between the blocks, so it reduces none within one")
+
+
+class LearnedMethod(PassageMethod):
+    """A method with parts that are trained along with the model; :mod:`tokcomp.learned` attaches them to it.
+
+    The method itself has only settings. A subclass also defines :meth:`make_parts`, :meth:`parts_like` and
+    :meth:`check_parts`.
+    """
+
+    @abstractmethod
+    def make_parts(self, shape: TokenShape, depth: int) -> nn.Module:
+        """New, untrained parts for a model of ``depth`` blocks."""
+
+    @classmethod
+    @abstractmethod
+    def parts_like(cls, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Parts of the form that the tensors of a state_dict have, which may come from anyone.
+
+        Raises:
+            ValueError: they are not those of this method's parts.
+        """
+
+    @abstractmethod
+    def check_parts(self, parts: nn.Module, shape: TokenShape, depth: int) -> None:
+        """Raise ValueError if parts are not for these settings and such a model."""
 
 
 def stages(depth: int) -> tuple[int, ...]:

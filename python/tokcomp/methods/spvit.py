@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +116,8 @@ class SPViT(StagedMethod):
         return loaded(lambda: nn.ModuleList(Selector(width, heads) for _ in range(number)), tensors, cls.name)
 
     def check_parts(self, parts: nn.Module, shape: TokenShape, depth: int) -> None:
-        found = [TokenShape(one.num_heads * one.norm.weight.shape[0], one.num_heads) for one in parts.children()]
+        own: list[Any] = list(parts.children())
+        found = [TokenShape(one.num_heads * one.norm.weight.shape[0], one.num_heads) for one in own]
         if found != [shape] * len(self.at(depth)):
             kinds = " and ".join(f"{width} and {heads}" for width, heads in dict.fromkeys(found))
             raise ValueError(
@@ -126,8 +128,10 @@ class SPViT(StagedMethod):
     def share(self, decision: Tensor) -> Tensor:
         return decision.mean()
 
-    def begin(self, x: Tensor, parts: nn.Module, num_prefix_tokens: int, training: bool) -> Passage:
-        blocks, selectors = self.blocks or (), list(parts.children())
+    def begin(self, x: Tensor, parts: nn.Module | None, num_prefix_tokens: int, depth: int, training: bool) -> Passage:
+        assert parts is not None
+        blocks = self.at(depth)
+        selectors: list[Any] = list(parts.children())
         patches = x.shape[1] - num_prefix_tokens
         if training:
             return _Masked(dict(zip(blocks, selectors, strict=True)), num_prefix_tokens, patches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -77,11 +76,6 @@ class StagedMethod(LearnedMethod):
         """Patch tokens, of so many, that go into each of the blocks before which some leave."""
         rates = zip(blocks, self.rates(len(blocks)), strict=True)
         return {block: max(int(patches * rate), min(patches, 1)) for block, rate in rates}
-
-    def fitted(self, geometry: Geometry) -> StagedMethod:
-        chosen = copy.copy(self)
-        chosen.blocks = self.at(geometry.depth)
-        return chosen
 
     def share(self, decision: Tensor) -> Tensor:
         """What is compared with a stage's rate: of a decision [B, P] the share that each image keeps, [B]."""
