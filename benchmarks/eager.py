@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokcomp.bench.published import bipartite_merge, gather_tokens, merge_by_similarity
+from tokcomp.bench.published import bipartite_merge as merge_alternating
+from tokcomp.bench.published import gather_tokens, merge_by_similarity
 from tokcomp.bench.published_search import merge_in_place
 from torch import Tensor
 
@@ -125,8 +126,42 @@ def attention_received(
 def tome_merge(
     x: Tensor, metric: Tensor, r: int, *, size: Tensor | None = None, num_prefix_tokens: int = 1
 ) -> tuple[Tensor, Tensor]:
-    merged, column = bipartite_merge(x, metric, r, _column(size, x).to(x.dtype), num_prefix_tokens)
+    merged, column = merge_alternating(x, metric, r, _column(size, x).to(x.dtype), num_prefix_tokens)
     return merged, column.squeeze(-1)
+
+
+def bipartite_merge(
+    x: Tensor, metric: Tensor, role: Tensor, r: int, *, size: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Over a partition that differs from image to image: the similarity of all pairs, masked."""
+    metric = F.normalize(metric, dim=-1)
+    scores = (metric @ metric.transpose(-2, -1)).masked_fill((role != 2)[:, None], float("-inf"))
+    best, target = scores.max(dim=-1)
+    leaving = best.masked_fill(role != 1, float("-inf")).argsort(dim=1, descending=True)[:, :r, None]
+    joined = target.unsqueeze(-1).gather(1, leaving)
+    column = _column(size, x).to(x.dtype)
+    total, weighted = column.scatter_add(1, joined, column.gather(1, leaving)), x * column
+    wide = (-1, -1, x.shape[-1])
+    rows = weighted.scatter_add(1, joined.expand(wide), weighted.gather(1, leaving.expand(wide))) / total
+    stays = torch.ones_like(role).scatter(1, leaving.squeeze(-1), 0)
+    place = stays.argsort(dim=1, descending=True, stable=True)[:, : x.shape[1] - r, None]
+    return rows.gather(1, place.expand(wide)), total.gather(1, place).squeeze(-1)
+
+
+def select_diverse(features: Tensor, num_kept: int, *, num_prefix_tokens: int = 1) -> Tensor:
+    """DivPrune's farthest points, of a batch: distances of all pairs, then a few calls for each choice."""
+    patches = F.normalize(features[:, num_prefix_tokens:], dim=-1)
+    distance = 1 - patches @ patches.transpose(-2, -1)
+    own = torch.eye(patches.shape[1], dtype=torch.bool, device=features.device)
+    nearest = distance.masked_fill(own, float("inf")).amin(dim=-1)
+    chosen: list[Tensor] = []
+    for _ in range(num_kept - num_prefix_tokens):
+        chosen.append(nearest.argmax(dim=1, keepdim=True))
+        row = distance.gather(1, chosen[-1].unsqueeze(-1).expand(-1, -1, patches.shape[1])).squeeze(1)
+        nearest = row if len(chosen) == 1 else torch.minimum(nearest, row)
+        nearest = nearest.scatter(1, torch.cat(chosen, dim=1), float("-inf"))
+    prefix = torch.arange(num_prefix_tokens, device=features.device).expand(features.shape[0], -1)
+    return torch.cat([prefix, *(one + num_prefix_tokens for one in chosen)], dim=1)
 
 
 def unmerge(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = None) -> Tensor:
@@ -163,6 +198,8 @@ EAGER: dict[str, Callable[..., Any]] = {
         class_attention_sort,
         attention_received,
         tome_merge,
+        bipartite_merge,
+        select_diverse,
         masked_softmax,
         masked_attention,
         unmerge,

@@ -126,6 +126,18 @@ def make_case(op: str, shape: BlockShape, batch: int, dtype: torch.dtype, device
         r = tokens - kept
         args = (normal(tokens, channels), normal(tokens, shape.width), r)
         return Case(args, {"size": uniform(1, 3)}, plane + plane // shape.heads + small)
+    if op == "bipartite_merge":
+        # Every other patch may leave, and may join any of the rest.
+        role = (torch.arange(tokens, device=device) % 2 + 1).expand(batch, tokens).clone()
+        role[:, 0] = 0
+        sources, destinations = (int((role[0] == one).sum()) for one in (1, 2))
+        args = (normal(tokens, channels), normal(tokens, shape.width), role, tokens - kept)
+        moved = plane + plane // shape.heads + small + role.numel() * role.element_size()
+        return Case(args, {"size": uniform(1, 3)}, moved, 2 * batch * sources * destinations * shape.width)
+    if op == "select_diverse":
+        # A quarter of the patches; of the products each pair's once.
+        chosen = 1 + tokens // 4
+        return Case((normal(tokens, channels), chosen), {}, plane + 8 * batch * chosen, batch * tokens**2 * channels)
     if op == "unmerge":
         return Case((normal(kept, channels), source()), {}, small + plane)
     if op == "masked_softmax":

@@ -23,9 +23,8 @@ class Operator:
     """One operator. ``signature`` follows the name in the schema; a leading underscore marks a backward
     pass, or another step that models take and users need not.
 
-    ``native`` says whether it has compiled kernels, ``triton`` whether it has Triton's; without, PyTorch's own
-    operators make it up. ``file`` names its file in every folder, the reference's too, where that is not the operator's
-    own name.
+    ``native`` says whether it has compiled kernels; without, PyTorch's own operators make it up. All have Triton's.
+    ``file`` names its file in every folder, the reference's too, where that is not the operator's own name.
     """
 
     name: str
@@ -34,7 +33,6 @@ class Operator:
     differentiable: tuple[str, ...] = ()
     backward: str | None = None
     native: bool = True
-    triton: bool = True
     file: str = ""
 
     def __post_init__(self) -> None:
@@ -111,14 +109,12 @@ OPERATORS: tuple[Operator, ...] = (
         "Merge sources into their most similar destinations, which the caller names token by token.",
         differentiable=("x",),
         backward="_merge_backward",
-        triton=False,
     ),
     Operator(
         "select_diverse",
         "(Tensor features, int num_kept, *, Tensor? relevance=None, int num_prefix_tokens=1, str rule='farthest')"
         " -> Tensor",
         "Choose tokens one by one, each unlike those chosen before: farthest points, or a determinantal process.",
-        triton=False,
     ),
     Operator(
         "unmerge",

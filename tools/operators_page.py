@@ -67,14 +67,13 @@ def _backward() -> str:
 def _backends() -> str:
     composed = _code(operator.name for operator in OPERATORS if not operator.native)
     cuda = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
-    without_triton = _code(operator.name for operator in OPERATORS if not operator.triton)
     compiled = _code(op.name for op in OPERATORS if f"TOKCOMP_REGISTER_CUDA({op.name}," in cuda)
     return "\n".join(
         [
             "| backend | where | operators |",
             "|---|---|---|",
             f"| C++ | CPU | all but {composed} |",
-            f"| Triton | CUDA | all but {without_triton} |",
+            "| Triton | CUDA | all |",
             f"| CUDA C++ | CUDA | {compiled} |",
             "| reference (PyTorch) | anywhere | all: the specification, and what runs where nothing else can |",
         ]

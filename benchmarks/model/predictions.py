@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from tokcomp.methods import DiffRate, Method
 
-from benchmarks.model import roofline, stacks, traffic_triton
+from benchmarks.model import roofline, stacks, traffic_partition, traffic_triton
 from benchmarks.model.roofline import ModelShape
 from benchmarks.model.stacks import GPUS, STACKS, kernel_seconds, predicted_seconds
 from benchmarks.model.traffic import KernelCost
@@ -123,6 +123,9 @@ def shares(
 def operators(batch: int = 1024, item: int = 2, gpu: str = "H200") -> list[dict[str, Any]]:
     """The operators of a compressing block of 197 tokens, 192 after pruning, 180 after merging, at two widths.
 
+    bipartite_merge makes 180 of the 197, of which 98 may leave and as many receive. select_diverse is not here: its
+    time is that of its choices, one after another, which neither bytes nor products tell.
+
     Bytes that any kernel has to move (each row that is needed once), that ours move, and that ours ask of the caches;
     the time of the first at the full copy rate, and the time predicted of ours.
     """
@@ -149,6 +152,10 @@ def operators(batch: int = 1024, item: int = 2, gpu: str = "H200") -> list[dict[
                 traffic_triton.add_layer_norm(batch * tokens, channels, item),
             ),
         }
+        merged = traffic_partition.bipartite_merge(
+            batch, tokens, 98, 98, tokens - slots, channels, width, item, has_size=True, gpu=gpu
+        )
+        ours["bipartite_merge"] = ((tokens + slots) * row + tokens * row // heads + 2 * scalars, merged)
         for fused, name in ((False, "prune_merge"), (True, "prune_merge_norm")):
             costs = traffic_triton.prune_merge(
                 batch, tokens, kept, slots, channels, item, has_size=True, fused=fused, gpu=gpu

@@ -29,7 +29,7 @@ def _python(code: str, **environment: str) -> str:
 BACKENDS_ON_CPU = """
 from tokcomp_kernels._schema import BY_NAME
 from tokcomp_kernels.ops import IMPLEMENTATIONS
-everywhere = [i for i in IMPLEMENTATIONS.values() if BY_NAME[i.name].native and BY_NAME[i.name].triton]
+everywhere = [i for i in IMPLEMENTATIONS.values() if BY_NAME[i.name].native]
 print(",".join(sorted({i.backend("cpu") for i in everywhere})))
 """
 CONTENDERS = """

@@ -77,7 +77,7 @@ class Implementation:
     def backend(self, device_type: str) -> str:
         """``cpp``, ``cuda``, ``triton`` or ``reference``."""
         requested = requested_backend()
-        has_triton = BY_NAME[self.name].triton and _has_triton()
+        has_triton = _has_triton()
         if requested == "reference":
             return "reference"
         if device_type == "cpu":

@@ -41,11 +41,12 @@ def descending_order(scores: Tensor, num_prefix_tokens: int) -> Tensor:
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """[B, S, K], [B, M, K] -> [B, S, M]; 0 with a zero vector and wherever the value is not a number."""
-    similarity = (a @ b.mT) * _inverse_norm(a)[:, :, None] * _inverse_norm(b)[:, None, :]
+    similarity = (a @ b.mT) * inverse_norm(a)[:, :, None] * inverse_norm(b)[:, None, :]
     return torch.where(similarity.isnan(), 0.0, similarity)
 
 
-def _inverse_norm(rows: Tensor) -> Tensor:
+def inverse_norm(rows: Tensor) -> Tensor:
+    """[..., K] -> [...]: 0 for a row of zeros and one that is not finite."""
     norm = rows.square().sum(-1).sqrt()
     return torch.where(norm > 0, 1.0 / norm, 0.0)
 

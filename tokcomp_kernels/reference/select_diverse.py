@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokcomp_kernels._checked import checked
 from tokcomp_kernels._numbers import accumulate_dtype
-from tokcomp_kernels.reference._common import cosine, gather_rows
+from tokcomp_kernels.reference._common import cosine, gather_rows, inverse_norm
 
 #: Rows of the similarity that are held at a time.
 CHUNK = 256
@@ -85,8 +85,8 @@ def _stacked(order: list[Tensor], patches: Tensor) -> Tensor:
 
 
 def _usable(relevance: Tensor | None, num_prefix_tokens: int, patches: Tensor) -> Tensor:
-    """[B, P], the largest being 1, which changes no choice; 0 for what is not above 0 and finite, and zero vectors."""
-    there = (patches.square().sum(2) > 0).to(patches.dtype)
+    """[B, P], the largest being 1, which changes no choice; 0 for what is not above 0 and finite, or no direction."""
+    there = (inverse_norm(patches) > 0).to(patches.dtype)
     if relevance is None:
         return there
     values = relevance.detach()[:, num_prefix_tokens:].to(patches.dtype)

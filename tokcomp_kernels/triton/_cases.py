@@ -118,10 +118,17 @@ def _block_cases(block: Block, dtype: torch.dtype, *, sizes: bool) -> Iterator[C
     prunes = (per_token, block.merged, block.merged)
     yield Case("prune_merge_norm", f"{name} prunes", (x, x, *prunes, *norm), sized)
     yield Case("tome_merge", name, (x, k.mean(1), 13), sized)
+    role, metric = torch.zeros(_BATCH, tokens, dtype=torch.int64), k.mean(1)
+    yield Case("bipartite_merge", name, (x, metric, role, 13), sized)
+    yield Case("select_diverse", name, (x, block.merged))
+    relevance = {"rule": "dpp", "relevance": size}
+    yield Case("select_diverse", f"{name} dpp", (x, block.merged), relevance)
     yield Case("_merge_backward", name, (kept, source, size))
     clamped = {**sized, "min_weighted_size": 1.0 if sizes else None}
     yield Case("masked_merge", name, (x, per_token, per_token, counts), clamped)
     if not sizes:
+        for average in ("mean", "sum"):
+            yield Case("bipartite_merge", f"{name} {average}", (x, metric, role, 13), {"average": average})
         return
     yield Case("prune_merge", f"{name} prunes", (x, *prunes), sized)
     yield Case("_masked_merge_backward", name, (x, source))
@@ -182,3 +189,8 @@ def _other_cases(dtype: torch.dtype) -> Iterator[Case]:
     tokens = 2600
     x = _rows(dtype, 1, tokens, 64)
     yield Case("tome_merge", f"N{tokens} {name}", (x, x, 13))
+    role = torch.zeros(1, tokens, dtype=torch.int64)
+    yield Case("bipartite_merge", f"N{tokens} {name}", (x, x, role, 13))
+    for features in (x, x[:, :577]):
+        for rule in ("farthest", "dpp"):
+            yield Case("select_diverse", f"N{features.shape[1]} {rule} {name}", (features, 64), {"rule": rule})

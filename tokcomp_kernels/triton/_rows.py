@@ -1,4 +1,4 @@
-"""Group means: the kernel that writes the rows and sizes of merged tokens, for prune_merge and tome_merge."""
+"""Group means and sums: the kernel that writes the rows and sizes of merged tokens, for the operators that merge."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def _merge_apply_kernel(
     stride_sn,
     HAS_SIZE: tl.constexpr,
     HAS_SIMILARITY: tl.constexpr,
-    WEIGHTED_MEAN: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    DIVIDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -55,7 +56,7 @@ def _merge_apply_kernel(
     if HAS_SIZE:
         total_size = effective_size(tl.load(size_ptr + token * stride_sn, mask=mask_m, other=1.0))
     rows = own_rows
-    if WEIGHTED_MEAN:
+    if WEIGHTED:
         rows = own_rows * total_size[:, None]
     count = tl.zeros([BLOCK_M], tl.int32)
 
@@ -79,7 +80,7 @@ def _merge_apply_kernel(
             src_size = tl.full([BLOCK_M], 1.0, tl.float32)
             if HAS_SIZE:
                 src_size = effective_size(tl.load(size_ptr + src_token * stride_sn, mask=found, other=1.0))
-            if WEIGHTED_MEAN:
+            if WEIGHTED:
                 rows += src_rows * src_size[:, None]
             else:
                 rows += src_rows
@@ -89,11 +90,12 @@ def _merge_apply_kernel(
             count += found.to(tl.int32)
             taken = tl.where(found, following, taken)
 
-    divisor = total_size if WEIGHTED_MEAN else (1 + count).to(tl.float32)
-    # A slot that nothing joined keeps its token exactly.
-    rows = tl.where(
-        (count > 0)[:, None], tl.div_rn(rows, tl.broadcast_to(divisor[:, None], [BLOCK_M, BLOCK_C])), own_rows
-    )
+    if DIVIDED:
+        divisor = total_size if WEIGHTED else (1 + count).to(tl.float32)
+        # A slot that nothing joined keeps its token exactly.
+        rows = tl.where(
+            (count > 0)[:, None], tl.div_rn(rows, tl.broadcast_to(divisor[:, None], [BLOCK_M, BLOCK_C])), own_rows
+        )
     out_slots = batch * num_kept + slots
     tl.store(
         x_out_ptr + out_slots[:, None] * num_channels + offs_c[None, :],
@@ -112,7 +114,7 @@ def merge_rows(
     dst: Tensor,
     similarity: Tensor | None,
     *,
-    weighted_mean: bool,
+    average: str,
 ) -> tuple[Tensor, Tensor]:
     """Rows and sizes of the merged tokens.
 
@@ -121,9 +123,9 @@ def merge_rows(
         x: [B, N, C], rows contiguous.
         size: [B, N], or None for ones.
         order: [B, M + S] int32: the token of each slot, then the sources, in the order in which they are added.
-        dst: [B, S] int32: each source's slot.
+        dst: [B, S] int32: each source's slot; -1 for one that none takes.
         similarity: [B, S] float32 that scales a source's size, or None.
-        weighted_mean: weight rows by size.
+        average: what a group's rows become: ``size``, their mean weighted by size; ``mean``, the plain mean; ``sum``.
 
     Returns:
         x_out [B, M, C] in x's dtype and size_out [B, M] float32.
@@ -152,7 +154,8 @@ def merge_rows(
         **strides(size, "stride_sb", "stride_sn"),
         HAS_SIZE=size is not None,
         HAS_SIMILARITY=similarity is not None,
-        WEIGHTED_MEAN=weighted_mean,
+        WEIGHTED=average == "size",
+        DIVIDED=average != "sum",
         **config,
     )
     return x_out, size_out

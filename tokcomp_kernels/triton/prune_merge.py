@@ -174,7 +174,7 @@ def launch_prune_merge(
         x = x if branch is None else x + branch
         dst, similarity = _match(x, order, source, num_kept, num_prefix_tokens)
         weights = similarity if similarity_weighted_size else None
-        x_out, size_out = merge_rows(TABLE, x, size, order, dst, weights, weighted_mean=False)
+        x_out, size_out = merge_rows(TABLE, x, size, order, dst, weights, average="mean")
         return x_out, None if norm is None else norm.of(x_out), size_out, source
 
 

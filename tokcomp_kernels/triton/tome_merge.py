@@ -146,7 +146,7 @@ def tome_merge_triton(
     x = inner_contiguous(x)
     with device_guard(x):
         order, dst, source = _match(metric, num_merged, num_prefix_tokens)
-        x_out, size_out = merge_rows("tome_merge", x, size, order, dst, None, weighted_mean=True)
+        x_out, size_out = merge_rows("tome_merge", x, size, order, dst, None, average="size")
     return x_out, size_out, source
 
 
