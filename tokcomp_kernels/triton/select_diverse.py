@@ -25,7 +25,7 @@ from tokcomp_kernels.triton._common import (
 from tokcomp_kernels.triton._configs import launch_config
 from tokcomp_kernels.triton._similarity import inverse_norm, row_squares
 
-#: More patches than a program holds a number of each are chosen from by the reference.
+#: More patches than a program holds a number of each are chosen from by the reference. An image's cosines fit 32 bits.
 MAX_PATCHES = 4096
 #: Cosines that are held at a time: images take turns where a batch has more.
 MAX_COSINES = 2**28
@@ -74,11 +74,8 @@ def _select_diverse_cosine_kernel(
         cosine = dots * tl.minimum(inv_row, inv_column) * tl.maximum(inv_row, inv_column)  # [BLOCK_P, BLOCK_P]
         cosine = tl.where(cosine == cosine, cosine, 0.0)
         mask = mask_r[:, None] & (columns[None, :] <= rows[:, None])
-        wide_rows, wide_columns = rows.to(tl.int64), columns.to(tl.int64)
-        tl.store(cosine_ptr + wide_rows[:, None] * num_patches + columns[None, :], cosine, mask=mask)
-        tl.store(
-            cosine_ptr + wide_columns[:, None] * num_patches + rows[None, :], tl.trans(cosine), mask=tl.trans(mask)
-        )
+        tl.store(cosine_ptr + rows[:, None] * num_patches + columns[None, :], cosine, mask=mask)
+        tl.store(cosine_ptr + columns[:, None] * num_patches + rows[None, :], tl.trans(cosine), mask=tl.trans(mask))
         if NEAREST:
             nearest_ptr += batch * (tl.num_programs(1) + 1) * num_patches
             others = tl.where(mask_r[:, None] & (columns[None, :] < rows[:, None]), cosine, -1.0)
