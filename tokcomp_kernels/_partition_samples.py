@@ -30,27 +30,27 @@ def bipartite_merge(make: Callable[[str], Maker], token_counts: Sequence[int]) -
         r = max(num_tokens - 2, 0) // 3
         x, metric, role = m.randn(batch, num_tokens, 5), m.randn(batch, num_tokens, 16), _roles(m, batch, num_tokens, r)
         size = m.per_token(batch, num_tokens, 0.5, 9.0)
-        if num_tokens != 257:
+        if num_tokens not in (197, 257):
             yield f"N{num_tokens}", (x, metric, role, r), {}, False
         if num_tokens != 577:
             call = (m.strided(batch, num_tokens, 5), m.strided(batch, num_tokens, 16), role, r)
             yield f"N{num_tokens}-size-strided", call, {"size": size}, False
     m = make("others")
-    x, metric, role, size = m.randn(3, 40, 5), m.randn(3, 40, 8), _roles(m, 3, 40, 12), m.per_token(3, 40, 0.5, 4.0)
+    x, metric, role, size = m.randn(2, 24, 5), m.randn(2, 24, 8), _roles(m, 2, 24, 7), m.per_token(2, 24, 0.5, 4.0)
     for average in ("mean", "sum"):
-        yield f"prefix-{average}", (x, metric, role, 12), {"size": size, "average": average}, False
+        yield f"prefix-{average}", (x, metric, role, 7), {"size": size, "average": average}, False
     yield "r0", (x, metric, role, 0), {"size": size}, False
-    yield "too-few", (x, metric, role, 30), {"size": size}, True
-    yield "no-destination", (x, metric, torch.ones_like(role), 9), {}, True
-    yield "other-roles", (x, metric, role - 3 * (role == 0).long(), 12), {}, False
+    yield "too-few", (x, metric, role, 18), {"size": size}, True
+    yield "no-destination", (x, metric, torch.ones_like(role), 5), {}, True
+    yield "other-roles", (x, metric, role - 3 * (role == 0).long(), 7), {}, False
     yield "B0", (x[:0], metric[:0], role[:0], 4), {"size": size[:0]}, False
-    yield "ties", (x, m.signs(3, 40, 6), role, 12), {"size": size}, True
+    yield "ties", (x, m.signs(2, 24, 6), role, 7), {"size": size}, True
     poor = size.clone()
     poor[:, ::3], poor[:, 1::3] = float("nan"), -1.0
-    yield "bad-sizes", (x, m.signs(3, 40, 6), role, 12), {"size": poor}, True
-    zeros = m.randn(3, 40, 8)
-    zeros[:, 3:20] = 0
-    yield "zero-vectors", (x, zeros, role, 9), {}, False
+    yield "bad-sizes", (x, m.signs(2, 24, 6), role, 7), {"size": poor}, True
+    zeros = m.randn(2, 24, 8)
+    zeros[:, 3:14] = 0
+    yield "zero-vectors", (x, zeros, role, 5), {}, False
 
 
 def select_diverse(make: Callable[[str], Maker], token_counts: Sequence[int]) -> Iterator[tuple]:
@@ -58,24 +58,24 @@ def select_diverse(make: Callable[[str], Maker], token_counts: Sequence[int]) ->
         m, batch = make(f"N{num_tokens}"), _batch(num_tokens)
         # Fewer than features are wide, so that what is left of a token by then is more than rounding.
         features, kept = m.randn(batch, num_tokens, 32), min(num_tokens, 18)
-        if num_tokens != 257:
+        if num_tokens not in (197, 257):
             yield f"N{num_tokens}", (features, kept), {}, False
         if num_tokens != 577:
             call, relevance = (m.strided(batch, num_tokens, 32), kept), m.per_token(batch, num_tokens, 0.5)
             yield f"N{num_tokens}-dpp-strided", call, {"rule": "dpp", "relevance": relevance}, False
     m = make("others")
-    features, relevance = m.randn(3, 40, 32), m.per_token(3, 40, 0.5)
+    features, relevance = m.randn(2, 24, 32), m.per_token(2, 24, 0.5)
     for prefix in (0, 3):
-        yield f"prefix{prefix}", (features, 9), {"num_prefix_tokens": prefix}, False
+        yield f"prefix{prefix}", (features, 7), {"num_prefix_tokens": prefix}, False
     yield "prefix-alone", (features, 5), {"num_prefix_tokens": 5}, True
-    yield "all", (features, 40), {}, False
-    yield "transposed", (m.randn(3, 32, 40).mT, 9), {"rule": "dpp"}, False
-    yield "B0", (features[:0], 9), {}, True
-    yield "ties", (m.signs(3, 40, 6), 12), {}, True
+    yield "all", (features, 24), {}, False
+    yield "transposed", (m.randn(2, 32, 24).mT, 7), {"rule": "dpp"}, False
+    yield "B0", (features[:0], 7), {}, True
+    yield "ties", (m.signs(2, 24, 6), 12), {}, True
     odd = relevance.clone()
     odd[:, 1:6] = torch.tensor([float("nan"), float("inf"), -1.0, 0.0, 1e-30])
-    yield "ties-odd-relevance", (torch.ones_like(m.signs(3, 40, 4)), 8), {"rule": "dpp", "relevance": odd}, True
-    zeros = m.randn(3, 40, 32)
-    zeros[:, 3:20] = 0
-    zeros[:, 20, 3], zeros[:, 21, 3] = float("nan"), float("inf")
-    yield "zero-vectors", (zeros, 9), {"rule": "dpp"}, False
+    yield "ties-odd-relevance", (torch.ones_like(m.signs(2, 24, 4)), 8), {"rule": "dpp", "relevance": odd}, True
+    zeros = m.randn(2, 24, 32)
+    zeros[:, 3:12] = 0
+    zeros[:, 12, 3], zeros[:, 13, 3] = float("nan"), float("inf")
+    yield "zero-vectors", (zeros, 7), {"rule": "dpp"}, False
