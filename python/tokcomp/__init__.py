@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tokcomp.equal_cost.thresholds import calibrate
     from tokcomp.methods import (
         ATS,
+        AViT,
         CDPruner,
         DiffRate,
         DivPrune,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ATS": "tokcomp.methods",
+    "AViT": "tokcomp.methods",
     "CDPruner": "tokcomp.methods",
     "CompiledModel": "tokcomp.deploy.compiled",
     "CompressionConfig": "tokcomp.configuration",
@@ -80,6 +82,7 @@ _HOMES = {
 
 __all__ = [
     "ATS",
+    "AViT",
     "CDPruner",
     "CompiledModel",
     "CompressionConfig",

@@ -6,6 +6,7 @@ That the methods compute what their papers say is tested in tests/oracle, their 
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from functools import partial
 
@@ -130,6 +131,63 @@ def test_tokens_of_evo_vit_come_back(make_vit, images_for):
         tokcomp.EvoViT((0.5, 0.4))
     with pytest.raises(TypeError, match="method must be one with trained parts"):
         tokcomp.learned.attach(model, method)
+
+
+def test_a_vit_halts_tokens(make_vit, images_for):
+    """Each image of a batch as if it were alone; the settings of the halting come with the checkpoint."""
+    torch.manual_seed(0)
+    model, method = make_vit(), tokcomp.AViT(0.6, scale=2.0, shift=-0.5)
+    learned.attach(model, method)
+    images = images_for(model) * torch.tensor([0.1, 1.0, 3.0])[:, None, None, None]
+    state = model.state_dict()
+    assert state["avit.scale"] == 2 and state["avit.shift"] == -0.5
+    tokcomp.compress(model, tokcomp.AViT(0.6)).double()
+    images = images.double()
+    together, alone = model(images), torch.cat([model(image[None]) for image in images])
+    torch.testing.assert_close(together, alone)
+    left = [(one.amax(1) + 1).tolist() for one in tokcomp.trace(model, images)]
+    assert left[0] == [17] * 3 and len({*left[1]}) > 1 and all(count < 17 for count in left[-1])
+    assert tokcomp.flops(model, images=images) < tokcomp.flops(tokcomp.compress(model, tokcomp.ToMe([0] * 4)))
+    tokcomp.compress(model, tokcomp.AViT(0.6))
+    assert model(images[:0]).shape == (0, 5)
+    # Nothing halts, so that the class token's answer is that of the last block alone.
+    model._modules["avit"].shift.fill_(-1e4)
+    torch.testing.assert_close(model(images), tokcomp.restore(model)(images))
+    # As the prior has it: 2 of 4 blocks before it, and the one in which it halts.
+    assert tokcomp.AViT().counts(12, 197, 1) == [(197, 197)] * 9 + [(1, 1)] * 3
+    with pytest.raises(ValueError, match="attention must be 'tokcomp' for AViT"):
+        tokcomp.compress(model, tokcomp.AViT(), attention="stock")
+
+
+def test_a_vit_losses_by_hand():
+    class Passed:
+        ponder = torch.tensor([3.0, 5.0], dtype=torch.float64)
+        halting = tuple(torch.tensor(one, dtype=torch.float64) for one in (0.1, 0.2, 0.5, 0.2))
+
+    method = tokcomp.AViT(ponder_weight=0.25, prior_weight=2.0, prior_depth=2)
+    found = method.penalties(Passed, None, None)
+    prior = [0.98 * math.exp(-((2 - b) ** 2) / 2) / (math.exp(-2) + math.exp(-0.5)) for b in range(4)]
+    assert sum(method.prior(4)[:2]) == pytest.approx(0.98) and method.prior(4) == pytest.approx(prior)
+    want = sum(p * math.log(p / float(h)) for p, h in zip(prior, Passed.halting, strict=True)) / 4
+    assert found["ponder"].item() == pytest.approx(0.25 * 4) and want > 0
+    assert found["prior"].item() == pytest.approx(2.0 * want)
+    one = lambda *h: method.penalties(type("P", (), {"ponder": Passed.ponder, "halting": h}), None, None)["prior"]  # noqa: E731
+    assert torch.autograd.gradcheck(one, [one_.clone().requires_grad_() for one_ in Passed.halting])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"threshold": 1}, ValueError, r"threshold must be in \(0, 1\), got 1"),
+        ({"scale": math.inf}, ValueError, "scale must be finite, got inf"),
+        ({"shift": "x"}, TypeError, "shift must be a number, got 'x'"),
+        ({"ponder_weight": -1}, ValueError, "ponder_weight must be 0 or more, got -1"),
+        ({"prior_depth": 4}, None, "prior_depth must be a block from 1 to 3 of the model, got 4"),
+    ],
+)
+def test_wrong_settings_of_a_vit(make_vit, arguments, kind, message):
+    with pytest.raises(kind or ValueError, match=message):
+        learned.attach(make_vit(), tokcomp.AViT(**arguments))
 
 
 def test_feature_maps_have_every_position(attached, method, images_for):

@@ -1,4 +1,4 @@
-"""DynamicViT, SPViT and Evo-ViT on a plain ViT, one image at a time, as in ``rules``."""
+"""DynamicViT, SPViT, Evo-ViT and A-ViT on a plain ViT, one image at a time, as in ``rules``."""
 
 from __future__ import annotations
 
@@ -128,3 +128,32 @@ def evovit(
             x[others] = x[others] + (after[-1] - summary)
             summary = after[-1]
     return classify(vit, x)
+
+
+def avit(vit: PlainViT, image: Tensor, scale: float, shift: float, threshold: float) -> tuple[Tensor, float]:
+    """The logits, and the mean over the tokens of the blocks that each goes through and its remainder."""
+    x, first = embed(vit, image), vit.num_prefix
+    total, answer, ponder = torch.zeros(len(x), dtype=x.dtype), torch.zeros_like(x[:first]), 0.0
+    alive = list(range(len(x)))
+    for block in range(vit.depth):
+        inside = x[alive]
+        inside = inside + attention(vit, block, inside, None).out
+        inside = inside + mlp(vit, block, inside)
+        x = x.clone()
+        x[alive] = inside
+        chances = torch.sigmoid(scale * x[:, 0] + shift) if block + 1 < vit.depth else torch.ones(len(x)).to(x)
+        left = []
+        for token in alive:
+            ponder += 1
+            if total[token] + chances[token] > threshold:
+                weight = 1 - total[token]
+                ponder += float(weight)
+            else:
+                weight = chances[token]
+                left.append(token)
+            if token < first:
+                answer[token] += weight * x[token]
+        total, alive = total + chances, left
+        if not alive:
+            break
+    return classify(vit, answer), ponder / len(x)

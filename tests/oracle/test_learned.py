@@ -1,4 +1,4 @@
-"""DynamicViT, SPViT and Evo-ViT on random models in float64, inference and training, as in ``test_random_cases``."""
+"""DynamicViT, SPViT, Evo-ViT and A-ViT on random models in float64, as in ``test_random_cases``."""
 
 from __future__ import annotations
 
@@ -81,6 +81,27 @@ def test_evovit() -> None:
         with torch.no_grad():
             trained = case.model.train()(case.images)
         assert_near(torch.stack([logits_of(trained, n, case) for n in range(2)]), want, f"{case.family}, {settings}")
+
+    each_case(check)
+
+
+def test_avit() -> None:
+    """Training differs from inference in nothing; images of a batch keep different numbers of tokens."""
+
+    def check(seed: int) -> None:
+        case = Case(seed, family=sorted(set(FAMILIES) - {"pooled"})[seed % (len(FAMILIES) - 1)])
+        scale, shift = case.rng.uniform(0.5, 3), case.rng.uniform(-2, 0)
+        threshold = case.rng.uniform(0.3, 0.99)
+        method = tokcomp.AViT(threshold, scale, shift)
+        tokcomp.compress(learned.attach(case.model, method), method)
+        found = [rules.avit(case.plain, image, scale, shift, threshold) for image in case.images]
+        want, ponder = torch.stack([logits for logits, _ in found]), torch.tensor([one for _, one in found]).double()
+        with torch.no_grad():
+            assert_near(case.model(case.images), want, f"{case.family}, {method}")
+            with watched_passages() as passages:
+                trained = case.model.train()(case.images)
+        assert_near(torch.stack([logits_of(trained, n, case) for n in range(2)]), want, f"{case.family}, {method}")
+        torch.testing.assert_close(passages[0].ponder, ponder, rtol=1e-6, atol=1e-6)
 
     each_case(check)
 

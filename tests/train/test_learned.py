@@ -97,6 +97,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, name):
     assert torch.equal(again.eval()(images), second.trainee.model.eval()(images))
 
 
+@pytest.mark.parametrize("method", [tokcomp.AViT(0.9, 1.0, -3.0, ponder_weight=0.5), tokcomp.EvoViT(0.5)])
+def test_methods_that_drop_tokens_in_training_too(method):
+    """Training lowers the loss, and A-ViT's the blocks that tokens go through."""
+    model = make_model("none")
+    if isinstance(method, tokcomp.AViT):
+        learned.attach(model, method)
+    tuner = make_tuner(PLAIN, model=tokcomp.compress(model, method), total=20)
+    images, labels = make_images()
+    before = tokcomp.flops(model, images=images)
+    losses = [tuner.step(images.clone(), labels).item() for _ in range(20)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert tokcomp.flops(model, images=images) <= (0.9 if method.varies else 1) * before
+    with pytest.raises(
+        ValueError, match=f"teacher must be None for {type(method).__name__}, whose losses compare with"
+    ):
+        make_tuner(PLAIN, model=model, teacher=make_model("none"))
+
+
 def test_pieces_and_blocks_computed_again():
     """With --grad-accum-steps each piece has its own passage, with --grad-checkpointing one that is not run twice."""
     found = []

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _KEEPING = ("visionzip", "divprune", "cdpruner")
 #: Methods that keep a share of the patches between some blocks.
 _PREDICTING = ("dynamicvit", "spvit", "evovit")
-METHODS = ("none", "diffrate", "tome", "tome_mlp", "pitome", "dtome", "evit", *_KEEPING, "ats", *_PREDICTING)
+METHODS = ("none", "diffrate", "tome", "tome_mlp", "pitome", "dtome", "evit", *_KEEPING, "ats", *_PREDICTING, "avit")
 #: option -> the methods that read it
 _READERS = {
     "schedule": ("diffrate", "tome", "evit"),
@@ -34,6 +34,9 @@ _READERS = {
     "no_prop_attn": ("tome", "pitome", "dtome"),
     "thresholds": ("dtome",),
     "samples": ("ats",),
+    "halt_at": ("avit",),
+    "halting_scale": ("avit",),
+    "halting_shift": ("avit",),
     "margin": ("pitome",),
     "unprotected": ("pitome",),
     "tokens_per_degree": ("tome_mlp",),
@@ -131,6 +134,18 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
     )
     group.add_argument(
         "--samples", type=positive_int, metavar="K", help="ats: how often is sampled, and so the most patches kept"
+    )
+    group.add_argument(
+        "--halt-at",
+        type=positive_float,
+        metavar="T",
+        help="avit: sum of its halting probabilities at which a token halts (default: 0.99)",
+    )
+    group.add_argument(
+        "--halting-scale", type=float, metavar="S", help="avit: of new parts, factor before the sigmoid (default: 10)"
+    )
+    group.add_argument(
+        "--halting-shift", type=float, metavar="S", help="avit: of new parts, shift before the sigmoid (default: -30)"
     )
     group.add_argument("--num-pruned", type=non_negative_int, metavar="R", help="evit: tokens to drop in every block")
     group.add_argument("--no-fuse", action="store_true", help="evit: drop the inattentive tokens rather than fuse them")
@@ -293,6 +308,14 @@ def _predicting(args: argparse.Namespace, model: nn.Module) -> Method:
         return make(args.keep_rate, args.keep_blocks)
 
 
+def _avit(args: argparse.Namespace, model: nn.Module) -> Method:
+    from tokcomp import AViT
+
+    given = {"threshold": args.halt_at, "scale": args.halting_scale, "shift": args.halting_shift}
+    with blame("--halt-at"):
+        return AViT(**{name: value for name, value in given.items() if value is not None})
+
+
 _BUILDERS: dict[str, Callable[[argparse.Namespace, nn.Module], Method]] = {
     "diffrate": scheduled_method,
     "tome": _tome,
@@ -301,6 +324,7 @@ _BUILDERS: dict[str, Callable[[argparse.Namespace, nn.Module], Method]] = {
     "dtome": _dtome,
     "evit": _evit,
     "ats": _ats,
+    "avit": _avit,
     **dict.fromkeys(_PREDICTING, _predicting),
 }
 

@@ -12,7 +12,7 @@ from tokcomp.equal_cost.budget import (
     tome_for_budget,
 )
 from tokcomp.equal_cost.counts import Counts, Ruler
-from tokcomp.equal_cost.measured import BY_IMAGES, Measured, ats_for_budget, dtome_for_budget
+from tokcomp.equal_cost.measured import BY_IMAGES, Measured, ats_for_budget, avit_for_budget, dtome_for_budget
 from tokcomp.equal_cost.schedules import at_cost, fit, nearest_published, random_schedule, uniform
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Ruler",
     "at_cost",
     "ats_for_budget",
+    "avit_for_budget",
     "count_for_budget",
     "dtome_for_budget",
     "evit_blocks",

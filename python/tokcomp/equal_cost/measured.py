@@ -14,10 +14,12 @@ from tokcomp.cost import counts_by_image, flops_by_image
 from tokcomp.equal_cost.budget import count_for_budget, evit_blocks
 from tokcomp.equal_cost.counts import Ruler
 from tokcomp.equal_cost.thresholds import calibrate
-from tokcomp.methods import ATS, DToMe, Method, ToMe
+from tokcomp.methods import ATS, AViT, DToMe, Method, ToMe
 
 #: Share of a budget by which the cost found may differ from it, and how often it is corrected.
 _NEAR, _CORRECTIONS = 0.005, 4
+#: How often the range of a threshold is halved.
+_HALVINGS = 10
 #: Samples per patch, at most: a token without attention is never taken.
 _MOST_SAMPLES = 64
 
@@ -101,8 +103,27 @@ def ats_for_budget(model: nn.Module, budget: float, batches: Sequence[Tensor]) -
     return ATS(min(costs, key=lambda samples: abs(costs[samples] - budget)), blocks)
 
 
+def avit_for_budget(model: nn.Module, budget: float, batches: Sequence[Tensor]) -> AViT:
+    """A-ViT with the threshold whose mean cost on images [B, 3, H, W] is nearest to a budget.
+
+    Raises:
+        ValueError: there are no images, or the model has no parts of A-ViT.
+    """
+    measured = Measured(model, batches)
+    costs = {threshold: measured.flops(AViT(threshold)) for threshold in (0.001, 0.999)}
+    low, high = 0.001, 0.999
+    for _ in range(_HALVINGS):
+        if min(abs(cost - budget) for cost in costs.values()) <= _NEAR * budget:
+            break
+        middle = (low + high) / 2
+        costs[middle] = measured.flops(AViT(middle))
+        low, high = (middle, high) if costs[middle] <= budget else (low, middle)
+    return AViT(min(costs, key=lambda threshold: abs(costs[threshold] - budget)))
+
+
 #: Methods by the names that the command line gives them, made for a budget on images.
 BY_IMAGES: dict[str, Callable[[nn.Module, float, Sequence[Tensor]], Method]] = {
     "dtome": dtome_for_budget,
     "ats": ats_for_budget,
+    "avit": avit_for_budget,
 }

@@ -1,6 +1,7 @@
 """Compression methods. A method knows tensors and counts, never a model family."""
 
 from tokcomp.methods.ats import ATS
+from tokcomp.methods.avit import AViT
 from tokcomp.methods.base import Assignment, Evidence, Geometry, Method, Reduced
 from tokcomp.methods.diffrate import DiffRate
 from tokcomp.methods.divprune import CDPruner, DivPrune
@@ -22,6 +23,7 @@ from tokcomp.methods.visionzip import VisionZip
 
 __all__ = [
     "ATS",
+    "AViT",
     "Answers",
     "Assignment",
     "CDPruner",

@@ -42,6 +42,7 @@ Every method at every budget, at equal cost, on your model and your images: the 
   dtome, ats  with thresholds, or a number of samples, whose mean cost on 256 training images meets it: images keep
               different numbers of tokens
   dynamicvit, spvit, evovit  with the keep rate that meets it; the checkpoint must have the first two's trained parts
+  avit        with the halting threshold whose mean cost meets it; the checkpoint must be one that was trained with it
   uniform     each block but the first drops the same share of its tokens, half by pruning and half by merging
   random:N    N random schedules; the other methods' rows say how many of them they beat
   tome/merge  another method's numbers of tokens under DiffRate's merging, or pruning (evit/prune, diffrate/merge, ...):
