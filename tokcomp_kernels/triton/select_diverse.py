@@ -214,8 +214,9 @@ def select_diverse_triton(
     if num_chosen == 0 or batch == 0:
         return torch.arange(num_kept, device=features.device).repeat(batch, 1)
     if num_patches > MAX_PATCHES:
-        options = {"relevance": relevance, "num_prefix_tokens": num_prefix_tokens, "rule": rule}
-        return select_diverse_reference(features, num_kept, **options)
+        return select_diverse_reference(
+            features, num_kept, relevance=relevance, num_prefix_tokens=num_prefix_tokens, rule=rule
+        )
     patches = inner_contiguous(features[:, num_prefix_tokens:])
     wanted = None if relevance is None else relevance[:, num_prefix_tokens:]
     out = torch.empty((batch, num_kept), dtype=torch.int64, device=features.device)
