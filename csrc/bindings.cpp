@@ -51,7 +51,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("load_cpu_kernels", &load_cpu_kernels, "Load the CPU kernels of the best level there is, and return its name.");
   m.def("own_autograd", &tokcomp::own_autograd, "Take an operator's Autograd key; see csrc/python_keys.h.");
   m.def("own_autocast", &tokcomp::own_autocast, "Take an operator's Autocast key of a device.");
-  m.def("own_backend", &tokcomp::own_backend, "Give an operator's key of a device to its compiled kernel.");
+  m.def("own_backend", &tokcomp::own_backend, "Give an operator's key of a device to its compiled kernel.",
+        py::arg("name"), py::arg("key"), py::arg("kernels"), py::arg("half_width") = 0);
   m.def("build_info", &build_info, "What was built and which level runs on the CPU; see tokcomp_kernels.build_info.");
   m.def("get_num_threads", &at::get_num_threads, "Threads the CPU kernels run on.");
   m.def("set_num_threads", &at::set_num_threads, py::arg("num_threads"),

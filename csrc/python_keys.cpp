@@ -92,19 +92,26 @@ class Autocast final : public c10::OperatorKernel {
 
 class Backend final : public c10::OperatorKernel {
  public:
-  Backend(OperatorHandle kernel, OperatorHandle python, DispatchKey key)
-      : kernel_(kernel), python_(python), key_(key) {}
+  Backend(OperatorHandle kernel, OperatorHandle python, DispatchKey key, int64_t half_width)
+      : kernel_(kernel), python_(python), key_(key), half_width_(half_width) {}
 
   void operator()(const OperatorHandle& op, DispatchKeySet, Stack* stack) {
     const c10::IValue& first = argument(op, stack, 0);
-    const bool compiled =
-        first.isTensor() && first.toTensor().defined() && first.toTensor().scalar_type() != at::kDouble;
+    const bool compiled = first.isTensor() && first.toTensor().defined() && takes(first.toTensor());
     (compiled ? kernel_ : python_).redispatchBoxed(key_, stack);
   }
 
  private:
+  bool takes(const at::Tensor& tensor) const {
+    const at::ScalarType type = tensor.scalar_type();
+    if (half_width_ == 0) return type != at::kDouble;
+    // What is ill-shaped goes to the kernel, which refuses it in the operator's own words.
+    return (type == at::kHalf || type == at::kBFloat16) && (tensor.dim() == 0 || tensor.size(-1) <= half_width_);
+  }
+
   OperatorHandle kernel_, python_;
   DispatchKeySet key_;
+  int64_t half_width_;
 };
 
 // Registrations last as long as their Library, and these for good: at exit they would be taken back after the
@@ -127,9 +134,9 @@ void own_autocast(const std::string& name, const std::string& device, std::vecto
   own(name, key, std::make_unique<Autocast>(key, type, std::move(positions), to_float32));
 }
 
-void own_backend(const std::string& name, const std::string& key, const std::string& kernels) {
+void own_backend(const std::string& name, const std::string& key, const std::string& kernels, int64_t half_width) {
   const DispatchKey backend = c10::parseDispatchKey(key);
-  own(name, backend, std::make_unique<Backend>(find(kernels, name), find("tokcomp_python", name), backend));
+  own(name, backend, std::make_unique<Backend>(find(kernels, name), find("tokcomp_python", name), backend, half_width));
 }
 
 }  // namespace tokcomp

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,17 @@ _C, load_error = _load()
 
 #: The compiled code that can stand above the kernels (csrc/python_keys.h), or None: no kernels, or an older build.
 NATIVE_KEYS = _C if hasattr(_C, "own_autograd") else None
+
+
+def _flag(name: str) -> bool:
+    value = os.environ.get(name, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"{name} must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+#: TOKCOMP_DEPENDENT_LAUNCH: whether GPU kernels may begin while the ones before them end. Compiled code reads it too.
+DEPENDENT_LAUNCH = _flag("TOKCOMP_DEPENDENT_LAUNCH")
 
 
 def build_info() -> dict[str, Any]:

@@ -23,8 +23,8 @@ class Operator:
     """One operator. ``signature`` follows the name in the schema; a leading underscore marks a backward
     pass, or another step that models take and users need not.
 
-    ``native`` says whether it has compiled kernels; without, PyTorch's own operators make it up. All have Triton's.
-    ``file`` names its file in every folder, the reference's too, where that is not the operator's own name.
+    ``native`` says whether it has a compiled CPU kernel; without, PyTorch's own operators make it up. All have
+    Triton's. ``file`` names its file in every folder, the reference's too, where that is not the operator's own name.
     """
 
     name: str

@@ -14,6 +14,8 @@ from pathlib import Path
 KINDS = {
     "shared_128": r"(LDS|STS)\.128\b",
     "shared_narrow": r"(LDS|STS)\b",
+    "copies_128": r"LDGSTS\.\S*\b128\b",  # from device memory to shared memory, past the registers
+    "copies_narrow": r"LDGSTS\b",
     "matrices": r"LDSM\b",
     "products": r"HMMA\b",
     "generic": r"(LD|ST)\.E\b",  # another block's shared memory, or a pointer whose memory the compiler does not know
@@ -21,6 +23,7 @@ KINDS = {
     "fences": r"MEMBAR\.\w+\.(GPU|SYS)\b",
     "shuffles": r"SHFL\b",
     "block_barriers": r"BAR\.(SYNC|RED)\b",
+    "grid_waits": r"ACQBULK\b",  # for the end of the grid before
     "cluster_barriers": r"UCGABAR_ARV\b",
 }
 _HEAD = re.compile(r"^\s*(?:code for sm_(\d+)a?|Function : (\S+))$")

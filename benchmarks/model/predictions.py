@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from tokcomp.methods import DiffRate, Method
 
-from benchmarks.model import roofline, stacks, traffic_partition, traffic_triton
+from benchmarks.model import roofline, stacks, traffic_cuda, traffic_partition, traffic_triton
 from benchmarks.model.roofline import ModelShape
 from benchmarks.model.stacks import GPUS, STACKS, kernel_seconds, predicted_seconds
 from benchmarks.model.traffic import KernelCost
@@ -127,7 +127,8 @@ def operators(batch: int = 1024, item: int = 2, gpu: str = "H200") -> list[dict[
     time is that of its choices, one after another, which neither bytes nor products tell.
 
     Bytes that any kernel has to move (each row that is needed once), that ours move, and that ours ask of the caches;
-    the time of the first at the full copy rate, and the time predicted of ours.
+    the time of the first at the full copy rate, and the time predicted of ours: Triton's, and the compiled one's where
+    its design is another.
     """
     tokens, kept, slots, width = 197, 192, 180, 64
     found = []
@@ -161,10 +162,9 @@ def operators(batch: int = 1024, item: int = 2, gpu: str = "H200") -> list[dict[
                 batch, tokens, kept, slots, channels, item, has_size=True, fused=fused, gpu=gpu
             )
             ours[name] = ((1 + fused) * (kept + slots) * row, costs)
+        compiled = {"attention": traffic_cuda.attention(batch, heads, tokens, width, item, has_size=True)}
         for name, (least, costs) in ours.items():
             floor = least / GPUS[gpu].copy_bytes_per_s
-            times = [max(kernel_seconds(cost, GPUS[gpu])[0], stacks.LEAST_KERNEL) for cost in costs]
-            seconds = sum(times) + stacks.GRAPH_GAP * len(costs)
             found.append(
                 {
                     "operator": name,
@@ -174,10 +174,17 @@ def operators(batch: int = 1024, item: int = 2, gpu: str = "H200") -> list[dict[
                     "moved_megabytes": _rounded(sum(cost.bytes_moved for cost in costs) / 1e6),
                     "cache_megabytes": _rounded(sum(cost.bytes_loaded + cost.bytes_stored for cost in costs) / 1e6),
                     "floor_us": _rounded(1e6 * floor),
-                    "predicted_us": _rounded(1e6 * seconds),
+                    "predicted_us": _microseconds(costs, gpu),
+                    "predicted_cuda_us": _microseconds(compiled[name], gpu) if name in compiled else None,
                 }
             )
     return found
+
+
+def _microseconds(costs: list[KernelCost], gpu: str) -> float:
+    """Of kernels one after another in a graph."""
+    times = [max(kernel_seconds(cost, GPUS[gpu])[0], stacks.LEAST_KERNEL) for cost in costs]
+    return _rounded(1e6 * (sum(times) + stacks.GRAPH_GAP * len(costs)))
 
 
 def _rounded(value: float) -> float:

@@ -181,6 +181,7 @@ def _operators(data: Mapping[str, Any]) -> str:
         ("floor, us", lambda row: number(row["floor_us"])),
         ("predicted, us", lambda row: number(row["predicted_us"])),
         ("predicted / floor", lambda row: f"{row['predicted_us'] / row['floor_us']:.2f}"),
+        ("CUDA C++, us", lambda row: number(row["predicted_cuda_us"]) if row["predicted_cuda_us"] else ""),
     ]
     return markdown(columns, data["operators"])
 

@@ -11,6 +11,10 @@
   TORCH_LIBRARY_IMPL(tokcomp, CPU, m) { m.impl(#op, function); } \
   TORCH_LIBRARY_IMPL(tokcomp_cpu, CPU, m) { m.impl(#op, function); }
 
+// A kernel that does not take all that its operator takes never owns it without Python, which knows who takes the rest.
+#define TOKCOMP_OFFER_CUDA(op, function) \
+  TORCH_LIBRARY_IMPL(tokcomp_cuda, CUDA, m) { m.impl(#op, function); }
+
 #ifdef TOKCOMP_OWN_CUDA_KEY
 #define TOKCOMP_REGISTER_CUDA(op, function)                       \
   TORCH_LIBRARY_IMPL(tokcomp, CUDA, m) { m.impl(#op, function); } \

@@ -23,6 +23,7 @@ struct AddLayerNormParams {
 // kHeld: 16-byte pieces of a row that a lane holds; what is longer is read again from x_out.
 template <typename T, int kHeld>
 __global__ void __launch_bounds__(kThreads) add_layer_norm_kernel(AddLayerNormParams<T> p) {
+  begin_grid();
   constexpr int kVec = kVector<T>, kStep = kWarp * kVec;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (row >= p.rows) return;

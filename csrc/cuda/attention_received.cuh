@@ -11,7 +11,6 @@ namespace tokcomp::cuda {
 constexpr int kReceivedRows = 64;                       // queries of a block
 constexpr int kRowsPerWarp = kDotSources / kWarps;      // of the 16 at hand
 constexpr int kLogitPitch = kDotTargets + kTargetTile;  // floats; four rows are written at a time, to all banks
-constexpr float kLog2E = 1.44269504f;
 
 // Channels that lie in shared memory at a time.
 template <typename T>
@@ -96,15 +95,13 @@ __device__ __forceinline__ void multiply(const AttentionReceivedParams<T>& p, co
   __syncthreads();
 }
 
-// What to subtract from a row: 0 where all of it is -inf.
-__device__ __forceinline__ float finite_max(float largest) { return largest == -INFINITY ? 0.f : largest; }
-
 template <typename T>
 constexpr int kReceivedBlocks = sizeof(T) == 4 ? 2 : 3;  // that a multiprocessor holds
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kReceivedBlocks<T>)
     attention_received_kernel(AttentionReceivedParams<T> p) {
+  begin_grid();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int row_blocks = static_cast<int>(ceil_div(p.num_tokens, kReceivedRows));
   const int64_t image_head = blockIdx.x / row_blocks, image = image_head / p.num_heads, head = image_head % p.num_heads;

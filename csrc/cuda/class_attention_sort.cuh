@@ -84,6 +84,7 @@ __device__ inline void softmax_row(float* row, const float* size, int num_tokens
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 3) class_attention_sort_kernel(ClassAttentionParams<T> p) {
+  begin_grid();
   const int64_t image = blockIdx.x;
   const int warp = threadIdx.x / kWarp;
   const bool in_shared = p.scratch == nullptr;

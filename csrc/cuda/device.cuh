@@ -18,7 +18,7 @@
 namespace tokcomp::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kThreads = 256;  // of every block
+constexpr int kThreads = 256;  // of a block, unless its kernel says otherwise
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int64_t kSharedLimit = 48 * 1024;  // what a block gets without asking
@@ -35,6 +35,17 @@ template <typename T>
 __device__ __forceinline__ T* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return reinterpret_cast<T*>(memory);
+}
+#endif
+
+#ifdef __CUDACC__
+// Every kernel's first step. With programmatic dependent launch a grid begins while the one before it ends: that one's
+// memory is ready from here on, and the grid after this one may begin in turn, to wait here for the end of this one.
+__device__ __forceinline__ void begin_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
 }
 #endif
 
@@ -75,6 +86,34 @@ struct PairType<__nv_bfloat16> {
 __device__ __forceinline__ float add_pair(float a, float b) { return a + b; }
 __device__ __forceinline__ __half2 add_pair(__half2 a, __half2 b) { return __hadd2(a, b); }
 __device__ __forceinline__ __nv_bfloat162 add_pair(__nv_bfloat162 a, __nv_bfloat162 b) { return __hadd2(a, b); }
+
+// Two numbers in one word, the first one below.
+__device__ __forceinline__ uint32_t pack_pair(__half, float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof(word));
+  return word;
+}
+__device__ __forceinline__ uint32_t pack_pair(__nv_bfloat16, float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof(word));
+  return word;
+}
+
+constexpr float kLog2E = 1.44269504f;
+
+// What to subtract from a row: 0 where all of it is -inf.
+__device__ __forceinline__ float finite_max(float largest) { return largest == -INFINITY ? 0.f : largest; }
+
+#ifdef __CUDACC__
+// 2 to the power of `exponent`, to 2 units in the last place; what float32 holds with fewer digits is 0.
+__device__ __forceinline__ float power_of_2(float exponent) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+  return power;
+}
+#endif
 
 // Also what a NaN becomes.
 __device__ __forceinline__ float effective_size(float size) { return size > float(kMinSize) ? size : float(kMinSize); }

@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <initializer_list>
 #include <limits>
 #include <utility>
@@ -37,6 +38,16 @@ struct DeviceType<at::BFloat16> {
   using type = __nv_bfloat16;
 };
 
+// TOKCOMP_DEPENDENT_LAUNCH=1: a kernel may begin while the one before it ends (begin_grid). Python has checked the
+// value.
+inline bool dependent_launch() {
+  static const bool asked = [] {
+    const char* value = std::getenv("TOKCOMP_DEPENDENT_LAUNCH");
+    return value != nullptr && value[0] == '1';
+  }();
+  return asked;
+}
+
 #ifdef __CUDACC__
 // Launches on the tensor's device and its current stream.
 class Launcher {
@@ -48,22 +59,29 @@ class Launcher {
     return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), attribute(cudaDevAttrClusterLaunch) != 0};
   }
 
-  // `cluster` neighbouring blocks run together.
+  // `cluster` neighbouring blocks of `threads` each run together.
   template <typename Params>
-  void operator()(void (*kernel)(Params), int64_t blocks, int64_t shared_bytes, const Params& params,
-                  int cluster = 1) const {
+  void operator()(void (*kernel)(Params), int64_t blocks, int64_t shared_bytes, const Params& params, int cluster = 1,
+                  int threads = kThreads) const {
     if (blocks == 0) return;
     if (shared_bytes > kSharedLimit) allow_shared(reinterpret_cast<const void*>(kernel));
-    cudaLaunchAttribute shape{};
-    shape.id = cudaLaunchAttributeClusterDimension;
-    shape.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    cudaLaunchAttribute attributes[2]{};
+    unsigned count = 0;
+    if (cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    }
+    if (dependent_launch() && attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(kThreads);
+    config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream_;
-    config.attrs = &shape;
-    config.numAttrs = cluster > 1 ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = count;
     C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
   }
 

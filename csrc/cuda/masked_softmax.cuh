@@ -107,6 +107,7 @@ __device__ __forceinline__ MaskedRow<T> masked_row(const MaskedSoftmaxParams<T>&
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) masked_softmax_kernel(MaskedSoftmaxParams<T> p) {
+  begin_grid();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;  // image, head, row
   if (index >= p.batch * p.num_heads * p.num_tokens) return;
   MaskedRow<T> row = masked_row(p, index / p.num_tokens, static_cast<int>(index % p.num_tokens));
@@ -130,6 +131,7 @@ __global__ void __launch_bounds__(kThreads, 4) masked_softmax_kernel(MaskedSoftm
 // With a = e * M and Z = sum a + eps: dA = (G - sum_k G_k P_k) / Z, the score's gradient is dA * a, the mask's e * dA.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) masked_softmax_backward_kernel(MaskedSoftmaxBackwardParams<T> p) {
+  begin_grid();
   const MaskedSoftmaxParams<T>& f = p.forward;
   const int warp = threadIdx.x / kWarp;
   const int row_blocks = static_cast<int>(ceil_div(f.num_tokens, kRowsPerBlock));

@@ -19,6 +19,7 @@ struct MergeBackwardParams {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) merge_backward_kernel(MergeBackwardParams<T> p) {
+  begin_grid();
   const int lane = threadIdx.x % kWarp;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;  // image and token
   if (row >= p.batch * p.num_tokens) return;

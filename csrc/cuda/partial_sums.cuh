@@ -15,6 +15,7 @@ struct PartialSumsParams {
 };
 
 static __global__ void __launch_bounds__(kThreads) partial_sums_kernel(PartialSumsParams p) {
+  begin_grid();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;  // image and token
   if (index >= p.batch * p.num_tokens) return;
   const float* parts = p.parts + index / p.num_tokens * p.count * p.num_tokens + index % p.num_tokens;

@@ -89,6 +89,7 @@ constexpr int kResidentBlocks = sizeof(T) == 4 ? 2 : 3;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) prune_merge_resident_kernel(PruneMergeParams<T> p) {
+  begin_grid();
   const int slices = p.plan.slices, slice = static_cast<int>(blockIdx.x) % slices;
   const int64_t image = blockIdx.x / slices;
   const int alive = p.shape.num_alive, kept = p.shape.num_kept;

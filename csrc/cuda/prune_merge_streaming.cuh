@@ -67,6 +67,7 @@ constexpr int kStreamingBlocks = sizeof(T) == 4 ? 2 : 3;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kStreamingBlocks<T>) prune_merge_streaming_kernel(PruneMergeParams<T> p) {
+  begin_grid();
   const int64_t image = blockIdx.x;
   const MergeShape& shape = p.shape;
   const int kept = shape.num_kept, num_sources = shape.num_sources();

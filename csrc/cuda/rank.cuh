@@ -42,6 +42,7 @@ struct RankParams {
 // One thread per token, any number of tokens: every block walks all keys of its image in tiles.
 template <typename Value, typename Index>
 __global__ void __launch_bounds__(kThreads) rank_kernel(RankParams<Value, Index> p) {
+  begin_grid();
   using Key = decltype(order_key(Value()));
   Key* keys = shared_memory<Key>();
   const int blocks_per_image = static_cast<int>(ceil_div(p.num_tokens, kThreads));

@@ -13,7 +13,7 @@ from tokcomp.bench.published import PublishedPipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.model import roofline, traffic_triton
+from benchmarks.model import roofline, traffic_cuda, traffic_triton
 from benchmarks.model.roofline import ModelShape, token_counts
 from benchmarks.model.stacks import EAGER_LAUNCHES, conventional_kernels
 from benchmarks.model.traffic import KernelCost
@@ -64,6 +64,20 @@ def test_attention(dtype: str, num_tokens: int, width: int, has_size: bool, monk
         attention_triton(q, k, v, size=size)
     item = q.element_size()
     check(launches, traffic_triton.attention(batch, heads, num_tokens, width, item, has_size=has_size))
+
+
+def test_compiled_attention_moves_what_tritons_does_and_multiplies_less_padding() -> None:
+    """Keys and values are read once however many queries there are, until they no longer fit in shared memory."""
+    [ours, _] = traffic_cuda.attention(4, 6, 197, 64, 2, has_size=True)
+    [theirs, _] = traffic_triton.attention(4, 6, 197, 64, 2, has_size=True)
+    assert (ours.bytes_read, ours.bytes_written) == (theirs.bytes_read, theirs.bytes_written)
+    assert ours.multiply_adds == theirs.multiply_adds == 4 * 6 * 2 * 197**2 * 64
+    assert ours.tile_multiply_adds == 4 * 6 * 2 * 208**2 * 64 < theirs.tile_multiply_adds
+    assert ours.bytes_loaded - ours.bytes_read == 4 * 6 * 197 * 4 + 4 * 5 * 197 * 4  # cls scores; sizes, by six heads
+    [streamed] = traffic_cuda.attention(1, 1, 257, 40, 2, has_size=False, mean=False)
+    assert streamed.programs == 5 and streamed.tile_multiply_adds == 2 * 320 * 320 * 48
+    with pytest.raises(ValueError, match="width must be at most 80, got 88"):
+        traffic_cuda.attention(1, 1, 8, 88, 2, has_size=False)
 
 
 @pytest.mark.parametrize(

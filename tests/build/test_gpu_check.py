@@ -109,6 +109,8 @@ def test_backends_and_the_gpu_are_chosen_by_the_environment(tmp_path: Path):
     assert (
         by_name["graphs-cuda"]["TOKCOMP_BACKEND"] == "cuda" and by_name["smoke-triton-2"]["TOKCOMP_BACKEND"] == "triton"
     )
+    assert by_name["graphs-dependent"]["TOKCOMP_DEPENDENT_LAUNCH"] == "1"
+    assert "TOKCOMP_DEPENDENT_LAUNCH" not in by_name["graphs"].keys() - os.environ.keys()
     [plan] = plans.chosen("memcheck")
     assert plans.command_of(plan, tmp_path, "cuda", [])[:3] == ["compute-sanitizer", "--tool", "memcheck"]
 
@@ -194,7 +196,21 @@ def test_measured_figures_stand_beside_their_predictions():
         for line in lines
     )
     assert not any("156to143" in line for line in lines)
+    [attention] = [row for row in data["operators"] if (row["operator"], row["channels"]) == ("attention", 384)]
+    rows = [operator_row("attention", backend, 300) for backend in ("cuda", "triton")]
+    for line, key in zip(
+        summary.comparisons("NVIDIA H200", [{"rows": rows}]), ("predicted_cuda_us", "predicted_us"), strict=True
+    ):
+        assert f"measured 300 us, predicted {attention[key]:.0f}:" in line
     assert not list(summary.comparisons("another GPU", [{"rows": [graph]}]))
+
+
+def test_what_dependent_launch_gains_is_said():
+    row = {"suite": "graphs", "model": "deit", "batch": 1, "kernels": [{"us": 1.0, "launches": 1, "kernel": "k"}]}
+    rows = [{**row, "backend": "auto", "images_per_second": 1000.0}]
+    rows += [{**row, "backend": f"auto{summary.DEPENDENT}", "images_per_second": 1050.0}]
+    assert "TOKCOMP_DEPENDENT_LAUNCH=1 over 0: deit, batch 1: 1.050x" in summary.graph_lines([{"rows": rows}])
+    assert summary.dependent_lines(rows[:1]) == []
 
 
 def test_a_backend_earns_an_operator_by_being_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

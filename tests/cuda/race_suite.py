@@ -23,7 +23,7 @@ from tokcomp_kernels._schema import BY_NAME
 MERGES = ("prune_merge", "prune_merge_norm")
 OPS = (
     *(*MERGES, "class_attention_sort", "add_layer_norm", "_merge_backward"),
-    *("masked_softmax", "_masked_softmax_backward", "attention_received"),
+    *("masked_softmax", "_masked_softmax_backward", "attention_received", "_attention_heads"),
 )
 #: Shared memory of a block, and whether there are clusters.
 DEVICES = {"sm_90": (227 * 1024, 1), "sm_80": (163 * 1024, 0)}
@@ -85,6 +85,9 @@ def cases() -> dict[str, Case]:
     wide = randn(1, 1, 20, 200)
     found["attention_received, slices"] = lambda: op.attention_received(wide, wide)
     found["attention_received, tiles"] = lambda: op.attention_received(many[:, :1, :300], many[:, :1, :300])
+    found["attention_resident"] = lambda: op._attention_heads(q, q, q, size=rand(1, 70))
+    stream = randn(1, 1, 260, 8)
+    found["attention_streaming"] = lambda: op._attention_heads(stream, stream, stream)
     x, source = randn(3, 5, 384), torch.arange(20).remainder(12).expand(2, 20)
     found["add_layer_norm"] = lambda: op.add_layer_norm(x, x)
     grad = randn(2, 12, 64)

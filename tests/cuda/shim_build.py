@@ -23,7 +23,10 @@ ADDRESSES = (*COMMON, "-fsanitize=address,alignment", "-fno-sanitize-recover=ali
 #: The race detector has the instrumentation's functions itself: the runtime library that goes with it is not linked.
 RACES = (*COMMON, "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-Wno-tsan")
 NO_RUNTIME = ("-Wl,-Bsymbolic", "-nodefaultlibs", "-lstdc++", "-lm", "-lc", "-lgcc_s", "-lgcc")
-BARRIER = re.compile(r"\b(__syncthreads\(\)|sync_cluster\(slices\)|cluster_(?:arrive|arrive_relaxed|wait)\(\));")
+BARRIER = re.compile(
+    r"\b(__syncthreads\(\)|__syncwarp\(\)|sync_cluster\(slices\)|cluster_(?:arrive|arrive_relaxed|wait)\(\)"
+    r"|wait_for_copies<\d>\(\));"
+)
 
 
 def address_library() -> Path:

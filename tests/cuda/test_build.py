@@ -23,12 +23,17 @@ ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 REPORT = json.loads((ROOT / "benchmarks/results/kernels/cuda.json").read_text())
 KERNELS: list[dict[str, Any]] = REPORT["kernels"]
-#: Kernels with more than one variant for each type: rows of up to two pieces a lane, and longer ones.
-VARIANTS = {"add_layer_norm_kernel": 2}
+#: Kernels with more than one variant for each type: rows of up to two pieces a lane, and
+#: longer ones; widths of a head.
+VARIANTS = {"add_layer_norm_kernel": 2, "attention_resident_kernel": 4, "attention_streaming_kernel": 4}
+#: Kernels for half precision alone.
+HALF = ("attention_resident_kernel", "attention_streaming_kernel")
 #: Kernels that see scores and sums alone, whatever the type of the rows.
 TYPELESS = ("rank_kernel", "partial_sums_kernel")
 OPERATORS = sorted(
-    re.findall(r"^TOKCOMP_REGISTER_CUDA\((\w+),", "\n".join(p.read_text() for p in CUDA.glob("*.cu")), re.MULTILINE)
+    re.findall(
+        r"^TOKCOMP_(?:REGISTER|OFFER)_CUDA\((\w+),", "\n".join(p.read_text() for p in CUDA.glob("*.cu")), re.MULTILINE
+    )
 )
 
 
@@ -42,7 +47,8 @@ def test_every_kernel_is_compiled(architecture: int) -> None:
         found = [row["dtype"] for row in KERNELS if (row["kernel"], row["architecture"]) == (kernel, architecture)]
         assert found, f"{kernel} is not built for sm_{architecture}"
         if kernel not in TYPELESS:
-            want = sorted(["float16", "bfloat16", "float32"] * VARIANTS.get(kernel, 1))
+            types = ["float16", "bfloat16", *(() if kernel in HALF else ("float32",))]
+            want = sorted(types * VARIANTS.get(kernel, 1))
             assert sorted(found) == want, f"{kernel} is built for {found}, not for {want}"
 
 

@@ -47,10 +47,10 @@ def library() -> Path:
 
 @pytest.mark.slow
 def test_kernels_agree_with_float64_on_the_host(environment: dict[str, str], library: Path) -> None:
-    suite = Path(__file__).with_name("host_shim_suite.py")
+    suites = [str(Path(__file__).with_name(f"host_shim_{part}.py")) for part in ("suite", "attention")]
     # Where AddressSanitizer ends the process, its report and the name of the test must have been written.
     command = [sys.executable, "-u", "-m", "pytest", "-v", "-x", "--capture=sys", "-p", "no:cacheprovider"]
-    command += [f"--rootdir={ROOT}", str(suite)]
+    command += [f"--rootdir={ROOT}", *suites]
     run = subprocess.run(
         command, env={**environment, "TOKCOMP_CUDA_SHIM": str(library)}, cwd=ROOT, capture_output=True, text=True
     )

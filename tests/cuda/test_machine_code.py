@@ -5,6 +5,7 @@ blocks a multiprocessor as designed. Read from the committed report, which is of
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tools import sass
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS: list[dict[str, Any]] = json.loads((ROOT / "benchmarks/results/kernels/cuda.json").read_text())["kernels"]
-THREADS = 256
+THREADS = {"attention_resident_kernel": 128, "attention_streaming_kernel": 128}  #: of a block; 256 of the others
 REGISTERS = 64 * 1024  # of a multiprocessor
 #: Blocks a multiprocessor: of float32, and of the others. Shared memory for as many is tests/cuda/host_shim_suite.py's.
 BLOCKS = {
@@ -22,6 +23,8 @@ BLOCKS = {
     "prune_merge_streaming_kernel": (2, 3),
     "class_attention_sort_kernel": (3, 3),
     "attention_received_kernel": (2, 3),
+    "attention_resident_kernel": (3, 3),  # four but for heads of 80: below
+    "attention_streaming_kernel": (3, 3),
     "masked_softmax_kernel": (4, 4),
     "masked_softmax_backward_kernel": (2, 2),
     "add_layer_norm_kernel": (3, 3),
@@ -36,6 +39,8 @@ LIMITS = {
     "prune_merge_streaming_kernel": (28, 7),
     "class_attention_sort_kernel": (28, 3),
     "attention_received_kernel": (30, 4),
+    "attention_resident_kernel": (114, 1),
+    "attention_streaming_kernel": (56, 2),
     "masked_softmax_kernel": (10, 0),
     "masked_softmax_backward_kernel": (30, 1),
     "add_layer_norm_kernel": (10, 0),
@@ -56,9 +61,9 @@ def of(kernel: str, architecture: int = 90) -> list[dict[str, Any]]:
     return found
 
 
-def blocks_by_registers(registers: int) -> int:
+def blocks_by_registers(row: dict[str, Any]) -> int:
     """Registers are given to a warp in units of 256, so to a thread in units of 8."""
-    return REGISTERS // (-(-registers // 8) * 8 * THREADS)
+    return REGISTERS // (-(-row["registers"] // 8) * 8 * THREADS.get(row["kernel"], 256))
 
 
 def test_every_kernel_has_its_limits() -> None:
@@ -70,7 +75,7 @@ def test_every_kernel_has_its_limits() -> None:
 def test_as_many_blocks_a_multiprocessor_as_designed(kernel: str) -> None:
     for row in (*of(kernel, 80), *of(kernel)):
         designed = BLOCKS[kernel][row["dtype"] != "float32"]
-        assert blocks_by_registers(row["registers"]) >= designed, row
+        assert blocks_by_registers(row) >= designed, row
         assert not row["instructions"]["local"], row
 
 
@@ -104,6 +109,28 @@ def test_rows_move_16_bytes_at_a_time(architecture: int) -> None:
             assert (counts["matrices"] > 0) == (counts["products"] > 0) == (row["dtype"] != "float32"), row
 
 
+def width_of(row: dict[str, Any]) -> int:
+    """Of the heads that a variant of attention is for."""
+    [width] = re.findall(r"Li(\d+)E", row["symbol"])
+    return int(width)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("kernel", ["attention_resident_kernel", "attention_streaming_kernel"])
+def test_attention_moves_pieces_and_multiplies_matrices(kernel: str, architecture: int) -> None:
+    """Four steps of 16 keys are held: in each, a matrix load for 16 keys and channels and two products of it with the
+    queries, and as many with the values. Keys and values reach shared memory past the registers, 16 bytes at a time."""
+    found = of(kernel, architecture)
+    assert sorted({width_of(row) for row in found}) == [32, 48, 64, 80]
+    for row in found:
+        counts, loads = row["instructions"], 2 * 4 * width_of(row) // 16
+        assert (counts["matrices"], counts["products"]) == (loads, 2 * loads), row
+        assert counts["copies_128"] >= 2 and not counts["copies_narrow"], row
+        assert not counts["shared_128"], row
+        if kernel == "attention_resident_kernel" and width_of(row) <= 64:
+            assert row["registers"] <= 128 and blocks_by_registers(row) >= 4, row
+
+
 def test_instructions_are_counted_by_kernel_and_kind() -> None:
     listing = """
 Fatbin elf code:
@@ -115,6 +142,7 @@ arch = sm_90
         /*0020*/                   STS.U16 [R2], R4 ;              /* 0x0 */
         /*0030*/                   LDSM.16.M88.4 R8, [R3] ;        /* 0x0 */
         /*0040*/                   MEMBAR.ALL.GPU ;                /* 0x0 */
+        /*0048*/                   LDGSTS.E.BYPASS.128 [R2], desc[UR4][R4.64], P0 ;  /* 0x0 */
         /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;   /* 0x0 */
 \tcode for sm_80
 \t\tFunction : first
@@ -124,6 +152,6 @@ arch = sm_90
     found = sass.count(listing)
     assert found.keys() == {("first", 90), ("first", 80)}
     kinds = {kind: 0 for kind in sass.KINDS}
-    seen = ("shared_128", "shared_narrow", "matrices", "fences", "block_barriers")
+    seen = ("shared_128", "shared_narrow", "copies_128", "matrices", "fences", "block_barriers")
     assert found["first", 90] == {**kinds, **dict.fromkeys(seen, 1)}
     assert found["first", 80] == {**kinds, "cluster_barriers": 1, "generic": 1}

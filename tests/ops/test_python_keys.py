@@ -68,3 +68,39 @@ print(seen)
 """
     )
     assert out == "['torch.float64', None]"
+
+
+def test_a_compiled_kernel_for_half_precision_leaves_the_rest_to_what_python_names() -> None:
+    """float32, float64 and wide heads; as the CUDA kernel of attention does, whose part the CPU's takes."""
+    out = _python(
+        """
+import torch, tokcomp_kernels
+from tokcomp_kernels._library import NATIVE_KEYS, PYTHON_LIBRARY
+seen = []
+def others(q, k, v, *, size=None, scale=None):
+    seen.append((str(q.dtype), q.shape[-1]))
+    return q, q
+PYTHON_LIBRARY.impl("attention", others, "CompositeExplicitAutograd")
+NATIVE_KEYS.own_backend("attention", "CPU", "tokcomp_cpu", 80)
+q = torch.randn(1, 2, 5, 88)
+for call in (q.half()[..., :80], q.bfloat16()[..., :8], q[..., :8], q.half(), q.double()[..., :8]):
+    torch.ops.tokcomp.attention(call, call, call)
+try:
+    torch.ops.tokcomp.attention(q.half()[0, 0, 0, 0], q, q)
+except ValueError as error:
+    print(error)
+print(seen)
+"""
+    ).splitlines()
+    assert out[0].startswith("attention: q must be [B, H, N, D], got a tensor of shape []")
+    assert out[1] == "[('torch.float32', 8), ('torch.float16', 88), ('torch.float64', 8)]"
+
+
+def test_python_routes_a_cuda_kernels_calls_alike() -> None:
+    from tokcomp_kernels.ops import _backends
+
+    q = torch.zeros(1, 1, 2, 88)
+    calls = [q.half()[..., :80], q.bfloat16()[..., :8], q[..., :8], q.half(), q.double()[..., :8], None, q.half().sum()]
+    assert [_backends._takes(call, 80) for call in calls] == [True, True, False, False, False, False, True]
+    assert [_backends._takes(call, 0) for call in calls] == [True, True, True, True, False, False, True]
+    assert _backends.HALF_WIDTHS.keys() == {"attention", "_attention_heads"} == set(*_backends.SAME_KERNEL.items())

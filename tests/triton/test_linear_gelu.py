@@ -7,9 +7,11 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 import tokcomp_kernels.triton.linear_gelu as linear_gelu_module
+from tests.triton.inputs import DTYPES, SMALLEST, UNIT
 from tokcomp_kernels import linear_gelu
 from tokcomp_kernels.compare import assert_right
 from tokcomp_kernels.testing import Sample
+from tokcomp_kernels.triton._gelu import LONG_ERROR, SHORT_ERROR
 from tokcomp_kernels.triton.linear_gelu import linear_gelu_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,6 +38,26 @@ def test_every_block_is_written_once(rows, features, width, dtype, monkeypatch):
     assert_right(sample, out)
     assert torch.equal(out, linear_gelu_triton(*sample.args))
     assert torch.equal(out[-1:], linear_gelu_triton(x[-1:], weight, bias)), "a row depends on the others"
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's, of -inf + inf
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_is_within_the_rounding_of_its_type(dtype):
+    """Against float64's erf, tails included: nothing cancels, so the error of Q is relative wherever GELU is small.
+
+    Beyond the fit's error, Q(a) = P(1 / (1 + p a)) 2^(-a^2 log2(e) / 2): three roundings of the exponent count a^2 / 2
+    times each; P's 8 steps, whose terms add up to twice their sum, the inverse and the power 40 units in all.
+    """
+    x = torch.cat([torch.linspace(-14, 14, 1021), torch.tensor([0.0, -0.0, 1e-30, 3e4, -3e4, 1e-3])]).to(dtype)
+    out = linear_gelu_triton(x[:, None].to(DEVICE), torch.ones(1, 1, dtype=dtype, device=DEVICE))[:, 0].double().cpu()
+    exact, tail = x.double(), torch.special.erfc(x.double().abs() / 2**0.5) / 2
+    want = exact.clamp(min=0) - exact.abs() * tail
+    fit = LONG_ERROR if dtype == torch.float32 else SHORT_ERROR
+    lost = exact.abs() * tail * (fit + (1.5 * exact**2 + 40) * UNIT[torch.float32])
+    assert bool(((out - want).abs() <= lost + UNIT[dtype] * want.abs() * 1.01 + max(SMALLEST[dtype], 2.0**-126)).all())
+    special = torch.tensor([float("nan"), float("inf"), float("-inf")], dtype=dtype, device=DEVICE)
+    have = linear_gelu_triton(special[:, None], torch.ones(1, 1, dtype=dtype, device=DEVICE))[:, 0].cpu()
+    assert have.isnan().tolist() == [True, False, True] and have[1] == float("inf")
 
 
 def test_shapes_and_layouts():

@@ -8,7 +8,8 @@ TOKCOMP_BACKEND, read once at import:
 - ``triton``: on CUDA Triton; on CPU Triton's interpreter where TRITON_INTERPRET=1 is set;
 - ``reference``: plain PyTorch everywhere.
 
-What is missing falls back to the reference, which runs on every device; so does float64 on CUDA.
+What is missing falls back to the reference, which runs on every device; so does float64 on CUDA. A compiled CUDA kernel
+that takes half precision alone (:data:`HALF_WIDTHS`) leaves the rest to Triton.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ BACKENDS = ("auto", "cuda", "triton", "reference")
 OWNERS = Path(__file__).with_name("owners.json")
 #: Operators that PyTorch's own kernels make up well, until a GPU says otherwise.
 CONTENDERS = frozenset({"linear_gelu"})
+
+#: Operators whose compiled CUDA kernel takes float16 and bfloat16 alone, and heads of at most so many numbers.
+HALF_WIDTHS = {"attention": 80, "_attention_heads": 80}
+#: An operator that no benchmark times -> the one whose kernel it shares, and so the owner.
+SAME_KERNEL = {"_attention_heads": "attention"}
 
 
 def _owned(backend: str) -> frozenset[str]:
@@ -86,7 +92,9 @@ class Implementation:
             return "cpp" if self.name in native_kernels()["cpu"] else "reference"
         if device_type == "cuda":
             built = self.name in native_kernels()["cuda"]
-            if built and (requested == "cuda" or (requested == "auto" and self.name in CUDA_WINNERS)):
+            if built and (
+                requested == "cuda" or (requested == "auto" and SAME_KERNEL.get(self.name, self.name) in CUDA_WINNERS)
+            ):
                 return "cuda"
             contends = requested != "triton" and self.name in TRITON_CONTENDERS
             return "triton" if has_triton and not contends else "reference"
@@ -99,10 +107,20 @@ class Implementation:
         if backend == "cpp":
             return getattr(torch.ops.tokcomp_cpu, self.name).default
         if backend == "cuda":
-            return _float64_elsewhere(getattr(torch.ops.tokcomp_cuda, self.name).default, self.reference)
+            return _elsewhere(getattr(torch.ops.tokcomp_cuda, self.name).default, self.beside_compiled, self.half_width)
         if backend == "triton":
-            return _float64_elsewhere(self._launch_triton, self.reference)
+            return _elsewhere(self._launch_triton, self.reference, 0)
         raise ValueError(f"backend must be one of cpp, cuda, triton, reference, got {backend!r}")
+
+    @property
+    def half_width(self) -> int:
+        """The widest that a compiled CUDA kernel for half precision alone takes; 0 for a kernel of every type."""
+        return HALF_WIDTHS.get(self.name, 0)
+
+    @property
+    def beside_compiled(self) -> Callable[..., Any]:
+        """What takes the calls that the compiled CUDA kernel does not take."""
+        return self.callable("triton") if self.half_width and _has_triton() else self.reference
 
     def _launch_triton(self, *args: Any, **kwargs: Any) -> Any:
         return _triton_launcher(self.name)(*args, **kwargs)
@@ -117,8 +135,16 @@ def _triton_launcher(name: str) -> Callable[..., Any]:
     return launcher
 
 
-def _float64_elsewhere(fast: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+def _elsewhere(fast: Callable[..., Any], rest: Callable[..., Any], half_width: int) -> Callable[..., Any]:
+    """``fast`` where it takes the call by its first argument, else ``rest``: as csrc/python_keys.h decides it."""
+
     def run(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (reference if first is None or first.dtype == torch.float64 else fast)(first, *args, **kwargs)
+        return (fast if _takes(first, half_width) else rest)(first, *args, **kwargs)
 
     return run
+
+
+def _takes(first: torch.Tensor | None, half_width: int) -> bool:
+    if first is None or not half_width:
+        return first is not None and first.dtype != torch.float64
+    return first.dtype in (torch.float16, torch.bfloat16) and (first.dim() == 0 or first.shape[-1] <= half_width)

@@ -101,8 +101,8 @@ def _give_key(implementation: Implementation, device: str) -> None:
         return
     key = _DISPATCH_KEYS[device]
     if backend == "cuda" and NATIVE_KEYS is not None and not checks:
-        PYTHON_LIBRARY.impl(name, implementation.reference, "CompositeExplicitAutograd")  # float64
-        NATIVE_KEYS.own_backend(name, key, NATIVE_NAMESPACES[key])
+        PYTHON_LIBRARY.impl(name, implementation.beside_compiled, "CompositeExplicitAutograd")
+        NATIVE_KEYS.own_backend(name, key, NATIVE_NAMESPACES[key], implementation.half_width)
         return
     run = implementation.callable(backend)
     if checks:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tokcomp_kernels._checks import refuse
+from tokcomp_kernels._library import DEPENDENT_LAUNCH
 from tokcomp_kernels._numbers import MIN_SIZE
 
 #: The interpreter multiplies bfloat16 bit patterns as integers, and rounds towards zero to bfloat16.
@@ -44,9 +47,35 @@ def strides(tensor: Tensor | None, *names: str) -> dict[str, int]:
     return dict(zip(names, tensor.stride() if tensor is not None else (0,) * len(names), strict=False))
 
 
+def dependent_launch(tensor: Tensor) -> dict[str, bool]:
+    """Launch options under which a kernel that calls :func:`begin_grid` begins while the one before it ends.
+
+    None unless TOKCOMP_DEPENDENT_LAUNCH=1 asks for them, on a GPU that has programmatic dependent launch.
+    """
+    return _dependent_launch(tensor.device)
+
+
+@cache
+def _dependent_launch(device: torch.device) -> dict[str, bool]:
+    if not DEPENDENT_LAUNCH or device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {}
+    return {"DEPENDENT": True, "launch_pdl": True}
+
+
 def device_guard(tensor: Tensor) -> torch.cuda.device_of:
     """Make the tensor's GPU current while a kernel is launched; nothing for a CPU tensor."""
     return torch.cuda.device_of(tensor)
+
+
+@triton.jit
+def begin_grid(DEPENDENT: tl.constexpr):
+    """A kernel's first step: with DEPENDENT the memory of the grid before is ready from here on, and the next grid may
+    begin, to wait here in turn."""
+    if DEPENDENT:
+        wait: tl.constexpr = "griddepcontrol.wait; // $0"
+        let: tl.constexpr = "griddepcontrol.launch_dependents; // $0"
+        tl.inline_asm_elementwise(wait, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(let, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokcomp_kernels.triton._common import dot, effective_size, narrow
+from tokcomp_kernels.triton._common import begin_grid, dot, effective_size, narrow
 from tokcomp_kernels.triton._norm import channels_of, load_sum, store_normalized, store_tiles
 from tokcomp_kernels.triton._similarity import inverse_norm
 
@@ -63,12 +63,14 @@ def merge_kept_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CHUNKS: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """Beside the rows, best_slot_ptr and best_ptr [B, blocks, S]: each source's most similar slot of a block, the
     lowest on ties, and their cosine times the source's norm; and inv_src_ptr [B, S]: one over that norm.
 
     More sources than BLOCK_S are spread over programs, of which the first writes the rows.
     """
+    begin_grid(DEPENDENT)
     num_blocks = tl.cdiv(num_kept, BLOCK_M)
     num_parts = tl.maximum(tl.cdiv(num_merged, BLOCK_S), 1)
     part = tl.program_id(0) % num_parts
@@ -227,7 +229,9 @@ def merge_join_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin_grid(DEPENDENT)
     num_parts = tl.cdiv(num_merged, BLOCK_R)
     part = tl.program_id(0) % num_parts
     batch = (tl.program_id(0) // num_parts).to(tl.int64)

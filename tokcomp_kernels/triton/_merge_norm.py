@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from tokcomp_kernels.triton._common import cdiv, next_power_of_2, strides
+from tokcomp_kernels.triton._common import cdiv, dependent_launch, next_power_of_2, strides
 from tokcomp_kernels.triton._configs import launch_config
 from tokcomp_kernels.triton._merge_kernels import merge_join_kernel, merge_kept_kernel
 from tokcomp_kernels.triton._norm import chunks, compact
@@ -113,6 +113,7 @@ def merge_ranked(
         CHANNELS=channels,
         CHUNKS=chunks(channels, kept),
         **kept,
+        **dependent_launch(x),
     )
     if num_merged > 0:
         join = launch_config(TABLE, "join", x.device, C=channels)
@@ -137,5 +138,6 @@ def merge_ranked(
             CHANNELS=channels,
             BLOCK_C=max(16, next_power_of_2(channels)),
             **join,
+            **dependent_launch(x),
         )
     return x_out, normalized, size_out

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokcomp_kernels.triton._common import cdiv, device_guard
+from tokcomp_kernels.triton._common import begin_grid, cdiv, dependent_launch, device_guard
 from tokcomp_kernels.triton._configs import ENABLE_FP_FUSION, REDUCE_BLOCK
 
 
@@ -21,7 +21,9 @@ def _reduce_kernel(
     FROM_LOGITS: tl.constexpr,
     MEAN: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin_grid(DEPENDENT)
     num_blocks = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     b = (pid // num_blocks).to(tl.int64)
@@ -63,5 +65,6 @@ def reduce_groups(values: Tensor, *, stats: Tensor | None = None, mean: bool, dt
             BLOCK_N=REDUCE_BLOCK,
             num_warps=4,
             enable_fp_fusion=ENABLE_FP_FUSION,
+            **dependent_launch(values),
         )
     return out

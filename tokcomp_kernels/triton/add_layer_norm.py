@@ -13,7 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from tokcomp_kernels._checked import checked
-from tokcomp_kernels.triton._common import cdiv, device_guard, inner_contiguous, require_supported, strides
+from tokcomp_kernels.triton._common import (
+    begin_grid,
+    cdiv,
+    dependent_launch,
+    device_guard,
+    inner_contiguous,
+    require_supported,
+    strides,
+)
 from tokcomp_kernels.triton._configs import launch_config
 from tokcomp_kernels.triton._norm import chunks, compact, load_tiles, store_normalized, store_tiles
 
@@ -39,7 +47,9 @@ def _add_layer_norm_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CHUNKS: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin_grid(DEPENDENT)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = rows < num_rows
     group, row = rows // rows_per_group, rows % rows_per_group
@@ -95,6 +105,7 @@ def add_layer_norm_triton(
             CHANNELS=channels,
             CHUNKS=chunks(channels, config),
             **config,
+            **dependent_launch(x),
         )
     return x_out, normalized
 

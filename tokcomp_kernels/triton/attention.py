@@ -36,7 +36,16 @@ from tokcomp_kernels.triton._attention import (
     width_tiles,
     zero_parts,
 )
-from tokcomp_kernels.triton._common import cdiv, device_guard, inner_contiguous, narrow, require_supported, strides
+from tokcomp_kernels.triton._common import (
+    begin_grid,
+    cdiv,
+    dependent_launch,
+    device_guard,
+    inner_contiguous,
+    narrow,
+    require_supported,
+    strides,
+)
 from tokcomp_kernels.triton._reduce import reduce_groups
 
 
@@ -76,8 +85,10 @@ def _attention_fwd_kernel(
     KEYS: tl.constexpr,
     HAS_SIZE: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
     """cls_ptr [B, H, N] takes row 0 of each head's softmax."""
+    begin_grid(DEPENDENT)
     num_blocks = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)
     pid_m = pid % num_blocks
@@ -224,6 +235,7 @@ def attention_forward(
                 HAS_SIZE=size is not None,
                 HAS_MASK=token_mask is not None,
                 **options,
+                **dependent_launch(q),
             )
     return out, cls_rows
 

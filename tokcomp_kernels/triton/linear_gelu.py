@@ -13,10 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from tokcomp_kernels._checked import checked
-from tokcomp_kernels.triton._common import cdiv, device_guard, dot, inner_contiguous, narrow, require_supported
+from tokcomp_kernels.triton._common import (
+    begin_grid,
+    cdiv,
+    dependent_launch,
+    device_guard,
+    dot,
+    inner_contiguous,
+    narrow,
+    require_supported,
+)
 from tokcomp_kernels.triton._configs import launch_config
-
-_SQRT_HALF = tl.constexpr(0.7071067811865476)
+from tokcomp_kernels.triton._gelu import gelu
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -36,7 +44,9 @@ def _linear_gelu_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin_grid(DEPENDENT)
     blocks_m, blocks_f = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_features, BLOCK_F)
     pid = tl.program_id(0)
     group = pid // (GROUP_M * blocks_f)
@@ -62,7 +72,7 @@ def _linear_gelu_kernel(
         weight_ptrs += BLOCK_K
     if HAS_BIAS:
         total += tl.load(bias_ptr + offs_f, mask=offs_f < num_features, other=0.0).to(tl.float32)[None, :]
-    out = 0.5 * total * (1.0 + tl.erf(total * _SQRT_HALF))
+    out = gelu(total, out_ptr.dtype.element_ty.primitive_bitwidth == 16)
     mask = (offs_m < num_rows)[:, None] & (offs_f < num_features)[None, :]
     tl.store(
         out_ptr + offs_m[:, None] * num_features + offs_f[None, :], narrow(out, out_ptr.dtype.element_ty), mask=mask
@@ -95,5 +105,6 @@ def linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
             HAS_BIAS=bias is not None,
             EVEN_K=width % config["BLOCK_K"] == 0,
             **config,
+            **dependent_launch(x),
         )
     return out

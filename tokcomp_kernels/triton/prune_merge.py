@@ -14,7 +14,15 @@ from torch import Tensor
 
 from tokcomp_kernels._checked import checked
 from tokcomp_kernels.reference._common import descending_order, head_mean
-from tokcomp_kernels.triton._common import cdiv, device_guard, inner_contiguous, require_supported, strides
+from tokcomp_kernels.triton._common import (
+    begin_grid,
+    cdiv,
+    dependent_launch,
+    device_guard,
+    inner_contiguous,
+    require_supported,
+    strides,
+)
 from tokcomp_kernels.triton._configs import MAX_RESIDENT, launch_config
 from tokcomp_kernels.triton._merge_norm import TABLE, Norm, merge_ranked
 from tokcomp_kernels.triton._order import MAX_COUNTED, count_before
@@ -40,7 +48,9 @@ def _prune_merge_select_kernel(
     HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):
+    begin_grid(DEPENDENT)
     batch = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_tokens
@@ -229,5 +239,6 @@ def _select(importance: Tensor, num_kept: int, num_merged: int, num_prefix_token
             **strides(rows, "stride_ib", "stride_ih", "stride_in"),
             HEADS=importance.dim() == 3,
             **config,
+            **dependent_launch(importance),
         )
     return order, source

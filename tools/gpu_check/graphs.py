@@ -21,6 +21,8 @@ from tokcomp.measure.timing import interleave, stopwatch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.shapes import SUBJECTS
+from tokcomp_kernels._library import DEPENDENT_LAUNCH
+from tools.gpu_check.summary import DEPENDENT
 
 #: Model and batch.
 CASES = {
@@ -71,7 +73,7 @@ def measure(name: str, batch: int, device: torch.device) -> dict[str, Any]:
         "budget": subject.budget,
         "batch": batch,
         "precision": precision,
-        "backend": os.environ.get("TOKCOMP_BACKEND", "auto"),
+        "backend": os.environ.get("TOKCOMP_BACKEND", "auto") + (DEPENDENT if DEPENDENT_LAUNCH else ""),
         "images_per_second": batch / samples.median,
         "seconds": samples.seconds,
         "kernels": kernels,

@@ -10,6 +10,8 @@ from tools.gpu_check.steps import ROOT, Step
 
 MAX_LISTED = 50
 NO_TIME = "not begun: no time left"
+#: What a graph's backend ends in under TOKCOMP_DEPENDENT_LAUNCH=1.
+DEPENDENT = ", dependent launch"
 PREDICTIONS = ROOT / "benchmarks" / "results" / "predictions.json"
 #: A backend of the graphs -> the entry that is predicted.
 PREDICTED_GRAPHS = {"auto": "tokcomp-graph", "triton": "tokcomp-graph-linear_gelu"}
@@ -52,6 +54,7 @@ def graph_lines(records: Sequence[dict[str, Any]]) -> list[str]:
         rates = {r["backend"]: r["images_per_second"] for r in rows if (r["model"], r["batch"]) == (model, batch)}
         cells = [f"{rates[backend]:.0f}" if backend in rates else "" for backend in backends]
         lines.append(f"| {model} | {batch} | {' | '.join(cells)} |")
+    lines += dependent_lines(rows)
     for row in rows:
         total = sum(one["us"] for one in row["kernels"])
         lines += ["", f"{row['model']}, batch {row['batch']}, {row['backend']}: {total:.0f} us a pass", ""]
@@ -60,6 +63,17 @@ def graph_lines(records: Sequence[dict[str, Any]]) -> list[str]:
             for one in row["kernels"][:8]
         ]
     return lines
+
+
+def dependent_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What programmatic dependent launch gains, model by model: whether its switch should be on here."""
+    rates = {(row["model"], row["batch"], row["backend"]): row["images_per_second"] for row in rows}
+    gains = [
+        f"{model}, batch {batch}: {rate / rates[model, batch, 'auto']:.3f}x"
+        for (model, batch, backend), rate in rates.items()
+        if backend == f"auto{DEPENDENT}" and (model, batch, "auto") in rates
+    ]
+    return ["", "TOKCOMP_DEPENDENT_LAUNCH=1 over 0: " + "; ".join(gains)] if gains else []
 
 
 def comparisons(gpu: str, records: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -89,9 +103,10 @@ def comparisons(gpu: str, records: Sequence[dict[str, Any]]) -> Iterator[str]:
         one = operators.get((row["operator"], channels))
         if one and row["batch"] == 1024 and row["backend"] in ("cuda", "triton", "reference"):
             us = 1e6 * sorted(row["seconds"])[len(row["seconds"]) // 2]
+            predicted = (one["predicted_cuda_us"] if row["backend"] == "cuda" else None) or one["predicted_us"]
             what = f"operators: {row['operator']}, {row['block']}, {row['backend']}"
             yield (
-                f"{what}: measured {us:.0f} us, predicted {one['predicted_us']:.0f}: {one['predicted_us'] / us:.2f}, "
+                f"{what}: measured {us:.0f} us, predicted {predicted:.0f}: {predicted / us:.2f}, "
                 f"of its floor {one['floor_us'] / us:.0%}"
             )
 

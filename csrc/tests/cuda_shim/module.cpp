@@ -12,8 +12,8 @@ class Launcher {
   DeviceLimits limits() const;
 
   template <typename Params>
-  void operator()(void (*kernel)(Params), int64_t blocks, int64_t shared_bytes, const Params& params,
-                  int cluster = 1) const;
+  void operator()(void (*kernel)(Params), int64_t blocks, int64_t shared_bytes, const Params& params, int cluster = 1,
+                  int threads = kThreads) const;
 };
 
 }  // namespace tokcomp::cuda
@@ -33,17 +33,20 @@ tokcomp::cuda::DeviceLimits tokcomp::cuda::Launcher::limits() const { return {sh
 
 template <typename Params>
 void tokcomp::cuda::Launcher::operator()(void (*kernel)(Params), int64_t blocks, int64_t shared_bytes,
-                                         const Params& params, int cluster) const {
+                                         const Params& params, int cluster, int threads) const {
   if (cluster > 1 && !shim::clusters) throw std::runtime_error("shim: a device without clusters");
   ++shim::launches;
-  shim::launch(kernel, blocks, kThreads, shared_bytes, cluster, params);
+  shim::launch(kernel, blocks, threads, shared_bytes, cluster, params);
 }
 
+#undef TOKCOMP_OFFER_CUDA
+#define TOKCOMP_OFFER_CUDA(op, function) TOKCOMP_REGISTER_CUDA(op, function)
 #undef TOKCOMP_REGISTER_CUDA
 #define TOKCOMP_REGISTER_CUDA(op, function) \
   TORCH_LIBRARY_IMPL(tokcomp_shim, CPU, m) { m.impl(#op, function); }
 
 #include "../../cuda/add_layer_norm.cu"
+#include "../../cuda/attention.cu"
 #include "../../cuda/attention_received.cu"
 #include "../../cuda/class_attention_sort.cu"
 #include "../../cuda/masked_softmax.cu"

@@ -6,6 +6,7 @@
 #include <ucontext.h>
 #endif
 
+#include <deque>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -89,13 +90,16 @@ struct Fiber {
   State state;
   WarpOp op;
   int turn;  // which of the warp's two sets of values the next operation uses: mates may still read the other
-  int arrived, waited;                // halves of the cluster's barriers
-  int block_barriers, warp_barriers;  // passed
-  int remote;                         // arrivals before its last use of another block's shared memory, or -1
+  int arrived, waited;                      // halves of the cluster's barriers
+  int block_barriers, warp_barriers;        // passed
+  int remote;                               // arrivals before its last use of another block's shared memory, or -1
+  std::deque<std::vector<Copy>> copies{1};  // groups that are committed, and the one that is not
+  int under_way;                            // of them
 };
 
 struct Warp {
   uint64_t values[2][kWarp];
+  Fragments fragments[2][kWarp];
 };
 
 // Threads, warps and shared memory of all blocks of the cluster that runs, block after block.
@@ -131,6 +135,7 @@ void fiber_main() {
   cluster.body(cluster.kernel, cluster.params);
   const Fiber& fiber = cluster.fibers[cluster.current];
   if (fiber.arrived != fiber.waited) fail("a thread ends between the halves of a cluster's barrier");
+  if (fiber.under_way > 0) fail("a thread ends with copies under way");
   if (fiber.remote == fiber.arrived) fail("another block's shared memory after the cluster's last barrier");
   yield(State::kDone, WarpOp::kNone);
 }
@@ -201,6 +206,8 @@ void run_cluster(unsigned first_block) {
     fiber.op = WarpOp::kNone;
     fiber.turn = fiber.arrived = fiber.waited = fiber.block_barriers = fiber.warp_barriers = 0;
     fiber.remote = -1;
+    fiber.copies.assign(1, {});
+    fiber.under_way = 0;
     fiber.context.prepare(fiber.stack.get(), kStackBytes, fiber_main);
   }
   for (bool more = true; more;) {
@@ -269,6 +276,35 @@ const uint64_t* exchange(WarpOp op, unsigned lanes, uint64_t value) {
   yield(State::kWarpOp, op);
   if (op == WarpOp::kSync) ++cluster.fibers[cluster.current].warp_barriers;
   return values;
+}
+
+const Fragments* exchange(const Fragments& own) {
+  Fragments* all = cluster.warps[cluster.current / kWarp].fragments[cluster.fibers[cluster.current].turn ^= 1];
+  all[cluster.current % kWarp] = own;
+  yield(State::kWarpOp, WarpOp::kMultiplyAdd);
+  return all;
+}
+
+void ask_for_copy(const Copy& copy) {
+  if ((reinterpret_cast<uintptr_t>(copy.to) | reinterpret_cast<uintptr_t>(copy.from)) % 16) {
+    fail("a copy of 16 bytes that are not aligned");
+  }
+  Fiber& fiber = cluster.fibers[cluster.current];
+  fiber.copies.back().push_back(copy);
+  ++fiber.under_way;
+}
+
+void commit_copies() { cluster.fibers[cluster.current].copies.emplace_back(); }
+
+bool take_copy(int pending, Copy& copy) {
+  Fiber& fiber = cluster.fibers[cluster.current];
+  auto& groups = fiber.copies;
+  while (groups.size() > static_cast<size_t>(pending) + 1 && groups.front().empty()) groups.pop_front();
+  if (groups.size() <= static_cast<size_t>(pending) + 1) return false;
+  copy = groups.front().back();
+  groups.front().pop_back();
+  --fiber.under_way;
+  return true;
 }
 
 bool running() { return cluster.running; }

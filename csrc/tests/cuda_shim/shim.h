@@ -25,6 +25,9 @@ using std::min;
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -58,6 +61,11 @@ inline __nv_bfloat16 __hadd(__nv_bfloat16 a, __nv_bfloat16 b) {
 inline __half2 __hadd2(__half2 a, __half2 b) { return {__hadd(a.x, b.x), __hadd(a.y, b.y)}; }
 inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) { return {__hadd(a.x, b.x), __hadd(a.y, b.y)}; }
 
+inline __half2 __floats2half2_rn(float a, float b) { return {__float2half_rn(a), __float2half_rn(b)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
+  return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)};
+}
+
 inline uint32_t __float_as_uint(float f) { return std::bit_cast<uint32_t>(f); }
 inline int64_t __double_as_longlong(double d) { return std::bit_cast<int64_t>(d); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
@@ -82,9 +90,26 @@ void wait();
 inline uint64_t without = 0;
 inline bool with_barrier(int site) { return !(without >> site & 1); }
 
-enum class WarpOp : int { kNone, kShuffleXor, kBallot, kSync, kLoadMatrices, kMultiplyAdd };
+enum class WarpOp : int { kNone, kShuffleXor, kShuffle, kBallot, kSync, kLoadMatrices, kLoadTransposed, kMultiplyAdd };
 // Every lane gives a value and gets all 32; lanes that are not there count as 0.
 const uint64_t* exchange(WarpOp op, unsigned lanes, uint64_t value);
+// A lane's numbers of a product's matrices, as it has them: a, then b.
+struct Fragments {
+  float a[8], b[4];
+};
+const Fragments* exchange(const Fragments& own);
+
+// Copies past the registers. They come when their group is waited for, the latest that they can, and until then what
+// lay there is no longer: NaN.
+struct Copy {
+  void* to;
+  const void* from;
+  bool exists;
+};
+void ask_for_copy(const Copy& copy);
+void commit_copies();
+// The next one that is to arrive for all but the last `pending` groups of this thread to have; false where all have.
+bool take_copy(int pending, Copy& copy);
 
 using Body = void (*)(const void* kernel, const void* params);
 void run(int64_t blocks, int threads, int64_t shared_bytes, int cluster, Body body, const void* kernel,
@@ -113,6 +138,14 @@ T __shfl_xor_sync(unsigned lanes, T value, int offset) {
   return value;
 }
 
+template <typename T>
+T __shfl_sync(unsigned lanes, T value, int from) {
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof(T));
+  memcpy(&value, &shim::exchange(shim::WarpOp::kShuffle, lanes, bits)[from], sizeof(T));
+  return value;
+}
+
 inline unsigned __ballot_sync(unsigned lanes, bool vote) {
   const uint64_t* all = shim::exchange(shim::WarpOp::kBallot, lanes, vote);
   unsigned bits = 0;
@@ -132,6 +165,8 @@ T* in_block(T* local, int rank) {
   return static_cast<T*>(shim::in_block(const_cast<std::remove_const_t<T>*>(local), rank));
 }
 
+inline void begin_grid() {}
+
 inline uint4 load_shared(const void* from) { return *static_cast<const uint4*>(from); }
 inline void store_shared(void* to, const uint4& raw) { *static_cast<uint4*>(to) = raw; }
 
@@ -140,38 +175,62 @@ inline void cluster_arrive_relaxed() { shim::arrive(false); }
 inline void cluster_wait() { shim::wait(); }
 
 // The tensor cores' instructions, lane by lane as the PTX manual lays the fragments out.
-template <typename T>
-void load_matrices(const T* row, uint32_t (&matrices)[4]) {
-  const uint64_t* rows = shim::exchange(shim::WarpOp::kLoadMatrices, 0xffffffffu, reinterpret_cast<uint64_t>(row));
+using SharedAddress = uintptr_t;
+inline SharedAddress shared_address(const void* from) { return reinterpret_cast<SharedAddress>(from); }
+
+inline void load_matrices(SharedAddress row, uint32_t (&matrices)[4]) {
+  const uint64_t* rows = shim::exchange(shim::WarpOp::kLoadMatrices, 0xffffffffu, row);
   const unsigned lane = threadIdx.x % 32;
   for (unsigned m = 0; m < 4; ++m) {
-    memcpy(&matrices[m], reinterpret_cast<const T*>(rows[m * 8 + lane / 4]) + lane % 4 * 2, sizeof(uint32_t));
+    memcpy(&matrices[m], reinterpret_cast<const uint16_t*>(rows[m * 8 + lane / 4]) + lane % 4 * 2, sizeof(uint32_t));
   }
 }
 
-inline float element(__half, uint64_t pair, unsigned which) {
+inline void load_transposed(SharedAddress row, uint32_t (&matrices)[4]) {
+  const uint64_t* rows = shim::exchange(shim::WarpOp::kLoadTransposed, 0xffffffffu, row);
+  const unsigned lane = threadIdx.x % 32;
+  for (unsigned m = 0; m < 4; ++m) {
+    const auto at = [&](unsigned i) {
+      return reinterpret_cast<const uint16_t*>(rows[m * 8 + lane % 4 * 2 + i])[lane / 4];
+    };
+    matrices[m] = at(0) | static_cast<uint32_t>(at(1)) << 16;
+  }
+}
+
+inline void copy_async(void* to, const void* from, bool exists) {
+  *static_cast<uint4*>(to) = {~0u, ~0u, ~0u, ~0u};
+  shim::ask_for_copy({to, from, exists});
+}
+inline void commit_copies() { shim::commit_copies(); }
+template <int kPending>
+void wait_for_copies() {
+  for (shim::Copy copy; shim::take_copy(kPending, copy);) {
+    *static_cast<uint4*>(copy.to) = copy.exists ? *static_cast<const uint4*>(copy.from) : uint4{0, 0, 0, 0};
+  }
+}
+
+inline float power_of_2(float exponent) { return exp2f(exponent); }
+
+inline float element(__half, uint32_t pair, unsigned which) {
   return __half2float(std::bit_cast<__half>(static_cast<uint16_t>(pair >> 16 * which)));
 }
-inline float element(__nv_bfloat16, uint64_t pair, unsigned which) {
+inline float element(__nv_bfloat16, uint32_t pair, unsigned which) {
   return __bfloat162float({static_cast<uint16_t>(pair >> 16 * which)});
 }
 
 template <typename T>
 void multiply_add(T type, float* sums, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  uint64_t low[32], high[32], b[32];  // rows 0..7 of a, rows 8..15, and b: k 0..7 below, k 8..15 above
-  const auto all = [](uint64_t first, uint64_t second, uint64_t (&lanes)[32]) {
-    memcpy(lanes, shim::exchange(shim::WarpOp::kMultiplyAdd, 0xffffffffu, first | second << 32), sizeof(lanes));
-  };
-  all(a[0], a[2], low);
-  all(a[1], a[3], high);
-  all(b0, b1, b);
+  // a: rows 0..7, rows 8..15 of k 0..7, then of k 8..15; b: k 0..7, k 8..15. Two numbers of each.
+  shim::Fragments own;
+  for (unsigned i = 0; i < 8; ++i) own.a[i] = element(type, a[i / 2], i % 2);
+  for (unsigned i = 0; i < 4; ++i) own.b[i] = element(type, i < 2 ? b0 : b1, i % 2);
+  const shim::Fragments* all = shim::exchange(own);
   const unsigned lane = threadIdx.x % 32, row = lane / 4;
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned column = lane % 4 * 2 + i % 2;
-    const uint64_t* rows = i < 2 ? low : high;
     for (unsigned k = 0; k < 16; ++k) {
-      const unsigned from = k % 8 / 2, which = k / 8 * 2 + k % 2;
-      sums[i] += element(type, rows[row * 4 + from], which) * element(type, b[column * 4 + from], which);
+      const unsigned from = k % 8 / 2;
+      sums[i] += all[row * 4 + from].a[k / 8 * 4 + i / 2 * 2 + k % 2] * all[column * 4 + from].b[k / 8 * 2 + k % 2];
     }
   }
 }
