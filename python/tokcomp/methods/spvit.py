@@ -189,7 +189,7 @@ class _Masked(Passage):
         before = self.decisions[-1] if self.decisions else x.new_ones(x.shape[0], self._patches)
         packages = before[:, :0] if self._packages is None else self._packages
         odds, probability = self._selectors[block](x[:, self._prefix :], torch.cat((before, packages), 1))
-        alive = decided(odds[:, : self._patches]) * before
+        alive = decided(odds)[:, : self._patches] * before
         leaving = before - alive
         patches = x[:, self._prefix : self._prefix + self._patches]
         package = packed(patches, probability[:, : self._patches, 0] * leaving)
