@@ -11,7 +11,9 @@ import pytest
 import tokcomp
 import torch
 from timm.models.eva import EvaBlock
+from tokcomp import learned
 from tokcomp.adapters import find_adapter
+from tokcomp.methods import LearnedMethod
 from tokcomp.runs.recipe import TOCOM_RECIPE
 from tokcomp.tocom.distill import Distiller
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -88,6 +90,33 @@ def test_images_that_keep_different_numbers_of_tokens_do_not_see_each_other(mode
         tokcomp.compress(model, method)
         together, alone = logits(model, images[:3]), [logits(model, image[None]) for image in images[:3]]
         torch.testing.assert_close(together, torch.cat(alone))
+
+
+@torch.no_grad()
+def test_methods_between_the_blocks(model):
+    """Places and biases follow their tokens, and the parts go where the blocks are; or it is said why not."""
+    model = model.double()
+    images, adapter = images_for(model, torch.float64, 3), find_adapter(model)
+    geometry, before = adapter.geometry(model), model.state_dict().keys()
+    for method in (tokcomp.EvoViT(0.5, [1]), tokcomp.SPViT(0.6, [1, 2]), tokcomp.AViT(0.9, 1.0, -1.0)):
+        trained = isinstance(method, LearnedMethod)
+        try:
+            tokcomp.compress(learned.attach(model, method) if trained else model, method)
+        except ValueError:
+            assert geometry.spreads_tokens or not geometry.has_class_token
+            continue
+        except tokcomp.UnsupportedModelError as error:
+            assert trained and adapter.reads_patches(model) and "answers by its class token alone" in str(error)
+        else:
+            together, alone = logits(model, images), [logits(model, image[None]) for image in images]
+            torch.testing.assert_close(together, torch.cat(alone))
+            kept = tokcomp.trace(model, images)[2].amax(1) + 1
+            assert (kept < adapter.num_tokens(model)).any()
+            assert tokcomp.flops(model, images=images) < tokcomp.flops(tokcomp.restore(model))
+        if trained:
+            assert model.state_dict().keys() != before
+            learned.detach(model)
+        assert model.state_dict().keys() == before
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ class IsotropicAdapter(Adapter):
         tower = self.tower(model)
         layout, block = self.layout_of(tower), self.blocks(tower)[0]
         attn = layout.attention_of(block)
-        return TokenShape(layout.projection(attn, "block 0").width, int(getattr(attn, layout.num_heads)))
+        return TokenShape(layout.projection(attn, "block 0").width, layout.heads(attn))
 
     def check_passage(self, model: Any, method: PassageMethod) -> None:
         name = type(method).__name__

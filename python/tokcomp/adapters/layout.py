@@ -143,6 +143,10 @@ class Layout:
         """Channels of all heads' values together."""
         return int(getattr(attn, self.out).in_features)
 
+    def heads(self, attn: Any) -> int:
+        """The attention's heads."""
+        return int(getattr(attn, self.num_heads))
+
     def projection(self, attn: Any, name: str) -> Projection:
         """Where the weights are that make q and v.
 

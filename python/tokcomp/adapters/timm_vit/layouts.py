@@ -76,6 +76,9 @@ class ParallelThingsLayout(Layout):
         join = super().join
         return torch.stack([one.drop_path(one.ls(join(one.attn, heads, x))) for one, heads in parts]).sum(0)
 
+    def heads(self, attn: Any) -> int:
+        return super().heads(attn.attns[0].attn)  # of one attention: it is these that divide the channels
+
     def score_scale(self, attn: Any) -> float:
         return super().score_scale(attn.attns[0].attn)
 
