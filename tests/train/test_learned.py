@@ -56,7 +56,7 @@ def test_a_step_minimises_answer_and_penalties(name):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-11 * max(1.0, theirs.grad.abs().max()))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["spvit"])
 def test_training_finds_the_keep_rates_and_the_teacher_stays(name):
     model, teacher = prepared(name)
     tokcomp.compress(model, type(METHODS[name])(0.85, [1, 2]))
