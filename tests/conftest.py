@@ -73,6 +73,7 @@ def half_products(request: pytest.FixtureRequest, set_products: Callable[..., No
     return in_hardware
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is slow. Under loadgroup a file's tests stay together, for what they share; operators' do not."""
     for item in items:

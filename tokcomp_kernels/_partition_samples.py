@@ -19,21 +19,20 @@ def _roles(m: Maker, batch: int, num_tokens: int, r: int) -> Tensor:
     return role[:, torch.randperm(num_tokens, generator=m.generator).to(role.device)]
 
 
-def _batch(num_tokens: int) -> int:
-    """Large images are one, and take turns with what is tried on them: interpreted kernels take seconds for each."""
-    return 2 if num_tokens < 100 else 1
-
-
-def bipartite_merge(make: Callable[[str], Maker], token_counts: Sequence[int]) -> Iterator[tuple]:
-    for num_tokens in token_counts:
-        m, batch = make(f"N{num_tokens}"), _batch(num_tokens)
+def bipartite_merge(make: Callable[[str], Maker], token_counts: Sequence[tuple[int, int]]) -> Iterator[tuple]:
+    for num_tokens, images in token_counts:
+        m = make(f"N{num_tokens}")
         r = max(num_tokens - 2, 0) // 3
-        x, metric, role = m.randn(batch, num_tokens, 5), m.randn(batch, num_tokens, 16), _roles(m, batch, num_tokens, r)
-        size = m.per_token(batch, num_tokens, 0.5, 9.0)
+        x, metric, role = (
+            m.randn(images, num_tokens, 5),
+            m.randn(images, num_tokens, 16),
+            _roles(m, images, num_tokens, r),
+        )
+        size = m.per_token(images, num_tokens, 0.5, 9.0)
         if num_tokens not in (197, 257):
             yield f"N{num_tokens}", (x, metric, role, r), {}, False
         if num_tokens != 577:
-            call = (m.strided(batch, num_tokens, 5), m.strided(batch, num_tokens, 16), role, r)
+            call = (m.strided(images, num_tokens, 5), m.strided(images, num_tokens, 16), role, r)
             yield f"N{num_tokens}-size-strided", call, {"size": size}, False
     m = make("others")
     x, metric, role, size = m.randn(2, 24, 5), m.randn(2, 24, 8), _roles(m, 2, 24, 7), m.per_token(2, 24, 0.5, 4.0)
@@ -53,15 +52,15 @@ def bipartite_merge(make: Callable[[str], Maker], token_counts: Sequence[int]) -
     yield "zero-vectors", (x, zeros, role, 5), {}, False
 
 
-def select_diverse(make: Callable[[str], Maker], token_counts: Sequence[int]) -> Iterator[tuple]:
-    for num_tokens in token_counts:
-        m, batch = make(f"N{num_tokens}"), _batch(num_tokens)
+def select_diverse(make: Callable[[str], Maker], token_counts: Sequence[tuple[int, int]]) -> Iterator[tuple]:
+    for num_tokens, images in token_counts:
+        m = make(f"N{num_tokens}")
         # Fewer than features are wide, so that what is left of a token by then is more than rounding.
-        features, kept = m.randn(batch, num_tokens, 32), min(num_tokens, 18)
+        features, kept = m.randn(images, num_tokens, 32), min(num_tokens, 18)
         if num_tokens not in (197, 257):
             yield f"N{num_tokens}", (features, kept), {}, False
         if num_tokens != 577:
-            call, relevance = (m.strided(batch, num_tokens, 32), kept), m.per_token(batch, num_tokens, 0.5)
+            call, relevance = (m.strided(images, num_tokens, 32), kept), m.per_token(images, num_tokens, 0.5)
             yield f"N{num_tokens}-dpp-strided", call, {"rule": "dpp", "relevance": relevance}, False
     m = make("others")
     features, relevance = m.randn(2, 24, 32), m.per_token(2, 24, 0.5)

@@ -49,16 +49,17 @@ def samples(
         yield Sample(op, name, args, kwargs, exact)
 
 
-def _token_counts(small: bool) -> tuple[int, ...]:
-    return (1, 2, 9) if small else TOKEN_COUNTS
+def _token_counts(small: bool) -> list[tuple[int, int]]:
+    """Tokens, and images of so many: one where they are large."""
+    return [(count, 1 if count > 200 else 2) for count in ((1, 2, 9) if small else TOKEN_COUNTS)]
 
 
 def _class_attention_sort(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
-    for num_tokens in _token_counts(small):
+    for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
-        q, k, _ = m.packed_qkv(2, 3, num_tokens, 16)
+        q, k, _ = m.packed_qkv(images, 3, num_tokens, 16)
         yield f"N{num_tokens}-packed", (q[:, :, 0], k), {}, False
-        size = m.per_token(2, num_tokens, 0.5, 9.0)
+        size = m.per_token(images, num_tokens, 0.5, 9.0)
         yield f"N{num_tokens}-size-scale-prefix2", (q[:, :, 0], k, size, 0.3, min(2, num_tokens)), {}, False
     m = make("ties")
     q, k, _ = m.packed_qkv(2, 2, 41, 8)
@@ -70,13 +71,13 @@ def _class_attention_sort(make: Callable[[str], Maker], small: bool) -> Iterator
 
 def _prune_merge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     channels = 5 if small else 48
-    for num_tokens in _token_counts(small):
+    for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
-        x, importance = m.randn(2, num_tokens, channels), m.per_token(2, num_tokens)
+        x, importance = m.randn(images, num_tokens, channels), m.per_token(images, num_tokens)
         alive, kept = max(1, num_tokens - num_tokens // 6), max(min(num_tokens, 2), num_tokens - num_tokens // 4)
-        size = m.per_token(2, num_tokens, 0.5, 9.0)
+        size = m.per_token(images, num_tokens, 0.5, 9.0)
         yield f"N{num_tokens}", (x, importance, alive, kept), {}, False
-        strided = m.strided(2, num_tokens, channels)
+        strided = m.strided(images, num_tokens, channels)
         yield f"N{num_tokens}-size-strided", (strided, importance, alive, kept), {"size": size}, False
         yield f"N{num_tokens}-keep-all", (x, importance, num_tokens + 4, num_tokens), {"size": size}, False
     m = make("prefix")
@@ -122,9 +123,9 @@ def _prune_merge_norm(make: Callable[[str], Maker], small: bool) -> Iterator[tup
 
 
 def _add_layer_norm(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
-    for num_tokens in _token_counts(small):
+    for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
-        x, branch = m.randn(2, num_tokens, 5 if small else 48), m.strided(2, num_tokens, 5 if small else 48)
+        x, branch = m.randn(images, num_tokens, 5 if small else 48), m.strided(images, num_tokens, 5 if small else 48)
         weight, bias = m.randn(x.shape[2]), m.randn(x.shape[2])
         yield f"N{num_tokens}", (x, branch, weight, bias), {}, False
         yield f"N{num_tokens}-plain", (branch, x), {"norm_eps": 1e-5}, False
@@ -141,12 +142,12 @@ def _add_layer_norm(make: Callable[[str], Maker], small: bool) -> Iterator[tuple
 
 def _tome_merge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     channels, width = (5, 3) if small else (48, 16)
-    for num_tokens in _token_counts(small):
+    for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
-        x, metric = m.randn(2, num_tokens, channels), m.randn(2, num_tokens, width)
-        size = m.per_token(2, num_tokens, 0.5, 9.0)
+        x, metric = m.randn(images, num_tokens, channels), m.randn(images, num_tokens, width)
+        size = m.per_token(images, num_tokens, 0.5, 9.0)
         yield f"N{num_tokens}-r13", (x, metric, 13), {}, False
-        strided = m.strided(2, num_tokens, width)
+        strided = m.strided(images, num_tokens, width)
         yield f"N{num_tokens}-r3-size-strided", (x, strided, 3), {"size": size}, False
     m = make("prefix")
     x, metric, size = m.strided(3, 40, channels), m.randn(3, 40, width), m.per_token(3, 40, 0.5, 4.0)
@@ -196,13 +197,13 @@ def _masked_attention(make: Callable[[str], Maker], small: bool) -> Iterator[tup
 
 
 def _attention_cases(make: Callable[[str], Maker], small: bool, extra: Callable[..., tuple]) -> Iterator[tuple]:
-    for num_tokens in _token_counts(small):
+    for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
         width = 4 if small else 16
-        qkv: tuple[Tensor, ...] = m.packed_qkv(2, 2, num_tokens, width)
-        yield f"N{num_tokens}-packed", (*qkv, *extra(m, 2, num_tokens)), {}, False
-        size = m.per_token(2, num_tokens, 0.5, 9.0)
-        yield f"N{num_tokens}-size", (*qkv, *extra(m, 2, num_tokens)), {"size": size, "scale": 0.4}, False
+        qkv: tuple[Tensor, ...] = m.packed_qkv(images, 2, num_tokens, width)
+        yield f"N{num_tokens}-packed", (*qkv, *extra(m, images, num_tokens)), {}, False
+        size = m.per_token(images, num_tokens, 0.5, 9.0)
+        yield f"N{num_tokens}-size", (*qkv, *extra(m, images, num_tokens)), {"size": size, "scale": 0.4}, False
     m = make("widths")
     for width in (1, 3) if small else (1, 24, 64, 80):
         qkv = tuple(m.strided(1, 3, 10, width) for _ in range(3))
@@ -228,12 +229,12 @@ def _attention_received(make: Callable[[str], Maker], small: bool) -> Iterator[t
 
 def _unmerge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     channels = 3 if small else 40
-    for num_tokens in _token_counts(small):
+    for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
         kept = max(1, num_tokens // 2)
-        x, source = m.randn(2, kept, channels), m.source(2, num_tokens, kept)
+        x, source = m.randn(images, kept, channels), m.source(images, num_tokens, kept)
         yield f"N{num_tokens}", (x, source), {}, True
-        yield f"N{num_tokens}-fill", (x, source), {"pruned_fill": m.strided(2, num_tokens, channels)}, True
+        yield f"N{num_tokens}-fill", (x, source), {"pruned_fill": m.strided(images, num_tokens, channels)}, True
     m = make("other")
     x, source = m.strided(2, 6, channels), m.source(2, 14, 6)
     yield "strided", (x, source), {}, True
@@ -247,13 +248,17 @@ def _masked_merge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     def mask(m: Maker, batch: int, num_tokens: int) -> Tensor:
         return (m.per_token(batch, num_tokens) < 0.8).to(m.accumulate)
 
-    for num_tokens in _token_counts(small):
+    for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
-        x, importance, alive = m.randn(2, num_tokens, channels), m.per_token(2, num_tokens), mask(m, 2, num_tokens)
+        x, importance, alive = (
+            m.randn(images, num_tokens, channels),
+            m.per_token(images, num_tokens),
+            mask(m, images, num_tokens),
+        )
         counts = m.counts(max(1, num_tokens * 3 // 4), max(min(num_tokens, 2), num_tokens * 5 // 8))
-        size = m.per_token(2, num_tokens, 0.5, 9.0)
+        size = m.per_token(images, num_tokens, 0.5, 9.0)
         yield f"N{num_tokens}", (x, importance, alive, counts), {}, False
-        strided = m.strided(2, num_tokens, channels)
+        strided = m.strided(images, num_tokens, channels)
         clamped = {"size": size, "min_weighted_size": 1.0}
         yield f"N{num_tokens}-size-strided", (strided, importance, alive, counts), clamped, False
         yield f"N{num_tokens}-few-kept", (x, importance, alive, m.counts(num_tokens, 2)), {"size": size}, False
@@ -299,15 +304,15 @@ def _masked_merge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
 
 
 def _masked_merge_backward(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
-    for num_tokens in _token_counts(small):
+    for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
         # Sources go to a token of the first half; a destination out of range counts as the token itself.
-        own = torch.arange(num_tokens).expand(2, -1)
+        own = torch.arange(num_tokens).expand(images, -1)
         split = max(1, num_tokens // 2)
-        merged = (m.per_token(2, num_tokens).cpu() < 0.4) & (own >= split)
-        destination = torch.where(merged, m.integers(0, split, 2, num_tokens).cpu(), own)
+        merged = (m.per_token(images, num_tokens).cpu() < 0.4) & (own >= split)
+        destination = torch.where(merged, m.integers(0, split, images, num_tokens).cpu(), own)
         destination[:, -1] = num_tokens + 4 if num_tokens % 2 else -1
-        yield f"N{num_tokens}", (m.strided(2, num_tokens, 12), destination.to(m.device)), {}, False
+        yield f"N{num_tokens}", (m.strided(images, num_tokens, 12), destination.to(m.device)), {}, False
     m = make("other")
     grad = m.randn(3, 12, 33).mT
     yield "transposed", (grad, m.integers(0, 33, 3, 33)), {}, False
@@ -316,20 +321,20 @@ def _masked_merge_backward(make: Callable[[str], Maker], small: bool) -> Iterato
 
 
 def _merge_backward(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
-    for num_tokens in _token_counts(small):
+    for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
         kept = max(1, num_tokens // 2)
-        grad, source = m.strided(2, kept, 12), m.source(2, num_tokens, kept)
+        grad, source = m.strided(images, kept, 12), m.source(images, num_tokens, kept)
         yield f"N{num_tokens}", (grad, source), {}, False
-        yield f"N{num_tokens}-size", (grad, source, m.per_token(2, num_tokens, 0.5, 9.0)), {}, False
+        yield f"N{num_tokens}-size", (grad, source, m.per_token(images, num_tokens, 0.5, 9.0)), {}, False
     yield "B0", (grad[:0], source[:0]), {}, False
 
 
 def _unmerge_backward(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
-    for num_tokens in _token_counts(small):
+    for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
         kept = max(1, num_tokens // 2)
-        yield f"N{num_tokens}", (m.strided(2, num_tokens, 12), m.source(2, num_tokens, kept), kept), {}, False
+        yield f"N{num_tokens}", (m.strided(images, num_tokens, 12), m.source(images, num_tokens, kept), kept), {}, False
     yield "B0", (m.randn(0, 5, 12), m.source(0, 5, 2), 2), {}, False
 
 

@@ -43,10 +43,14 @@ def test_same_bits_twice_and_in_any_batch(target: Target) -> None:
         pytest.skip("the reference is the oracle of numbers, not of bits: it uses library matrix products")
     for sample in target.samples(torch.float32, 41):
         whole = target.run(sample)
-        for have, again in zip(whole, target.run(sample), strict=True):
-            assert _same_bits(have, again), f"{sample.id}: two runs differ"
-        if target.interpreted and target.op == "linear_gelu":
-            continue  # its tiles hold rows of several images, and NumPy's product of a row depends on the row's place
+        # In the interpreter each image alone is a second run as well. But linear_gelu's tiles hold rows of several
+        # images, and there NumPy's product of a row depends on the row's place.
+        by_image = not (target.interpreted and target.op == "linear_gelu")
+        if not target.interpreted or not by_image or len(whole[0]) < 2:
+            for have, again in zip(whole, target.run(sample), strict=True):
+                assert _same_bits(have, again), f"{sample.id}: two runs differ"
+        if not by_image:
+            continue
         for image in range(whole[0].shape[0]):
             alone = _image(sample, image)
             for have, single in zip(whole, target.run(alone), strict=True):

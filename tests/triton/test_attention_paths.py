@@ -183,13 +183,14 @@ def test_masked_keys_far_above_the_visible_ones(path, dtype, force_tiles):
 
 @pytest.mark.parametrize(
     ("num_tokens", "width", "dtype"),
-    [(257, 80, torch.float32), (577, 80, torch.bfloat16), (257, 80, torch.float16)],
+    [(257, 80, torch.float32), (577, 80, torch.bfloat16)],
     ids=str,
 )
 def test_the_masks_gradient_of_the_large_models(num_tokens, width, dtype):
     """With the tiles of the tables; the compiled CPU kernel, where there is one, is held to the same bound."""
     backward = sample_of("_masked_attention_backward", dtype, num_tokens, width)
-    one = Sample(backward.op, backward.id, tuple(t[:1] for t in backward.args), {"size": backward.kwargs["size"][:1]})
+    one_head = tuple(t[:1, :1] if t.dim() == 4 else t[:1] for t in backward.args)
+    one = Sample(backward.op, backward.id, one_head, {"size": backward.kwargs["size"][:1]})
     launchers = [LAUNCHERS[one.op]]
     if one.op in native_kernels()["cpu"] and DEVICE == "cpu":
         launchers.append(torch.ops.tokcomp_cpu._masked_attention_backward)

@@ -31,10 +31,9 @@ def run(sample):
     return outputs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_more_sources_than_programs_have_tiles_at_once(dtype):
+def test_more_sources_than_programs_have_tiles_at_once():
     """Some 130 sources, 16 to a tile and 4 programs to an image, all of which join few tokens."""
-    _, _, _, destination = run(make(0, 2, 150, 40, [150, 4], dtype, min_weighted_size=0.5))
+    _, _, _, destination = run(make(0, 1, 150, 40, [150, 4], torch.bfloat16, min_weighted_size=0.5))
     own = torch.arange(150, device=DEVICE)
     assert int((destination != own).sum(1).min()) > 4 * 16
 
