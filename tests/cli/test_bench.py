@@ -25,7 +25,20 @@ def test_mistakes_are_named(run, options, message):
 def test_a_schedule_for_other_tokens_runs_rescaled(run, tmp_path):
     path = tmp_path / "plan.json"
     tokcomp.CompressionSchedule([17] * 6, [17, 14, 11, 8, 5, 3], num_tokens=17).save(path)
-    small = ("bench", "-m", "tokcomp_digits_vit", "--schedule", path, "-b", "1", "--rounds", "1", "--device", "cpu")
+    small = (
+        "bench",
+        "-m",
+        "tokcomp_digits_vit",
+        "--schedule",
+        path,
+        "-b",
+        "1",
+        "--rounds",
+        "1",
+        "--no-rivals",
+        "--device",
+        "cpu",
+    )
     status, _, err = run(*small)
     assert (
         status == 2 and "the schedule is for 17 tokens, and 65 enter tokcomp_digits_vit" in err and "--rescale" in err

@@ -25,10 +25,15 @@ def sizes(seed, *shape):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE) * 4 + 0.5
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("num_tokens", "channels", "num_prune_kept", "num_merge_kept", "prefix"),
-    [(1, 8, 1, 1, 1), (70, 130, 66, 40, 2), (37, 64, 37, 37, 1), (30, 24, 21, 2, 1)],
+    ("num_tokens", "channels", "num_prune_kept", "num_merge_kept", "prefix", "dtype"),
+    [
+        (1, 8, 1, 1, 1, torch.float32),
+        (70, 130, 66, 40, 2, torch.float16),
+        (37, 64, 37, 37, 1, torch.float32),
+        (30, 24, 21, 2, 1, torch.float32),
+        (30, 24, 21, 2, 1, torch.bfloat16),
+    ],
     ids=str,
 )
 def test_bits_are_those_of_prune_merge(num_tokens, channels, num_prune_kept, num_merge_kept, prefix, dtype):

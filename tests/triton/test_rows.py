@@ -20,9 +20,7 @@ def some_source(seed, batch, num_tokens, num_slots):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize(
-    ("num_tokens", "num_slots", "channels"), [(1, 1, 3), (40, 7, 16), (197, 100, 130), (300, 2, 8)]
-)
+@pytest.mark.parametrize(("num_tokens", "num_slots", "channels"), [(1, 1, 3), (40, 7, 16), (97, 50, 130), (300, 2, 8)])
 def test_unmerge(num_tokens, num_slots, channels, dtype):
     x, fill = normal(0, 2, num_slots, channels, dtype=dtype), normal(1, 2, num_tokens, channels, dtype=dtype)
     source = some_source(2, 2, num_tokens, num_slots)
@@ -49,9 +47,7 @@ def test_unmerge(num_tokens, num_slots, channels, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "by-size"])
-@pytest.mark.parametrize(
-    ("num_tokens", "num_slots", "channels"), [(1, 1, 3), (40, 7, 16), (197, 100, 130), (300, 2, 8)]
-)
+@pytest.mark.parametrize(("num_tokens", "num_slots", "channels"), [(1, 1, 3), (40, 7, 16), (97, 50, 130), (300, 2, 8)])
 def test_merge_backward(num_tokens, num_slots, channels, weighted, dtype):
     grad = normal(0, 2, num_slots, channels, dtype=dtype)
     source = some_source(1, 2, num_tokens, num_slots)
