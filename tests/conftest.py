@@ -26,8 +26,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 TESTS = Path(__file__).parent
 SPREAD = TESTS / "ops"
-#: Folders whose tests take minutes: kernels in Triton's interpreter and in the CUDA shim, random models, attacks.
-SLOW = {"triton", "cuda", "oracle", "attack"}
+#: Folders of slow tests: kernels in Triton's interpreter and in the CUDA shim, compilers, random models, attacks.
+SLOW = {"attack", "bench", "build", "cuda", "oracle", "triton"}
 
 
 @pytest.fixture

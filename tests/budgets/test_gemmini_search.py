@@ -73,6 +73,7 @@ def test_the_hardware_comes_to_what_the_rates_need(deit_small, counts):
     assert can_be_generated(points_of([search.hardware()])).item()
 
 
+@pytest.mark.slow
 def test_logits_move_towards_what_is_cheaper(deit_small, counts):
     """With a latency target below reach of this width, a wider array must grow likelier."""
     search = GemminiSearch(deit_small, target_ms=12)
@@ -141,6 +142,7 @@ def test_hardware_that_is_not_searched_stays(make_vit):
     assert budget.describe()["hardware"] == point.to_json()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

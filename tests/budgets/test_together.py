@@ -96,6 +96,7 @@ def test_two_budgets_that_agree_are_both_met(make_vit):
     assert have[0] == pytest.approx(16, abs=1) and have[1] == pytest.approx(gflops, rel=0.08)
 
 
+@pytest.mark.slow
 def test_rates_and_hardware_in_turn(make_vit):
     """Slow hardware, fast target: the hardware grows while the rates keep to the multiply-adds."""
     model = make_vit()

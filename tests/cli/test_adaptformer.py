@@ -41,6 +41,7 @@ def adapter(tmp_path):
     return model
 
 
+@pytest.mark.slow
 def test_finetune_and_evaluate(run, tmp_path, few_images):
     arguments = ("--lr", "0.01", "--adapter-scale", "0.5", "-o", tmp_path / "run")
     status, out, err = run("finetune", *DIGITS, *SHORT, *arguments)

@@ -22,6 +22,7 @@ def test_mistakes_are_named(run, options, message):
     assert message in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_schedule_for_other_tokens_runs_rescaled(run, tmp_path):
     path = tmp_path / "plan.json"
     tokcomp.CompressionSchedule([17] * 6, [17, 14, 11, 8, 5, 3], num_tokens=17).save(path)

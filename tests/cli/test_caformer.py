@@ -18,6 +18,7 @@ def schedule(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_evaluate_at_another_size(run, image_folder, schedule):
     command = ("evaluate", image_folder, *SMALL, "--json")
     status, plain, _ = run(*command)
@@ -56,6 +57,7 @@ def test_what_cannot_be_done_is_refused(run, image_folder, schedule):
     assert "--model must be a timm VisionTransformer" in err
 
 
+@pytest.mark.slow
 def test_search_finetune_evaluate(run, image_folder, tmp_path):
     """What the search writes, the other commands take as it is."""
     output = tmp_path / "found"

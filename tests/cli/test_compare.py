@@ -15,6 +15,7 @@ FAST = ("--gflops", "0.012", "--speed-batch", "0", "--pictures", "0")
 SEARCH = ("--steps", "1", "--search-batch-size", "4", "--search-images", "8", "--mixup", "0", "--cutmix", "0")
 
 
+@pytest.mark.slow
 def test_one_command_compares_and_goes_on(run, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "images_per_second", partial(comparison.images_per_second, rounds=1))
     folder = tmp_path / "out"
@@ -70,6 +71,7 @@ def test_one_command_compares_and_goes_on(run, tmp_path, monkeypatch):
     assert names[-3:-1] == ["schedule of out", "schedule of search-0.012"]
 
 
+@pytest.mark.slow
 def test_counts_that_differ_from_image_to_image_cost_their_mean(run, tmp_path):
     folder = tmp_path / "out"
     argv = (*DIGITS, "--pretrained", "--gflops", "0.009", "--speed-batch", "0", "--pictures", "1", "--methods", "dtome")

@@ -16,12 +16,14 @@ def outcome(tmp_path_factory):
     return status, folder
 
 
+@pytest.mark.slow
 def test_writes_two_files_and_nothing_else(outcome):
     status, folder = outcome
     assert status == 0
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "results.json"]
 
 
+@pytest.mark.slow
 def test_methods_cost_the_same_and_keep_the_accuracy(outcome):
     _, folder = outcome
     rows = json.loads((folder / "results.json").read_text())["digits"]
@@ -36,6 +38,7 @@ def test_methods_cost_the_same_and_keep_the_accuracy(outcome):
         assert row["top1"] >= 96.0 and row["agreement"] >= 97.0
 
 
+@pytest.mark.slow
 def test_speeds_are_there(outcome):
     _, folder = outcome
     rows = json.loads((folder / "results.json").read_text())["deit_small_patch16_224"]["speed"]
@@ -43,6 +46,7 @@ def test_speeds_are_there(outcome):
     assert all(row["uncompressed"] > 0 and row["compressed"] > 0 and row["speed_up"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_report_is_self_contained(outcome):
     _, folder = outcome
     html = (folder / "report.html").read_text()

@@ -211,6 +211,7 @@ def test_label_without_a_class_is_an_error():
         evaluate(_Answers(), batches, device=torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_samples", [41, 1])
 def test_two_processes_find_the_accuracy_of_one(run, tmp_path, num_samples):
     # Not --r, which torchrun takes for an abbreviation of its own options.

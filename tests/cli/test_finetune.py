@@ -44,6 +44,7 @@ def folders(tmp_path):
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_digits(run, tmp_path, few_images):
     status, out, err = run(*DIGITS, *SHORT, "-o", tmp_path, "--log-interval", "1")
     assert status == 0, err
@@ -69,6 +70,7 @@ def test_digits(run, tmp_path, few_images):
     assert top1 == pytest.approx(summary["last"]["top1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_and_resume_goes_on_exactly(run, tmp_path, few_images, monkeypatch, number):
     command = (*DIGITS, *SHORT, "--model-ema-decay", "0.9", "--log-interval", "1")
@@ -99,6 +101,7 @@ def test_a_signal_stops_and_resume_goes_on_exactly(run, tmp_path, few_images, mo
     assert status == 2 and "--resume: a resumed run must keep its settings, got recipe = " in err
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_reported(run, tmp_path, few_images, monkeypatch):
     step = FineTuner.step
 
@@ -139,6 +142,7 @@ def test_a_part_of_the_training_images_can_be_held_out(run, tmp_path, folders):
     assert (settings["train_images"], settings["val_images"]) == (8, 4)
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_train_together(run, tmp_path):
     """Two processes draw what one process draws in two pieces, and count every validation image once."""
     options = (*DIGITS, "-b", "64", "--epochs", "0.1", "--method", "tome", "--gflops", "0.009")

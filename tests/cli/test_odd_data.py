@@ -62,6 +62,7 @@ def test_evaluate_names_and_leaves_out_what_cannot_be_read(run, bad_folder, work
     assert "--strict: not a readable picture: '" in err and "cat/1.png' (Image size (2500000000 pixels)" in err
 
 
+@pytest.mark.slow
 def test_tocom_evaluate_names_them_once(run, bad_folder, tmp_path):
     import tokcomp
 

@@ -39,6 +39,7 @@ def searched(run, folder, *options):
     return out, err
 
 
+@pytest.mark.slow
 def test_digits(run, tmp_path):
     out, err = searched(run, tmp_path / "run", "--eval-interval", "3", "--steps", "6")
     schedule = CompressionSchedule.load(tmp_path / "run" / "schedule.json")
@@ -74,6 +75,7 @@ def test_a_target_that_is_met_wants_no_longer_search(cost, more, said):
     assert line is None if said is None else line.startswith(said)
 
 
+@pytest.mark.slow
 def test_several_targets_and_json(run, tmp_path):
     status, out, _ = run(*DIGITS, "--target-gflops", "0.012", "0.015", "--steps", "2", "-o", tmp_path, "--json")
     summary = json.loads(out)
@@ -100,6 +102,7 @@ def latency_table(tmp_path):
     return tmp_path / "table.json"
 
 
+@pytest.mark.slow
 def test_latency_by_a_table(run, tmp_path, latency_table):
     """Uncompressed: 6 blocks of 9 + 9 ms. Both kinds of budget, summed, and their costs beside each other."""
     options = (*DIGITS, "--latency-table", latency_table, "--granularity", "1", "--lr", "0.3", "--steps", "40")
@@ -118,6 +121,7 @@ def test_latency_by_a_table(run, tmp_path, latency_table):
     assert status == 2 and "was measured with batch_size 4, got batch_size 1" in err
 
 
+@pytest.mark.slow
 def test_hardware_is_searched_and_resumed(run, tmp_path, monkeypatch):
     from tokcomp.search.run import SearchRun
 
@@ -188,6 +192,7 @@ def test_stopped_while_measuring(run, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_folders_of_images(run, training_folder, tmp_path):
     """With timm's augmentation: however images are loaded, the same search; a subset keeps the number of steps."""
     options = ("search", "--data", training_folder, "-m", "tokcomp_digits_vit", "--num-classes", "2", "--device", "cpu")
@@ -221,6 +226,7 @@ def test_folders_of_images(run, training_folder, tmp_path):
     assert json.loads((tmp_path / "val" / "summary.json").read_text())["settings"]["held_out_images"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -24,6 +24,7 @@ def assert_same(folder, other):
     assert schedules[0] == schedules[1] and schedules[0].provenance["top1"] == schedules[1].provenance["top1"]
 
 
+@pytest.mark.slow
 def test_a_killed_search_loses_no_more_than_its_checkpoint_interval(run, tmp_path):
     folder, steps = tmp_path / "killed", ("--steps", "40")
     command = [sys.executable, "-m", "tokcomp", *SEARCH, *steps, "-o", str(folder)]

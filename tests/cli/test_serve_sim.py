@@ -29,6 +29,7 @@ def environment():
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_it_writes_everything_and_its_numbers_agree(tmp_path):
     arguments = (*SHORT, "--degrees", "0,8", "--up", "3", "--down", "1", "-o", tmp_path / "out")
     done = subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=300)
@@ -54,6 +55,7 @@ def test_it_writes_everything_and_its_numbers_agree(tmp_path):
     assert requests["fixed 0"] == requests["fixed 8"] == requests["adaptive"]  # the same load for all
 
 
+@pytest.mark.slow
 def test_a_plugin_other_images_and_json(run, tmp_path, image_folder):
     from safetensors.torch import save_file
 
@@ -75,6 +77,7 @@ def test_a_plugin_other_images_and_json(run, tmp_path, image_folder):
     assert json.loads((tmp_path / "results.json").read_text()) == result
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_files(tmp_path):
     arguments = (*SHORT[:2], *SHORT[4:], "--seconds", "600", "--degrees", "0,8", "-o", tmp_path / "out")
     process = subprocess.Popen(

@@ -56,6 +56,7 @@ def test_train(run, tmp_path, digits_vit):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_and_resume_goes_on_exactly(run, tmp_path, monkeypatch, number):
     command = ("tocom", "train", *DIGITS, *SHORT, "--method", "evit")
@@ -109,6 +110,7 @@ def test_the_ablations_of_table_5_are_options(run, tmp_path, digits_vit):
     assert status == 2 and "--dataset" in err and "7" in err and not (tmp_path / "seven").exists()
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_train_together(run, tmp_path, digits_vit):
     """Two processes draw what one process draws in two pieces."""
     command = ("tocom", "train", *DIGITS, *SHORT)

@@ -60,6 +60,7 @@ def test_a_step_compares_what_the_segmenter_says(make_vit, head, loss):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
+@pytest.mark.slow
 def test_the_study_at_toy_size(tmp_path):
     settings = replace(QUICK, heads=("linear",), seeds=2)
     units = all_units(settings)

@@ -199,6 +199,7 @@ def test_distilled_models(make_vit):
     assert compressed.shape == plain.shape and not torch.allclose(compressed, plain, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_it_compiles_whole(vit):
     tokcomp.compress(vit, tokcomp.ToMeMLP(20))
     with torch.no_grad():

@@ -26,6 +26,7 @@ def package(model, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_any_batch(model, package, images_for):
     exported = tokcomp.load_exported(package)
@@ -40,6 +41,7 @@ def test_any_batch(model, package, images_for):
     assert not logits.requires_grad
 
 
+@pytest.mark.slow
 def test_what_it_says_of_itself(package):
     facts = tokcomp.load_exported(package).facts
     assert facts["model"] == "VisionTransformer" and facts["device"] == "cpu" and facts["torch"] == torch.__version__
@@ -47,6 +49,7 @@ def test_what_it_says_of_itself(package):
     assert "max_batch=64" in repr(tokcomp.load_exported(package))
 
 
+@pytest.mark.slow
 def test_other_images_are_refused(model, package, images_for):
     exported, images = tokcomp.load_exported(package), images_for(model, 65)
     for wrong, error, message in (
@@ -61,6 +64,7 @@ def test_other_images_are_refused(model, package, images_for):
             exported(wrong)
 
 
+@pytest.mark.slow
 def test_the_kernels_alone_run_it(model, package, images_for, tmp_path):
     """Neither this library nor timm is imported where a package runs."""
     images = images_for(model)
@@ -115,6 +119,7 @@ def test_refusals(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_files_that_are_no_packages(tmp_path, package):
     import zipfile
 
@@ -131,6 +136,7 @@ def test_files_that_are_no_packages(tmp_path, package):
         tokcomp.load_exported(tmp_path / "part.pt2")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_package_for_cuda_says_so(package, monkeypatch):
     from tokcomp.deploy import exported

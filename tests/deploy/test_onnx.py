@@ -57,6 +57,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_runtimes_agree(case, tmp_path):
@@ -86,6 +87,7 @@ def test_runtimes_agree(case, tmp_path):
             assert torch.equal(have.argmax(-1), want.argmax(-1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_linear_layers_in_int8(tmp_path):
     """On the trained model of digits: the products by weights are integers, and the answers stay."""
@@ -123,6 +125,7 @@ class Order(nn.Module):
         return torch.cat((size, source.to(size.dtype)), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", [("prune_merge", 9, 5), ("tome_merge", 4)], ids=lambda one: one[0])
 @torch.no_grad()
 def test_ties_go_to_the_lower_index(operator, tmp_path):

@@ -24,6 +24,7 @@ def compressed(make_vit):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name, dynamic", [*((name, True) for name in METHODS), ("diffrate", None)])
 def test_one_graph_serves_every_batch(compressed, images_for, name, dynamic):

@@ -87,6 +87,7 @@ def test_dinov2_segmentation() -> None:
     assert len(found["painted"]) == 4 and len(found["classes"]) == 64
 
 
+@pytest.mark.slow
 def test_search_for_latency() -> None:
     pytest.importorskip("sklearn")
     from timm import create_model

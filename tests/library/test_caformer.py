@@ -349,6 +349,7 @@ def test_training_mode_with_all_dropouts(method):
     assert torch.equal(model(images), model(images))
 
 
+@pytest.mark.slow
 def test_compile():
     torch._dynamo.reset()
     model = tokcomp.compress(caformer(), METHODS["tome"])
@@ -365,6 +366,7 @@ def test_compile():
     torch.testing.assert_close(compiled_grad, model.stem.conv.weight.grad, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["merge", "prune_merge", "tome"])
 def test_export(method):
     model = tokcomp.compress(caformer(), METHODS[method])

@@ -260,6 +260,7 @@ def test_pooling_that_is_not_understood_is_refused(make_vit):
         tokcomp.compress(model, DIFFRATE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

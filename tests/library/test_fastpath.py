@@ -150,6 +150,7 @@ def test_inference_tensors_as_weights(make_vit, calls):
     close(after.clone(), ordinary(model))
 
 
+@pytest.mark.slow
 def test_packed_weights_go_with_the_model_and_with_restore(make_vit):
     model = tokcomp.compress(make_vit(), METHOD)
     with torch.no_grad():

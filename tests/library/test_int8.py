@@ -133,6 +133,7 @@ def test_what_cannot_be_in_int8_is_refused_and_left_as_it_was(make_vit, methods)
         tokcomp.quantize(Eva(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3).eval())
 
 
+@pytest.mark.slow
 def test_calls_that_int8_does_not_serve_are_errors_and_none_falls_to_float32_in_silence(model) -> None:
     expected = logits(model)
     with pytest.raises(RuntimeError, match=r"int8, for plain inference.*gradients"):

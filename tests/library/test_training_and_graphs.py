@@ -76,6 +76,7 @@ def test_autocast(make_vit, method, images_for):
     assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["diffrate", "diffrate-cls_attn_v", "tome", "evit"])
 def test_compile(make_vit, methods, images_for, name):
     torch._dynamo.reset()
@@ -94,6 +95,7 @@ def test_compile(make_vit, methods, images_for, name):
     torch.testing.assert_close(compiled_grad, model.patch_embed.proj.weight.grad, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_export(make_vit, method, images_for):
     model = tokcomp.compress(make_vit(), method)
     batch = torch.export.Dim("batch", min=2, max=64)

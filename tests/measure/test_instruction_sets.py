@@ -69,6 +69,7 @@ def test_records_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert provenance.device_slug(torch.device("cuda")) == "amd-epyc-9999-64-core"
 
 
+@pytest.mark.slow
 def test_pytorch_s_own_switch_is_seen() -> None:
     """Read from PyTorch itself, in a process of its own."""
     if instruction_sets().get("cpu") not in ("avx2", "avx512"):

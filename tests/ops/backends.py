@@ -45,6 +45,11 @@ class Target:
         """Triton on CPU: right in the same way at any size, and slow, so large samples run in float32 alone."""
         return self.backend == "triton" and self.device == "cpu"
 
+    @property
+    def marks(self) -> tuple[pytest.MarkDecorator, ...]:
+        """Of a test with this parameter."""
+        return (pytest.mark.slow,) if self.interpreted else ()
+
     def samples(self, dtype: torch.dtype, largest: int | None = None) -> Iterator[Sample]:
         """The operator's samples on this device; where Triton is interpreted up to ``largest`` tokens.
 
@@ -79,7 +84,7 @@ def targets(op: str) -> list[Target]:
 
 def all_targets() -> list[Any]:
     return [
-        pytest.param(target, id=f"{target.op}-{target.backend}-{target.device}")
+        pytest.param(target, id=f"{target.op}-{target.backend}-{target.device}", marks=target.marks)
         for op in NAMES
         for target in targets(op)
     ]
@@ -89,7 +94,11 @@ def all_samples() -> list[Any]:
     """Every sample of every operator on every backend that can run here, in every dtype it takes."""
     return [
         pytest.param(
-            target, dtype, sample.id, id=f"{target.op}-{target.backend}-{target.device}-{_short(dtype)}-{sample.id}"
+            target,
+            dtype,
+            sample.id,
+            id=f"{target.op}-{target.backend}-{target.device}-{_short(dtype)}-{sample.id}",
+            marks=target.marks,
         )
         for op in NAMES
         for target in targets(op)

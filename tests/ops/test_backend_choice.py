@@ -52,17 +52,20 @@ print("agree")
 """
 
 
+@pytest.mark.slow
 def test_auto_prefers_compiled_kernels_on_cpu() -> None:
     if not native_kernels()["cpu"]:
         pytest.skip("no compiled kernels in this build")
     assert _python(BACKENDS_ON_CPU) == "cpp"
 
 
+@pytest.mark.slow
 def test_reference_replaces_compiled_kernels() -> None:
     assert _python(BACKENDS_ON_CPU, TOKCOMP_BACKEND="reference") == "reference"
     assert _python(AGREE, TOKCOMP_BACKEND="reference") == "agree"
 
 
+@pytest.mark.slow
 def test_triton_interpreter_can_own_the_cpu() -> None:
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     if tuple(map(int, np.__version__.split(".")[:2])) >= (2, 5) and "int(self.handle.data)" in getsource(interpreter):
@@ -71,6 +74,7 @@ def test_triton_interpreter_can_own_the_cpu() -> None:
     assert _python(AGREE, TOKCOMP_BACKEND="triton", TRITON_INTERPRET="1") == "agree"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "contenders"),
     [({}, "reference"), ({"TOKCOMP_BACKEND": "cuda"}, "reference"), ({"TOKCOMP_BACKEND": "triton"}, "triton")],
@@ -80,16 +84,19 @@ def test_a_contender_runs_on_cuda_only_on_request(setting: dict[str, str], conte
     assert _python(CONTENDERS, **setting).split()[0] == contenders
 
 
+@pytest.mark.slow
 def test_an_unknown_backend_is_refused() -> None:
     done = _run("import tokcomp_kernels", TOKCOMP_BACKEND="fastest")
     assert "TOKCOMP_BACKEND must be one of auto, cuda, triton, reference, got 'fastest'" in done.stderr
 
 
+@pytest.mark.slow
 def test_importing_works_without_triton() -> None:
     block = "import sys; sys.modules['triton'] = None\n"
     assert _python(block + AGREE) == "agree"
 
 
+@pytest.mark.slow
 def test_importing_does_not_import_triton() -> None:
     code = "import torch, sys; sys.modules.pop('triton', None); import tokcomp_kernels; print('triton' in sys.modules)"
     assert _python(code) == "False"
@@ -108,6 +115,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 def test_value_checks_are_on_request() -> None:
     code = f"""
 import torch, tokcomp_kernels as tk
@@ -128,6 +136,7 @@ for call in {list(REFUSED)}:
         assert line.startswith(message)
 
 
+@pytest.mark.slow
 def test_shapes_are_checked_before_values() -> None:
     """What is ill-shaped is refused in the same words with value checks as without."""
     code = """

@@ -39,6 +39,7 @@ def _smooth(outputs: object) -> torch.Tensor:
     return torch.cat([out.flatten() for out in outputs if out is outputs[0] or out.requires_grad])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_gradcheck(op: str) -> None:
     checked = 0

@@ -49,6 +49,7 @@ def test_bfloat16_is_chosen_where_it_is_fast(monkeypatch, onednn, avx512, instru
     assert answer.dtype == chosen and (not limit or f"ONEDNN_MAX_CPU_ISA={limit}" in answer.reason)
 
 
+@pytest.mark.slow
 def test_onednn_held_to_avx2_has_neither_half_type():
     program = "from tokcomp_kernels.product_types import CPU_PRODUCTS as a; print(*(one.dtype for one in a.values()))"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -32,6 +32,7 @@ def tokens(draw: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, 
     return x, importance, size, prefix, generator
 
 
+@pytest.mark.slow
 @steady
 @given(tokens(), st.data())
 def test_prune_merge(case: Any, data: Any) -> None:
@@ -43,6 +44,7 @@ def test_prune_merge(case: Any, data: Any) -> None:
     assert_right(sample, torch.ops.tokcomp.prune_merge(*sample.args, **kwargs))
 
 
+@pytest.mark.slow
 @steady
 @given(tokens(), st.data())
 def test_masked_merge(case: Any, data: Any) -> None:
@@ -62,6 +64,7 @@ def test_masked_merge(case: Any, data: Any) -> None:
     assert_right(sample, torch.ops.tokcomp.masked_merge(*args, **kwargs))
 
 
+@pytest.mark.slow
 @steady
 @given(tokens(), st.data())
 def test_tome_merge(case: Any, data: Any) -> None:

@@ -47,6 +47,7 @@ def test_no_python_runs_unless_a_gradient_is_wanted(op: str) -> None:
         assert "forward" in _functions_called(overload, *wanting, **sample.kwargs)
 
 
+@pytest.mark.slow
 def test_a_compiled_kernel_that_owns_a_key_leaves_float64_to_the_reference() -> None:
     """As an earned CUDA kernel does; here the CPU's takes the part."""
     out = _python(

@@ -56,6 +56,7 @@ def test_compiles_whole_with_a_dynamic_batch(op: str) -> None:
         assert torch.equal(compiled(*args), call(*args))
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor_and_a_gradient() -> None:
     q, k, v = (torch.randn(2, 2, 9, 8, device=DEVICE, requires_grad=True) for _ in range(3))
     importance = torch.rand(2, 9, device=DEVICE)

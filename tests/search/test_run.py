@@ -233,6 +233,7 @@ def held_out_share(world):
     yield images[world.rank :: world.size], labels[world.rank :: world.size]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path, free_port):
     multiprocessing.spawn(_process, (2, free_port, str(tmp_path)), nprocs=2)
     plain = replace(SETTINGS, recipe=replace(RECIPE, mixup=0.0, cutmix=0.0), steps=1)

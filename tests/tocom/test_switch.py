@@ -97,6 +97,7 @@ def test_one_copy_of_what_is_shared(make_vit, make_plugin):
         assert torch.equal(switchable(IMAGES, 3), expected)
 
 
+@pytest.mark.slow
 @needs_packing
 def test_packed_weights_are_there_in_advance_and_shared(make_vit, make_plugin, monkeypatch):
     model = make_vit()

@@ -236,6 +236,7 @@ class StopAfter:
 RECIPE = replace(ADAPTFORMER_RECIPE, lr=1e-2, batch_size=4, mixup=0.8, model_ema_decay=0.5, drop_path=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_decay", [0.05, 0.0])
 def test_training_moves_branches_and_classifier_alone_and_resumes(make_vit, tmp_path, weight_decay):  # noqa: F811
     recipe = replace(RECIPE, weight_decay=weight_decay)

@@ -322,6 +322,7 @@ def _process(rank, size, port, folder):
     distributed.leave()
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, free_port):
     """Gradients and accuracy; a run of two processes draws what one process draws in two pieces."""
     multiprocessing.spawn(_process, (2, free_port, str(tmp_path)), nprocs=2)

@@ -183,6 +183,7 @@ def _process(rank: int, size: int, port: int, folder: str) -> None:
     distributed.leave()
 
 
+@pytest.mark.slow
 def test_two_processes_reduce(tmp_path, free_port):
     multiprocessing.spawn(_process, (2, free_port, str(tmp_path)), nprocs=2)
     for rank in range(2):
