@@ -50,7 +50,7 @@ def samples(
 
 
 def _token_counts(small: bool) -> list[tuple[int, int]]:
-    """Tokens, and images of so many: one where they are large."""
+    """Tokens, and images of so many: one where they are many."""
     return [(count, 1 if count > 200 else 2) for count in ((1, 2, 9) if small else TOKEN_COUNTS)]
 
 
@@ -201,7 +201,8 @@ def _attention_cases(make: Callable[[str], Maker], small: bool, extra: Callable[
         m = make(f"N{num_tokens}")
         width = 4 if small else 16
         qkv: tuple[Tensor, ...] = m.packed_qkv(images, 2, num_tokens, width)
-        yield f"N{num_tokens}-packed", (*qkv, *extra(m, images, num_tokens)), {}, False
+        if images > 1:
+            yield f"N{num_tokens}-packed", (*qkv, *extra(m, images, num_tokens)), {}, False
         size = m.per_token(images, num_tokens, 0.5, 9.0)
         yield f"N{num_tokens}-size", (*qkv, *extra(m, images, num_tokens)), {"size": size, "scale": 0.4}, False
     m = make("widths")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ class Target:
                 count = _num_tokens(sample)
                 if largest is not None and count > largest:
                     continue
-                if count > 200 and sample.id.endswith(("packed", "strided", "keep-all")):
+                if count > 200 and sample.id.endswith(("strided", "keep-all")):
                     continue
             yield sample
 
@@ -91,24 +91,25 @@ def all_targets() -> list[Any]:
 
 
 def all_samples() -> list[Any]:
-    """Every sample of every operator on every backend that can run here, in every dtype it takes."""
-    return [
-        pytest.param(
-            target,
-            dtype,
-            sample.id,
-            id=f"{target.op}-{target.backend}-{target.device}-{_short(dtype)}-{sample.id}",
-            marks=target.marks,
-        )
-        for op in NAMES
-        for target in targets(op)
-        for dtype in target.dtypes
-        for sample in target.samples(dtype, None if dtype == torch.float32 else 197)
-    ]
+    """Every operator on every backend that can run here, in every dtype it takes, with the ids of its samples.
+
+    All in one test, or where Triton is interpreted, and takes its time, in one each.
+    """
+    found = []
+    for op in NAMES:
+        for target in targets(op):
+            for dtype in target.dtypes:
+                ids = [sample.id for sample in target.samples(dtype, None if dtype == torch.float32 else 197)]
+                name = f"{target.op}-{target.backend}-{target.device}-{_short(dtype)}"
+                if target.interpreted:
+                    found += [pytest.param(target, dtype, [i], id=f"{name}-{i}", marks=target.marks) for i in ids]
+                else:
+                    found.append(pytest.param(target, dtype, ids, id=name))
+    return found
 
 
-def find(op: str, sample_id: str, dtype: torch.dtype, device: str) -> Sample:
-    return next(sample for sample in samples(op, dtype, device) if sample.id == sample_id)
+def find(op: str, sample_ids: Sequence[str], dtype: torch.dtype, device: str) -> Iterator[Sample]:
+    return (sample for sample in samples(op, dtype, device) if sample.id in sample_ids)
 
 
 def _num_tokens(sample: Sample) -> int:
