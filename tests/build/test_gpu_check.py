@@ -14,7 +14,7 @@ import pytest
 
 from tokcomp_kernels.ops import IMPLEMENTATIONS, _backends
 from tools.gpu_check import __main__ as gpu_check
-from tools.gpu_check import owners, plans, steps, summary
+from tools.gpu_check import graphs, owners, plans, steps, summary
 from tools.gpu_check.plans import Plan
 from tools.gpu_check.steps import ROOT, Step
 
@@ -205,12 +205,24 @@ def test_measured_figures_stand_beside_their_predictions():
     assert not list(summary.comparisons("another GPU", [{"rows": [graph]}]))
 
 
-def test_what_dependent_launch_gains_is_said():
-    row = {"suite": "graphs", "model": "deit", "batch": 1, "kernels": [{"us": 1.0, "launches": 1, "kernel": "k"}]}
-    rows = [{**row, "backend": "auto", "images_per_second": 1000.0}]
-    rows += [{**row, "backend": f"auto{summary.DEPENDENT}", "images_per_second": 1050.0}]
-    assert "TOKCOMP_DEPENDENT_LAUNCH=1 over 0: deit, batch 1: 1.050x" in summary.graph_lines([{"rows": rows}])
-    assert summary.dependent_lines(rows[:1]) == []
+def test_what_switches_gain_is_said_and_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Fused embedding is for a GPU where it is faster on average, and slower nowhere by more than the noise."""
+    row = {"suite": "graphs", "model": "deit", "kernels": [{"us": 1.0, "launches": 1, "kernel": "k"}]}
+    rates = {("auto", 1): 1000.0, ("auto, dependent launch", 1): 1050.0, ("auto", 8): 4000.0}
+    rates |= {("auto, fused embedding", 1): 995.0, ("auto, fused embedding", 8): 4100.0}
+    rows = [{**row, "backend": name, "batch": n, "images_per_second": rate} for (name, n), rate in rates.items()]
+    lines = summary.graph_lines([{"rows": rows}])
+    assert "TOKCOMP_DEPENDENT_LAUNCH=1 over 0: deit, batch 1: 1.050x" in lines
+    assert "TOKCOMP_FUSED_EMBEDDING=1 over 0: deit, batch 1: 0.995x; deit, batch 8: 1.025x" in lines
+    assert summary.switch_lines([{"rows": rows[:1]}]) == [] and owners.embedding_earned([{"rows": rows[:1]}]) == {}
+    assert owners.embedding_earned([{"rows": rows}]) == {"embedding": "fused"}
+    slower = [{**one, "images_per_second": 970.0} if one["images_per_second"] == 995.0 else one for one in rows]
+    assert owners.embedding_earned([{"rows": slower}]) == {"embedding": "apart"}
+    assert graphs.backend_name({"TOKCOMP_BACKEND": "auto", "TOKCOMP_FUSED_EMBEDDING": "1"}) == "auto, fused embedding"
+    file = tmp_path / "owners.json"
+    file.write_text(json.dumps({"NVIDIA H200": {"embedding": "fused"}}))
+    monkeypatch.setattr(_backends, "OWNERS", file)
+    assert "embedding" in _backends._owned("fused")
 
 
 def test_a_backend_earns_an_operator_by_being_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -53,6 +53,8 @@ def _owned(backend: str) -> frozenset[str]:
 CUDA_WINNERS = _owned("cuda")
 #: Operators for which Triton's kernel has to beat PyTorch's own on a GPU before it takes their place.
 TRITON_CONTENDERS = (CONTENDERS | _owned("reference")) - _owned("triton")
+#: Whether every GPU that has measured it is faster with a model's patch embedding fused: an entry beside operators'.
+FUSED_EMBEDDING_WINS = "embedding" in _owned("fused")
 
 
 def requested_backend() -> str:

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from tools.gpu_check.owners import earned, owners_file, owners_lines
+from tools.gpu_check.owners import earned, embedding_earned, owners_file, owners_lines
 from tools.gpu_check.plans import PLANS, Plan, chosen, command_of, environment_of, missing_program, side_by_side
 from tools.gpu_check.steps import GRACE_SECONDS, Step, machine, read_failures, read_junit, run
 from tools.gpu_check.summary import NO_TIME, comparisons, read_records, summary
@@ -69,7 +69,7 @@ class Check:
     def publish(self) -> None:
         """What there is so far, into the folder that is asked for."""
         records = read_records(self.work / "records")
-        owners = earned(records)
+        owners = {**earned(records), **embedding_earned(records)}
         gpu = self.facts["gpu"].partition(",")[0] or "cpu"
         failed = [step.name for step in self.steps if not step.passed and step.status != NO_TIME]
         text = summary(self.facts, self.steps, records) + "\n".join(owners_lines(gpu, owners, failed))

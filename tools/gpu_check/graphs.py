@@ -21,8 +21,7 @@ from tokcomp.measure.timing import interleave, stopwatch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.shapes import SUBJECTS
-from tokcomp_kernels._library import DEPENDENT_LAUNCH
-from tools.gpu_check.summary import DEPENDENT
+from tools.gpu_check.owners import SWITCHES
 
 #: Model and batch.
 CASES = {
@@ -73,11 +72,17 @@ def measure(name: str, batch: int, device: torch.device) -> dict[str, Any]:
         "budget": subject.budget,
         "batch": batch,
         "precision": precision,
-        "backend": os.environ.get("TOKCOMP_BACKEND", "auto") + (DEPENDENT if DEPENDENT_LAUNCH else ""),
+        "backend": backend_name(os.environ),
         "images_per_second": batch / samples.median,
         "seconds": samples.seconds,
         "kernels": kernels,
     }
+
+
+def backend_name(environment: Mapping[str, str]) -> str:
+    """TOKCOMP_BACKEND, and what is switched on beside it."""
+    on = [f", {name}" for variable, name in SWITCHES.items() if environment.get(variable) == "1"]
+    return environment.get("TOKCOMP_BACKEND", "auto") + "".join(on)
 
 
 def table(row: Mapping[str, Any]) -> str:

@@ -12,6 +12,8 @@ from tokcomp_kernels.ops import _backends
 #: How much faster another backend must be than the one that owns an operator by default, on average over blocks.
 MARGIN = 1.02
 BACKENDS = ("cuda", "triton", "reference")
+#: A variable of the environment -> what a graph's backend says after a comma where it is 1.
+SWITCHES = {"TOKCOMP_DEPENDENT_LAUNCH": "dependent launch", "TOKCOMP_FUSED_EMBEDDING": "fused embedding"}
 
 
 def operator_seconds(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[tuple[Any, ...], float]]]:
@@ -46,6 +48,26 @@ def earned(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
                 best, most = backend, ratio
         owners[operator] = best
     return owners
+
+
+def switch_gains(records: Iterable[Mapping[str, Any]], name: str) -> dict[tuple[str, int], float]:
+    """(model, batch) -> images per second with a switch on over those with all off."""
+    rows = [row for record in records for row in record["rows"] if row.get("suite") == "graphs"]
+    rates = {(row["model"], row["batch"], row["backend"]): row["images_per_second"] for row in rows}
+    return {
+        (model, batch): rate / rates[model, batch, "auto"]
+        for (model, batch, backend), rate in rates.items()
+        if backend == f"auto, {name}" and (model, batch, "auto") in rates
+    }
+
+
+def embedding_earned(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """How images should enter models: fused where no model is slower so and they are faster on average."""
+    gains = list(switch_gains(records, SWITCHES["TOKCOMP_FUSED_EMBEDDING"]).values())
+    if not gains:
+        return {}
+    faster = min(gains) > 1 / MARGIN and math.prod(gains) > 1
+    return {"embedding": "fused" if faster else "apart"}
 
 
 def owners_file(gpu: str, owners: Mapping[str, str]) -> str:

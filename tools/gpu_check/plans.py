@@ -30,7 +30,7 @@ class Plan:
     ``arguments``: a benchmark's for pytest, or a module's of this package, which ``module`` names. ``backend``: for
     TOKCOMP_BACKEND. ``stage``: neighbours of the same stage run side by side; their work is the CPU's. ``needs``: a
     program without which there is nothing to run. ``rehearsal``: a benchmark's arguments on a CPU, where the step is
-    only to run. ``dependent``: with programmatic dependent launch.
+    only to run. ``switch``: a variable of the environment that is to be 1.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Plan:
     stage: str = ""
     needs: str = ""
     rehearsal: tuple[str, ...] = ()
-    dependent: bool = False
+    switch: str = ""
 
     @property
     def is_pytest(self) -> bool:
@@ -64,7 +64,8 @@ PLANS = (
     Plan("graphs-cuda", 35, (), "graphs", "cuda"),
     Plan("graphs-linear-gelu", 35, (), "graphs", "triton"),
     Plan("operators", 60, ("benchmarks/test_ops.py", "-k", IN_EVERY_BLOCK)),
-    Plan("graphs-dependent", 35, (), "graphs", "auto", dependent=True),
+    Plan("graphs-dependent", 35, (), "graphs", "auto", switch="TOKCOMP_DEPENDENT_LAUNCH"),
+    Plan("graphs-embedding", 35, (), "graphs", "auto", switch="TOKCOMP_FUSED_EMBEDDING"),
     Plan("operator-tests", 120, ("tests/ops",)),
     Plan("search", 60, ("benchmarks/test_search.py",)),
     Plan("vit-l", 90, (_MODELS, "-k", "vit-l-256"), rehearsal=_ON_CPU),
@@ -111,8 +112,8 @@ def environment_of(plan: Plan, facts: dict[str, Any], device: str) -> dict[str, 
         environment |= {"TOKCOMP_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": facts["compute_capability"]}
     if plan.backend and device == "cuda":
         environment["TOKCOMP_BACKEND"] = plan.backend
-    if plan.dependent:
-        environment["TOKCOMP_DEPENDENT_LAUNCH"] = "1"
+    if plan.switch:
+        environment[plan.switch] = "1"
     if plan.needs:  # the sanitizer sees the ends of tensors only where each is an allocation of its own
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     return environment

@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tools.gpu_check.owners import SWITCHES, switch_gains
 from tools.gpu_check.steps import ROOT, Step
 
 MAX_LISTED = 50
 NO_TIME = "not begun: no time left"
-#: What a graph's backend ends in under TOKCOMP_DEPENDENT_LAUNCH=1.
-DEPENDENT = ", dependent launch"
 PREDICTIONS = ROOT / "benchmarks" / "results" / "predictions.json"
 #: A backend of the graphs -> the entry that is predicted.
 PREDICTED_GRAPHS = {"auto": "tokcomp-graph", "triton": "tokcomp-graph-linear_gelu"}
@@ -54,7 +53,7 @@ def graph_lines(records: Sequence[dict[str, Any]]) -> list[str]:
         rates = {r["backend"]: r["images_per_second"] for r in rows if (r["model"], r["batch"]) == (model, batch)}
         cells = [f"{rates[backend]:.0f}" if backend in rates else "" for backend in backends]
         lines.append(f"| {model} | {batch} | {' | '.join(cells)} |")
-    lines += dependent_lines(rows)
+    lines += switch_lines(records)
     for row in rows:
         total = sum(one["us"] for one in row["kernels"])
         lines += ["", f"{row['model']}, batch {row['batch']}, {row['backend']}: {total:.0f} us a pass", ""]
@@ -65,15 +64,13 @@ def graph_lines(records: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def dependent_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What programmatic dependent launch gains, model by model: whether its switch should be on here."""
-    rates = {(row["model"], row["batch"], row["backend"]): row["images_per_second"] for row in rows}
-    gains = [
-        f"{model}, batch {batch}: {rate / rates[model, batch, 'auto']:.3f}x"
-        for (model, batch, backend), rate in rates.items()
-        if backend == f"auto{DEPENDENT}" and (model, batch, "auto") in rates
-    ]
-    return ["", "TOKCOMP_DEPENDENT_LAUNCH=1 over 0: " + "; ".join(gains)] if gains else []
+def switch_lines(records: Sequence[dict[str, Any]]) -> list[str]:
+    """What each switch gains, model by model: whether it should be on here."""
+    lines = []
+    for variable, name in SWITCHES.items():
+        gains = [f"{model}, batch {batch}: {gain:.3f}x" for (model, batch), gain in switch_gains(records, name).items()]
+        lines += ["", f"{variable}=1 over 0: " + "; ".join(gains)] if gains else []
+    return lines
 
 
 def comparisons(gpu: str, records: Sequence[dict[str, Any]]) -> Iterator[str]:

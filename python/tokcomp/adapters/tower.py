@@ -105,6 +105,7 @@ def run_blocks(
     places: Places | None,
     *,
     products: Products | None = None,
+    normalized: Tensor | None = None,
     sources: list[Tensor | None] | None = None,
     maps: list[Tensor] | None = None,
     depth: int | None = None,
@@ -117,6 +118,7 @@ def run_blocks(
         x: the tokens.
         places: theirs, where the family's attention goes by them.
         products: those of the blocks that the fast path can run.
+        normalized: block 0's first norm of x, where there is one already.
         sources: collects each block's source map.
         maps: collects every position's token [B, N, C] on the way into block 0 and out of each block.
         depth: blocks to run; None: all.
@@ -146,8 +148,7 @@ def run_blocks(
                 here = places.follow(standing.origin)
         state = BlockState(method, index, x.shape[1], prefix, size, own, layout, here, stock, standing)
         if own is not None and ahead:
-            if before is not None:
-                state.normalized = before.normalized
+            state.normalized = normalized if before is None else before.normalized
             if index + 1 < len(blocks) and adapter.has_products(blocks[index + 1], own):
                 state.following = adapter.first_norm(blocks[index + 1], x)
         with widened(x):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -10,9 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokcomp.fastpath.packing import Layer, has_watchers, wants_gradients
+from tokcomp_kernels.ops._backends import FUSED_EMBEDDING_WINS
 
 #: What tensor cores multiply, and float32.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+#: For the environment: 1 and 0 choose how images enter a model, whatever a GPU has measured.
+FUSED_EMBEDDING = "TOKCOMP_FUSED_EMBEDDING"
+
+
+@cache
+def fused_embedding(device: torch.device) -> bool:
+    """Whether patches are embedded as one product, and positions added in one pass with the first norm.
+
+    Where TOKCOMP_FUSED_EMBEDDING=1 asks for it; without that variable, on CUDA where a GPU has measured it faster.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    value = os.environ.get(FUSED_EMBEDDING)
+    if value not in (None, "0", "1"):
+        raise ValueError(f"{FUSED_EMBEDDING} must be 0 or 1, got {value!r}")
+    return device.type == "cuda" and FUSED_EMBEDDING_WINS if value is None else value == "1"
 
 
 class Products(Protocol):
@@ -43,7 +65,7 @@ class PlainWeights:
         return layer in self._layers
 
     def linear(self, layer: Layer, x: Tensor) -> Tensor:
-        return F.linear(x, layer.weight, layer.bias)
+        return F.linear(x, layer.weight.flatten(1), layer.bias)  # a convolution's weight [C, colours, rows, columns]
 
     def linear_gelu(self, layer: Layer, x: Tensor, approximate: str) -> Tensor:
         if approximate == "none":

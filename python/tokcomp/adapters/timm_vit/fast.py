@@ -21,6 +21,7 @@ from tokcomp.fastpath import (
     PackedWeights,
     Products,
     forget,
+    fused_embedding,
     has_hooks,
     is_int8,
     packable,
@@ -81,6 +82,8 @@ def _products_of(model: Any, images: Tensor, kind: type[PackedWeights]) -> Produ
         return None
     if images.device.type == "cuda":
         forget(model)  # what was packed while the model was on CPU
+        if fused_embedding(images.device) and is_plain_embedding(model.patch_embed):
+            layers.append(model.patch_embed.proj)
         return plain_weights(model, layers, images)
     if is_plain_embedding(model.patch_embed):
         layers.append(model.patch_embed.proj)

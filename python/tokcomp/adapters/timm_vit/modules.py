@@ -11,12 +11,12 @@ from torch import Tensor
 from tokcomp.adapters.blocks import CompressedBlock, refuse_mask, require_state
 from tokcomp.adapters.images import check_images, refuse_symbols
 from tokcomp.adapters.pooling import Weights
-from tokcomp.adapters.timm_vit import fast
+from tokcomp.adapters.timm_vit import entry, fast
 from tokcomp.adapters.timm_vit.head import WEIGHTED
 from tokcomp.adapters.tower import CompressedTower, run_blocks
 from tokcomp.blocks.places import Places
 from tokcomp.blocks.state import BlockState
-from tokcomp.fastpath import Products, has_hooks
+from tokcomp.fastpath import Products, fused_embedding, has_hooks
 from tokcomp_kernels.product_types import unless_emulated, widened
 
 #: Attribute of a feature tensor that carries its tokens' sizes from forward_features to forward_head.
@@ -60,18 +60,42 @@ class CompressedModel(CompressedTower):
     ) -> tuple[Tensor, Tensor | None]:
         adapter, method = self._tokcomp_adapter, self._tokcomp_method
         products = adapter.products_of(self, images)
-        x, places = self.embed(images, products)
+        x, places, normalized = self._enter(images, products)
         if products is None or sources is not None or maps is not None or has_hooks(self.blocks):
             return run_blocks(
-                adapter, self, method, x, places, products=products, sources=sources, maps=maps, depth=depth
+                adapter,
+                self,
+                method,
+                x,
+                places,
+                products=products,
+                normalized=normalized,
+                sources=sources,
+                maps=maps,
+                depth=depth,
             )
         # Groups of images would be padded to the longest of each.
         groups = (x,) if method.varies else fast.split(x, products)
-        parts = [run_blocks(adapter, self, method, part, places, products=products) for part in groups]
+        norms: Any = [None] * len(groups)
+        if normalized is not None:
+            norms = normalized.split([len(part) for part in groups])
+        parts = [
+            run_blocks(adapter, self, method, part, places, products=products, normalized=own)
+            for part, own in zip(groups, norms, strict=True)
+        ]
         if len(parts) == 1:
             return parts[0]
         tokens, sizes = zip(*parts, strict=True)
         return torch.cat(tokens), None if sizes[0] is None else torch.cat(sizes)
+
+    def _enter(self, images: Tensor, products: Products | None) -> tuple[Tensor, Places | None, Tensor | None]:
+        """As :meth:`embed`, and block 0's first norm of the tokens where that comes of itself."""
+        if products is not None and fused_embedding(images.device):
+            found = entry.embed_normed(self, images, products)
+            if found is not None:
+                self._tokcomp_method.check_tokens(found[0].shape[1], self.num_prefix_tokens)
+                return found[0], None, found[1]
+        return *self.embed(images, products), None
 
     def embed(self, images: Tensor, products: Products | None) -> tuple[Tensor, Places | None]:
         """Tokens [B, N, C] that enter block 0 and their places; ``products``: of these images, by fast.products_of."""
