@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from tokcomp import learned
 from tokcomp.blocks.passages import watched_passages
+from tokcomp.dense.segmenter import position_tokens
 from tokcomp.methods import Answers
 
 METHODS = {"dynamicvit": tokcomp.DynamicViT(0.6), "spvit": tokcomp.SPViT(0.6)}
@@ -114,7 +115,7 @@ def test_tokens_of_evo_vit_come_back(make_vit, images_for):
     assert [int(one.max()) for one in tokcomp.trace(tokcomp.compress(model, plain), images)] == [16, 8, 8, 8]
     tokcomp.compress(model, method)
     features = model.forward_features(images)
-    assert features.shape == (3, 17, 24)
+    assert features.shape == (3, 17, 24) and torch.equal(position_tokens(model, images), features)
     last = model.forward_intermediates(images, indices=1, intermediates_only=True, norm=True, output_fmt="NLC")[0]
     torch.testing.assert_close(last, features[:, 1:])
     torch.testing.assert_close(model(images), model.forward_head(features))

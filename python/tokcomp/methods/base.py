@@ -96,6 +96,8 @@ class Method(ABC):
     unmerges: bool = False
     #: Whether tokens leave between the blocks, before a block's attention, as a :class:`Passage` says.
     between: bool = False
+    #: Whether such a method gives every position its token back after the last block, so that any pooling is right.
+    keeps_all: bool = False
     #: Whether images of one batch may be left with different numbers of tokens; see :mod:`tokcomp.methods.varying`.
     varies: bool = False
     #: Whether :meth:`score` is ``cls_attn`` as it stands and the reduction averages it where it comes by heads,

@@ -80,8 +80,6 @@ class PassageMethod(Method):
     between = True
     #: Whether :meth:`penalties` compares with the model as it was before, uncompressed.
     has_teacher: bool = False
-    #: Whether every position has its token again after the last block, so that any pooling is right.
-    keeps_all: bool = False
     #: Whether a source map says where each position is, and not each token that arrived.
     maps_positions: bool = False
 
