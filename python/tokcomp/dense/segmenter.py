@@ -24,8 +24,8 @@ def heads_for(hierarchical: bool) -> tuple[str, ...]:
 def position_tokens(encoder: nn.Module, images: Tensor) -> Tensor:
     """Normalised tokens of an encoder, one per position: [B, P + prefix, C] in the order of the patches.
 
-    Plain models and models compressed by ``ToMeMLP`` or ``EvoViT`` have them. If a method drops tokens for good, each position takes
-    the token that it was merged into, or zeros if it was pruned.
+    Plain models and models compressed by ``ToMeMLP`` or ``EvoViT`` have them. If a method drops tokens for good, each
+    position takes the token that it was merged into, or zeros if it was pruned.
     """
     adapter = find_adapter(encoder)
     method = adapter.method(encoder)
