@@ -6,7 +6,7 @@
 
 namespace tokcomp::cuda {
 
-constexpr int kStreamsAtOnce = 3;  // blocks that a multiprocessor has registers for
+constexpr int kStreamsAtOnce = 2;  // blocks of a multiprocessor at least: registers for three where that spills nothing
 
 template <int kWidth, typename T>
 struct Stage {
