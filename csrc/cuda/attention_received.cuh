@@ -12,10 +12,6 @@ constexpr int kReceivedRows = 64;                       // queries of a block
 constexpr int kRowsPerWarp = kDotSources / kWarps;      // of the 16 at hand
 constexpr int kLogitPitch = kDotTargets + kTargetTile;  // floats; four rows are written at a time, to all banks
 
-// Channels that lie in shared memory at a time.
-template <typename T>
-constexpr int kReceivedSlice = 256 / static_cast<int>(sizeof(T));
-
 template <typename T>
 struct AttentionReceivedParams {
   const T* q;         // [B, H, N, D]
@@ -42,32 +38,14 @@ struct ReceivedMemory {
   float* inverse;  // [16]: 1 / the sum of a row's powers
 };
 
-// Keys that there is room for: of a whole tile, or all, rounded up to what products are computed of at once.
-constexpr int received_tile(int num_tokens) {
-  const int whole = (num_tokens + kTargetTile - 1) / kTargetTile * kTargetTile;
-  return whole < kDotTargets ? whole : kDotTargets;
-}
-
 template <typename T>
 __device__ ReceivedMemory<T> received_memory(const AttentionReceivedParams<T>& p) {
-  const int tile = received_tile(p.num_tokens), pitch = row_pitch<T>(p.slice);
+  const int tile = tile_of(p.num_tokens), pitch = row_pitch<T>(p.slice);
   T* queries = shared_memory<T>();
   T* keys = queries + kDotSources * pitch;
   float* logits = reinterpret_cast<float*>(keys + tile * pitch);
   float* bias = logits + kDotSources * kLogitPitch;
   return {queries, keys, logits, bias, bias + tile};
-}
-
-// to [rows, row_pitch(slice)]: channels channel.. of rows, zeros beyond the last row and the last channel.
-template <typename T>
-__device__ __forceinline__ void load_slice(const AttentionReceivedParams<T>& p, const T* from, int64_t stride,
-                                           int count, int rows, int channel, T* to) {
-  const int pieces = p.slice / kVector<T>;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < rows * pieces; i += kThreads) {
-    const int row = i / pieces, at = i % pieces * kVector<T>, left = row < count ? p.width - channel - at : 0;
-    store_shared(to + row * row_pitch<T>(p.slice) + at, load_raw(from + row * stride + channel + at, left, p.aligned));
-  }
 }
 
 // logits [16, targets] = q k^T of the rows from `row` on with the keys from `key` on, neither scaled nor biased.
@@ -81,9 +59,10 @@ __device__ __forceinline__ void multiply(const AttentionReceivedParams<T>& p, co
   for (int slice = 0; slice < p.slices; ++slice) {
     const int channel = slice * p.slice;
     if (p.reloads()) __syncthreads();  // what lay there has been used
-    load_slice(p, q, p.q_stride_n, p.num_tokens - row, kDotSources, channel, memory.queries);
+    const int inside = p.width - channel;
+    load_slice(q + channel, p.q_stride_n, p.num_tokens - row, inside, p.aligned, kDotSources, p.slice, memory.queries);
     if (first || p.reloads()) {
-      load_slice(p, k, p.k_stride_n, targets, targets, channel, memory.keys);
+      load_slice(k + channel, p.k_stride_n, targets, inside, p.aligned, targets, p.slice, memory.keys);
       for (int n = threadIdx.x; n < targets; n += kThreads) {
         memory.bias[n] = p.size ? log2f(effective_size(p.size[image * p.num_tokens + key + n])) : 0.f;
       }
@@ -159,10 +138,9 @@ inline int64_t received_row_blocks(int64_t num_tokens) { return ceil_div(num_tok
 
 template <typename T, typename Launch>
 void launch_attention_received(AttentionReceivedParams<T> p, float* received, const Launch& launch) {
-  const int whole = static_cast<int>(ceil_div(p.width, kDepth)) * kDepth;
-  p.slice = whole < kDepth ? kDepth : whole < kReceivedSlice<T> ? whole : kReceivedSlice<T>;
+  p.slice = slice_of<T>(p.width);
   p.slices = p.width > p.slice ? static_cast<int>(ceil_div(p.width, p.slice)) : 1;
-  const int64_t tile = received_tile(p.num_tokens);
+  const int64_t tile = tile_of(p.num_tokens);
   const int64_t row_bytes = (kDotSources + tile) * row_pitch<T>(p.slice) * sizeof(T);
   const int64_t float_bytes = (kDotSources * kLogitPitch + tile + kDotSources) * sizeof(float);
   const int64_t count = p.num_heads * received_row_blocks(p.num_tokens);

@@ -16,6 +16,34 @@ constexpr int row_pitch(int width) {
   return width + kVector<T>;
 }
 
+// Channels that lie in shared memory at a time, where rows are longer; a multiple of kDepth where they are not.
+template <typename T>
+constexpr int kWidestSlice = 256 / static_cast<int>(sizeof(T));
+
+template <typename T>
+constexpr int slice_of(int width) {
+  const int whole = static_cast<int>(ceil_div(width, kDepth)) * kDepth;
+  return whole < kDepth ? kDepth : whole < kWidestSlice<T> ? whole : kWidestSlice<T>;
+}
+
+// Targets that there is room for: a whole tile, or all, rounded up to what products are computed of at once.
+constexpr int tile_of(int targets) {
+  const int whole = (targets + kTargetTile - 1) / kTargetTile * kTargetTile;
+  return whole < kDotTargets ? whole : kDotTargets;
+}
+
+// to [rows, row_pitch(slice)]: `slice` channels of `count` rows, of which `inside` exist, and zeros beyond.
+template <typename T>
+__device__ __forceinline__ void load_slice(const T* from, int64_t stride, int count, int inside, bool aligned, int rows,
+                                           int slice, T* to) {
+  const int pieces = slice / kVector<T>;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < rows * pieces; i += kThreads) {
+    const int row = i / pieces, at = i % pieces * kVector<T>, left = row < count ? inside - at : 0;
+    store_shared(to + row * row_pitch<T>(slice) + at, load_raw(from + row * stride + at, left, aligned));
+  }
+}
+
 // A block's threads hold the products between them, 16 each.
 template <typename T>
 struct Dots {

@@ -24,6 +24,7 @@ from tokcomp_kernels.testing import Sample, samples
 OPS = (
     *("class_attention_sort", "prune_merge", "prune_merge_norm", "add_layer_norm", "_merge_backward"),
     *("masked_softmax", "_masked_softmax_backward", "attention_received", "attention", "_attention_heads"),
+    "select_diverse",
 )
 #: Whose kernels take half precision alone, and give `out` as a view of [B, N, H, D].
 HALF = ("attention", "_attention_heads")
@@ -355,6 +356,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "attention_received": (randn(4, 2, 12, 8, dtype=half), randn(4, 2, 12, 8, dtype=half, seed=1)),
         **dict.fromkeys(HALF, tuple(randn(4, 2, 12, 8, dtype=half, seed=seed) for seed in range(3))),
         "_masked_softmax_backward": (randn(4, 2, 12, 12, dtype=half, seed=1), scores, mask),
+        "select_diverse": (randn(4, 12, 16, dtype=half), 7),
     }
 
 

@@ -24,6 +24,7 @@ MERGES = ("prune_merge", "prune_merge_norm")
 OPS = (
     *(*MERGES, "class_attention_sort", "add_layer_norm", "_merge_backward"),
     *("masked_softmax", "_masked_softmax_backward", "attention_received", "_attention_heads"),
+    "select_diverse",
 )
 #: Shared memory of a block, and whether there are clusters.
 DEVICES = {"sm_90": (227 * 1024, 1), "sm_80": (163 * 1024, 0)}
@@ -88,6 +89,8 @@ def cases() -> dict[str, Case]:
     found["attention_resident"] = lambda: op._attention_heads(q, q, q, size=rand(1, 70))
     stream = randn(1, 1, 260, 8)
     found["attention_streaming"] = lambda: op._attention_heads(stream, stream, stream)
+    for rule in ("farthest", "dpp"):
+        found[f"select_diverse, {rule}"] = lambda rule=rule: op.select_diverse(wide[0], 8, rule=rule)
     x, source = randn(3, 5, 384), torch.arange(20).remainder(12).expand(2, 20)
     found["add_layer_norm"] = lambda: op.add_layer_norm(x, x)
     grad = randn(2, 12, 64)

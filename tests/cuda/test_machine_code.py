@@ -31,6 +31,9 @@ BLOCKS = {
     "merge_backward_kernel": (4, 4),
     "partial_sums_kernel": (6, 6),
     "rank_kernel": (6, 6),
+    "inverse_norm_kernel": (8, 8),
+    "cosine_kernel": (2, 3),
+    "select_diverse_kernel": (6, 6),
 }
 #: The most shuffles and block barriers. A loop that is unrolled repeats them, and so do the copies of a loop for
 #: a cluster of one block and of several.
@@ -47,10 +50,13 @@ LIMITS = {
     "merge_backward_kernel": (10, 0),
     "partial_sums_kernel": (0, 0),
     "rank_kernel": (0, 2),
+    "inverse_norm_kernel": (5, 0),
+    "cosine_kernel": (0, 3),
+    "select_diverse_kernel": (20, 3),
 }
 #: Whose rows or sums lie in shared memory or in device memory, as they fit; the resident one reads other blocks'.
 EITHER_MEMORY = (
-    *("class_attention_sort_kernel", "masked_softmax_backward_kernel"),
+    *("class_attention_sort_kernel", "masked_softmax_backward_kernel", "select_diverse_kernel"),
     *("prune_merge_streaming_kernel", "prune_merge_resident_kernel"),
 )
 

@@ -94,6 +94,8 @@ def test_an_unknown_backend_is_refused() -> None:
 def test_importing_works_without_triton() -> None:
     block = "import sys; sys.modules['triton'] = None\n"
     assert _python(block + AGREE) == "agree"
+    on_cuda = "from tokcomp_kernels.ops import IMPLEMENTATIONS as all; print({i.backend('cuda') for i in all.values()})"
+    assert "triton" not in _python(block + on_cuda, TOKCOMP_BACKEND="triton")
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ void tokcomp::cuda::Launcher::operator()(void (*kernel)(Params), int64_t blocks,
 #include "../../cuda/merge_backward.cu"
 #include "../../cuda/prune_merge.cu"
 #include "../../cuda/prune_merge_norm.cu"
+#include "../../cuda/select_diverse.cu"
 
 // The order of a block's threads from now on: 0 ascending, 1 descending, above 1 the seed of random ones.
 extern "C" void shim_set_schedule(int64_t schedule) { shim::schedule = schedule; }

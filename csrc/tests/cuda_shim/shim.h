@@ -68,6 +68,7 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
 
 inline uint32_t __float_as_uint(float f) { return std::bit_cast<uint32_t>(f); }
 inline int64_t __double_as_longlong(double d) { return std::bit_cast<int64_t>(d); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 
 struct Index {
