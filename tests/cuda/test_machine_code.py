@@ -33,7 +33,7 @@ BLOCKS = {
     "rank_kernel": (6, 6),
     "inverse_norm_kernel": (8, 8),
     "cosine_kernel": (2, 3),
-    "select_diverse_kernel": (6, 6),
+    "select_diverse_kernel": (5, 5),
 }
 #: The most shuffles and block barriers. A loop that is unrolled repeats them, and so do the copies of a loop for
 #: a cluster of one block and of several.
