@@ -223,6 +223,8 @@ def test_trained_parts_come_along(run, tmp_path, few_images, method):
     assert second["before"] == summary["last"] and second["settings"]["teacher"] == f"weights from {weights}"
     status, _, err = run(*DIGITS, *short, "--torchcompile", "-o", tmp_path / "three")
     assert status == 2 and f"--method {method} takes no --torchcompile" in err
+    status, _, err = run(*DIGITS, *options, "--adaptformer", "-o", tmp_path / "three")
+    assert status == 2 and "--adaptformer keeps branches and classifier alone, got --method" in err
     status, _, err = run("evaluate", *data, "--pretrained", *options, "--num-samples", "20")
     assert (
         status == 2 and f"--method {method} does not fit tokcomp_digits_vit: model must have the trained parts" in err

@@ -224,6 +224,11 @@ def _prepare_learned(args: argparse.Namespace, model: nn.Module, method: Method 
         return None
     if args.torchcompile:
         raise UserError(f"--method {args.method} takes no --torchcompile, as its losses watch the model; leave it out")
+    if args.adaptformer and isinstance(method, LearnedMethod):
+        raise UserError(
+            f"--adaptformer keeps branches and classifier alone, got --method {args.method}, whose parts would be "
+            "lost; leave one of the two out"
+        )
     # A model with random weights teaches nothing.
     teacher = copy.deepcopy(model) if method.has_teacher and not args.from_scratch else None
     if teacher is not None:
