@@ -249,12 +249,12 @@ def _assign_sorted(
     num_kept = num_tokens - num_merged
     first = descending_order(best, 0)[:, :num_merged]  # places in the list of sources
     merges = (first < counts[:, :1]) & (counts[:, 1:] > 0)
-    # What does not merge is written beside the tokens.
-    token = torch.where(merges, sources.gather(1, first), num_tokens).long()
+    # What does not merge is written beside the tokens. Lists of any content, as where nothing is launched, do no harm.
+    token = torch.where(merges, sources.gather(1, first), num_tokens).clamp(0, num_tokens).long()
     joins = torch.full((batch, num_tokens + 1), -1, dtype=torch.int64, device=best.device)
     joins = joins.scatter_(1, token, torch.where(merges, match.gather(1, first), -1).long())[:, :num_tokens]
     slots = (joins < 0).cumsum(1) - 1
-    source = torch.where(joins < 0, slots, slots.gather(1, joins.clamp_min(0)))
+    source = torch.where(joins < 0, slots, slots.gather(1, joins.clamp(0, num_tokens - 1)))
     source = source.masked_fill(source >= num_kept, -1)
     order = ((joins >= 0) | (source < 0)).to(torch.int32).sort(dim=1, stable=True).indices
     dst = source.gather(1, order[:, num_kept:]).to(torch.int32)
