@@ -29,7 +29,8 @@ c10::IValue& argument(const OperatorHandle& op, Stack* stack, int64_t position) 
 
 class Autograd final : public c10::OperatorKernel {
  public:
-  Autograd(OperatorHandle python, std::vector<int64_t> watched) : python_(python), watched_(std::move(watched)) {}
+  Autograd(const OperatorHandle& python, std::vector<int64_t> watched)
+      : python_(python), watched_(std::move(watched)) {}
 
   void operator()(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
     if (takes_python(op, stack)) {
@@ -92,7 +93,7 @@ class Autocast final : public c10::OperatorKernel {
 
 class Backend final : public c10::OperatorKernel {
  public:
-  Backend(OperatorHandle kernel, OperatorHandle python, DispatchKey key, int64_t half_width)
+  Backend(const OperatorHandle& kernel, const OperatorHandle& python, DispatchKey key, int64_t half_width)
       : kernel_(kernel), python_(python), key_(key), half_width_(half_width) {}
 
   void operator()(const OperatorHandle& op, DispatchKeySet, Stack* stack) {
