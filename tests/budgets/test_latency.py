@@ -244,6 +244,7 @@ def test_wrong_arguments_are_named(make_vit, options, message):
         measure_latency(make_vit(), watch=Clock(), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "options",

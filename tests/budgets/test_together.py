@@ -72,6 +72,7 @@ def test_each_budget_alone_reaches_its_target(make_vit):
         assert abs(cost - budget.target) <= 0.13 * spread, (budget.name, cost, budget.target)
 
 
+@pytest.mark.slow
 def test_two_budgets_settle_between_their_schedules(make_vit):
     """One asks for few multiply-adds, the other for many milliseconds: what comes is between what each would give."""
     model = make_vit()

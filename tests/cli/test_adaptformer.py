@@ -75,6 +75,7 @@ def _top1(model):
     return evaluate(model, digits_batches(model), device=torch.device("cpu")).top1
 
 
+@pytest.mark.slow
 def test_tocom_evaluate(run, tmp_path, adapter):
     plugin = tokcomp.ToCom(adapter, max_degree=6)
     torch.manual_seed(0)

@@ -116,6 +116,7 @@ def test_fewer_classes_than_the_model_s_are_pointed_out(run, image_folder, tmp_p
     assert status == 0 and "note:" not in err
 
 
+@pytest.mark.slow
 def test_top_5_of_two_classes_says_nothing(run, image_folder):
     status, _, err = run(*EVALUATE, image_folder, "-j", "0", "--num-classes", "2")
     assert status == 0 and "with 2 classes every answer is in the top 5" in err

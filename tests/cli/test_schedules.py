@@ -133,6 +133,7 @@ def test_a_schedule_of_another_method_is_run_by_that(run, tmp_path, picture, met
     assert status == 0 and {"tome": "ToMe(", "evit": "EViT("}[name] in out, err
 
 
+@pytest.mark.slow
 def test_the_refined_schedule_is_what_evaluate_reads(run, tmp_path):
     search = ("search", *DIGITS, "-b", "8", "--steps", "1", "--images", "16", "--held-out", "0", "--mixup", "0")
     options = ("--target-gflops", "0.012", "--cutmix", "0", "--refine", "8", "--refine-images", "12")

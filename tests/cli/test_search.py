@@ -157,6 +157,7 @@ def test_hardware_is_searched_and_resumed(run, tmp_path, monkeypatch):
     assert status == 2 and "a resumed run must keep its settings, got targets = " in err
 
 
+@pytest.mark.slow
 def test_fixed_hardware_stays(run, tmp_path):
     status, _, err = run(*DIGITS, "--hardware", "gemmini", "--target-ms", "0.4", "--fix-hardware", "-o", tmp_path)
     assert status == 0, err
@@ -164,6 +165,7 @@ def test_fixed_hardware_stays(run, tmp_path):
     assert budget["hardware"] == budget["start"] and not budget["searched"]
 
 
+@pytest.mark.slow
 def test_latency_is_measured_once(run, tmp_path, monkeypatch, latency_table):
     from tokcomp.budgets import LatencyTable
 
@@ -318,6 +320,7 @@ def test_a_folder_that_cannot_be_written_is_named(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_another_run_is_refused_unless_resumed(run, tmp_path):
     searched(run, tmp_path, "--steps", "2")
     status, _, err = run(*DIGITS, *TARGET, "-o", tmp_path, "--steps", "2")

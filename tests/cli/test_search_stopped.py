@@ -45,6 +45,7 @@ def test_a_killed_search_loses_no_more_than_its_checkpoint_interval(run, tmp_pat
     assert_same(folder, tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_search_loses_nothing(run, tmp_path, monkeypatch, number):
     folder, steps, step = tmp_path / "stopped", ("--steps", "6"), SearchRun.step

@@ -102,6 +102,7 @@ def test_ctrl_c_leaves_no_files(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

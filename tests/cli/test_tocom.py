@@ -42,6 +42,7 @@ def plugin(tmp_path, digits_vit):
     return plugin
 
 
+@pytest.mark.slow
 def test_train(run, tmp_path, digits_vit):
     status, out, err = run("tocom", "train", *DIGITS, *SHORT, "-o", tmp_path / "run")
     assert status == 0, err

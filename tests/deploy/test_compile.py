@@ -41,6 +41,7 @@ def test_on_cpu_it_is_the_model(model, images_for):
         assert memory.packed >= sum(block.mlp.fc1.weight.nbytes for block in model.blocks)
 
 
+@pytest.mark.slow
 def test_a_plain_model_and_one_of_torch_compile(make_vit, images_for):
     model = make_vit()
     images = images_for(model)

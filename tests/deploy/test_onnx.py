@@ -21,6 +21,7 @@ from tokcomp_kernels.testing import samples
 BATCHES = (1, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention", "attention_received", "prune_merge", "tome_merge", "unmerge"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_forms_are_the_operators(name, dtype):

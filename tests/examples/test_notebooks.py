@@ -40,6 +40,7 @@ def test_every_notebook_has_a_test() -> None:
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == tested - {"every-notebook-has-a-test"}
 
 
+@pytest.mark.slow
 def test_compress() -> None:
     pytest.importorskip("sklearn")
     found = run("compress")
@@ -47,6 +48,7 @@ def test_compress() -> None:
     assert len(costs) == 4 and max(costs[1:]) < 0.6 * costs[0] and min(scores) > 93
 
 
+@pytest.mark.slow
 def test_clip_zero_shot(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}

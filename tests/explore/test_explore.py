@@ -101,6 +101,7 @@ def test_a_page_must_be_complete(images):
         render("", "", [Figure("a", images[0]), Figure("b", images[1])], [choice], **facts)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_chromium() is None, reason="needs Chromium")
 def test_the_page_in_a_browser(page, tmp_path):
     data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text())[1])

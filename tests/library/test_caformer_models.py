@@ -127,6 +127,7 @@ def test_a_block_cannot_run_on_its_own():
             module(torch.randn(1, TOKENS, 32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["caformer_s18", "caformer_m36", "caformer_b36"])
 def test_timm_models(meta_model, name):
     model = meta_model(name)

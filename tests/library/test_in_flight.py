@@ -102,6 +102,7 @@ def test_a_call_that_begins_meanwhile_undoes_the_change(make_vit, plugin, monkey
     assert (find_adapter(model).method(model) is None) == (change != "restore")
 
 
+@pytest.mark.slow
 def test_whose_call_it_is(make_vit):
     """Of a part, of what stands around the model, compiled or not; not of another model, nor of this thread."""
     model, other = make_vit(), make_vit()

@@ -194,6 +194,7 @@ def test_subclass_that_overrides_nothing_is_understood(make_vit, methods):
     assert type(tokcomp.restore(model)) is Named
 
 
+@pytest.mark.slow
 def test_wrappers_are_refused_with_advice(make_vit, methods):
     model = make_vit()
     for wrapped in (torch.compile(model), nn.DataParallel(model)):

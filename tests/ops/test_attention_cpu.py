@@ -26,6 +26,7 @@ def _sample(op: str, num_tokens: int, width: int, dtype: torch.dtype) -> Sample:
     return Sample(op, f"N{num_tokens}-D{width}", (*grads, q, k, v, *masks), {"size": size})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", ATTENTION)
 @pytest.mark.parametrize(

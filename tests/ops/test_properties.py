@@ -75,6 +75,7 @@ def test_tome_merge(case: Any, data: Any) -> None:
     assert_right(sample, torch.ops.tokcomp.tome_merge(*sample.args, **kwargs))
 
 
+@pytest.mark.slow
 @steady
 @given(tokens(), st.data())
 def test_unmerge_undoes_what_nothing_merged_into(case: Any, data: Any) -> None:

@@ -15,6 +15,7 @@ OPCHECKED = ("N33", "N9", "B0", "ties", "prefix", "last-dim-strided", "transpose
 COMPILED = [operator.name for operator in _schema.OPERATORS if operator.public]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", NAMES)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
 def test_opcheck(op: str, requires_grad: bool) -> None:
@@ -34,6 +35,7 @@ def test_opcheck(op: str, requires_grad: bool) -> None:
     assert checked >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", COMPILED)
 def test_compiles_whole_with_a_dynamic_batch(op: str) -> None:
     sample = next(s for s in samples(op, torch.float32, DEVICE) if s.id.startswith("N33"))

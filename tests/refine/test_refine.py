@@ -117,6 +117,7 @@ class AfterSome(StopRequest):
         return self.left < 0
 
 
+@pytest.mark.slow
 def test_a_stopped_refinement_goes_on_to_the_same_result(model, batches, tmp_path):
     def run(path, stop, candidates=36, seed=0):
         given = (model, batches, Ruler(model), budget_of(model), starts(model), RefineSettings(candidates, seed))

@@ -67,6 +67,7 @@ def test_published_settings_are_the_default():
     assert schedule.num_merge_kept == [TOKENS, 13, 13, TOKENS]  # 12.5 of 24, rounded up
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("metric", ["image_attn", "random"])
 @pytest.mark.parametrize("pipeline", PIPELINES)

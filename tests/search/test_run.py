@@ -41,6 +41,7 @@ from tests.search.runs import (
 )
 
 
+@pytest.mark.slow
 def test_the_budget_is_met_and_nothing_else_changes():
     model = model_of()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -110,6 +111,7 @@ def test_warm_up_leaves_the_budget_out():
     assert results[1][1]["loss"] > results[1][1]["cross_entropy"] and results[1][0]["loss"] == entropy[1][0]
 
 
+@pytest.mark.slow
 def test_several_targets_are_those_of_separate_runs(tmp_path):
     shares = {"0.6": 0.6, "0.8": 0.8}
     model = model_of()
@@ -132,6 +134,7 @@ def test_several_targets_are_those_of_separate_runs(tmp_path):
     assert together[0].schedule != together[1].schedule
 
 
+@pytest.mark.slow
 def test_several_budgets_are_summed():
     model = model_of()
     half = budget_of(model, 0.5)

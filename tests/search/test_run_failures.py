@@ -37,6 +37,7 @@ class Poisoned(FlopsBudget):
         return super().loss(counts) * (float("nan") if self.left <= 0 else 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 6])
 def test_a_loss_that_is_no_number_stops_with_its_step(tmp_path, step):
     model = model_of()

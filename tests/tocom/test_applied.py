@@ -294,6 +294,7 @@ def test_equal_degrees_change_nothing(make_vit, make_plugin):
         assert inside is model and torch.equal(model(IMAGES), make_vit()(IMAGES))
 
 
+@pytest.mark.slow
 def test_compiled(make_vit, make_plugin):
     model = make_vit(depth=2)
     plugin = make_plugin(model)

@@ -196,6 +196,7 @@ def test_inference_tensors_as_weights(make_vit, make_plugin):
     assert same_bits(qkv_weights(model), before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 def test_packed_weights_notice(make_vit, make_plugin):
     model = tokcomp.compress(make_vit(), tokcomp.ToMe(2))

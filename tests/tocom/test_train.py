@@ -139,6 +139,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_training_closes_the_gap(make_distiller, method):
     distiller = make_distiller(replace(PLAIN, lr=3e-2, drop_path=0.0), method=METHODS[method], total=60)

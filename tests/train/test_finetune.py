@@ -180,6 +180,7 @@ def test_float16_is_refused_on_cpu():
         make_tuner(PLAIN, amp_dtype=torch.float16)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_learns_the_same(monkeypatch):
     # Tracing is what can go wrong; code generation takes a compiler and half a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -195,6 +196,7 @@ def test_a_compiled_model_learns_the_same(monkeypatch):
         torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-11 * max(1.0, plain.abs().max().item()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped_after", [4, 6])  # an epoch's end, and within one
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, stopped_after):
     """Weights, moving average, optimizer, log and files, bit for bit; with mixup, drop path and clipping."""
@@ -222,6 +224,7 @@ def test_the_state_of_another_recipe_is_refused():
         make_tuner(PLAIN).load_state(make_tuner(LIVELY).state())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_kept_the_sum_of_its_losses_is_resumed(tmp_path):
     whole = make_run(tmp_path / "whole")
     whole.train(StopAfter(whole))
@@ -268,6 +271,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     assert kept.trainee.step_number == 2 and not (tmp_path / "best.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_weights_load_into_timm(tmp_path):
     run = make_run(tmp_path)
     run.train(StopAfter(run))

@@ -73,6 +73,7 @@ def test_training_finds_the_keep_rates_and_the_teacher_stays(name):
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dynamicvit"])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, name):
     def run(folder):
