@@ -28,8 +28,8 @@ KERNELS: list[dict[str, Any]] = REPORT["kernels"]
 VARIANTS = {"add_layer_norm_kernel": 2, "attention_resident_kernel": 4, "attention_streaming_kernel": 4}
 #: Kernels for half precision alone.
 HALF = ("attention_resident_kernel", "attention_streaming_kernel")
-#: Kernels that see scores and sums alone, whatever the type of the rows.
-TYPELESS = ("rank_kernel", "partial_sums_kernel")
+#: Kernels that see scores, sums or cosines alone, whatever the type of the rows.
+TYPELESS = ("rank_kernel", "partial_sums_kernel", "select_diverse_kernel")
 OPERATORS = sorted(
     re.findall(
         r"^TOKCOMP_(?:REGISTER|OFFER)_CUDA\((\w+),", "\n".join(p.read_text() for p in CUDA.glob("*.cu")), re.MULTILINE
