@@ -204,6 +204,7 @@ def test_data_without_images_or_labels_is_refused(run, tmp_path):
     assert status == 2 and "DATA" in err and "Traceback" not in err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dynamicvit"])
 def test_trained_parts_come_along(run, tmp_path, few_images, method):
     """A run makes them, its checkpoint has them, and evaluate and another run go on with them."""

@@ -73,6 +73,7 @@ def test_tocom_evaluate_names_them_once(run, bad_folder, tmp_path):
     assert status == 0 and err.count("2 images could not be read") == 1 and "cat/1.png" in err
 
 
+@pytest.mark.slow
 def test_visualize_goes_on_after_a_bomb(run, bad_folder, tmp_path):
     command = ("visualize", *SHARED, bad_folder / "validation" / "cat", "--method", "tome", "--r", "8")
     status, out, err = run(*command, "-o", tmp_path / "drawn")

