@@ -136,7 +136,7 @@ def test_measurements_stand_beside_predictions(results: Path) -> None:
     assert "No GPU has run this package's kernels yet" in before and "No GPU has run any of these kernels" in before
     add_gpu_record(results, images_per_second=70_123.0)
     after = results_page.page(results)
-    assert "GPUs that ran it: NVIDIA H200." in after and "## Measured on NVIDIA H200" in after
+    assert "GPUs that ran it: NVIDIA H200." in " ".join(after.split()) and "## Measured on NVIDIA H200" in after
     assert "No GPU has run" not in after
     [line] = [line for line in after.splitlines() if line.startswith("| DeiT-S, 2.3 G") and "70,123" in line]
     predicted = Predicted(json.loads((results / "predictions.json").read_text()), []).rate(

