@@ -166,5 +166,6 @@ def draw_history(
         axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator()))
         axes.tick_params(axis="x", labelsize=7)
     right.axhline(1, color="#8c8c8c", lw=0.8)
-    left.legend(frameon=False, fontsize=7)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncol=3, frameon=False, fontsize=7)
     figure.savefig(path, dpi=120)
