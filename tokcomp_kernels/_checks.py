@@ -1,9 +1,6 @@
-"""What each operator refuses, and in which words.
+"""What each operator refuses, and in which words: by shapes, dtypes, devices and counts, never by values.
 
-One function per operator, called by the fake (meta) implementation, the reference and the Triton launchers;
-``csrc/common/checks.h`` says the same for compiled kernels, and one table of wrong inputs tests them all by message.
-Only shapes, dtypes, devices and counts are looked at: values stay on their device (``_value_checks`` reads those, on
-request).
+``csrc/common/checks.h`` says the same for compiled kernels; one table of wrong inputs tests all. Values: _value_checks.
 """
 
 from __future__ import annotations
