@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def counts_under(method: Method | None, num_tokens: int, depth: int, prefix: int
     return TokenCounts(*torch.tensor(found, dtype=torch.float64).reshape(depth, 2).unbind(1))
 
 
-def flops(model: nn.Module, img_size: int | tuple[int, int] | None = None, images: Tensor | None = None) -> int:
+def flops(model: nn.Module, img_size: int | tuple[int, int] | None = None, images: Any = None) -> int:
     """Multiply-adds of one image, compressed or not (DiffRate, Alg. 2).
 
     Patch embedding and classifier are included (no classifier if ``num_classes`` is 0); norms, softmax, residuals and
@@ -48,8 +48,9 @@ def flops(model: nn.Module, img_size: int | tuple[int, int] | None = None, image
         model: a model that :func:`tokcomp.compress` understands.
         img_size: pixels of the image, one number or height and width; by default the model's own. A model built for
             other images is counted as if it were built for these.
-        images: [B, 3, H, W]: the mean over these, from the tokens that each really keeps; for methods under which that
-            differs from image to image, of which otherwise only the expectation is known. Runs the model.
+        images: [B, 3, H, W], or a padded batch of patches that the model takes: the mean over these, from the tokens
+            that each really keeps; for methods under which that differs from image to image, of which otherwise only
+            the expectation is known, and for images that do themselves. Runs the model.
 
     Raises:
         TypeError: (UnsupportedModelError) the model is not understood.
@@ -68,31 +69,35 @@ def flops(model: nn.Module, img_size: int | tuple[int, int] | None = None, image
     return int(flops_of(adapter.cost(model, size), counts, num_tokens) + added)
 
 
-def flops_by_image(model: nn.Module, images: Tensor) -> Tensor:
+def flops_by_image(model: nn.Module, images: Any) -> Tensor:
     """Multiply-adds of each of the images [B, 3, H, W] by the tokens that it keeps, [B] float64 on the CPU.
+
+    Args:
+        model: compressed or not.
+        images: as :func:`flops` takes them.
 
     Raises:
         TypeError: (UnsupportedModelError) the model is not understood.
         ValueError: there are no images.
     """
-    size = (images.shape[-2], images.shape[-1])
     adapter = find_adapter(model)
-    method, cost, num_tokens = adapter.method(model), adapter.cost(model, size), _num_tokens(model, size)
+    size = (images.shape[-2], images.shape[-1]) if isinstance(images, Tensor) else None
+    method, cost = adapter.method(model), adapter.cost(model, size)
     found = []
-    for one in zip(*counts_by_image(model, images), strict=True):
+    for num_tokens, *one in zip(_tokens_of(adapter, model, images), *counts_by_image(model, images), strict=True):
         counts = TokenCounts(*one)
         found.append(flops_of(cost, counts, num_tokens) + added_cost(method, adapter, model, counts, num_tokens))
     return torch.stack(found)
 
 
 @torch.no_grad()
-def counts_by_image(model: nn.Module, images: Tensor) -> TokenCounts:
+def counts_by_image(model: nn.Module, images: Any) -> TokenCounts:
     """The token counts of each of the images [B, 3, H, W], [B, L] each; runs the model. Errors as above."""
-    if len(images) == 0:
-        raise ValueError("images must hold at least one image, got none")
     adapter = find_adapter(model)
-    method, num_tokens = adapter.method(model), _num_tokens(model, (images.shape[-2], images.shape[-1]))
-    entering = torch.full((len(images),), float(num_tokens), dtype=torch.float64)
+    entering = torch.tensor(_tokens_of(adapter, model, images), dtype=torch.float64)
+    if len(entering) == 0:
+        raise ValueError("images must hold at least one image, got none")
+    method = adapter.method(model)
     num_in, num_out = [], []
     for source in adapter.sources(model, images)[1]:
         left = entering if source is None else (source.amax(1) + 1).double().cpu()
@@ -100,6 +105,13 @@ def counts_by_image(model: nn.Module, images: Tensor) -> TokenCounts:
         num_out.append(left)
         entering = entering if method is not None and method.unmerges else left
     return TokenCounts(torch.stack(num_in, 1), torch.stack(num_out, 1))
+
+
+def _tokens_of(adapter: Adapter, model: nn.Module, images: Any) -> list[int]:
+    """Tokens that enter block 0 of each image."""
+    if not isinstance(images, Tensor):
+        return adapter.tokens_of_batch(model, images)
+    return [_num_tokens(model, (images.shape[-2], images.shape[-1]))] * len(images)
 
 
 def added_cost(

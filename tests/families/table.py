@@ -213,14 +213,14 @@ FAMILIES = (
         "timm",
         "naflexvit_*",
         partial(_naflex, global_pool="map", reg_tokens=1),
-        note="images of one size at a time, any size",
+        note="images of any size, or padded batches of patches",
     ),
     Family(
         "NaFlexViT with rotary places",
         "timm",
         "NaFlexVit(rope_type=...), use_naflex=True",
         partial(_naflex, rope_type="axial", rope_ref_feat_shape=(4, 4), class_token=True, global_pool="token"),
-        note="images of one size at a time, any size; rotary places follow their tokens",
+        note="images of any size, or padded batches of patches; rotary places follow their tokens",
     ),
     Family("CAFormer", "timm", "caformer_*", _caformer, note="the third stage, whose grid is whole again at its end"),
     Family(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import tokcomp
 import torch
 from torch import nn
@@ -78,26 +77,3 @@ def test_the_timm_trunk_of_an_open_clip_model():
     assert model(images).shape == before.shape and not torch.equal(model(images), before)
     tokcomp.restore(model.trunk)
     assert torch.equal(model(images), before)
-
-
-@torch.no_grad()
-def test_naflex_takes_images_of_any_size_and_no_padded_batches():
-    small = dict(depth=4, embed_dim=48, num_heads=3, patch_size=8, num_classes=5)
-    model = timm.create_model("naflexvit_base_patch16_parfac_gap", **small).eval()
-    for height, width in ((32, 40), (64, 24)):
-        images = torch.randn(2, 3, height, width)
-        plain = tokcomp.restore(model)(images)
-        torch.testing.assert_close(tokcomp.compress(model, tokcomp.ToMe(0))(images), plain, rtol=0, atol=1e-5)
-        maps = tokcomp.compress(model, tokcomp.ToMe(3)).forward_intermediates(images, [3], intermediates_only=True)
-        assert maps[0].shape == (2, 48, height // 8, width // 8)
-        assert tokcomp.trace(model, images)[-1].max() == (height // 8) * (width // 8) + model.num_prefix_tokens - 13
-    patches, coord = torch.randn(1, 6, 192), torch.tensor([[[y, x] for y in range(2) for x in range(3)]])
-    valid = torch.ones(1, 6, dtype=torch.bool)
-    for call in (
-        lambda: model({"patches": patches, "patch_coord": coord, "patch_valid": valid}),
-        lambda: model(patches, coord, valid),
-        lambda: model.forward_features(patches, coord, valid),
-    ):
-        with pytest.raises(ValueError, match=r"takes images .* whose padding would be merged .* once for each size"):
-            call()
-    assert tokcomp.restore(model)(patches, coord, valid).shape == (1, 5)

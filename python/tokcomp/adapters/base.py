@@ -71,6 +71,14 @@ class Adapter(ABC):
         """
         raise UnsupportedModelError(f"{self.family}: the grid of its patches is not known")
 
+    def tokens_of_batch(self, model: nn.Module, batch: Any) -> list[int]:
+        """Tokens that enter block 0 of each image of a batch that is no tensor of images.
+
+        Raises:
+            TypeError: this family takes images [B, C, H, W] alone.
+        """
+        raise TypeError(f"images must be a tensor [B, C, H, W], got {type(batch).__name__}")
+
     def cost(self, model: nn.Module, img_size: tuple[int, int] | None = None) -> Cost:
         """Multiply-adds, for :func:`tokcomp.flops`, of images of this height and width; None: of the model's own.
 

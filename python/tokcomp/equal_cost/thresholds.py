@@ -29,7 +29,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], r: int | Sequence[int
         prop_attn: as for :class:`tokcomp.DToMe`.
 
     Raises:
-        TypeError: r is not a whole number or a list of them; or (UnsupportedModelError) the model is not understood.
+        TypeError: r is not a whole number or a list of them; a batch is no tensor of images; or (UnsupportedModelError)
+            the model is not understood.
         ValueError: there are no images; r is negative or not one per block; the model is in training mode or
             hierarchical.
     """
@@ -44,6 +45,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], r: int | Sequence[int
     try:
         compress(model, watcher)
         for images in batches:
+            if not isinstance(images, Tensor):
+                kind = type(images).__name__
+                raise TypeError(f"batches must hold images [B, 3, H, W], of one size in each, got a {kind}")
             count += len(images)
             if len(images):
                 model(images)

@@ -118,6 +118,13 @@ class Method(ABC):
         """The method with what was left to the model chosen for one of this geometry; itself where nothing was."""
         return self
 
+    def for_tokens(self, num_tokens: int, num_prefix_tokens: int) -> Method:
+        """The method for images of which ``num_tokens`` enter block 0, in a batch of images that differ in that.
+
+        Itself, unless its counts are for another number of tokens.
+        """
+        return self
+
     def check_tokens(self, num_tokens: int, num_prefix_tokens: int) -> None:  # noqa: B027  most take any number
         """Raise ValueError if a model cannot be compressed at an image size that makes ``num_tokens`` enter block 0.
 

@@ -168,6 +168,14 @@ class DiffRate(Method):
         fitted.needs = METRICS[fitted.metric]
         return fitted
 
+    def for_tokens(self, num_tokens: int, num_prefix_tokens: int) -> DiffRate:
+        """By the schedule's shares of the patches. ValueError if it does not know its own ``num_tokens``."""
+        if num_tokens == self.schedule.num_tokens:
+            return self
+        method = copy.copy(self)
+        method.schedule = self.schedule.rescaled(num_tokens, num_prefix_tokens)
+        return method
+
     def check_tokens(self, num_tokens: int, num_prefix_tokens: int) -> None:
         wanted = self.schedule.num_tokens
         if wanted in (None, num_tokens):

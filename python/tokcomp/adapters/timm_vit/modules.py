@@ -20,7 +20,7 @@ from tokcomp.fastpath import Products, fused_embedding, has_hooks
 from tokcomp_kernels.product_types import unless_emulated, widened
 
 #: Attribute of a feature tensor that carries its tokens' sizes from forward_features to forward_head.
-_SIZE_ATTRIBUTE = "_tokcomp_size"
+SIZE_ATTRIBUTE = "_tokcomp_size"
 
 
 class CompressedTimmBlock(CompressedBlock):
@@ -126,7 +126,7 @@ class CompressedModel(CompressedTower):
         x, size = self.traced(None, x)
         x = self.norm(x)
         if not torch.compiler.is_compiling():
-            setattr(x, _SIZE_ATTRIBUTE, size)
+            setattr(x, SIZE_ATTRIBUTE, size)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -135,13 +135,13 @@ class CompressedModel(CompressedTower):
         Raises:
             RuntimeError: this model pools over patch tokens and x does not carry their sizes.
         """
-        if self.global_pool in WEIGHTED and not hasattr(x, _SIZE_ATTRIBUTE):
+        if self.global_pool in WEIGHTED and not hasattr(x, SIZE_ATTRIBUTE):
             raise RuntimeError(
                 f"global_pool={self.global_pool!r} needs the tokens' sizes: pass the very tensor that forward_features "
                 "returned, or call the model"
             )
         with widened(x):
-            return self._head(x, getattr(x, _SIZE_ATTRIBUTE, None), pre_logits)
+            return self._head(x, getattr(x, SIZE_ATTRIBUTE, None), pre_logits)
 
     def forward_intermediates(
         self,
@@ -168,7 +168,7 @@ class CompressedModel(CompressedTower):
         maps: list[Tensor] = []
         self.traced(None, x, maps=maps, depth=last + 1 if stop_early else None)
         prefix, chosen = self.num_prefix_tokens, [maps[index + 1] for index in taken]
-        with widened(x):
+        with widened(maps[0]):
             chosen = [self.norm(one) if norm else one for one in chosen]
             final = None if intermediates_only else self.norm(maps[-1])
         heads, chosen = [one[:, :prefix] for one in chosen], [one[:, prefix:] for one in chosen]
