@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +20,10 @@ from tokcomp.cli import main
 from tokcomp.dense import Segmenter, SemanticFPN, sliding_logits
 from tokcomp.dense.data import WholeImages
 from tokcomp.dense.files import SegmenterSettings, load_segmenter, save_segmenter
+from tokcomp.dense.segmenter import pyramid_maps
 from tokcomp.dense.windows import classes_at, window_starts
+from tokcomp.runs.recipe import TOCOM_RECIPE
+from tokcomp.tocom.distill import Distiller
 
 from tests.cli.conftest import run  # noqa: F401
 from tests.library.small_caformer import DIFFRATE, caformer, images_of, register_small
@@ -197,9 +202,43 @@ def test_the_command(run, trained, tmp_path):  # noqa: F811
     assert rows[0]["gflops"] > rows[1]["gflops"] and rows[0]["gflops"] > rows[2]["gflops"]
     status, out, err = run(*common, *schedule, "--img-size", "32,64", "--full-resolution", "--stride", "12,16")
     assert status == 0 and "mine" in out and "2 images, 32 x 64" in out, err
+    few = ("--train-images", "2", "--steps", "1", "-b", "2", "--device", "cpu", "-o", tmp_path / "plugin")
+    status, _, err = run("dense", "tocom", trained.weights, "--max-degree", "2", *few)
+    assert status == 0, err
+    plugin = ("--plugin", tmp_path / "plugin" / "tocom.safetensors")
+    status, out, err = run(*common, *plugin, "--json")
+    rows = json.loads(out)["degrees"]
+    assert status == 0 and rows[0]["mean_iou"] == rows[0]["mean_iou_with_plugin"], err
     target = tmp_path / "drawn.png"
-    status, _, err = run("dense", "visualize", trained.weights, "--degrees", "0,2", "--num-samples", "1", "-o", target)
+    drawn = ("--degrees", "0,2", "--num-samples", "1", "-o", target)
+    status, _, err = run("dense", "visualize", trained.weights, *plugin, *drawn)
     assert status == 0 and target.is_file(), err
+
+
+def test_a_plugin_s_step_compares_the_pyramid_s_answers(segmenter):
+    segmenter = copy.deepcopy(segmenter).double().requires_grad_(False)
+    encoder, images = segmenter.encoder, images_of(batch=2).double()
+    plugin = tokcomp.ToCom(encoder, max_degree=3)
+    with torch.no_grad():
+        for parameter in plugin.parameters():
+            parameter.normal_()
+    recipe = replace(TOCOM_RECIPE, mixup=0.0, cutmix=0.0, opt="sgd", sched="none", weight_decay=0.0)
+    places = dict(total_steps=2, steps_per_epoch=2, device=torch.device("cpu"))
+    asked = dict(call=pyramid_maps, read=segmenter.patch_answers)
+    distiller = Distiller(encoder, plugin, lambda degree: tokcomp.ToMe(3 * degree), recipe, **places, **asked)
+    before = copy.deepcopy(plugin.state_dict())
+    found = distiller.step(images.clone())
+    source, target = distiller.drawn
+    plugin.load_state_dict(before)
+    assert all(parameter.grad.abs().sum() > 0 for parameter in plugin.parameters())
+    with torch.no_grad():
+        tokcomp.compress(encoder, tokcomp.ToMe(3 * source))
+        p = segmenter.patch_logits(images).softmax(1)
+        with plugin.applied(tokcomp.compress(encoder, tokcomp.ToMe(3 * target)), source, target):
+            q = segmenter.patch_logits(images).softmax(1)
+    expected = (p * (p / q).log()).sum(1).mean()  # over the images and positions
+    assert expected > 1e-6
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +249,7 @@ def test_the_command(run, trained, tmp_path):  # noqa: F811
         (("evaluate", "FILE", "--gflops", "5.2"), "--gflops: name must be one of deit_tiny"),
         (("evaluate", "FILE", "--method", "tome_mlp", "--degrees", "1"), "degree 1 at --tokens-per-degree 1: "),
         (("evaluate", "FILE", "--merge-residual"), "--merge-residual belongs to --method tome_mlp"),
-        (("tocom", "FILE", "--max-degree", "2"), "FILE must hold a plain vision transformer"),
+        (("tocom", "FILE", "--merge-residual"), "--merge-residual belongs to --method tome_mlp, got tome"),
         (
             ("train", "-m", NAME, "--head", "linear"),
             "--head must be semantic_fpn for caformer_small, got linear",

@@ -44,6 +44,12 @@ def position_tokens(encoder: nn.Module, images: Tensor) -> Tensor:
     return x
 
 
+def pyramid_maps(encoder: Any, images: Tensor) -> list[Tensor]:
+    """A hierarchical encoder's maps [B, C_i, h_i, w_i] of images [B, 3, H, W], the finest first."""
+    maps: list[Tensor] = encoder.forward_intermediates(images, intermediates_only=True)
+    return maps
+
+
 class Segmenter(nn.Module):
     """A vision transformer and a head that classifies every pixel (Segmenter, ICCV 2021; Semantic FPN, CVPR 2019).
 
@@ -104,8 +110,7 @@ class Segmenter(nn.Module):
         if self.hierarchical:
             if images.dim() != 4:
                 raise ValueError(f"images must be [B, 3, H, W], got {list(images.shape)}")
-            encoder: Any = self.encoder
-            logits: Tensor = self.head(encoder.forward_intermediates(images, intermediates_only=True))
+            logits: Tensor = self.head(pyramid_maps(self.encoder, images))
             return logits
         grid = self._grid(images)
         return self.read(position_tokens(self.encoder, images), grid)
@@ -116,9 +121,15 @@ class Segmenter(nn.Module):
         logits = self.head(tokens[:, encoder.num_prefix_tokens :])  # [B, P, K]
         return logits.transpose(1, 2).unflatten(2, grid)
 
-    def patch_answers(self, tokens: Tensor) -> Tensor:
-        """Logits [B P, K], one row per patch, for the encoder's normalised tokens [B, P + prefix, C]."""
+    def patch_answers(self, tokens: Any) -> Tensor:
+        """Logits [B P, K], one row per patch, for the encoder's normalised tokens [B, P + prefix, C].
+
+        For a hierarchical encoder's :func:`pyramid_maps`, a row per position of the finest.
+        """
         encoder: Any = self.encoder
+        if self.hierarchical:
+            logits: Tensor = self.head(tokens)  # [B, K, h, w]
+            return logits.flatten(2).transpose(1, 2).flatten(0, 1)
         answers: Tensor = self.head(tokens[:, encoder.num_prefix_tokens :]).flatten(0, 1)
         return answers
 

@@ -61,6 +61,7 @@ class Distiller:
         world: the processes that share each batch; gradients are their mean.
         pieces: number of parts in which a process's share of a batch is computed; their gradients are added up.
         amp_dtype: run under autocast with this type, float32 or bfloat16.
+        call: what is asked of a twin of the model for images, such as its feature maps; by default its forward.
         read: turns the model's output into the logits [..., classes] to compare, such as a dense model's head; by
             default as the model's family does. With it the loss is KL whether or not the model has a classifier.
         loss: "distillation", or "labels": the student's cross entropy with labels, without a teacher; for a model with
@@ -86,7 +87,8 @@ class Distiller:
         world: World = ALONE,
         pieces: int = 1,
         amp_dtype: torch.dtype | None = None,
-        read: Callable[[Tensor], Tensor] | None = None,
+        call: Callable[[nn.Module, Tensor], Any] | None = None,
+        read: Callable[[Any], Tensor] | None = None,
         loss: str = "distillation",
     ) -> None:
         if amp_dtype == torch.float16:
@@ -116,6 +118,7 @@ class Distiller:
         self.learning_rate = 0.0  # of the last step
         self.drawn = (0, 0)  # degrees of the last step: teacher's, student's
         self.headless = num_classes < 1 and read is None
+        self._call: Callable[[nn.Module, Tensor], Any] = call or (lambda twin, images: twin(images))
         self._read, self._by_labels = read or adapter.logits, loss == "labels"
         self.parameters = list(plugin.parameters())
         self.optimizer = make_optimizer(recipe, self.parameters)
@@ -153,7 +156,7 @@ class Distiller:
             for number, (part, answer) in enumerate(zip(parts, answers, strict=True)):
                 seed_all(self.seed, MODEL, self.step_number, self.world.rank * self._pieces + number)
                 with self._autocast():
-                    found = self._read(student(part))
+                    found = self._read(self._call(student, part))
                 if self._by_labels:
                     loss = soft_cross_entropy(found, answer)
                 else:
@@ -171,7 +174,7 @@ class Distiller:
     @torch.no_grad()
     def _teach(self, parts: Sequence[Tensor], degree: int) -> list[Tensor]:
         with self._autocast():
-            return [self._read(self.models[degree](part)) for part in parts]
+            return [self._read(self._call(self.models[degree], part)) for part in parts]
 
     def _mixed(self, images: Tensor, labels: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """The pieces' images, mixed, and their soft targets [b, classes]."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tokcomp.cli import dense, options, training
-from tokcomp.cli.errors import UserError, blame
+from tokcomp.cli.errors import blame
 from tokcomp.cli.training import Job
 from tokcomp.runs.recipe import TOCOM_RECIPE
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Train a plugin for a segmenter's encoder by self-distillation: in each step the teacher is the segmenter at one random
-degree, the student the segmenter at another with the plugin between the two applied. Masks are not used.
+degree, the student the segmenter at another with the plugin between the two applied. Masks are not used. A degree
+merges tokens for each MLP (ToMeMLP), in a CAFormer for the rest of its third stage (ToMe).
 
 The paper trains its plugin on the classifier that the encoder was pre-trained as. 'tokcomp tocom train --method
 tome_mlp --tokens-per-degree 32 --img-size 512' does that, and its file works here too.
@@ -39,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--loss",
         choices=("kl", "features"),
         default="kl",
-        help="divergence of the patches' classes, or L1 of the encoder's tokens (default: %(default)s)",
+        help="divergence of the patches' classes, or L1 of the encoder's tokens, a CAFormer's last map "
+        "(default: %(default)s)",
     )
     plugin.add_argument(
         "--max-degree",
@@ -84,22 +86,19 @@ def _report(args: argparse.Namespace, found: TocomRun) -> None:
 def _prepare(job: Job) -> TocomRun:
     """Everything that can be refused is refused here, with nothing written."""
     import tokcomp
+    from tokcomp.dense.segmenter import pyramid_maps
     from tokcomp.tocom.distill import Distiller
     from tokcomp.tocom.train import TocomRun
 
     args = job.args
     job.begin(mixes=False)
     segmenter, settings, size = dense.open_segmenter(args)
-    if segmenter.hierarchical:
-        raise UserError(
-            f"FILE must hold a plain vision transformer, whose tokens merge for each MLP, got {settings.model}; a "
-            "classifier's plugin for it comes from tokcomp tocom train"
-        )
     segmenter.requires_grad_(False).to(job.device)
     dense.compress_encoder(args, segmenter, args.max_degree)
     tokcomp.restore(segmenter.encoder)
     plugin = tokcomp.ToCom(segmenter.encoder, args.rank, args.max_degree)
-    plugin.method = tokcomp.ToMeMLP.name
+    method_at = dense.method_of(args, segmenter.hierarchical)
+    plugin.method = method_at(0).name
     data = dense.open_data(args, settings, size, train=True)
     batches = job.batches(data)
     recipe = training.read_recipe(
@@ -112,12 +111,13 @@ def _prepare(job: Job) -> TocomRun:
         distiller = Distiller(
             segmenter.encoder,
             plugin,
-            dense.method_of(args),
+            method_at,
             recipe,
             total_steps=args.steps,
             steps_per_epoch=batches.steps_per_epoch,
             scale=args.scale,
             **job.place,
+            call=pyramid_maps if args.loss == "kl" and segmenter.hierarchical else None,
             read=segmenter.patch_answers if args.loss == "kl" else None,
         )
     facts = {"segmenter": str(args.segmenter), "model": settings.model, "method": plugin.method}
