@@ -8,9 +8,8 @@
 
 namespace tokcomp::cuda {
 
-constexpr int kReceivedRows = 64;                       // queries of a block
-constexpr int kRowsPerWarp = kDotSources / kWarps;      // of the 16 at hand
-constexpr int kLogitPitch = kDotTargets + kTargetTile;  // floats; four rows are written at a time, to all banks
+constexpr int kReceivedRows = 64;                   // queries of a block
+constexpr int kRowsPerWarp = kDotSources / kWarps;  // of the 16 at hand
 
 template <typename T>
 struct AttentionReceivedParams {
@@ -33,7 +32,7 @@ template <typename T>
 struct ReceivedMemory {
   T* queries;      // [16, row_pitch(slice)]
   T* keys;         // [keys of a tile, row_pitch(slice)]
-  float* logits;   // [16, kLogitPitch]
+  float* logits;   // [16, kDotPitch]
   float* bias;     // [keys of a tile]: log2 size
   float* inverse;  // [16]: 1 / the sum of a row's powers
 };
@@ -44,7 +43,7 @@ __device__ ReceivedMemory<T> received_memory(const AttentionReceivedParams<T>& p
   T* queries = shared_memory<T>();
   T* keys = queries + kDotSources * pitch;
   float* logits = reinterpret_cast<float*>(keys + tile * pitch);
-  float* bias = logits + kDotSources * kLogitPitch;
+  float* bias = logits + kDotSources * kDotPitch;
   return {queries, keys, logits, bias, bias + tile};
 }
 
@@ -70,7 +69,7 @@ __device__ __forceinline__ void multiply(const AttentionReceivedParams<T>& p, co
     __syncthreads();
     dots.accumulate(memory.queries, memory.keys, p.slice, targets);
   }
-  dots.store(memory.logits, kLogitPitch, targets);
+  dots.store(memory.logits, kDotPitch, targets);
   __syncthreads();
 }
 
@@ -101,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, kReceivedBlocks<T>)
         const int targets = min(kDotTargets, p.num_tokens - key);
 #pragma unroll
         for (int i = 0; i < kRowsPerWarp; ++i) {  // logits become powers
-          float* logits = memory.logits + (warp + i * kWarps) * kLogitPitch;
+          float* logits = memory.logits + (warp + i * kWarps) * kDotPitch;
           float larger = largest[i], more = 0.f;
           for (int n = lane; n < targets; n += kWarp) {
             logits[n] = fmaf(logits[n], p.scale, memory.bias[n]);
@@ -125,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, kReceivedBlocks<T>)
         const int n = threadIdx.x, rows = min(kDotSources, last_row - row);
         if (n < targets) {
           float column = 0.f;
-          for (int i = 0; i < rows; ++i) column = fmaf(memory.logits[i * kLogitPitch + n], memory.inverse[i], column);
+          for (int i = 0; i < rows; ++i) column = fmaf(memory.logits[i * kDotPitch + n], memory.inverse[i], column);
           part[key + n] = (row == first_row ? 0.f : part[key + n]) + column;
         }
       }
@@ -142,7 +141,7 @@ void launch_attention_received(AttentionReceivedParams<T> p, float* received, co
   p.slices = p.width > p.slice ? static_cast<int>(ceil_div(p.width, p.slice)) : 1;
   const int64_t tile = tile_of(p.num_tokens);
   const int64_t row_bytes = (kDotSources + tile) * row_pitch<T>(p.slice) * sizeof(T);
-  const int64_t float_bytes = (kDotSources * kLogitPitch + tile + kDotSources) * sizeof(float);
+  const int64_t float_bytes = (kDotSources * kDotPitch + tile + kDotSources) * sizeof(float);
   const int64_t count = p.num_heads * received_row_blocks(p.num_tokens);
   launch(attention_received_kernel<T>, p.batch * count, row_bytes + float_bytes, p);
   launch_partial_sums({p.parts, received, p.batch, count, p.num_tokens,

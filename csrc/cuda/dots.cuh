@@ -10,6 +10,7 @@ namespace tokcomp::cuda {
 constexpr int kDotSources = 16, kDotTargets = kThreads;
 constexpr int kDepth = 32;
 constexpr int kTargetTile = 8;  // rows are read in whole tiles of targets, whatever is in the last
+constexpr int kDotPitch = kDotTargets + kTargetTile;  // of products: four rows are written at a time, to all banks
 
 template <typename T>
 constexpr int row_pitch(int width) {
@@ -32,16 +33,23 @@ constexpr int tile_of(int targets) {
   return whole < kDotTargets ? whole : kDotTargets;
 }
 
-// to [rows, row_pitch(slice)]: `slice` channels of `count` rows, of which `inside` exist, and zeros beyond.
-template <typename T>
-__device__ __forceinline__ void load_slice(const T* from, int64_t stride, int count, int inside, bool aligned, int rows,
+// to [rows, row_pitch(slice)]: `slice` channels of `count` rows, each of which starts at row_of(i), of which `inside`
+// exist, and zeros beyond.
+template <typename T, typename RowOf>
+__device__ __forceinline__ void load_slice(const RowOf& row_of, int count, int inside, bool aligned, int rows,
                                            int slice, T* to) {
   const int pieces = slice / kVector<T>;
 #pragma unroll 4
   for (int i = threadIdx.x; i < rows * pieces; i += kThreads) {
     const int row = i / pieces, at = i % pieces * kVector<T>, left = row < count ? inside - at : 0;
-    store_shared(to + row * row_pitch<T>(slice) + at, load_raw(from + row * stride + at, left, aligned));
+    store_shared(to + row * row_pitch<T>(slice) + at, load_raw(row_of(row) + at, left, aligned));
   }
+}
+
+template <typename T>
+__device__ __forceinline__ void load_slice(const T* from, int64_t stride, int count, int inside, bool aligned, int rows,
+                                           int slice, T* to) {
+  load_slice([&](int row) { return from + row * stride; }, count, inside, aligned, rows, slice, to);
 }
 
 // A block's threads hold the products between them, 16 each.

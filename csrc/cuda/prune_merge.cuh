@@ -5,6 +5,7 @@
 //   prune_merge_streaming.cuh: one block per image, of any size, on any device.
 #pragma once
 
+#include "matching.cuh"
 #include "prune_merge_plan.cuh"
 
 namespace tokcomp::cuda {
@@ -136,41 +137,6 @@ __device__ __forceinline__ void load_rows(const PruneMergeParams<T>& p, int64_t 
       if (row < count && piece.local == 0) squares[row] = (first ? 0.f : squares[row]) + sum;
     }
   }
-}
-
-__device__ __forceinline__ float inverse_of_norm(float squares) {
-  const float norm = sqrtf(squares);
-  return norm > 0.f ? 1.f / norm : 0.f;
-}
-
-struct Match {
-  int slot;
-  float cosine;
-
-  // The larger cosine, on ties the lower slot.
-  __device__ __forceinline__ void keep_better(const Match& other) {
-    if (other.cosine > cosine || (other.cosine == cosine && other.slot < slot)) *this = other;
-  }
-};
-
-// One warp: the best of slots first_slot.., `count` of them; dot(j) is the source's product with the j-th.
-template <typename Dot>
-__device__ __forceinline__ Match best_match(const Dot& dot, float inverse_source, const float* inverse_target,
-                                            int first_slot, int count) {
-  Match best{first_slot + count, -INFINITY};
-#pragma unroll 2
-  for (int j = threadIdx.x % kWarp; j < count; j += kWarp) {
-    float cosine = dot(j) * inverse_source * inverse_target[j];
-    if (cosine != cosine) cosine = 0.f;
-    best.keep_better({first_slot + j, cosine});
-  }
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const int slot = __shfl_xor_sync(kAllLanes, best.slot, offset);
-    const float cosine = __shfl_xor_sync(kAllLanes, best.cosine, offset);
-    best.keep_better({slot, cosine});
-  }
-  return best;
 }
 
 // best_slot to lists, by the whole block, whose threads need not have met since best_slot was written.

@@ -4,16 +4,16 @@
 #pragma once
 
 #include "dots.cuh"
+#include "matching.cuh"
 
 namespace tokcomp::cuda {
 
-constexpr int kSharedScores = 1024;                      // patches whose scores lie in shared memory
-constexpr int kCosinePitch = kDotTargets + kTargetTile;  // floats; four rows are written at a time, to all banks
+constexpr int kSharedScores = 1024;  // patches whose scores lie in shared memory
 
 template <typename T>
 struct CosineParams {
   const T* features;    // [B, P, K]
-  float* inverse_norm;  // [B, P]: 1 / norm, 0 of a row of zeros and of what is no number
+  float* inverse_norm;  // [B, P]
   float* cosine;        // [B, P, P]
   int64_t stride_b, stride_n;
   int64_t batch;
@@ -21,24 +21,6 @@ struct CosineParams {
   int slice, slices;  // channels, a multiple of kDepth
   bool aligned;
 };
-
-// One warp per patch: equal rows have equal norms.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) inverse_norm_kernel(CosineParams<T> p) {
-  begin_grid();
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;  // image and patch
-  if (row >= p.batch * p.num_patches) return;
-  const T* from = p.features + row / p.num_patches * p.stride_b + row % p.num_patches * p.stride_n;
-  float sum = 0.f;
-  for (int at = threadIdx.x % kWarp * kVector<T>; at < p.width; at += kWarp * kVector<T>) {
-    float values[kVector<T>];
-    load_vector(from + at, p.width - at, p.aligned, values);
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) sum = fmaf(values[i], values[i], sum);
-  }
-  const float norm = sqrtf(warp_sum(sum));
-  if (threadIdx.x % kWarp == 0) p.inverse_norm[row] = norm > 0.f ? 1.f / norm : 0.f;
-}
 
 template <typename T>
 constexpr int kCosineBlocks = sizeof(T) == 4 ? 2 : 3;  // that a multiprocessor holds
@@ -71,14 +53,14 @@ __global__ void __launch_bounds__(kThreads, kCosineBlocks<T>) cosine_kernel(Cosi
       __syncthreads();
       dots.accumulate(rows, columns, p.slice, targets);
     }
-    dots.store(products, kCosinePitch, targets);
+    dots.store(products, kDotPitch, targets);
     __syncthreads();
     const int target = column + threadIdx.x;
     if (static_cast<int>(threadIdx.x) >= targets) continue;
     for (int row = first > target ? first : target; row < last; ++row) {
       // Equal rows have equal cosines wherever they lie: the order of the norms does not matter.
       const float a = inverse_norm[row], b = inverse_norm[target];
-      float value = products[(row - first) * kCosinePitch + threadIdx.x] * fminf(a, b) * fmaxf(a, b);
+      float value = products[(row - first) * kDotPitch + threadIdx.x] * fminf(a, b) * fmaxf(a, b);
       if (value != value) value = 0.f;
       cosine[static_cast<int64_t>(row) * p.num_patches + target] = value;
       cosine[static_cast<int64_t>(target) * p.num_patches + row] = value;
@@ -91,9 +73,11 @@ void launch_cosines(CosineParams<T> p, const Launch& launch) {
   p.slice = slice_of<T>(p.width);
   p.slices = p.width > p.slice ? static_cast<int>(ceil_div(p.width, p.slice)) : 1;
   const int64_t row_bytes = (kDotSources + tile_of(p.num_patches)) * row_pitch<T>(p.slice) * sizeof(T);
-  launch(inverse_norm_kernel<T>, ceil_div(p.batch * p.num_patches, kWarps), 0, p);
+  launch_inverse_norms(InverseNormParams<T>{p.features, p.inverse_norm, p.stride_b, p.stride_n, p.batch, p.num_patches,
+                                            p.width, p.aligned},
+                       launch);
   launch(cosine_kernel<T>, p.batch * ceil_div(p.num_patches, kDotSources),
-         row_bytes + kDotSources * kCosinePitch * sizeof(float), p);
+         row_bytes + kDotSources * kDotPitch * sizeof(float), p);
 }
 
 struct SelectDiverseParams {

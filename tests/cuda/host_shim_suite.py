@@ -24,7 +24,7 @@ from tokcomp_kernels.testing import Sample, samples
 OPS = (
     *("class_attention_sort", "prune_merge", "prune_merge_norm", "add_layer_norm", "_merge_backward"),
     *("masked_softmax", "_masked_softmax_backward", "attention_received", "attention", "_attention_heads"),
-    "select_diverse",
+    *("bipartite_merge", "select_diverse"),
 )
 #: Whose kernels take half precision alone, and give `out` as a view of [B, N, H, D].
 HALF = ("attention", "_attention_heads")
@@ -80,6 +80,11 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape) + 1000 * seed))
+
+
+def roles(batch: int, num_tokens: int) -> Tensor:
+    """Sources (1), destinations (2) and tokens that are neither, at random."""
+    return torch.randint(0, 3, (batch, num_tokens), generator=torch.Generator().manual_seed(batch + num_tokens))
 
 
 def awkward(values: Tensor) -> Tensor:
@@ -356,6 +361,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "attention_received": (randn(4, 2, 12, 8, dtype=half), randn(4, 2, 12, 8, dtype=half, seed=1)),
         **dict.fromkeys(HALF, tuple(randn(4, 2, 12, 8, dtype=half, seed=seed) for seed in range(3))),
         "_masked_softmax_backward": (randn(4, 2, 12, 12, dtype=half, seed=1), scores, mask),
+        "bipartite_merge": (randn(4, 12, 40, dtype=half), randn(4, 12, 16, dtype=half, seed=1), roles(4, 12), 3),
         "select_diverse": (randn(4, 12, 16, dtype=half), 7),
     }
 

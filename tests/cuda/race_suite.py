@@ -24,7 +24,7 @@ MERGES = ("prune_merge", "prune_merge_norm")
 OPS = (
     *(*MERGES, "class_attention_sort", "add_layer_norm", "_merge_backward"),
     *("masked_softmax", "_masked_softmax_backward", "attention_received", "_attention_heads"),
-    "select_diverse",
+    *("bipartite_merge", "select_diverse"),
 )
 #: Shared memory of a block, and whether there are clusters.
 DEVICES = {"sm_90": (227 * 1024, 1), "sm_80": (163 * 1024, 0)}
@@ -91,6 +91,10 @@ def cases() -> dict[str, Case]:
     found["attention_streaming"] = lambda: op._attention_heads(stream, stream, stream)
     for rule in ("farthest", "dpp"):
         found[f"select_diverse, {rule}"] = lambda rule=rule: op.select_diverse(wide[0], 8, rule=rule)
+    few, many_sources = torch.arange(20).remainder(3), 2 - (torch.arange(1040) < 1030).long()  # ranked in two tiles
+    for name, role, metric, r in (("", few, wide[0], 6), (", tiles", many_sources, more[0, :, :1040], 1020)):
+        joined = (randn(1, len(role), 3), metric, role[None], r)
+        found[f"bipartite_merge{name}"] = lambda joined=joined: op.bipartite_merge(*joined, size=rand(*joined[2].shape))
     x, source = randn(3, 5, 384), torch.arange(20).remainder(12).expand(2, 20)
     found["add_layer_norm"] = lambda: op.add_layer_norm(x, x)
     grad = randn(2, 12, 64)

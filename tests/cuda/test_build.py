@@ -24,12 +24,18 @@ CUDA = ROOT / "csrc" / "cuda"
 REPORT = json.loads((ROOT / "benchmarks/results/kernels/cuda.json").read_text())
 KERNELS: list[dict[str, Any]] = REPORT["kernels"]
 #: Kernels with more than one variant for each type: rows of up to two pieces a lane, and
-#: longer ones; widths of a head.
-VARIANTS = {"add_layer_norm_kernel": 2, "attention_resident_kernel": 4, "attention_streaming_kernel": 4}
+#: longer ones; widths of a head; one for each of two operators.
+VARIANTS = {
+    **{"add_layer_norm_kernel": 2, "inverse_norm_kernel": 2},
+    **{"attention_resident_kernel": 4, "attention_streaming_kernel": 4},
+}
 #: Kernels for half precision alone.
 HALF = ("attention_resident_kernel", "attention_streaming_kernel")
 #: Kernels that see scores, sums or cosines alone, whatever the type of the rows.
-TYPELESS = ("rank_kernel", "partial_sums_kernel", "select_diverse_kernel")
+TYPELESS = (
+    *("rank_kernel", "partial_sums_kernel", "select_diverse_kernel"),
+    *("partition_kernel", "join_kernel", "slot_kernel"),
+)
 OPERATORS = sorted(
     re.findall(
         r"^TOKCOMP_(?:REGISTER|OFFER)_CUDA\((\w+),", "\n".join(p.read_text() for p in CUDA.glob("*.cu")), re.MULTILINE

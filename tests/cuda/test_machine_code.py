@@ -32,6 +32,11 @@ BLOCKS = {
     "partial_sums_kernel": (6, 6),
     "rank_kernel": (6, 6),
     "inverse_norm_kernel": (8, 8),
+    "partition_kernel": (8, 8),
+    "match_kernel": (2, 3),
+    "join_kernel": (8, 8),
+    "slot_kernel": (8, 8),
+    "joined_rows_kernel": (4, 4),
     "cosine_kernel": (2, 3),
     "select_diverse_kernel": (5, 5),
 }
@@ -51,6 +56,11 @@ LIMITS = {
     "partial_sums_kernel": (0, 0),
     "rank_kernel": (0, 2),
     "inverse_norm_kernel": (5, 0),
+    "partition_kernel": (0, 2),
+    "match_kernel": (40, 3),
+    "join_kernel": (0, 2),
+    "slot_kernel": (0, 2),
+    "joined_rows_kernel": (0, 0),
     "cosine_kernel": (0, 3),
     "select_diverse_kernel": (20, 3),
 }

@@ -48,6 +48,7 @@ void tokcomp::cuda::Launcher::operator()(void (*kernel)(Params), int64_t blocks,
 #include "../../cuda/add_layer_norm.cu"
 #include "../../cuda/attention.cu"
 #include "../../cuda/attention_received.cu"
+#include "../../cuda/bipartite_merge.cu"
 #include "../../cuda/class_attention_sort.cu"
 #include "../../cuda/masked_softmax.cu"
 #include "../../cuda/merge_backward.cu"

@@ -70,6 +70,7 @@ inline uint32_t __float_as_uint(float f) { return std::bit_cast<uint32_t>(f); }
 inline int64_t __double_as_longlong(double d) { return std::bit_cast<int64_t>(d); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline int __popc(unsigned bits) { return std::popcount(bits); }
 
 struct Index {
   unsigned x;
