@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
-import timm
-import tokcomp
 import torch
-from tokcomp.cli import main
 
 from tests.build.builds import ROOT, Dispatched, run
+from tests.examples.test_notebooks import run as run_notebook
 
 CONSUMER = """
 cmake_minimum_required(VERSION 3.24)
@@ -49,30 +48,32 @@ def test_libtorch(cmake: str, dispatched: Dispatched, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_exported_model(cmake: str, dispatched: Dispatched, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """A trained model through `tokcomp export` into examples/aot: the logits are the model's own."""
-    build, package = tmp_path / "build", tmp_path / "digits.pt2"
-    settings = {"CMAKE_PREFIX_PATH": dispatched.prefix, "CMAKE_BUILD_TYPE": "Debug"}
-    run(cmake, "-S", ROOT / "examples" / "aot", "-B", build, *(f"-D{name}={value}" for name, value in settings.items()))
-    run(cmake, "--build", build)
-    options = ["-m", "tokcomp_digits_vit", "--pretrained", "--device", "cpu", "--method", "tome", "--r", "8"]
-    assert main(["export", *options, "--max-batch", "16", "-o", str(package)]) == 0
-    assert "pretrained weights; 1 to 16 images, cpu" in capsys.readouterr().out
+def test_exported_model(cmake: str, dispatched: Dispatched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The C++ notebook: a trained model through `tokcomp export` into examples/aot; the logits are the model's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(cmake).parent}{os.pathsep}{os.environ['PATH']}")
+    here = {
+        'Path("../..")': f'Path("{ROOT}")',
+        'Path("libtokcomp")': f'Path("{dispatched.prefix}")',
+        'f"-DCMAKE_PREFIX_PATH={prefix}"': 'f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_BUILD_TYPE=Debug"',
+    }
+    found = run_notebook("cpp", here)
+    assert "pretrained weights; 1 to 16 images, cpu" in found["exported"]
 
-    model = tokcomp.compress(timm.create_model("tokcomp_digits_vit", pretrained=True).eval(), tokcomp.ToMe(8))
-    for batch in (5, 1):
-        images = torch.randn(batch, *tokcomp.load_exported(package).shape)
-        images.numpy().tofile(tmp_path / "images.bin")
-        printed = run(build / "classify", package, tmp_path / "images.bin", tmp_path / "logits.bin")
-        logits = torch.from_file(str(tmp_path / "logits.bin"), size=batch * 10).view(batch, 10)
+    def assert_same(images: torch.Tensor, printed: str) -> None:
+        logits = torch.from_file("logits.bin", size=len(images) * 10).view(-1, 10)
         with torch.no_grad():
             # Sums in another order, through four blocks.
-            torch.testing.assert_close(logits, model(images), atol=1e-4, rtol=1e-4)
-        best = [int(line.split("class ")[1].split()[0]) for line in printed.splitlines()]
+            torch.testing.assert_close(logits, found["model"](images), atol=1e-4, rtol=1e-4)
+        best = [int(line.split("class ")[1].split()[0]) for line in printed.splitlines() if "class " in line]
         assert best == logits.argmax(1).tolist()
 
-    (tmp_path / "images.bin").write_bytes(b"short")
-    refused = subprocess.run(
-        [build / "classify", package, tmp_path / "images.bin"], capture_output=True, text=True, check=False
-    )
+    assert_same(found["images"], found["printed"])
+    program = ["build-classify/classify", "digits.pt2", "images.bin", "logits.bin"]
+    one = torch.randn(1, *found["images"].shape[1:])
+    one.numpy().tofile("images.bin")
+    assert_same(one, run(*program))
+
+    Path("images.bin").write_bytes(b"short")
+    refused = subprocess.run(program, capture_output=True, text=True, check=False)
     assert refused.returncode == 1 and "must hold 1 to 16 images of" in refused.stderr
