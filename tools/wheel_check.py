@@ -1,6 +1,6 @@
 """What somebody gets who installs a wheel where there is neither a compiler nor a checkout.
 
-    python -m tools.wheel_check [WHEEL] [--other-torch 2.11.0]        # or: make wheel wheel-check
+    python -m tools.wheel_check [WHEEL] [--other-torch 2.11.0]    # or: make wheel-check, which builds one if need be
 
 pip installs the wheel into an empty environment, with the torch that it requires. There, with that environment's own
 programs on PATH and nothing else: every operator on every backend that needs no GPU, the operators' tests from a copy,
@@ -16,7 +16,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,8 +104,18 @@ class Bare:
         return self.run("python", "-m", "pip", *arguments, fails=fails)
 
 
-def report(step: str, text: str) -> None:
-    print(f"{step}: {text.strip().splitlines()[-1]}", flush=True)
+@contextmanager
+def step(name: str) -> Iterator[list[str]]:
+    """Says what is going on while it goes on, then how long it took and the last line put into the list."""
+    print(f"{name} ...", end=" ", flush=True)
+    said: list[str] = []
+    begun = time.monotonic()
+    try:
+        yield said
+    except BaseException:
+        print("failed", flush=True)
+        raise
+    print(" ".join([said[-1].strip().splitlines()[-1] if said else "done", f"({time.monotonic() - begun:.0f} s)"]))
 
 
 def copied_tests(folder: Path) -> Path:
@@ -120,26 +133,34 @@ def copied_tests(folder: Path) -> Path:
 
 def check(wheel: Path, bare: Bare) -> None:
     """Everything that the wheel promises with its own torch."""
-    bare.pip("install", f"{wheel}[demo]", "pytest", "hypothesis")
-    report("pip check", bare.pip("check"))
+    with step("pip install, with the torch that it requires"):
+        bare.pip("install", f"{wheel}[demo]", "pytest", "hypothesis")
+    with step("pip check") as said:
+        said.append(bare.pip("check"))
     for backend, expected in (("auto", "cpp"), ("reference", "reference"), ("triton", "triton")):
         settings = {"TOKCOMP_BACKEND": backend, "EXPECTED": expected, "TRITON_INTERPRET": "1"}
-        report(f"operators, {backend}", bare.run("python", "-c", OPERATORS, **settings))
+        with step(f"operators, {backend}") as said:
+            said.append(bare.run("python", "-c", OPERATORS, **settings))
     # Triton's kernels go through an interpreter, which takes minutes and no compiler: above is enough.
     tests = copied_tests(bare.folder / "copied")
-    report("tests/ops", bare.run("python", "-m", "pytest", "-q", "tests/ops", cwd=tests, TRITON_INTERPRET="0"))
-    information = bare.run("tokcomp", "info")
-    report("tokcomp info", next(line for line in information.splitlines() if "cpu_capability" in line))
-    report("tokcomp demo", bare.run("tokcomp", "demo", "-o", "demo"))
+    with step("tests/ops") as said:
+        said.append(bare.run("python", "-m", "pytest", "-q", "tests/ops", cwd=tests, TRITON_INTERPRET="0"))
+    with step("tokcomp info") as said:
+        information = bare.run("tokcomp", "info")
+        said.append(next(line for line in information.splitlines() if "cpu_capability" in line))
+    with step("tokcomp demo") as said:
+        said.append(bare.run("tokcomp", "demo", "-o", "demo"))
     assert (bare.folder / "demo" / "report.html").stat().st_size > 100_000
 
 
 def check_another_torch(wheel: Path, bare: Bare, version: str) -> None:
     """What happens beside a torch that the kernels were not built for."""
-    refused = bare.pip("install", "--dry-run", wheel, f"torch=={version}", fails=True)
-    report(f"pip, wheel with torch {version}", next(line for line in refused.splitlines() if "conflict" in line))
-    bare.pip("install", f"torch=={version}", "torchvision")
-    report(f"under torch {version}", bare.run("python", "-c", ANOTHER_TORCH))
+    with step(f"pip, wheel with torch {version}") as said:
+        refused = bare.pip("install", "--dry-run", wheel, f"torch=={version}", fails=True)
+        said.append(next(line for line in refused.splitlines() if "conflict" in line))
+    with step(f"under torch {version}") as said:
+        bare.pip("install", f"torch=={version}", "torchvision")
+        said.append(bare.run("python", "-c", ANOTHER_TORCH))
 
 
 def main() -> None:
