@@ -94,16 +94,18 @@ def test_tokens_are_really_dropped_and_counted(attached, method, images_for):
 def test_published_cost(meta_model):
     """DynamicViT's own code multiplies 2,980,897,728 times, less the class token's share of the patch embedding."""
     model, costs = meta_model("deit_small_patch16_224"), []
-    for method in (tokcomp.DynamicViT(0.7), tokcomp.SPViT((0.617, 0.369, 0.137)), tokcomp.EvoViT()):
-        if isinstance(method, tokcomp.methods.LearnedMethod):
-            learned.attach(model, method)
+    rates = ((0.617, 0.369, 0.137), (0.7, 0.39, 0.21))
+    for method in (tokcomp.DynamicViT(0.7), *map(tokcomp.SPViT, rates), tokcomp.EvoViT()):
+        if isinstance(method, tokcomp.methods.LearnedMethod) and not learned.is_attached(model, method):
+            learned.attach(tokcomp.restore(model), method)
         costs.append(tokcomp.flops(tokcomp.compress(model, method)))
     assert costs[0] == 2_980_897_728 + 768 * 384
-    tokens, arriving = [197, 122, 75, 30], 196 + 121 + 74  # of patches 120, 72 and 26, with 1, 2 and 3 packages
-    blocks = 3 * sum(12 * 384**2 * n + 2 * 384 * n**2 for n in tokens)
-    selector = 6 * (64 * 64 + 64 * 32 + 32 * 16 + 16 * 2) + 2 * 6 * 3
-    assert costs[1] == blocks + 197 * 768 * 384 + 384 * 1000 + arriving * selector
-    assert costs[2] / 1e9 == pytest.approx(3.0, abs=0.05)
+    for kept, cost in zip(([120, 72, 26], [137, 76, 41]), costs[1:3], strict=True):
+        arriving = [196, *(count + packages for packages, count in enumerate(kept, 1))]
+        blocks = 3 * sum(12 * 384**2 * n + 2 * 384 * n**2 for n in (count + 1 for count in arriving))
+        selector = 6 * (64 * 64 + 64 * 32 + 32 * 16 + 16 * 2) + 2 * 6 * 3
+        assert cost == blocks + 197 * 768 * 384 + 384 * 1000 + sum(arriving[:3]) * selector
+    assert [round(cost / 1e9, 2) for cost in costs[1:]] == [2.46, 2.67, 3.05]
 
 
 def test_tokens_of_evo_vit_come_back(make_vit, images_for):
