@@ -1,8 +1,14 @@
-"""tokcomp export: what it refuses before any work. tests/build runs a package that it wrote."""
+"""tokcomp export: what it refuses before any work, and what it hands on. tests/deploy and tests/build run the files."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import timm
+import tokcomp
+from tokcomp.deploy import exported
+from torch import nn
 
 
 @pytest.mark.parametrize(
@@ -23,3 +29,32 @@ def test_refusals(run, tmp_path, monkeypatch, arguments, message):
     status, _, err = run("export", "--device", "cpu", *arguments)
     assert status == 2 and message in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--max-batch", 16, "-o", "m.pt2"], "m.pt2 (0.0 MB, pretrained weights; 1 to 16 images, cpu)"),
+        (["-b", 4, "--static-batch", "-o", "m.pt2"], "pretrained weights; 4 images, cpu)"),
+        (["--quantize", "int8", "-o", "m.onnx"], "m.onnx (0.0 MB, pretrained weights; any number of images)"),
+    ],
+)
+def test_what_is_handed_on(run, tmp_path, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def export(model: nn.Module, path: Path, **settings: object) -> None:
+        calls.append((tokcomp.flops(model), model.training, settings))
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(exported, "export", export)
+    model = ["-m", "tokcomp_digits_vit", "--pretrained", "--device", "cpu", "--method", "tome", "--r", 8]
+    status, out, err = run("export", *model, *options)
+    assert status == 0, err
+    assert said in out.splitlines()[0] and "run it:" in out
+    ((flops, training, settings),) = calls
+    expected = tokcomp.compress(timm.create_model("tokcomp_digits_vit").eval(), tokcomp.ToMe(8))
+    assert flops == tokcomp.flops(expected) and not training
+    static = "--static-batch" in options
+    asked = {"batch": 4 if static else 8, "dynamic_batch": not static, "max_batch": 16 if 16 in options else 1024}
+    assert asked.items() <= settings.items() and settings["quantize"] == ("int8" if "int8" in options else None)
