@@ -149,15 +149,23 @@ def test_the_command_in_small(tmp_path, capsys):
     assert plugins["gains"].keys() == {"noise", "digits"} and list(plugins["plugins"]) == ["0", "1"]
     assert plugins["gains"]["digits"].keys() == {"0 -> 1", "0 -> 2", "2 -> 0", "2 -> 1"}
     assert all(len(one["top1"]) == 2 for one in plugins["gains"]["digits"].values())
+    trained = json.loads((out / "trained" / "results.json").read_text())
+    assert list(trained["rows"]) == ["dynamicvit", "spvit", "tome", "evovit", "avit"]
+    for name, row in trained["rows"].items():
+        assert len(row["right"]) == 20 and abs(row["gflops"] / trained["facts"]["gflops"] - 1) < 0.05, name
+    again = (out / "trained" / "results.json").read_bytes()
+    assert pretrained.main(["--quick", "--only", "trained", "-o", str(out)]) == 0
+    assert (out / "trained" / "results.json").read_bytes() == again
     readme = tmp_path / "README.md"
     readme.write_text(f"{BEGIN}\n{END}")
     kept = keep_results(out, tmp_path / "kept", tmp_path / "page.md", readme)
-    assert [path.name for path in kept] == ["70.json", "84.json", "tocom.json", "page.md", "README.md"]
+    assert [path.name for path in kept] == ["70.json", "84.json", "tocom.json", "trained.json", "page.md", "README.md"]
     assert "| DiffRate, searched | " in readme.read_text() and "| uncompressed | " in readme.read_text()
     page = (tmp_path / "page.md").read_text()
     assert (
         "## At 84 x 84 pixels" in page
         and "## ToCom on the backbone" in page
+        and "## Methods that are trained" in page
         and "refine over 2 seeds" in page
         and "nan" not in page
     )

@@ -61,6 +61,17 @@ def test_a_step_minimises_answer_and_penalties(name):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-11 * max(1.0, theirs.grad.abs().max()))
 
 
+def test_a_methods_parts_learn_at_a_rate_of_their_own():
+    """One step of AdamW moves every weight by its group's rate."""
+    model, teacher = prepared("dynamicvit")
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    recipe = replace(PLAIN, weight_decay=0.0, backbone_lr_scale=0.01)
+    make_tuner(recipe, model=model, teacher=teacher).step(*make_images(8))
+    moved = {name: (one.detach() - before[name]).abs().max().item() for name, one in model.named_parameters()}
+    assert all(0 < far <= 1.001 * recipe.lr * (1 if "dynamicvit" in name else 0.01) for name, far in moved.items())
+    assert max(far for name, far in moved.items() if "dynamicvit" in name) > 0.9 * recipe.lr
+
+
 @pytest.mark.parametrize("name", ["spvit"])
 def test_training_finds_the_keep_rates_and_the_teacher_stays(name):
     model, teacher = prepared(name)
@@ -145,4 +156,6 @@ def test_what_is_refused():
         ValueError, match="teacher must be None for a method whose losses compare with none, got Vision"
     ):
         make_tuner(PLAIN, teacher=teacher)
+    with pytest.raises(ValueError, match="backbone_lr_scale must be 1 for a model without parts of a method"):
+        make_tuner(replace(PLAIN, backbone_lr_scale=0.1))
     assert isinstance(make_tuner(PLAIN, model=model), FineTuner)  # its losses without a teacher's

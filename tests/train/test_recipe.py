@@ -37,6 +37,7 @@ def test_the_papers_tables():
         ({"min_lr": math.nan}, "min_lr must be a finite number, 0 or more, got nan"),
         ({"smoothing": 1.0}, r"smoothing must be in \[0, 1\), got 1.0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"backbone_lr_scale": 2.0}, "backbone_lr_scale must be above 0 and at most 1, got 2.0"),
     ],
 )
 def test_unfit_settings_are_refused(setting, message):
@@ -58,6 +59,20 @@ def test_the_rate_warms_up():
     recipe = Recipe(**{**PLAIN.__dict__, "warmup_epochs": 1.0, "warmup_lr": 0.0})
     rate = LearningRate(recipe, make_optimizer(recipe, [torch.nn.Parameter(torch.zeros(2))]), 10, steps_per_epoch=4)
     assert [rate.set(step) for step in range(4)] == pytest.approx([0.0, 0.025, 0.05, 0.075])
+
+
+@pytest.mark.parametrize("sched", ["cosine", "none"])
+def test_the_backbones_rate_is_scaled(sched):
+    """The parts come first, at the full rate; biases get no weight decay at either."""
+    recipe = Recipe(**{**PLAIN.__dict__, "backbone_lr_scale": 0.01, "weight_decay": 0.05, "sched": sched})
+    model = torch.nn.ModuleDict({"backbone": torch.nn.Linear(2, 2), "parts": torch.nn.Linear(2, 2)})
+    optimizer = make_optimizer(recipe, model, {"parts.weight", "parts.bias"})
+    rate = LearningRate(recipe, optimizer, 10, steps_per_epoch=5).set(4)
+    found = {id(one): group for group in optimizer.param_groups for one in group["params"]}
+    for name, parameter in model.named_parameters():
+        group = found[id(parameter)]
+        assert group["lr"] == pytest.approx(rate * (1 if name.startswith("parts") else 0.01), rel=1e-12)
+        assert group["weight_decay"] == (0 if name.endswith("bias") else 0.05)
 
 
 def test_unknown_names_are_refused():

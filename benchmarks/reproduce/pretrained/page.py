@@ -15,6 +15,7 @@ from tokcomp.files import write_whole
 from benchmarks.page.tables import replace_block
 from benchmarks.reproduce.pretrained import importance as importance_part
 from benchmarks.reproduce.pretrained import tocom as tocom_part
+from benchmarks.reproduce.pretrained import trained as trained_part
 from benchmarks.reproduce.spread import markdown, mean_and_deviation
 
 ROOT = Path(__file__).parents[3]
@@ -73,10 +74,11 @@ def keep_results(folder: Path, kept: Path = KEPT, page: Path = PAGE, readme: Pat
     """Copy the results of a run, without what is bulky, write the page, and draw README's table again.
 
     Raises:
-        ValueError: the folder holds no results.
+        ValueError: the folder holds no results, and those of the comparison are not kept from before either.
     """
     records = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob(f"[0-9]*/{RESULTS}"))}
-    if not records:
+    parts = [path for part in (tocom_part, trained_part) if (path := folder / part.FOLDER / part.RESULTS).is_file()]
+    if not records and not parts:
         raise ValueError(f"the output folder must hold results, got none in '{folder}'; run the study first")
     written = []
     for size, record in records.items():
@@ -85,14 +87,16 @@ def keep_results(folder: Path, kept: Path = KEPT, page: Path = PAGE, readme: Pat
         path = kept / f"{size}.json"
         write_whole(path, json.dumps(record, indent=1) + "\n")
         written.append(path)
-    tocom = folder / tocom_part.FOLDER / tocom_part.RESULTS
-    plugins = json.loads(tocom.read_text()) if tocom.is_file() else None
-    if plugins is not None:
-        path = kept / "tocom.json"
-        write_whole(path, json.dumps({key: one for key, one in plugins.items() if key != "plugins"}, indent=1) + "\n")
+    for found in parts:
+        path, record = kept / f"{found.parent.name}.json", json.loads(found.read_text())
+        write_whole(path, json.dumps({key: one for key, one in record.items() if key != "plugins"}, indent=1) + "\n")
         written.append(path)
-    ranks = kept / importance_part.KEPT.name
-    write_whole(page, page_of(records, plugins, json.loads(ranks.read_text()) if ranks.is_file() else None))
+    # What this run has not done stays as an earlier one left it.
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(kept.glob("[0-9]*.json"))}
+    if not records:
+        raise ValueError(f"the output folder must hold results of the comparison, got none in '{folder}'; run it first")
+    rest = [kept / f"{name}.json" for name in (tocom_part.FOLDER, importance_part.KEPT.stem, trained_part.FOLDER)]
+    write_whole(page, page_of(records, *(json.loads(one.read_text()) if one.is_file() else None for one in rest)))
     first = next(iter(records.values()))
     write_whole(readme, replace_block(readme.read_text(encoding="utf-8"), BEGIN, END, summary(first)))
     return [*written, page, readme]
@@ -128,8 +132,9 @@ def page_of(
     records: Mapping[str, Mapping[str, Any]],
     plugins: Mapping[str, Any] | None = None,
     ranks: Mapping[str, Any] | None = None,
+    trained: Mapping[str, Any] | None = None,
 ) -> str:
-    """The page, from records by image size, from that of ToCom's plugins and from that of importances."""
+    """The page, from records by image size, and from those of ToCom's plugins, importances and trained methods."""
     first = next(iter(records.values()))
     facts = first["facts"]
     parts = [
@@ -158,6 +163,8 @@ def page_of(
         parts += [_TOCOM.format(settings=plugins["facts"]["settings"]), tocom_part.section(plugins)]
     if ranks is not None:
         parts.append(importance_part.section(ranks))
+    if trained is not None:
+        parts += ["## Methods that are trained", trained_part.section(trained)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

@@ -24,6 +24,27 @@ class ToComSettings:
 
 
 @dataclass(frozen=True)
+class TrainedSettings:
+    """Methods that are trained, each for ``steps`` updates of ``batch`` of ``images`` pictures, at one budget.
+
+    Args:
+        share: the budget, as a share of the uncompressed multiply-adds.
+        lr, parts_lr: of the weights that there were before, and of a method's own parts.
+        calibration: pictures by which A-ViT's cost is measured.
+        seed: of everything random.
+    """
+
+    share: float = 0.55
+    images: int = 2000
+    steps: int = 100
+    batch: int = 16
+    lr: float = 2e-5
+    parts_lr: float = 1e-3
+    calibration: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Settings:
     """A whole run: the most telling cells first, so that one that is stopped has those.
 
@@ -40,6 +61,7 @@ class Settings:
         speed_batch: images in a batch when speed is measured; 0: it is not.
         width: of the model; None: as published.
         tocom: plugins on the backbone.
+        trained: methods that are trained.
     """
 
     sizes: tuple[int, ...] = (112, 224)
@@ -59,6 +81,7 @@ class Settings:
     speed_batch: int = 16
     width: int | None = None
     tocom: ToComSettings = ToComSettings()
+    trained: TrainedSettings = TrainedSettings()
 
     @property
     def variant(self) -> Variant:
@@ -82,6 +105,7 @@ QUICK = Settings(
     speed_batch=0,
     width=48,
     tocom=ToComSettings(max_degree=2, images=16, steps=2, batch=4, seeds=2),
+    trained=TrainedSettings(share=0.7, images=16, steps=2, batch=4, calibration=4),
 )
 
 

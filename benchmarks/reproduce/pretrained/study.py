@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -94,18 +94,19 @@ def run_study(
     return True
 
 
-def _comparison(
-    sources: Sources,
-    settings: Settings,
-    folder: Path,
-    place: int,
-    stop: StopRequest,
-    minutes: float | None,
-    show_progress: bool,
-) -> Comparison:
+class Prepared(NamedTuple):
+    """A backbone with its head, and how pictures are given to it."""
+
+    model: nn.Module
+    config: dict[str, Any]  # timm's, of the data
+    facts: dict[str, Any]  # that the model follows from
+    batches: Callable[[Dataset, int, int], Callable[[], Any]]  # (data set, count, seed) -> begins a pass over a sample
+
+
+def prepare(sources: Sources, settings: Settings, folder: Path, place: int) -> Prepared:
+    """At the size of that place; the head is kept in the size's folder."""
     size = settings.sizes[place]
-    here = folder / str(size)
-    training, testing = sources.images(settings)
+    training, _ = sources.images(settings)
     model = sources.backbone(size, settings)
     config: dict[str, Any] = {**resolve_model_data_config(model), "input_size": (3, size, size), "crop_pct": 1.0}
 
@@ -117,8 +118,23 @@ def _comparison(
         return fit_head(*features_of(model, batches(training, settings.head, 0)(), CPU))
 
     facts: dict[str, Any] = {**sources.describe(), "weights_digest": weights_digest(model), "img_size": size}
-    attach_head(model, *kept_head(here / "probe.safetensors", {**facts, "head": settings.head}, head))
-    facts |= {"head_images": settings.head, "with_head": weights_digest(model)}
+    kept = kept_head(folder / str(size) / "probe.safetensors", {**facts, "head": settings.head}, head)
+    attach_head(model, *kept)
+    return Prepared(model, config, {**facts, "head_images": settings.head, "with_head": weights_digest(model)}, batches)
+
+
+def _comparison(
+    sources: Sources,
+    settings: Settings,
+    folder: Path,
+    place: int,
+    stop: StopRequest,
+    minutes: float | None,
+    show_progress: bool,
+) -> Comparison:
+    here = folder / str(settings.sizes[place])
+    training, testing = sources.images(settings)
+    model, config, facts, batches = prepare(sources, settings, folder, place)
     search = SearchSettings(
         replace(RECIPE, lr=settings.lr, min_lr=settings.lr / 10, epochs=settings.steps, batch_size=settings.batch),
         eval_interval=0,

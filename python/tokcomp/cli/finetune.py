@@ -55,7 +55,7 @@ examples:
 RECIPE_FIELDS = (
     *("epochs", "opt", "lr", "min_lr", "sched", "warmup_epochs", "warmup_lr", "weight_decay", "clip_grad"),
     *("aa", "hflip", "color_jitter", "reprob", "repeated_aug", "smoothing", "mixup", "cutmix", "drop_path"),
-    "model_ema_decay",
+    *("model_ema_decay", "backbone_lr_scale"),
 )
 
 

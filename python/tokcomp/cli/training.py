@@ -46,6 +46,11 @@ _RECIPE_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "mixup": (options.non_negative_float, "alpha of mixup; 0 disables it"),
     "cutmix": (options.non_negative_float, "alpha of cutmix; 0 disables it"),
     "drop_path": (options.non_negative_float, "stochastic depth: probability of dropping the last block's branches"),
+    "backbone_lr_scale": (
+        options.positive_float,
+        "factor on the learning rate of all but a trained method's own parts, such as DynamicViT's predictors; their "
+        "authors take 0.01, at an --lr of 1e-3 or so",
+    ),
     "model_ema_decay": (options.positive_float, "keep a moving average of the weights with this decay"),
 }
 _FLAGS = {"repeated_aug": "--aug-repeats"}

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tokcomp.adapters import UnsupportedModelError, find_adapter
 from tokcomp.fastpath.training import FastLinear
 from tokcomp.finetune.objective import Objective
+from tokcomp.learned import LEARNED
 from tokcomp.methods import Method, PassageMethod
 from tokcomp.runs.distributed import ALONE, World
 from tokcomp.runs.recipe import LearningRate, Recipe, Targets, make_optimizer, soft_cross_entropy
@@ -46,8 +47,9 @@ class FineTuner:
             are recomputed.
 
     Raises:
-        ValueError: the recipe names an optimizer or scheduler that timm does not know; or float16 is used on a device
-            other than CUDA; or there is a teacher, or ``compiled``, where the method takes none.
+        ValueError: the recipe names an optimizer or scheduler that timm does not know, or scales the rate of all but
+            learned parts where there are none; or float16 is used on a device other than CUDA; or there is a teacher,
+            or ``compiled``, where the method takes none.
     """
 
     def __init__(
@@ -89,7 +91,13 @@ class FineTuner:
             from timm.utils import ModelEmaV3
 
             self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay)
-        self.optimizer = make_optimizer(recipe, self.model)
+        parts = {name for name, _ in self.model.named_parameters() if LEARNED.keys() & set(name.split("."))}
+        if recipe.backbone_lr_scale < 1 and not parts:
+            raise ValueError(
+                f"backbone_lr_scale must be 1 for a model without parts of a method, whose rate would be the full one, "
+                f"got {recipe.backbone_lr_scale}; set lr alone"
+            )
+        self.optimizer = make_optimizer(recipe, self.model, parts)
         self._rate = LearningRate(recipe, self.optimizer, total_steps, steps_per_epoch)
         self._targets = Targets(recipe, num_classes, seed)
         self._scaler = torch.amp.GradScaler("cuda") if amp_dtype == torch.float16 else None

@@ -5,7 +5,7 @@ The command line's help states their defaults, so nothing slow is imported until
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ class Recipe:
     """Optimizer, learning rate, augmentation and regularization; names and meanings are timm's.
 
     ``drop_path`` belongs to the model: ``timm.create_model(..., drop_path_rate=recipe.drop_path)``.
+    ``backbone_lr_scale`` is what the rates of the model's own weights are multiplied by, while the parts that a method
+    has learned are trained at the full ones (DynamicViT and SPViT: 0.01).
     """
 
     lr: float
@@ -49,6 +51,7 @@ class Recipe:
     drop_path: float = 0.1
     repeated_aug: int = 1  # copies of an image in one pass, each augmented separately
     model_ema_decay: float | None = None
+    backbone_lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "repeated_aug"):
@@ -60,6 +63,8 @@ class Recipe:
         for name in ("min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number, 0 or more, got {getattr(self, name)}")
+        if not 0 < self.backbone_lr_scale <= 1:
+            raise ValueError(f"backbone_lr_scale must be above 0 and at most 1, got {self.backbone_lr_scale}")
         for name in ("smoothing", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -125,8 +130,16 @@ DENSE_RECIPE = Recipe(
 )
 
 
-def make_optimizer(recipe: Recipe, parameters: nn.Module | Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    recipe: Recipe, parameters: nn.Module | Iterable[nn.Parameter], parts: Collection[str] = ()
+) -> torch.optim.Optimizer:
     """timm's optimizer of that name; if given a module, biases and norms get no weight decay.
+
+    Args:
+        recipe: names the optimizer, and gives its settings.
+        parameters: a module, or what it would have.
+        parts: names of a module's parameters that are trained at the full rate where the recipe scales that of the
+            others; they come first.
 
     Raises:
         ValueError: timm knows no optimizer of that name.
@@ -135,10 +148,31 @@ def make_optimizer(recipe: Recipe, parameters: nn.Module | Iterable[nn.Parameter
     from torch import nn
 
     what: Any = parameters if isinstance(parameters, nn.Module) else list(parameters)
+    if isinstance(parameters, nn.Module) and recipe.backbone_lr_scale < 1:
+        what = _scaled_groups(recipe, parameters, parts)
     try:
         return create_optimizer_v2(what, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
     except (ValueError, AssertionError) as error:
         raise ValueError(f"opt must be an optimizer that timm knows, got {recipe.opt!r} ({error})") from error
+
+
+def _scaled_groups(recipe: Recipe, module: nn.Module, parts: Collection[str]) -> list[dict[str, Any]]:
+    """Parameter groups whose ``lr_scale`` timm's schedulers multiply their rate by."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    named = [(name, one) for name, one in module.named_parameters() if one.requires_grad]
+    for name, one in sorted(named, key=lambda item: item[0] not in parts):
+        scale = 1.0 if name in parts else recipe.backbone_lr_scale
+        decay = 0.0 if one.ndim <= 1 or name.endswith(".bias") else recipe.weight_decay
+        groups.setdefault((scale, decay), []).append(one)
+    return [
+        {
+            "params": own,
+            "lr_scale": scale,
+            "weight_decay": decay,
+            "lr": recipe.lr if recipe.sched != "none" else recipe.lr * scale,
+        }
+        for (scale, decay), own in groups.items()
+    ]
 
 
 class LearningRate:
