@@ -141,10 +141,11 @@ def check(wheel: Path, bare: Bare) -> None:
         settings = {"TOKCOMP_BACKEND": backend, "EXPECTED": expected, "TRITON_INTERPRET": "1"}
         with step(f"operators, {backend}") as said:
             said.append(bare.run("python", "-c", OPERATORS, **settings))
-    # Triton's kernels go through an interpreter, which takes minutes and no compiler: above is enough.
+    # Triton's kernels go through an interpreter, which takes minutes and no compiler: above is enough. Inductor needs one.
     tests = copied_tests(bare.folder / "copied")
+    pytest = ("python", "-m", "pytest", "-q", "-m", "not slow", "tests/ops")
     with step("tests/ops") as said:
-        said.append(bare.run("python", "-m", "pytest", "-q", "tests/ops", cwd=tests, TRITON_INTERPRET="0"))
+        said.append(bare.run(*pytest, cwd=tests, TRITON_INTERPRET="0"))
     with step("tokcomp info") as said:
         information = bare.run("tokcomp", "info")
         said.append(next(line for line in information.splitlines() if "cpu_capability" in line))
