@@ -141,7 +141,7 @@ def check(wheel: Path, bare: Bare) -> None:
         settings = {"TOKCOMP_BACKEND": backend, "EXPECTED": expected, "TRITON_INTERPRET": "1"}
         with step(f"operators, {backend}") as said:
             said.append(bare.run("python", "-c", OPERATORS, **settings))
-    # Triton's kernels go through an interpreter, which takes minutes and no compiler: above is enough. Inductor needs one.
+    # Above is enough of Triton's kernels, whose interpreter takes minutes. What is slow needs a compiler, for Inductor.
     tests = copied_tests(bare.folder / "copied")
     pytest = ("python", "-m", "pytest", "-q", "-m", "not slow", "tests/ops")
     with step("tests/ops") as said:
