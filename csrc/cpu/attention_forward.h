@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "attention.h"
+#include "attention_tiles.h"
 
 namespace tokcomp {
 
@@ -86,9 +87,14 @@ std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& q, const 
   TOKCOMP_DISPATCH_CPU(q.scalar_type(), "attention", [&] {
     using acc_t = acc_type<scalar_t>;
     const KeyBias<acc_t> bias(size, shape.batch, shape.tokens);
-    attention_forward_heads<kMasked, scalar_t>(
-        with_contiguous_rows(q), with_contiguous_rows(k), with_contiguous_rows(v), bias, mask,
-        score_scale(scale, shape.width), eps, out.mutable_data_ptr<scalar_t>(), first_rows.mutable_data_ptr<acc_t>());
+    const at::Tensor q_rows = with_contiguous_rows(q), k_rows = with_contiguous_rows(k),
+                     v_rows = with_contiguous_rows(v);
+    const double factor = score_scale(scale, shape.width);
+    scalar_t* to = out.mutable_data_ptr<scalar_t>();
+    acc_t* to_first = first_rows.mutable_data_ptr<acc_t>();
+    if (kMasked || !attention_on_tiles(q_rows, k_rows, v_rows, bias, factor, to, to_first)) {
+      attention_forward_heads<kMasked, scalar_t>(q_rows, k_rows, v_rows, bias, mask, factor, eps, to, to_first);
+    }
     add_heads<acc_t>(first_rows, acc_t(shape.heads), cls_attn);
   });
   return {out.transpose(1, 2), cls_attn};

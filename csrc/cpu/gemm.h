@@ -15,10 +15,6 @@ struct BFloat16Pair {
   at::BFloat16 low, high;
 };
 
-#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
-#define TOKCOMP_BFLOAT16_PAIRS 1
-#endif
-
 template <typename unit_t>
 struct UnitTraits {
   using acc_t = unit_t;

@@ -55,7 +55,7 @@ inline void store_pair(T* row, const Vec<A>& low, const Vec<A>& high, int64_t co
       high.store(row + half, static_cast<int>(count - half));
     }
   } else {
-    at::vec::convert_from_float<T>(low, high).store(row, static_cast<int>(count));
+    from_float<T>(low, high).store(row, static_cast<int>(count));
   }
 }
 

@@ -17,6 +17,10 @@
 
 #define TOKCOMP_INLINE inline __attribute__((always_inline))
 
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+#define TOKCOMP_BFLOAT16_PAIRS 1
+#endif
+
 namespace tokcomp {
 
 template <typename T>
@@ -90,6 +94,18 @@ Vec<T> first_lanes(int64_t count) {
   return Vec<T>::arange(T(0), T(1)) < Vec<T>(T(count));
 }
 
+// Two vectors rounded to one of a 16-bit type. Where the CPU rounds to bfloat16 itself, it takes what is below float's
+// normal numbers for zero; at::vec, which does not, would take some twenty instructions for it.
+template <typename scalar_t>
+TOKCOMP_INLINE Vec<scalar_t> from_float(const Vec<float>& low, const Vec<float>& high) {
+#ifdef TOKCOMP_BFLOAT16_PAIRS
+  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+    return Vec<scalar_t>((__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+#endif
+  return at::vec::convert_from_float<scalar_t>(low, high);
+}
+
 template <typename scalar_t, typename acc_t>
 inline void load_row(const scalar_t* from, acc_t* to, int64_t count) {
   if constexpr (std::is_same_v<scalar_t, acc_t>) {
@@ -118,7 +134,7 @@ inline void store_row(const acc_t* from, acc_t factor, scalar_t* to, int64_t cou
     constexpr int64_t kStep = kLanes<scalar_t>, kHalf = kLanes<float>;
     for (; i + kStep <= count; i += kStep) {
       const Vec<float> low = Vec<float>::loadu(from + i) * scale, high = Vec<float>::loadu(from + i + kHalf) * scale;
-      at::vec::convert_from_float<scalar_t>(low, high).store(to + i);
+      from_float<scalar_t>(low, high).store(to + i);
     }
   }
   for (; i < count; ++i) to[i] = static_cast<scalar_t>(from[i] * factor);

@@ -21,6 +21,7 @@ def found(cpu: str, torch: str, onednn: str, tokcomp: str) -> dict[str, str]:
     ("sets", "level", "suffix", "words"),
     [
         (found("avx512", "avx512", "avx512", "avx512"), "avx512", "", "AVX-512"),
+        (found("avx512", "avx512", "avx512", "avx512") | {"tiles": "amx"}, "avx512", "", "AMX"),
         (found("avx512", "avx2", "avx2", "avx2"), "avx2", "-avx2", "AVX-512 switched off"),
         (found("avx2", "avx2", "avx2", "avx2"), "avx2", "-avx2-only", "AVX2 at most"),
         (found("avx512", "default", "default", "default"), "default", "-default", "held to no AVX2"),
@@ -49,6 +50,18 @@ def test_onednn_has_its_own_names(monkeypatch: pytest.MonkeyPatch, limit: str, l
     assert instruction_sets()["onednn"] == min(level, "avx2", key=module.LEVELS.index)
     monkeypatch.setattr(module, "_flags", lambda: frozenset({"asimd"}))
     assert instruction_sets() == {}
+
+
+@pytest.mark.parametrize(
+    ("limit", "tiles"), [("", True), ("AVX512_CORE_AMX", True), ("AVX512_CORE_BF16", False), ("AVX2", False)]
+)
+def test_tiles_are_said_where_onednn_may_use_them(monkeypatch: pytest.MonkeyPatch, limit: str, tiles: bool) -> None:
+    flags = frozenset({"sse2", "avx2", "avx512f", "amx_tile", "amx_bf16"})
+    monkeypatch.setattr(module, "_flags", lambda: flags)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert ("tiles" in instruction_sets()) == tiles
+    monkeypatch.setattr(module, "_flags", lambda: flags - {"amx_bf16"})
+    assert "tiles" not in instruction_sets()
 
 
 def test_kernels_of_another_level_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

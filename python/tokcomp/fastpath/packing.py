@@ -1,8 +1,9 @@
 """Linear layers through oneDNN, with the layers' weights packed into oneDNN's own blocked layout.
 
 F.linear on float32 goes through MKL, which is slow on some CPUs, and packs the weight in every call. Here a weight is
-packed once per model. The packed copies live beside the model, never inside it: they are not in its state_dict, not
-pickled and not deep-copied, and they are freed with the model.
+packed once per model; in bfloat16, on a CPU that multiplies tiles, in their order, for a product of our own. The packed
+copies live beside the model, never inside it: they are not in its state_dict, not pickled and not deep-copied, and they
+are freed with the model.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
-from tokcomp_kernels import int8
+from tokcomp_kernels import int8, tiles
 from tokcomp_kernels.product_types import product_dtype
 
 #: Supported element types of activations and weights; product_dtype says in which type the products are computed.
@@ -135,11 +137,17 @@ class PackedWeights:
     def linear_gelu(self, layer: Layer, x: Tensor, approximate: str) -> Tensor:
         """``F.gelu(layer(x), approximate=approximate)``."""
         entry = self._layers[layer]
-        return _linear(x, entry.packed, self._bias(entry), "gelu", [], approximate)
+        if not _in_tiles(entry.packed):
+            return _linear(x, entry.packed, self._bias(entry), "gelu", [], approximate)
+        if approximate == "none":
+            return tiles.linear(x, entry.packed, self._bias(entry), gelu=True)
+        return F.gelu(tiles.linear(x, entry.packed, self._bias(entry)), approximate=approximate)
 
     def linear_add(self, layer: Layer, x: Tensor, residual: Tensor) -> Tensor:
         """``residual + layer(x)``."""
         entry = self._layers[layer]
+        if _in_tiles(entry.packed):
+            return tiles.linear(x, entry.packed, self._bias(entry)).add_(residual)
         return _linear_binary(x, residual, entry.packed, self._bias(entry), "add")
 
     def _bias(self, entry: _Packed) -> Tensor | None:
@@ -148,7 +156,12 @@ class PackedWeights:
 
 def product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times a packed weight [out, in], transposed, plus the bias: [..., out]."""
-    return _linear(x, packed, bias, "none", [], "")
+    return tiles.linear(x, packed, bias) if _in_tiles(packed) else _linear(x, packed, bias, "none", [], "")
+
+
+def _in_tiles(packed: Tensor) -> bool:
+    """Whether a weight lies in the order of a CPU's tiles (:mod:`tokcomp_kernels.tiles`), not in oneDNN's."""
+    return packed.dim() == 3
 
 
 def _parameter(layer: Layer, name: str) -> Tensor | None:
@@ -170,7 +183,8 @@ def _pack(weight: Tensor, dtype: torch.dtype) -> Any:
     with torch.inference_mode(False), torch.no_grad():
         if dtype == torch.int8:
             return int8.pack_weight(weight.detach().flatten(1))
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach().flatten(1).to(dtype).contiguous(), None)
+        matrix = weight.detach().flatten(1).to(dtype).contiguous()
+        return tiles.pack(matrix) if tiles.takes(matrix) else torch.ops.mkldnn._reorder_linear_weight(matrix, None)
 
 
 _cache: weakref.WeakKeyDictionary[nn.Module, PackedWeights] = weakref.WeakKeyDictionary()

@@ -2,6 +2,8 @@
 
 Levels are "default" (below AVX2), "avx2" and "avx512". ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and
 TOKCOMP_CPU_CAPABILITY lower them for PyTorch, oneDNN and tokcomp; together they are the same CPU without AVX-512.
+
+Tiles (AMX) come on top of "avx512": they multiply bfloat16 and int8 several times faster, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,11 +19,17 @@ import tokcomp_kernels
 LEVELS = ("default", "avx2", "avx512")
 #: The libraries that take a level.
 _LIBRARIES = ("torch", "onednn", "tokcomp")
+#: What multiplies tiles of bfloat16.
+_AMX = ("avx512f", "amx_tile", "amx_bf16")
 
 
 def instruction_sets() -> dict[str, str]:
-    """The level that the CPU has ("cpu"), and what "torch", "onednn", "tokcomp" may use. Empty but on x86-64."""
-    best = _cpu_level(_flags())
+    """The level that the CPU has ("cpu"), and what "torch", "onednn", "tokcomp" may use. Empty but on x86-64.
+
+    "tiles" is "amx" where the CPU multiplies tiles and oneDNN may use them.
+    """
+    flags = _flags()
+    best = _cpu_level(flags)
     if best is None:
         return {}
     found = {"cpu": best, "torch": _level(torch.backends.cpu.get_cpu_capability())}
@@ -29,7 +37,10 @@ def instruction_sets() -> dict[str, str]:
     # oneDNN takes a limit above what the CPU has for no limit.
     found["onednn"] = min(best if limit.upper() in ("ALL", "DEFAULT") else _level(limit), best, key=LEVELS.index)
     own = tokcomp_kernels.build_info().get("cpu_capability")
-    return found | ({"tokcomp": _level(str(own))} if own else {})
+    if own:
+        found["tokcomp"] = _level(str(own))
+    tiles = flags.issuperset(_AMX) and (limit.upper() in ("ALL", "DEFAULT") or "AMX" in limit.upper())
+    return found | ({"tiles": "amx"} if tiles and found["onednn"] == "avx512" else {})
 
 
 def level_in_force(found: Mapping[str, str]) -> str | None:
@@ -48,13 +59,15 @@ def folder_suffix(found: Mapping[str, str]) -> str:
 
 
 def in_words(found: Mapping[str, str]) -> str:
-    """The level for a heading: "AVX-512", "AVX-512 switched off", "AVX2 at most"; empty where nothing is known."""
+    """For a heading: "AMX", "AVX-512", "AVX-512 switched off", "AVX2 at most"; empty where nothing is known."""
     level = level_in_force(found)
     if level is None:
         return ""
     if level == "mixed":
         differing = ", ".join(f"{name} {found[name]}" for name in _LIBRARIES if name in found)
         return f"libraries at different levels: {differing}"
+    if level == "avx512" and found.get("tiles") == "amx":
+        return "AMX"
     name = {"avx512": "AVX-512", "avx2": "AVX2", "default": "no AVX2"}[level]
     if level == found["cpu"]:
         return name if level == "avx512" else f"{name} at most"
