@@ -57,8 +57,11 @@ def devices() -> list[dict[str, Any]]:
     """The devices that torch can compute on."""
     import torch
 
+    from tokcomp.measure.instruction_sets import in_words, instruction_sets
+
     host = machine()
-    found: list[dict[str, Any]] = [{"device": "cpu", "name": host["cpu"], "detail": f"{host['cores']} cores"}]
+    detail = ", ".join(filter(None, [f"{host['cores']} cores", in_words(instruction_sets())]))
+    found: list[dict[str, Any]] = [{"device": "cpu", "name": host["cpu"], "detail": detail}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         detail = f"sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
