@@ -35,17 +35,16 @@ def speed_section(records: Sequence[Record]) -> str:
         ("machine", lambda line: line["machine"]),
         ("precision", lambda line: line["precision"]),
         ("batch", lambda line: number(line["batch"])),
-        ("published pipeline", lambda line: _rate(line["published"])),
-        ("best uncompressed rival", lambda line: _best(line)),
+        ("published", lambda line: _rate(line["published"])),
+        ("best rival", lambda line: _best(line)),
         ("tokcomp", lambda line: _rate(line["ours"])),
         ("over published", lambda line: _ratio(line["ours"], "over_published")),
         ("over its float32", lambda line: _ratio(line["ours"], "over_published_float32")),
-        ("over the best rival", lambda line: _ratio(line["ours"], "over_best_rival")),
+        ("over best rival", lambda line: _ratio(line["ours"], "over_best_rival")),
     ]
     legend = paragraph(
-        "*Over published*: over the published pipeline in the same precision; *over its float32*: over that pipeline",
-        "in float32, which takes turns with bfloat16.",
-        "*Best uncompressed rival*: the fastest of those that were measured on the whole model in the same precision",
+        "*Over published* and *over its float32*: over the published pipeline in the same precision and in float32.",
+        "*Best rival*: the fastest of those that were measured on the uncompressed model in the same precision",
         "or a finer one. Products in int8 are a precision of their own.",
     )
     return "\n\n".join([_headline(lines), markdown(columns, lines), legend])
@@ -60,10 +59,11 @@ def _headline(lines: Sequence[Mapping[str, Any]]) -> str:
         ratios = [row["over_best_rival"][0] for row in ours if row["over_best_rival"]]
         if ratios:
             who = ", ".join(dict.fromkeys(name for line in own for name in line["rivals"]))
-            parts.append(f"**{min(ratios):.1f}x to {max(ratios):.1f}x** on {machine} (measured there: {who})")
+            part = f"- **{min(ratios):.1f}x to {max(ratios):.1f}x** on {machine} (measured there: {who})"
+            parts.append(paragraph(part).replace("\n", "\n  "))
     if not parts:
         return "Not measured yet."
-    return paragraph(f"Over the best uncompressed rival of like precision on the same machine: {'; '.join(parts)}.")
+    return "\n".join(["Over the best uncompressed rival of like precision on the same machine:", "", *parts])
 
 
 def _lines(device: str, records: Sequence[Record]) -> Iterator[dict[str, Any]]:
