@@ -22,7 +22,14 @@ RULES = ("farthest", "dpp")
 
 
 def check_bipartite_merge(
-    x: Tensor, metric: Tensor, role: Tensor, r: int, *, size: Tensor | None = None, average: str = "size"
+    x: Tensor,
+    metric: Tensor,
+    role: Tensor,
+    r: int,
+    *,
+    size: Tensor | None = None,
+    average: str = "size",
+    threshold: float | None = None,
 ) -> None:
     op = "bipartite_merge"
     _require_dim(op, "x", x, "[B, N, C]")
@@ -42,6 +49,8 @@ def check_bipartite_merge(
         refuse(op, "r", f"be between 0 and {most}, so that a destination is left", r)
     if average not in AVERAGES:
         refuse(op, "average", f"be one of {', '.join(AVERAGES)}", repr(average))
+    if threshold is not None and not -1 <= threshold <= 1:
+        refuse(op, "threshold", "be between -1 and 1, as cosines are", threshold)
 
 
 def check_select_diverse(

@@ -50,6 +50,12 @@ def bipartite_merge(make: Callable[[str], Maker], token_counts: Sequence[tuple[i
     zeros = m.randn(2, 24, 8)
     zeros[:, 3:14] = 0
     yield "zero-vectors", (x, zeros, role, 5), {}, False
+    yield "threshold", (x, metric, role, 7), {"size": size, "threshold": 0.3}, False
+    alike = {"size": size, "average": "mean", "threshold": 0.5}  # cosines of signs are thirds
+    yield "threshold-ties", (x, m.signs(2, 24, 6), role, 23), alike, True
+    yield "threshold-no-destination", (x, metric, torch.ones_like(role), 5), {"threshold": -1.0}, True
+    yield "threshold-r0", (x, metric, role, 0), {"threshold": 0.0}, False
+    yield "threshold-B0", (x[:0], metric[:0], role[:0], 4), {"threshold": 0.0}, False
 
 
 def select_diverse(make: Callable[[str], Maker], token_counts: Sequence[tuple[int, int]]) -> Iterator[tuple]:

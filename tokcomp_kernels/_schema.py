@@ -104,7 +104,7 @@ OPERATORS: tuple[Operator, ...] = (
     ),
     Operator(
         "bipartite_merge",
-        "(Tensor x, Tensor metric, Tensor role, int r, *, Tensor? size=None, str average='size')"
+        "(Tensor x, Tensor metric, Tensor role, int r, *, Tensor? size=None, str average='size', float? threshold=None)"
         " -> (Tensor x, Tensor size, Tensor source)",
         "Merge sources into their most similar destinations, which the caller names token by token.",
         differentiable=("x",),

@@ -3,12 +3,15 @@
 
 #include <c10/util/string_view.h>
 
+#include <optional>
+
 #include "checks.h"
 
 namespace tokcomp {
 
 inline void check_bipartite_merge(const Tensor& x, const Tensor& metric, const Tensor& role, int64_t r,
-                                  const OptionalTensor& size, c10::string_view average) {
+                                  const OptionalTensor& size, c10::string_view average,
+                                  std::optional<double> threshold) {
   const char* op = "bipartite_merge";
   checks::dim(op, "x", x, "[B, N, C]");
   checks::floating(op, "x", x);
@@ -25,6 +28,8 @@ inline void check_bipartite_merge(const Tensor& x, const Tensor& metric, const T
                     ", so that a destination is left, got ", r);
   TORCH_CHECK_VALUE(average == "size" || average == "mean" || average == "sum", op,
                     ": average must be one of size, mean, sum, got '", average, "'");
+  TORCH_CHECK_VALUE(!threshold || (*threshold >= -1 && *threshold <= 1), op,
+                    ": threshold must be between -1 and 1, as cosines are, got ", threshold.value_or(0));
 }
 
 inline void check_select_diverse(const Tensor& features, int64_t num_kept, const OptionalTensor& relevance,

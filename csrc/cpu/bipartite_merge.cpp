@@ -1,6 +1,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+#include <limits>
+#include <optional>
+
 #include "../common/dispatch.h"
 #include "../common/partition_checks.h"
 #include "../common/registration.h"
@@ -15,10 +19,13 @@ namespace {
 template <typename T, typename A = acc_type<T>>
 class PartitionMatcher {
  public:
-  PartitionMatcher(int64_t num_tokens, int64_t width, int64_t r)
+  // Of the r most similar sources those above `threshold` merge.
+  PartitionMatcher(int64_t num_tokens, int64_t width, int64_t r, std::optional<double> threshold)
       : num_tokens_(num_tokens),
         width_(width),
         r_(r),
+        num_kept_(threshold ? num_tokens : num_tokens - r),
+        threshold_(static_cast<A>(threshold.value_or(-std::numeric_limits<double>::infinity()))),
         similarity_(num_tokens),
         match_(num_tokens),
         order_(num_tokens),
@@ -33,7 +40,7 @@ class PartitionMatcher {
       if (receiving_.size() > 0) {
         cosine::best_matches(leaving_.rows(), receiving_.rows(), width_, similarity_.data(), match_.data());
         rank_tokens(similarity_.data(), leaving_.size(), 0, order_.data(), nullptr);
-        for (int64_t i = 0; i < std::min(r_, leaving_.size()); ++i) {
+        for (int64_t i = 0; i < std::min(r_, leaving_.size()) && similarity_[order_[i]] > threshold_; ++i) {
           leads_to_[leaving_.token[order_[i]]] = receiving_.token[match_[order_[i]]];
         }
       }
@@ -42,7 +49,7 @@ class PartitionMatcher {
     for (int64_t n = 0; n < num_tokens_; ++n) slot_[n] = leads_to_[n] < 0 ? slots++ : -1;
     for (int64_t n = 0; n < num_tokens_; ++n) {
       const int64_t slot = slot_[leads_to_[n] < 0 ? n : leads_to_[n]];
-      source[n] = slot < num_tokens_ - r_ ? slot : -1;  // fewer sources than r: the last tokens find no slot
+      source[n] = slot < num_kept_ ? slot : -1;  // fewer sources than r: the last tokens find no slot
     }
   }
 
@@ -76,7 +83,8 @@ class PartitionMatcher {
     }
   }
 
-  int64_t num_tokens_, width_, r_;
+  int64_t num_tokens_, width_, r_, num_kept_;
+  A threshold_;
   Set leaving_, receiving_;
   std::vector<A> similarity_;
   std::vector<int64_t> match_, order_, leads_to_, slot_;
@@ -92,6 +100,11 @@ void join_groups(const T* x, int64_t token_stride, const A* size, const int64_t*
   std::vector<A> weights;
   for (int64_t slot = 0; slot < num_kept; ++slot) {
     const int64_t count = groups.count(slot);
+    if (count == 0) {  // padding
+      std::fill_n(x_out + slot * width, width, T(0));
+      size_out[slot] = 0;
+      continue;
+    }
     members.clear();
     weights.clear();
     A total = 0;
@@ -113,10 +126,11 @@ void join_groups(const T* x, int64_t token_stride, const A* size, const int64_t*
 }
 
 std::tuple<Tensor, Tensor, Tensor> bipartite_merge_cpu(const Tensor& x, const Tensor& metric, const Tensor& role,
-                                                       int64_t r, const OptionalTensor& size,
-                                                       c10::string_view average) {
-  check_bipartite_merge(x, metric, role, r, size, average);
-  const int64_t batch = x.size(0), num_tokens = x.size(1), width = x.size(2), num_kept = num_tokens - r;
+                                                       int64_t r, const OptionalTensor& size, c10::string_view average,
+                                                       std::optional<double> threshold) {
+  check_bipartite_merge(x, metric, role, r, size, average, threshold);
+  const int64_t batch = x.size(0), num_tokens = x.size(1), width = x.size(2);
+  const int64_t num_kept = threshold ? num_tokens : num_tokens - r;
 
   const Tensor x_rows = rows::dense_rows(x), metric_rows = rows::dense_rows(metric), roles = role.contiguous();
   const OptionalTensor size_in = per_token_acc(size, x);
@@ -126,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> bipartite_merge_cpu(const Tensor& x, const Te
 
   TOKCOMP_DISPATCH_CPU(metric.scalar_type(), "bipartite_merge_cpu", [&] {
     at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      PartitionMatcher<scalar_t> matcher(num_tokens, metric.size(2), r);
+      PartitionMatcher<scalar_t> matcher(num_tokens, metric.size(2), r, threshold);
       for (int64_t b = begin; b < end; ++b) {
         matcher.run(metric_rows.const_data_ptr<scalar_t>() + b * metric_rows.stride(0), metric_rows.stride(1),
                     roles.const_data_ptr<int64_t>() + b * num_tokens,

@@ -1,5 +1,7 @@
 #include "bipartite_merge.cuh"
 
+#include <limits>
+#include <optional>
 #include <tuple>
 
 #include "../common/partition_checks.h"
@@ -9,13 +11,14 @@ namespace tokcomp::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> bipartite_merge_cuda(const Tensor& x, const Tensor& metric, const Tensor& role,
-                                                        int64_t r, const OptionalTensor& size,
-                                                        c10::string_view average) {
+                                                        int64_t r, const OptionalTensor& size, c10::string_view average,
+                                                        std::optional<double> threshold) {
   constexpr const char* op = "bipartite_merge";
-  check_bipartite_merge(x, metric, role, r, size, average);
+  check_bipartite_merge(x, metric, role, r, size, average, threshold);
   check_dtype(op, "x", x);
   const int64_t batch = x.size(0), width = x.size(2);
-  const int num_tokens = to_int(op, "the number of tokens", x.size(1)), num_kept = num_tokens - static_cast<int>(r);
+  const int num_tokens = to_int(op, "the number of tokens", x.size(1));
+  const int num_kept = threshold ? num_tokens : num_tokens - static_cast<int>(r);
   Tensor x_out = empty_like_with(x, {batch, num_kept, width}, x.scalar_type());
   Tensor size_out = empty_like_with(x, {batch, num_kept}, at::kFloat);
   Tensor source = empty_like_with(x, {batch, num_tokens}, at::kLong);
@@ -55,7 +58,8 @@ std::tuple<Tensor, Tensor, Tensor> bipartite_merge_cuda(const Tensor& x, const T
       launch_matches(p, launch);
     });
     launch_joins({input<int>(sources), input<int>(counts), input<float>(best), input<int>(match), output<int>(joins),
-                  batch, num_tokens, static_cast<int>(r)},
+                  batch, num_tokens, static_cast<int>(r),
+                  threshold ? static_cast<float>(*threshold) : -std::numeric_limits<float>::infinity()},
                  launch);
   }
   launch(slot_kernel, batch, 2 * kWarps * sizeof(int),

@@ -151,6 +151,7 @@ struct JoinParams {
   int* joins;          // [B, N]
   int64_t batch;
   int num_tokens, num_merged;
+  float threshold;  // of the first num_merged, those above it merge
 };
 
 // One thread per source, whose rank is the number of sources before it, by similarity and then by position.
@@ -172,13 +173,14 @@ static __global__ void __launch_bounds__(kThreads) join_kernel(JoinParams p) {
     if (ranked) rank += count_before(keys, first, count, own, key);
     __syncthreads();
   }
-  if (ranked && rank < p.num_merged) p.joins[row + p.sources[row + own]] = p.match[row + own];
+  if (ranked && rank < p.num_merged && p.best[row + own] > p.threshold)
+    p.joins[row + p.sources[row + own]] = p.match[row + own];
 }
 
 struct SlotParams {
   const int* joins;  // [B, N]
   int* slots;        // [B, N]: where a token that does not merge would go if there were room for all
-  int* order;        // [B, M]: the token of each slot
+  int* order;        // [B, M]: the token of each slot, -1 behind the last
   int64_t* source;   // [B, N]
   int num_tokens, num_kept;
 };
@@ -201,6 +203,7 @@ static __global__ void __launch_bounds__(kThreads) slot_kernel(SlotParams p) {
     slots[token] = slot;
     if (slot < p.num_kept) order[slot] = token;
   }
+  for (int slot = taken + static_cast<int>(threadIdx.x); slot < p.num_kept; slot += kThreads) order[slot] = -1;
   __syncthreads();
   for (int token = threadIdx.x; token < p.num_tokens; token += kThreads) {
     const int slot = slots[joins[token] < 0 ? token : joins[token]];
@@ -216,7 +219,7 @@ struct JoinedRowsParams {
   const T* x;         // [B, N, C]
   const float* size;  // [B, N] or null
   const int* joins;   // [B, N]
-  const int* order;   // [B, M]
+  const int* order;   // [B, M]: -1 for padding
   T* x_out;           // [B, M, C]
   float* size_out;    // [B, M]
   int64_t stride_b, stride_n;
@@ -243,15 +246,15 @@ __global__ void __launch_bounds__(kThreads) joined_rows_kernel(JoinedRowsParams<
   int64_t column = lane * kVector<T>;
   do {  // once even without channels, for the size
     const int64_t left = column < p.width ? p.width - column : 0;
-    uint4 raw = load_raw(x + own * p.stride_n + column, left, p.aligned);
-    float sum[kVector<T>], total = size_of(own), count = 1.f;
+    uint4 raw = load_raw(x + own * p.stride_n + column, own < 0 ? 0 : left, p.aligned);
+    float sum[kVector<T>], total = own < 0 ? 0.f : size_of(own), count = 1.f;
     unpack<T>(raw, sum);
     const float weight = p.average == Average::kSize ? total : 1.f;
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) sum[i] *= weight;
     for (int first = 0; first < p.num_tokens; first += kWarp) {
       const int token = first + lane;
-      unsigned found = __ballot_sync(kAllLanes, token < p.num_tokens && joins[token] == own);
+      unsigned found = __ballot_sync(kAllLanes, token < p.num_tokens && own >= 0 && joins[token] == own);
       for (; found != 0; found &= found - 1) {
         const int more = first + __ffs(static_cast<int>(found)) - 1;
         float values[kVector<T>];

@@ -34,7 +34,7 @@ def select(features, num_kept, exact=False, **options):
 
 def test_merging_by_a_sort_gives_the_same_bits(monkeypatch):
     """Ties, and too few sources or destinations, among it."""
-    names = {"ties", "too-few", "no-destination"}
+    names = {"ties", "too-few", "no-destination", "threshold-ties", "threshold-no-destination"}
     found = [sample for sample in samples("bipartite_merge", torch.float32, DEVICE) if sample.id in names]
     counted = [bipartite_merge_triton(*sample.args, **sample.kwargs) for sample in found]
     monkeypatch.setattr(bipartite_merge_module, "MAX_COUNTED", 0)

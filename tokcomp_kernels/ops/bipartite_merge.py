@@ -12,7 +12,14 @@ from tokcomp_kernels.ops._register import Arguments, refuse_second_order, regist
 
 
 def bipartite_merge(
-    x: Tensor, metric: Tensor, role: Tensor, r: int, *, size: Tensor | None = None, average: str = "size"
+    x: Tensor,
+    metric: Tensor,
+    role: Tensor,
+    r: int,
+    *,
+    size: Tensor | None = None,
+    average: str = "size",
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge the r sources of each image that resemble a destination most, each into its most similar one.
 
@@ -27,26 +34,37 @@ def bipartite_merge(
         size: Patches in each token, [B, N]; ones where None.
         average: What a destination and the sources that joined it become: ``size``, their mean weighted by size;
             ``mean``, the plain mean; ``sum``.
+        threshold: A cosine, -1 .. 1: of those r only the sources that resemble their destination more than this merge,
+            so that every image keeps as many tokens as it needs.
 
     Returns:
         x [B, M, C], M = N - r: the tokens that did not merge, in the order of position; size [B, M] float32, the sum of
         each group's; source [B, N] int64, each token's slot. Ties go to the lower position. An image with fewer than r
-        sources, or without a destination, loses its last tokens, whose source is -1. Differentiable in x alone.
+        sources, or without a destination, loses its last tokens, whose source is -1. With a threshold M = N: behind an
+        image's own tokens comes padding, zeros of size 0, and no token is lost. Differentiable in x alone.
 
     Raises:
-        ValueError: r outside 0 .. N - 1; an unknown average; wrong shapes or devices.
+        ValueError: r outside 0 .. N - 1; an unknown average; a threshold outside -1 .. 1; wrong shapes or devices.
         TypeError: role not int64; a dtype that is not floating.
     """
-    return torch.ops.tokcomp.bipartite_merge(x, metric, role, r, size=size, average=average)
+    return torch.ops.tokcomp.bipartite_merge(x, metric, role, r, size=size, average=average, threshold=threshold)
 
 
 def _fake(
-    x: Tensor, metric: Tensor, role: Tensor, r: int, *, size: Tensor | None = None, average: str = "size"
+    x: Tensor,
+    metric: Tensor,
+    role: Tensor,
+    r: int,
+    *,
+    size: Tensor | None = None,
+    average: str = "size",
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, num_tokens, channels = x.shape
+    num_kept = num_tokens - r if threshold is None else num_tokens
     return (
-        x.new_empty(batch, num_tokens - r, channels),
-        x.new_empty(batch, num_tokens - r, dtype=accumulate_dtype(x)),
+        x.new_empty(batch, num_kept, channels),
+        x.new_empty(batch, num_kept, dtype=accumulate_dtype(x)),
         x.new_empty(batch, num_tokens, dtype=torch.int64),
     )
 
@@ -56,7 +74,7 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
         @staticmethod
         def forward(ctx: Any, keyset: Any, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
             x_out, size_out, source = arguments.redispatch(keyset, flat)
-            *_, size, ctx.average = flat
+            *_, size, ctx.average, _ = flat
             ctx.save_for_backward(source, size)
             ctx.mark_non_differentiable(size_out, source)
             return x_out, size_out, source
@@ -69,7 +87,7 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
                 grad_x = torch.ops.tokcomp.unmerge(grad, source)
             else:
                 grad_x = torch.ops.tokcomp._merge_backward(grad, source, size if ctx.average == "size" else None)
-            return (None, grad_x, *[None] * 5)
+            return (None, grad_x, *[None] * 6)
 
     return BipartiteMerge
 

@@ -22,25 +22,36 @@ CHUNK = 256
 
 @checked
 def bipartite_merge_reference(
-    x: Tensor, metric: Tensor, role: Tensor, r: int, *, size: Tensor | None = None, average: str = "size"
+    x: Tensor,
+    metric: Tensor,
+    role: Tensor,
+    r: int,
+    *,
+    size: Tensor | None = None,
+    average: str = "size",
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_kept = x.shape[1] - r
-    source, place = _matched(metric.detach(), role, r)
+    num_kept = x.shape[1] - r if threshold is None else x.shape[1]
+    source, place, used = _matched(metric.detach(), role, r, threshold, num_kept)
     dtype = accumulate_dtype(x)
     token_size = size_or_ones(size, x)
     weight = token_size if average == "size" else torch.ones_like(token_size)
     total = sum_per_slot(x.to(dtype) * weight[:, :, None], source, num_kept)
     divisor = torch.ones_like(total[..., :1])
     if average != "sum":
-        divisor = sum_per_slot(weight, source, num_kept)[:, :, None]
+        divisor = torch.where(used, sum_per_slot(weight, source, num_kept), 1)[:, :, None]
     # A token that took part in no merge is copied, not multiplied and divided.
     joined = sum_per_slot(torch.ones_like(source), source, num_kept) > 1
     x_out = torch.where(joined[:, :, None], total / divisor, gather_rows(x, place).to(dtype))
-    return x_out.to(x.dtype), effective_size(sum_per_slot(token_size, source, num_kept), dtype), source
+    x_out = x_out.masked_fill(~used[:, :, None], 0)
+    size_out = effective_size(sum_per_slot(token_size, source, num_kept), dtype).masked_fill(~used, 0)
+    return x_out.to(x.dtype), size_out, source
 
 
-def _matched(metric: Tensor, role: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """source [B, N], and the token that every slot had before the merge [B, M]."""
+def _matched(
+    metric: Tensor, role: Tensor, r: int, threshold: float | None, num_kept: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """source [B, N], the token that every slot had before the merge [B, M], and which slots are no padding [B, M]."""
     batch, num_tokens, _ = metric.shape
     features = metric.to(accumulate_dtype(metric))
     is_destination = role == 2
@@ -53,8 +64,11 @@ def _matched(metric: Tensor, role: Tensor, r: int) -> tuple[Tensor, Tensor]:
     can_merge = (role == 1) & is_destination.any(1, keepdim=True)
     first = descending_order(torch.where(can_merge, best_similarity, float("-inf")), 0)[:, :r]
     merged = torch.zeros_like(can_merge).scatter(1, first, True) & can_merge
+    if threshold is not None:
+        merged &= best_similarity > threshold
     slots = (~merged).cumsum(1) - 1  # of the tokens that do not merge
     source = torch.where(merged, slots.gather(1, best_token.long()), slots)
     # Fewer sources than r: the last tokens find no slot.
-    source = source.masked_fill(source >= num_tokens - r, -1)
-    return source, merged.to(torch.int32).sort(dim=1, stable=True).indices[:, : num_tokens - r]
+    source = source.masked_fill(source >= num_kept, -1)
+    used = torch.arange(num_kept, device=metric.device) < (~merged).sum(1, keepdim=True)
+    return source, merged.to(torch.int32).sort(dim=1, stable=True).indices[:, :num_kept], used

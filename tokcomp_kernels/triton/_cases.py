@@ -129,6 +129,7 @@ def _block_cases(block: Block, dtype: torch.dtype, *, sizes: bool) -> Iterator[C
     if not sizes:
         for average in ("mean", "sum"):
             yield Case("bipartite_merge", f"{name} {average}", (x, metric, role, 13), {"average": average})
+        yield Case("bipartite_merge", f"{name} threshold", (x, metric, role, 13), {"threshold": 0.5})
         return
     yield Case("prune_merge", f"{name} prunes", (x, *prunes), sized)
     yield Case("_masked_merge_backward", name, (x, source))

@@ -31,6 +31,7 @@ def _merge_apply_kernel(
     HAS_SIMILARITY: tl.constexpr,
     WEIGHTED: tl.constexpr,
     DIVIDED: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -49,12 +50,15 @@ def _merge_apply_kernel(
     mask_m = slots < num_kept
     mask_c = offs_c < num_channels
     token = tl.load(order_ptr + slots, mask=mask_m, other=0).to(tl.int64)  # [BLOCK_M]
+    alive = mask_m
+    if PADDED:
+        alive = mask_m & (token >= 0)
     own_rows = tl.load(
-        x_ptr + token[:, None] * stride_xn + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0
+        x_ptr + token[:, None] * stride_xn + offs_c[None, :], mask=alive[:, None] & mask_c[None, :], other=0.0
     ).to(tl.float32)  # [BLOCK_M, BLOCK_C]
     total_size = tl.full([BLOCK_M], 1.0, tl.float32)
     if HAS_SIZE:
-        total_size = effective_size(tl.load(size_ptr + token * stride_sn, mask=mask_m, other=1.0))
+        total_size = effective_size(tl.load(size_ptr + token * stride_sn, mask=alive, other=1.0))
     rows = own_rows
     if WEIGHTED:
         rows = own_rows * total_size[:, None]
@@ -103,7 +107,10 @@ def _merge_apply_kernel(
         mask=mask_m[:, None] & mask_c[None, :],
     )
     if tl.program_id(2) == 0:
-        tl.store(size_out_ptr + out_slots, effective_size(total_size), mask=mask_m)
+        total_size = effective_size(total_size)
+        if PADDED:
+            total_size = tl.where(alive, total_size, 0.0)
+        tl.store(size_out_ptr + out_slots, total_size, mask=mask_m)
 
 
 def merge_rows(
@@ -115,6 +122,7 @@ def merge_rows(
     similarity: Tensor | None,
     *,
     average: str,
+    padded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Rows and sizes of the merged tokens.
 
@@ -126,6 +134,7 @@ def merge_rows(
         dst: [B, S] int32: each source's slot; -1 for one that none takes.
         similarity: [B, S] float32 that scales a source's size, or None.
         average: what a group's rows become: ``size``, their mean weighted by size; ``mean``, the plain mean; ``sum``.
+        padded: whether slots may have no token, -1 in ``order``: they become zeros of size 0.
 
     Returns:
         x_out [B, M, C] in x's dtype and size_out [B, M] float32.
@@ -156,6 +165,7 @@ def merge_rows(
         HAS_SIMILARITY=similarity is not None,
         WEIGHTED=average == "size",
         DIVIDED=average != "sum",
+        PADDED=padded,
         **config,
     )
     return x_out, size_out

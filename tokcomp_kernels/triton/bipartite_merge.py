@@ -57,7 +57,7 @@ def _bipartite_merge_partition_kernel(
     tl.store(counts_ptr + 2 * batch + 1, num_destinations)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "threshold"])
 def _bipartite_merge_match_kernel(
     metric_ptr,
     sources_ptr,
@@ -67,6 +67,7 @@ def _bipartite_merge_match_kernel(
     match_ptr,
     num_tokens,
     num_channels,
+    threshold,
     stride_mb,
     stride_mn,
     BLOCK_S: tl.constexpr,
@@ -98,7 +99,7 @@ def _bipartite_merge_match_kernel(
         )
         tl.store(best_ptr + first + offs_s, best, mask=mask_s)
         match = tl.load(destinations_ptr + first + index, mask=mask_s & (index < num_destinations), other=-1)
-        tl.store(match_ptr + first + offs_s, match, mask=mask_s)
+        tl.store(match_ptr + first + offs_s, tl.where(best > threshold, match, -1), mask=mask_s)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_merged"])
@@ -124,7 +125,7 @@ def _bipartite_merge_rank_kernel(
     tl.store(joins_ptr + first + token, tl.where(rank < num_merged, match, -1), mask=mask_s)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_kept"])
+@triton.jit(do_not_specialize=["num_tokens", "num_kept", "num_merged"])
 def _bipartite_merge_assign_kernel(
     joins_ptr,
     order_ptr,
@@ -132,6 +133,7 @@ def _bipartite_merge_assign_kernel(
     source_ptr,
     num_tokens,
     num_kept,
+    num_merged,
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -155,37 +157,49 @@ def _bipartite_merge_assign_kernel(
     stays = (joins < 0) & inside
     # Behind the slots' tokens all others, by position.
     index = offs_n - tl.minimum(offs_n - tl.sum(before, axis=1), num_kept)
-    tl.store(order_ptr + batch * num_tokens + tl.where(stays, slot, num_kept + index), offs_n, mask=mask_n)
+    place = tl.where(stays, slot, num_kept + index)
+    tl.store(order_ptr + batch * (num_kept + num_merged) + place, offs_n, mask=mask_n)
     dst = tl.where(inside, slot, -1)
-    tl.store(dst_ptr + batch * (num_tokens - num_kept) + index, dst, mask=mask_n & (stays == 0))
+    tl.store(dst_ptr + batch * num_merged + index, dst, mask=mask_n & (stays == 0))
 
 
 @checked
 def bipartite_merge_triton(
-    x: Tensor, metric: Tensor, role: Tensor, r: int, *, size: Tensor | None = None, average: str = "size"
+    x: Tensor,
+    metric: Tensor,
+    role: Tensor,
+    r: int,
+    *,
+    size: Tensor | None = None,
+    average: str = "size",
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``tokcomp::bipartite_merge`` by Triton: x [B, N, C], metric [B, N, K], role [B, N] -> [B, M, C], size, source."""
     require_supported("bipartite_merge", "x", x)
     batch, num_tokens, _ = x.shape
     if r == 0 or batch == 0:
+        num_kept = num_tokens - r if threshold is None else num_tokens
         positions = torch.arange(num_tokens, device=x.device).repeat(batch, 1)
-        kept = x[:, : num_tokens - r].clone(memory_format=torch.contiguous_format)
-        return kept, size_or_ones(size, x)[:, : num_tokens - r].contiguous(), positions
+        kept = x[:, :num_kept].clone(memory_format=torch.contiguous_format)
+        return kept, size_or_ones(size, x)[:, :num_kept].contiguous(), positions
     x = inner_contiguous(x)
     with device_guard(x):
-        order, dst, source = _match(metric, role, r)
-        x_out, size_out = merge_rows("bipartite_merge", x, size, order, dst, None, average=average)
+        order, dst, source = _match(metric, role, r, threshold)
+        padded = threshold is not None
+        x_out, size_out = merge_rows("bipartite_merge", x, size, order, dst, None, average=average, padded=padded)
     return x_out, size_out, source
 
 
-def _match(metric: Tensor, role: Tensor, num_merged: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Order [B, N] int32 (the token of each slot, then the others), their slots [B, r] int32 or -1, source [B, N]."""
+def _match(metric: Tensor, role: Tensor, num_merged: int, threshold: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Order [B, M + r] int32 (the token of each slot, then the others), their slots [B, r] int32 or -1, source [B, N].
+
+    With a threshold M = N, and places of either that no token takes hold -1; otherwise M = N - r.
+    """
     batch, num_tokens, channels = metric.shape
+    num_kept = num_tokens - num_merged if threshold is None else num_tokens
     device = metric.device
     metric = inner_contiguous(metric.float() if metric.dtype == torch.float64 else metric)
-    sources, destinations, joins, match, order = torch.empty(
-        (5, batch, num_tokens), dtype=torch.int32, device=device
-    ).unbind()
+    sources, destinations, joins, match = torch.empty((4, batch, num_tokens), dtype=torch.int32, device=device).unbind()
     counts = torch.empty((batch, 2), dtype=torch.int32, device=device)
     best = torch.empty((batch, num_tokens), dtype=torch.float32, device=device)
     config = launch_config("bipartite_merge", "partition", device, N=num_tokens)
@@ -210,11 +224,12 @@ def _match(metric: Tensor, role: Tensor, num_merged: int) -> tuple[Tensor, Tenso
         match_ptr=match,
         num_tokens=num_tokens,
         num_channels=channels,
+        threshold=float("-inf") if threshold is None else threshold,
         **strides(metric, "stride_mb", "stride_mn"),
         **config,
     )
     if num_tokens > MAX_COUNTED:
-        return _assign_sorted(sources, counts, best, match, num_merged)
+        return _assign_sorted(sources, counts, best, match, num_merged, num_kept)
     config = launch_config("bipartite_merge", "rank", device, N=num_tokens)
     grid = (batch, cdiv(num_tokens, config["BLOCK_N"]))
     _bipartite_merge_rank_kernel[grid](
@@ -227,7 +242,11 @@ def _match(metric: Tensor, role: Tensor, num_merged: int) -> tuple[Tensor, Tenso
         num_merged=num_merged,
         **config,
     )
+    order = torch.empty((batch, num_kept + num_merged), dtype=torch.int32, device=device)
     dst = torch.empty((batch, num_merged), dtype=torch.int32, device=device)
+    if threshold is not None:
+        order.fill_(-1)
+        dst.fill_(-1)
     source = torch.empty((batch, num_tokens), dtype=torch.int64, device=device)
     _bipartite_merge_assign_kernel[grid](
         joins_ptr=joins,
@@ -235,20 +254,20 @@ def _match(metric: Tensor, role: Tensor, num_merged: int) -> tuple[Tensor, Tenso
         dst_ptr=dst,
         source_ptr=source,
         num_tokens=num_tokens,
-        num_kept=num_tokens - num_merged,
+        num_kept=num_kept,
+        num_merged=num_merged,
         **config,
     )
     return order, dst, source
 
 
 def _assign_sorted(
-    sources: Tensor, counts: Tensor, best: Tensor, match: Tensor, num_merged: int
+    sources: Tensor, counts: Tensor, best: Tensor, match: Tensor, num_merged: int, num_kept: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the rank and assign kernels find, for more tokens than are counted; the lists hold counts [B, 2] entries."""
     batch, num_tokens = best.shape
-    num_kept = num_tokens - num_merged
     first = descending_order(best, 0)[:, :num_merged]  # places in the list of sources
-    merges = (first < counts[:, :1]) & (counts[:, 1:] > 0)
+    merges = (first < counts[:, :1]) & (counts[:, 1:] > 0) & (match.gather(1, first) >= 0)
     # What does not merge is written beside the tokens. Lists of any content, as where nothing is launched, do no harm.
     token = torch.where(merges, sources.gather(1, first), num_tokens).clamp(0, num_tokens).long()
     joins = torch.full((batch, num_tokens + 1), -1, dtype=torch.int64, device=best.device)
@@ -256,6 +275,12 @@ def _assign_sorted(
     slots = (joins < 0).cumsum(1) - 1
     source = torch.where(joins < 0, slots, slots.gather(1, joins.clamp(0, num_tokens - 1)))
     source = source.masked_fill(source >= num_kept, -1)
-    order = ((joins >= 0) | (source < 0)).to(torch.int32).sort(dim=1, stable=True).indices
-    dst = source.gather(1, order[:, num_kept:]).to(torch.int32)
-    return order.to(torch.int32), dst, source
+    leaves = (joins >= 0) | (source < 0)
+    order = leaves.to(torch.int32).sort(dim=1, stable=True).indices
+    count = (~leaves).sum(1, keepdim=True)
+    place = torch.arange(num_kept + num_merged, device=best.device)
+    place = torch.where(place < num_kept, torch.where(place < count, place, -1), place - num_kept + count)
+    found = (place >= 0) & (place < num_tokens)
+    order = torch.where(found, order.gather(1, place.clamp(0, num_tokens - 1)), -1)
+    dst = torch.where(found, source.gather(1, order.clamp(min=0)), -1)[:, num_kept:]
+    return order.to(torch.int32), dst.to(torch.int32), source
