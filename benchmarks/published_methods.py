@@ -10,6 +10,7 @@ speed counts only if both answer alike; SPViT's draws its decisions at random, i
 from __future__ import annotations
 
 import argparse
+import collections.abc
 import contextlib
 import copy
 import importlib
@@ -69,26 +70,40 @@ def plain_model(**options: Any) -> Any:
     return timm.create_model(MODEL, **options).eval()
 
 
+def _stand_ins(folder: Path, bare: Sequence[str]) -> dict[str, ModuleType]:
+    """What the clones import and do not use here: names that PyTorch no longer has, a package for logs; and packages of
+    the clone without what their own __init__ imports."""
+    found = {name: ModuleType(name) for name in ("torch._six", "tensorboardX", *bare)}
+    vars(found["torch._six"]).update(inf=math.inf, container_abcs=collections.abc)
+    vars(found["tensorboardX"]).update(SummaryWriter=None)
+    for name in bare:
+        path = folder / name.replace(".", "/")
+        if not path.is_dir():
+            raise PublishedCodeError(f"{folder.name} has no {name}")
+        found[name].__path__ = [str(path)]
+    return found
+
+
 @contextmanager
-def old_names() -> Iterator[None]:
-    """What PyTorch and Transformers no longer have, and the clones import and do not use here."""
-    six = ModuleType("torch._six")
-    six.inf, six.container_abcs = math.inf, __import__("collections.abc").abc  # type: ignore[attr-defined]
-    sys.modules["torch._six"] = six
+def _standing_in(modules: Mapping[str, ModuleType]) -> Iterator[None]:
+    missing = {name: module for name, module in modules.items() if name not in sys.modules}
+    sys.modules.update(missing)
     try:
         yield
     finally:
-        del sys.modules["torch._six"]
+        for name in missing:
+            del sys.modules[name]
 
 
-def imported(folder: Path, name: str) -> Any:
-    """A module of a clone.
+def imported(folder: Path, name: str, bare: Sequence[str] = ()) -> Any:
+    """A module of a clone; ``bare``: packages of the clone whose own __init__ is left out.
 
     Raises:
         PublishedCodeError: it does not import here.
     """
+    stand_ins = _stand_ins(folder, bare)
     try:
-        with _apart((folder,)), old_names(), contextlib.redirect_stdout(io.StringIO()):
+        with _apart((folder,)), contextlib.redirect_stdout(io.StringIO()), _standing_in(stand_ins):
             return importlib.import_module(name)
     except Exception as error:
         raise PublishedCodeError(f"{folder.name} does not import: {type(error).__name__}: {error}") from error
@@ -157,35 +172,19 @@ def pitome(folder: Path) -> Pair:
     """As the published code patches DeiT: the first half of the blocks pairs all tokens."""
     plain = plain_model()
     theirs: Any = copy.deepcopy(plain)
-    # Its package imports every model that it knows; the two files for timm's are all that it takes.
-    for name in ("algo", "algo.pitome", "algo.pitome.patch"):
-        if not (folder / name.replace(".", "/")).is_dir():
-            raise PublishedCodeError(f"{folder.name} has no {name}")
-    with _packages(folder, ("algo", "algo.pitome", "algo.pitome.patch")):
-        module = imported(folder, "algo.pitome.patch.deit")
+    # Its package imports every model that it knows, language models too.
+    module = imported(folder, "algo.pitome.patch.deit", ("algo", "algo.pitome", "algo.pitome.patch"))
     silent(lambda: module.apply_patch(theirs, prop_attn=True))
     theirs.ratio, theirs.dist_token, theirs.pre_logits = PITOME_RATIO, None, nn.Identity()
-    theirs.forward_head = theirs.head
+    # Its forward_features takes images alone and pools already; in timm 0.4 only the classifier came after it.
+    features, theirs.forward_head = theirs.forward_features, lambda pooled: theirs.head(pooled)
+    theirs.forward_features = lambda images, **masks: features(images)
     tokens, r = (plain.patch_embed.num_patches), []
     for _ in plain.blocks:
         r.append(math.floor(tokens - tokens * PITOME_RATIO))
         tokens -= r[-1]
     ours = tokcomp.compress(plain, tokcomp.PiToMe(r, margin=0.75, prop_attn=False, unprotected=0.5))
     return Pair(lambda images: theirs(images, return_flop=False), ours, tokcomp.flops(ours) / 1e9)
-
-
-@contextmanager
-def _packages(folder: Path, names: Sequence[str]) -> Iterator[None]:
-    """Packages of a clone without what their __init__ imports."""
-    for name in names:
-        package = ModuleType(name)
-        package.__path__ = [str(folder / name.replace(".", "/"))]
-        sys.modules[name] = package
-    try:
-        yield
-    finally:
-        for name in [one for one in sys.modules if one.partition(".")[0] == names[0]]:
-            del sys.modules[name]
 
 
 def _renamed(state: Mapping[str, Tensor], parts: str, names: Mapping[str, str]) -> dict[str, Tensor]:
