@@ -67,30 +67,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _head(records: Sequence[Record], gpus: Sequence[Record]) -> str:
-    devices = ", ".join(_names(records)) or "nothing yet"
+    devices = "; ".join(_names(records)) or "nothing yet"
     state = (
         "**No GPU has run this package's kernels yet**; what one would show is predicted [below](#predicted-for-gpus)."
     )
     origin = paragraph(
         f"Drawn from the records in `benchmarks/results/` by `{COMMAND}`, not edited by hand. Measured on: {devices}.",
-        f"GPUs that ran it: {', '.join(_names(gpus))}." if gpus else state,
+        f"GPUs that ran it: {'; '.join(_names(gpus))}." if gpus else state,
     )
     terms = paragraph(
-        "How it is measured: competitors alternate in one process; a figure is the median of the rounds,",
-        "with the least",
-        "and the most of the rounds' own ratios in brackets; nothing is timed unless it agreed with the",
-        "reference in the",
-        "same run. GFLOPs are 1e9 multiply-adds an image (DiffRate's Alg. 2). *Of ideal*: the share of the",
-        "bound by the",
-        "rates measured in the same run (`benchmarks.model.roofline`).",
-        "*Of matrix rate*, *of copy rate*: of what a large",
-        "product, a copy reached. *Efficiency*: the speed-up over our own uncompressed model, over the ratio of the",
-        "GFLOPs. *Tax*: the time above a static slice to the same token counts. *Over published*: over the published",
-        "pipeline in the same precision, *over its float32* over that pipeline in float32. *Over the best rival*: over",
-        "the fastest of those that were measured on the uncompressed model, in the same precision or a finer one; int8",
-        "is a precision of its own.",
-        "*Same answers*: the images of nine, under random weights, that keep their top-1 class.",
-        "Changes and their outcomes are in the [performance log](performance-log.md), earlier measurements in the",
+        "Competitors take turns in one process; a figure is the median of the rounds, with the least and the most of",
+        "the rounds' own ratios in brackets; nothing is timed unless it agreed with the reference in the same run.",
+        "GFLOPs are 1e9 multiply-adds an image. [Derived figures](benchmarks.md#derived-figures) says what the columns",
+        "are. Changes and their outcomes are in the [performance log](performance-log.md), earlier measurements in the",
         "[history](results-history.md).",
     )
     return f"# Results\n\n{origin}\n\n{terms}"
