@@ -101,7 +101,6 @@ wheel: .venv/installed  ## dist/tokcomp-<version>-*.whl for this Python and the 
 	$(BIN)/python -m pip wheel -v --no-deps -w dist .
 
 wheel-check: .venv/installed  ## A wheel in an empty environment without a compiler; OTHER_TORCH=2.11.0: under that torch too
-	ls dist/tokcomp-*.whl > /dev/null 2>&1 || $(MAKE) wheel
 	$(BIN)/python -m tools.wheel_check $(if $(OTHER_TORCH),--other-torch $(OTHER_TORCH))
 
 # torch is imported first, so its libraries and the OpenMP that it brings are there.

@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc", "cmake", "ninja")
+SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 #: What the operators' tests need beside themselves; test_table.py reads the sources of the checkout.
 TESTS = ("__init__.py", "conftest.py", "multiplied.py", "ops")
 
@@ -70,6 +71,28 @@ def newest_wheel(folder: Path) -> Path:
     if not found:
         raise FileNotFoundError(f"no wheel for {tag} in {folder}: make wheel builds one")
     return found[-1]
+
+
+def is_stale(wheel: Path, root: Path = ROOT) -> bool:
+    """Whether something that goes into the wheel was changed after it was made: the tests here would not fit it."""
+    folders = ("csrc", "tokcomp_kernels", "python/tokcomp")
+    sources = (path for folder in folders for path in (root / folder).rglob("*") if path.suffix in SOURCES)
+    return max((path.stat().st_mtime for path in sources), default=0) > wheel.stat().st_mtime
+
+
+def fresh_wheel() -> Path:
+    """The newest wheel of ``dist``, built now if there is none or if it is stale."""
+    folder = ROOT / "dist"
+    try:
+        wheel = newest_wheel(folder)
+        why = f"{wheel.name} is older than its sources" if is_stale(wheel) else ""
+    except FileNotFoundError:
+        why = "no wheel in dist/"
+    if why:
+        print(f"{why}: building one, which takes minutes", flush=True)
+        build = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(folder), str(ROOT)]
+        subprocess.run(build, check=True, cwd=ROOT)
+    return newest_wheel(folder)
 
 
 class Bare:
@@ -166,10 +189,10 @@ def check_another_torch(wheel: Path, bare: Bare, version: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wheel", type=Path, nargs="?", help="default: the newest in dist/ for this Python")
+    parser.add_argument("wheel", type=Path, nargs="?", help="default: the newest in dist/, built if need be")
     parser.add_argument("--other-torch", metavar="VERSION", help="also try it beside this torch")
     options = parser.parse_args()
-    wheel = (options.wheel or newest_wheel(ROOT / "dist")).resolve()
+    wheel = (options.wheel or fresh_wheel()).resolve()
     print(f"{wheel.name}, {sysconfig.get_platform()}, Python {sys.version.split()[0]}", flush=True)
     bare = Bare(ROOT / "build" / "wheel-check")
     check(wheel, bare)

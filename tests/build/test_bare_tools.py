@@ -26,6 +26,17 @@ def test_the_newest_wheel_of_this_python(tmp_path: Path):
     assert wheel_check.newest_wheel(tmp_path).name == f"tokcomp-0.1.0-{TAG}-{TAG}-linux_x86_64.whl"
 
 
+def test_a_wheel_older_than_its_sources_is_stale(tmp_path: Path):
+    (tmp_path / "csrc").mkdir()
+    source, other, wheel = tmp_path / "csrc" / "one.cpp", tmp_path / "csrc" / "one.o", tmp_path / "one.whl"
+    for age, path in enumerate((source, wheel, other)):
+        path.touch()
+        os.utime(path, (age, age))
+    assert not wheel_check.is_stale(wheel, tmp_path)
+    os.utime(source, (5, 5))
+    assert wheel_check.is_stale(wheel, tmp_path)
+
+
 def test_compilers_alone_are_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     hidden = {"cc", "c++", "gcc-12", "g++", "x86_64-linux-gnu-g++-12", "clang", "clang++-19", "nvcc", "cpp", "c99"}
     kept = {"git", "make", "cmake", "objdump", "gcc-ar", "clang-format", "ccache", "sh"}
