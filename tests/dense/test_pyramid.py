@@ -20,7 +20,7 @@ from tokcomp.cli import main
 from tokcomp.dense import Segmenter, SemanticFPN, sliding_logits
 from tokcomp.dense.data import WholeImages
 from tokcomp.dense.files import SegmenterSettings, load_segmenter, save_segmenter
-from tokcomp.dense.segmenter import pyramid_maps
+from tokcomp.dense.segmenter import position_tokens, pyramid_maps
 from tokcomp.dense.windows import classes_at, window_starts
 from tokcomp.runs.recipe import TOCOM_RECIPE
 from tokcomp.tocom.distill import Distiller
@@ -128,6 +128,8 @@ def test_heads_and_encoders_have_to_fit(segmenter, make_vit):
         Segmenter(make_vit(), 4, "semantic_fpn")
     with pytest.raises(tokcomp.UnsupportedModelError, match="SepConv is not understood"):
         Segmenter(MetaFormer(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), token_mixers=SepConv), 4, "semantic_fpn")
+    with pytest.raises(tokcomp.UnsupportedModelError, match="tokens of one grid, got a MetaFormer; its maps are"):
+        position_tokens(segmenter.encoder, images_of(batch=1))
     with pytest.raises(ValueError, match=re.escape("images must be [B, 3, H, W], got [3, 64, 96]")):
         segmenter(torch.zeros(3, 64, 96))
 

@@ -239,7 +239,7 @@ FAMILIES = (
     Family(
         "ViT",
         "transformers",
-        "ViTModel, ViTForImageClassification",
+        "ViTModel, ViTMSNModel and their classifiers",
         partial(_transformers, "ViTForImageClassification", "ViTConfig", **_CLIP, num_labels=5),
     ),
     Family(
@@ -278,8 +278,14 @@ FAMILIES = (
     Family(
         "CLIP's vision tower",
         "transformers",
-        "CLIPVisionModel(WithProjection), CLIPForImageClassification, inside CLIPModel",
+        "CLIPVisionModel(WithProjection), CLIPForImageClassification, inside CLIPModel; AltCLIP's",
         partial(_transformers, "CLIPVisionModelWithProjection", "CLIPVisionConfig", **_CLIP, projection_dim=20),
+    ),
+    Family(
+        "MetaCLIP 2's vision tower",
+        "transformers",
+        "MetaClip2VisionModel(WithProjection), MetaClip2ForImageClassification, inside MetaClip2Model",
+        partial(_transformers, "MetaClip2ForImageClassification", "MetaClip2Config", vision_config=_CLIP, num_labels=5),
     ),
     Family(
         "SigLIP's vision tower",

@@ -45,7 +45,7 @@ def test_models_that_are_not_understood_are_refused_by_name(meta_model, name):
     assert [type(module) for module in model.modules()] == classes
 
 
-#: timm's file -> the class that all of its models have.
+#: File of timm's models, or of transformers' -> the class of all that are in it.
 GRIDS = {
     "swin_transformer": "SwinTransformer",
     "swin_transformer_v2": "SwinTransformerV2",
@@ -61,15 +61,23 @@ GRIDS = {
     "convnext": "ConvNeXt",
     "resnet": "ResNet",
     "cait": "Cait",
+    "videomae.modeling_videomae": "VideoMAEModel",
+    "vit_mae.modeling_vit_mae": "ViTMAEModel",
+    "clipseg.modeling_clipseg": "CLIPSegVisionModel",
+    "siglip2.modeling_siglip2": "Siglip2VisionModel",
 }
 
 
 @pytest.mark.parametrize("file", GRIDS)
 def test_models_that_need_their_grid_are_told_why_and_what_to_use(file):
-    cls = getattr(import_module(f"timm.models.{file}"), GRIDS[file])
+    library = "transformers" if ".modeling_" in file else "timm"
+    pytest.importorskip(library)
+    cls = getattr(import_module(f"{library}.models.{file}"), GRIDS[file])
     model = object.__new__(cls)  # the class is enough to refuse it, and takes no time
     nn.Module.__init__(model)
-    with pytest.raises(tokcomp.UnsupportedModelError, match=rf"timm\.models\.{file}\.{GRIDS[file]} .*; .+; use .+"):
+    with pytest.raises(
+        tokcomp.UnsupportedModelError, match=rf"{library}\.models\.{file}\.{GRIDS[file]} .*; .+; use .+"
+    ):
         tokcomp.compress(model, tokcomp.ToMe(4))
 
 

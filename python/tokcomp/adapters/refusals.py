@@ -19,7 +19,22 @@ _REASONS = {
     "multiscalevit": ("it pools the grid inside its attention", "caformer_s36, compressed in its third stage"),
     "convnext": ("it is convolutional: it has no tokens to drop", "caformer_s36, whose third stage is attention"),
     "resnet": ("it is convolutional: it has no tokens to drop", "caformer_s36, whose third stage is attention"),
-    "siglip2": ("its images share a padded batch", "SigLIP at one image size"),
+    "siglip2": (
+        "its images share a padded batch",
+        "timm's naflexvit_base_patch16_siglip, which takes such batches too, or SigLIP",
+    ),
+    "vitmae": ("it leaves out patches at random by itself", "its weights as a ViTModel, ViTModel.from_pretrained(...)"),
+    "videomae": ("its tokens are tubes through several frames", "ViTModel on single frames"),
+    "clipseg": ("its decoder reads every position of some of its layers", "CLIPVisionModel"),
+    "owlv": ("its boxes are read from every position", "CLIPVisionModel"),
+    "yolos": ("its detection tokens stand behind the patches, where they would merge", "ViTModel"),
+    "dpt": ("it reads whole maps of some of its layers", "tokcomp.dense.Segmenter around a ViT of timm"),
+    "beit": ("of BEiT only timm's classes are known", "timm's beit_base_patch16_224, which has the same weights"),
+    "data2vecvision": ("of BEiT and its relatives only timm's classes are known", "timm's beit_base_patch16_224"),
+    "ijepa": ("its layers are known only with a class token", "timm's vit_*_gap, or Dinov2Model"),
+    "chineseclip": ("its layers are not known", "CLIPVisionModel or AltCLIPVisionModel"),
+    "blipvision": ("its layers are not known", "CLIPVisionModel"),
+    "internvl": ("its layers are not known", "timm's vit_intern300m_patch14_448"),
     "cait": ("its class token joins in the last blocks alone", "deit3_small_patch16_224"),
 }
 

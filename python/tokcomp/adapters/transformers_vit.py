@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tokcomp.adapters.base import UnsupportedModelError
 from tokcomp.adapters.blocks import CompressedBlock
+from tokcomp.adapters.flex import flex_attention_by_key
 from tokcomp.adapters.hidden_states import HiddenStatesTower, asked, run_with_hidden_states
 from tokcomp.adapters.images import check_images
 from tokcomp.adapters.isotropic import IsotropicAdapter
@@ -37,19 +38,18 @@ _VIT: dict[str, Any] = {
 _DINO: dict[str, Any] = {"scale1": "layer_scale1", "drop1": "drop_path", "scale2": "layer_scale2", "drop2": "drop_path"}
 #: Where the models around a tower keep it.
 _OUTER = {
-    "ViTForImageClassification": "vit",
-    "DeiTForImageClassification": "deit",
-    "DeiTForImageClassificationWithTeacher": "deit",
+    **dict.fromkeys(("ViTForImageClassification", "ViTMSNForImageClassification"), "vit"),
+    **dict.fromkeys(("DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"), "deit"),
     "Dinov2ForImageClassification": "dinov2",
     "Dinov2WithRegistersForImageClassification": "dinov2_with_registers",
-    "CLIPModel": "vision_model",
-    "CLIPVisionModelWithProjection": "vision_model",
-    "CLIPForImageClassification": "vision_model",
-    "SiglipModel": "vision_model",
-    "SiglipForImageClassification": "vision_model",
+    **{f"{kind}Model": "vision_model" for kind in ("CLIP", "MetaClip2", "AltCLIP", "Siglip")},
+    **{f"{kind}VisionModelWithProjection": "vision_model" for kind in ("CLIP", "MetaClip2")},
+    **{f"{kind}ForImageClassification": "vision_model" for kind in ("CLIP", "MetaClip2", "Siglip")},
 }
+#: Those of them that need texts as well.
+_WITH_TEXTS = ("CLIPModel", "MetaClip2Model", "AltCLIPModel", "SiglipModel")
 #: Those of them that average the tower's patch tokens.
-_AVERAGING = {name for name in _OUTER if name.startswith(("Dinov2", "CLIPFor", "SiglipFor"))}
+_AVERAGING = {name for name in _OUTER if name.startswith(("Dinov2", "CLIPFor", "MetaClip2For", "SiglipFor"))}
 #: The linear layers around a tower that one image goes through.
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier", "visual_projection")
 
@@ -64,8 +64,8 @@ class TransformersLayout(Layout):
 
         eager = sys.modules[original_class(attn).__module__].eager_attention_forward
         name = attn.config._attn_implementation
-        if name == "flex_attention" and mask is not None:  # which reads the mask pair by pair
-            mask = mask.expand(-1, -1, q.shape[2], -1)
+        if name == "flex_attention" and mask is not None:
+            return flex_attention_by_key(q, k, v, mask, self.score_scale(attn), dropout_p)
         function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
         return function(attn, q, k, v, mask, scaling=self.score_scale(attn), dropout=dropout_p)[0].transpose(1, 2)
 
@@ -195,7 +195,7 @@ class TransformersAdapter(IsotropicAdapter):
         return super().reads_patches(model) or _known_class(model).__name__ in _AVERAGING
 
     def check_search(self, model: Any) -> None:
-        if _known_class(model).__name__ in ("CLIPModel", "SiglipModel"):
+        if _known_class(model).__name__ in _WITH_TEXTS:
             raise UnsupportedModelError(
                 f"a {type(model).__name__} needs texts as well, so a search has no logits to go by; pass "
                 "model.vision_model"
@@ -233,10 +233,10 @@ class TransformersAdapter(IsotropicAdapter):
 
 
 class TransformersViT(TransformersAdapter):
-    """ViTModel and DeiTModel, whose second token distils."""
+    """ViTModel, ViTMSNModel, and DeiTModel, whose second token distils."""
 
-    family = "transformers ViT, DeiT"
-    towers = ("ViTModel", "DeiTModel")
+    family = "transformers ViT, DeiT, MSN"
+    towers = ("ViTModel", "DeiTModel", "ViTMSNModel")
     layer, attention = "{}Layer", "{}Attention"
     block_list, projection = "layers", "embeddings.patch_embeddings.projection"
     layout = TransformersLayout(
@@ -253,7 +253,8 @@ class TransformersViT(TransformersAdapter):
         return 2 if hasattr(tower.embeddings, "distillation_token") else 1
 
     def pooled(self, tower: Any, x: Tensor, weights: Weights | None) -> Tensor | None:
-        return None if tower.pooler is None else tower.pooler(x)
+        pooler = getattr(tower, "pooler", None)
+        return None if pooler is None else pooler(x)
 
 
 class TransformersDinov2(TransformersAdapter):
@@ -322,10 +323,10 @@ _CLIP = TransformersLayout(
 
 
 class TransformersCLIP(TransformersAdapter):
-    """CLIPVisionModel."""
+    """CLIPVisionModel, and MetaCLIP 2's and AltCLIP's, which are built alike."""
 
     family = "transformers CLIP's vision tower"
-    towers = ("CLIPVisionModel",)
+    towers = ("CLIPVisionModel", "MetaClip2VisionModel", "AltCLIPVisionModel")
     layer, attention = "{}EncoderLayer", "{}Attention"
     block_list, projection = "encoder.layers", "embeddings.patch_embedding"
     layout = _CLIP

@@ -40,6 +40,7 @@ COMPETITORS = {
     "tokcomp-int8": "the compressed model with its products in int8 (tokcomp.quantize)",
     "tokcomp-onnx": "the compressed model's ONNX file in ONNX Runtime",
     "tokcomp-onnx-int8": "the same with its products in int8, by dynamic quantisation",
+    "tokcomp-openvino": "the compressed model's ONNX file in OpenVINO",
     "tokcomp-compiled": "the compressed model under torch.compile",
     "tokcomp-graph": "the same under tokcomp.compile: a CUDA graph for the batch size",
 }
@@ -57,9 +58,12 @@ MAY_FAIL = (
     *(name for name in UNCOMPRESSED if name != "timm"),
     "tokcomp-onnx",
     "tokcomp-onnx-int8",
+    "tokcomp-openvino",
     "tokcomp-compiled",
     "tokcomp-graph",
 )
+#: Of these, our ONNX files in other runtimes.
+EXPORTED = ("tokcomp-onnx", "tokcomp-onnx-int8", "tokcomp-openvino")
 #: Entries that run a clone.
 FROM_CLONES = ("published-code", "published-tocom")
 #: Graphs that torch.compile may make of one function before it refuses: several models share timm's forward.
@@ -106,7 +110,7 @@ class Entry:
     @property
     def is_ours(self) -> bool:
         """Whether what runs is ours: our ONNX files are run by others."""
-        return self.competitor.startswith("tokcomp") and "onnx" not in self.competitor
+        return self.competitor.startswith("tokcomp") and self.competitor not in EXPORTED
 
 
 def build_runner(
@@ -136,7 +140,7 @@ def build_runner(
     own: Any = copy.deepcopy(model).to(dtype)
     if entry.method is not None:
         tokcomp.compress(own, entry.method, attention="stock" if kind == "tokcomp-stock" else "tokcomp")
-    if "onnx" in kind:
+    if kind in EXPORTED:
         return build_exported(kind, own, dtype, device, batch)
     if kind == "tokcomp-int8":
         return tokcomp.quantize(own.eval())

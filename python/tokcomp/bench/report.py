@@ -22,6 +22,7 @@ _COLOURS = {
     "tokcomp-stock": "#e3a6a8",
     "tokcomp-onnx": "#d98880",
     "tokcomp-onnx-int8": "#f5c49b",
+    "tokcomp-openvino": "#b79adf",
     "tokcomp-compiled": "#7a1f2b",
     "tokcomp-graph": "#4a0f18",
 }

@@ -69,12 +69,17 @@ def build_rival(
 def build_exported(
     name: str, model: nn.Module, dtype: torch.dtype, device: torch.device, batch: int
 ) -> Callable[[Tensor], Tensor]:
-    """The same for a compressed model through :func:`tokcomp.export`: "tokcomp-onnx" or "tokcomp-onnx-int8".
+    """The same for a compressed model through :func:`tokcomp.export`, for a name in ``bench.entries.EXPORTED``.
 
     Raises:
-        RivalError: onnxruntime is not installed, or has no such dtype or device.
+        RivalError: the runtime is not installed, or has no such dtype or device.
         ImportError: onnxscript is not installed.
     """
+    if name == "tokcomp-openvino":
+        core = _openvino_core(dtype, device)
+        with tempfile.TemporaryDirectory() as folder:
+            path = export(model, Path(folder) / "model.onnx", batch=batch, dynamic_batch=False)
+            return _compiled_openvino(core, path.read_bytes(), dtype)
     runtime, provider = _runtime(name, dtype, device)
     quantize = "int8" if name.endswith("-int8") else None
     with tempfile.TemporaryDirectory() as folder:
@@ -171,21 +176,35 @@ def _prepared_int8(exported: bytes) -> bytes:
         return in_int8(onnx.load(ready)).SerializeToString()
 
 
+#: What OpenVINO is asked to compute in.
+_HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
 def _openvino(model: nn.Module, dtype: torch.dtype, device: torch.device, batch: int) -> Callable[[Tensor], Tensor]:
-    hints = {torch.float32: "f32", torch.bfloat16: "bf16"}
-    if device.type != "cpu" or dtype not in hints:
+    core = _openvino_core(dtype, device)
+    return _compiled_openvino(core, to_onnx(model, torch.float32, device, batch), dtype)
+
+
+def _openvino_core(dtype: torch.dtype, device: torch.device) -> Any:
+    """OpenVINO, if it runs this type there."""
+    if device.type != "cpu" or dtype not in _HINTS:
         raise RivalError(f"openvino does not run in {str(dtype).removeprefix('torch.')} on {device.type} here")
     core = _imported("openvino").Core()
     # It offers bfloat16 by what the CPU has, but fails in the first layer if oneDNN's limit takes that away.
     offered = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if dtype == torch.bfloat16 and not (offered and product_dtype(dtype, "cpu") == dtype):
         raise RivalError("openvino has no bfloat16 on this CPU")
+    return core
+
+
+def _compiled_openvino(core: Any, exported: bytes, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """An ONNX file's bytes in OpenVINO."""
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": hints[dtype],
+        "INFERENCE_PRECISION_HINT": _HINTS[dtype],
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = core.compile_model(core.read_model(to_onnx(model, torch.float32, device, batch)), "CPU", settings)
+    compiled = core.compile_model(core.read_model(exported), "CPU", settings)
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(compiled([images.contiguous().numpy()], share_inputs=True)[0])

@@ -26,8 +26,16 @@ def position_tokens(encoder: nn.Module, images: Tensor) -> Tensor:
 
     Plain models and models compressed by ``ToMeMLP`` or ``EvoViT`` have them. If a method drops tokens for good, each
     position takes the token that it was merged into, or zeros if it was pruned.
+
+    Raises:
+        TypeError: (UnsupportedModelError) the encoder is not understood, or is hierarchical.
     """
     adapter = find_adapter(encoder)
+    if adapter.geometry(encoder).spreads_tokens:
+        raise UnsupportedModelError(
+            f"encoder must be a plain vision transformer, with tokens of one grid, got a {type(encoder).__name__}; its "
+            "maps are encoder.forward_intermediates(images), with every position in them"
+        )
     method = adapter.method(encoder)
     model: Any = encoder
     if method is None or method.unmerges or method.keeps_all:
