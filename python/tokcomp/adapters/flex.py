@@ -32,12 +32,12 @@ def flex_attention_by_key(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: 
 
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         with torch._dynamo.config.patch(recompile_limit=_MOST_LENGTHS, accumulated_recompile_limit=_MOST_LENGTHS):
-            out: Tensor = _for_each_length()(q, k, v, score_mod=by_key, scale=scale)
-        return out
+            out: Any = _for_each_length()(q, k, v, score_mod=by_key, scale=scale)
+            return out
     from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
-    out = compile_friendly_flex_attention(q, k, v, score_mod=by_key, scale=scale)
-    return out
+    found: Any = compile_friendly_flex_attention(q, k, v, score_mod=by_key, scale=scale)
+    return found
 
 
 @functools.cache
