@@ -44,9 +44,9 @@ if(TOKCOMP_CPU_ARCH STREQUAL "dispatch" AND x86 AND CMAKE_SYSTEM_NAME STREQUAL "
   set(flags_default ${flags_generic})
   # Tiles are no level: whether there are any is asked before their instructions are reached (csrc/cpu/tiles.h).
   include(CheckCXXCompilerFlag)
-  check_cxx_compiler_flag("-mamx-tile -mamx-bf16" tokcomp_knows_tiles)
+  check_cxx_compiler_flag("-mamx-tile -mamx-bf16 -mamx-int8" tokcomp_knows_tiles)
   if(tokcomp_knows_tiles)
-    list(APPEND flags_avx512_bf16 -mamx-tile -mamx-bf16)
+    list(APPEND flags_avx512_bf16 -mamx-tile -mamx-bf16 -mamx-int8)
   endif()
   foreach(level IN LISTS tokcomp_cpu_levels)
     tokcomp_add_cpu_level(${level} "${flags_${level}}")

@@ -16,6 +16,22 @@ struct LayerNorm {
   int64_t width;
 
   void operator()(const T* row, T* out) const {
+    if constexpr (!std::is_same_v<T, A>) {
+      if (width <= kMostWide) {  // widened once, not in each of the three passes
+        alignas(64) A wide[kMostWide];
+        load_row(row, wide, width);
+        return normalize(wide, out);
+      }
+    }
+    normalize(row, out);
+  }
+
+ private:
+  static constexpr int64_t kStep = rows::kStep<A>;
+  static constexpr int64_t kMostWide = 1024;
+
+  template <typename S>
+  void normalize(const S* row, T* out) const {
     using V = Vec<A>;
     const auto sum_of = [&](auto term) {
       V sum_low(A(0)), sum_high(A(0));
@@ -56,10 +72,8 @@ struct LayerNorm {
     if (c < width) columns(c, width - c);
   }
 
- private:
-  static constexpr int64_t kStep = rows::kStep<A>;
-
-  static auto load(const T* row, int64_t valid) {
+  template <typename S>
+  static auto load(const S* row, int64_t valid) {
     return valid == kStep ? rows::load_pair(row) : rows::load_pair(row, valid);
   }
 };

@@ -1,4 +1,5 @@
-// Matrix tiles (AMX): 16 rows of 64 bytes each, multiplied as pairs of bfloat16 into 16 x 16 floats.
+// Matrix tiles (AMX): 16 rows of 64 bytes each, multiplied as pairs of bfloat16 into 16 x 16 floats, or as fours of
+// unsigned by signed bytes into 16 x 16 integers. Bytes lie as bfloat16 would that held two of them each.
 //
 // A left tile is 16 rows of 32 elements. A right tile has 16 rows of 16 pairs: row p, column j holds elements 2 p and
 // 2 p + 1 of column j. Both lie in memory as 1024 bytes, right ones always packed.
@@ -6,7 +7,7 @@
 
 #include "gemm.h"
 
-#if defined(TOKCOMP_BFLOAT16_PAIRS) && defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#if defined(TOKCOMP_BFLOAT16_PAIRS) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 #define TOKCOMP_TILES 1
 
 #include <ATen/cpu/Utils.h>
@@ -21,12 +22,12 @@ constexpr int64_t kRows = 16;   // of every tile; columns of a right one and of 
 constexpr int64_t kDepth = 32;  // elements of a left tile's row
 constexpr int64_t kElements = kRows * kDepth;
 
-// Whether the processor has tiles of bfloat16, and the system lets this process use them.
+// Whether the processor has tiles of bfloat16 and of bytes, and the system lets this process use them.
 inline bool usable() {
   static const bool granted = [] {
-    constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+    constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, bytes
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    const bool has = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBFloat16) && (edx & kTiles);
+    const bool has = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kNeeded) == kNeeded;
     return has && at::cpu::init_amx();
   }();
   return granted;
@@ -52,10 +53,21 @@ class Session {
   Session& operator=(const Session&) = delete;
 };
 
+// Tiles are named by constants that only a macro can pass on.
+#define TOKCOMP_TILE_PRODUCT(sum, left, right) \
+  do {                                         \
+    if constexpr (kBytes) {                    \
+      _tile_dpbusd(sum, left, right);          \
+    } else {                                   \
+      _tile_dpbf16ps(sum, left, right);        \
+    }                                          \
+  } while (false)
+
 // to [kRowTiles * 16, kColumnTiles * 16] = left right, or += where `adds`, by `steps` tiles of depth.
 // left: rows left_stride elements apart. right: tiles of one column of tiles follow each other by depth, and the next
 // column of tiles is right_stride elements on. to: rows to_stride floats apart.
-template <int kRowTiles, int kColumnTiles>
+// kBytes: of bytes; the sums are then 32-bit integers in the floats' place.
+template <int kRowTiles, int kColumnTiles, bool kBytes>
 TOKCOMP_INLINE void multiply(const at::BFloat16* left, int64_t left_stride, const at::BFloat16* right,
                              int64_t right_stride, int64_t steps, float* to, int64_t to_stride, bool adds) {
   static_assert(kRowTiles >= 1 && kRowTiles <= 2 && kColumnTiles >= 1 && kColumnTiles <= 2);
@@ -74,15 +86,15 @@ TOKCOMP_INLINE void multiply(const at::BFloat16* left, int64_t left_stride, cons
   for (int64_t step = 0; step < steps; ++step, left += kDepth, right += kElements) {
     _tile_loadd(4, left, left_bytes);
     _tile_loadd(6, right, 64);
-    _tile_dpbf16ps(0, 4, 6);
+    TOKCOMP_TILE_PRODUCT(0, 4, 6);
     if constexpr (kColumnTiles == 2) {
       _tile_loadd(7, right + right_stride, 64);
-      _tile_dpbf16ps(1, 4, 7);
+      TOKCOMP_TILE_PRODUCT(1, 4, 7);
     }
     if constexpr (kRowTiles == 2) {
       _tile_loadd(5, left + kRows * left_stride, left_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kColumnTiles == 2) _tile_dpbf16ps(3, 5, 7);
+      TOKCOMP_TILE_PRODUCT(2, 5, 6);
+      if constexpr (kColumnTiles == 2) TOKCOMP_TILE_PRODUCT(3, 5, 7);
     }
   }
   _tile_stored(0, to, to_bytes);
@@ -91,19 +103,22 @@ TOKCOMP_INLINE void multiply(const at::BFloat16* left, int64_t left_stride, cons
   if constexpr (kRowTiles == 2 && kColumnTiles == 2) _tile_stored(3, to + kRows * to_stride + kRows, to_bytes);
 }
 
+#undef TOKCOMP_TILE_PRODUCT
+
 // multiply() over `column_tiles` columns of tiles, for one or two tiles of rows.
+template <bool kBytes = false>
 inline void multiply_all(const at::BFloat16* left, int64_t left_stride, int64_t row_tiles, const at::BFloat16* right,
                          int64_t right_stride, int64_t column_tiles, int64_t steps, float* to, int64_t to_stride,
                          bool adds = false) {
   const auto run = [&](auto rows) {
     int64_t column = 0;
     for (; column + 2 <= column_tiles; column += 2) {
-      multiply<rows, 2>(left, left_stride, right + column * right_stride, right_stride, steps, to + column * kRows,
-                        to_stride, adds);
+      multiply<rows, 2, kBytes>(left, left_stride, right + column * right_stride, right_stride, steps,
+                                to + column * kRows, to_stride, adds);
     }
     if (column < column_tiles) {
-      multiply<rows, 1>(left, left_stride, right + column * right_stride, right_stride, steps, to + column * kRows,
-                        to_stride, adds);
+      multiply<rows, 1, kBytes>(left, left_stride, right + column * right_stride, right_stride, steps,
+                                to + column * kRows, to_stride, adds);
     }
   };
   row_tiles == 2 ? run(std::integral_constant<int, 2>()) : run(std::integral_constant<int, 1>());

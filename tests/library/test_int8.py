@@ -13,7 +13,7 @@ from tokcomp.adapters.timm_vit import fast
 from tokcomp.fastpath import Int8Weights
 from torch import nn
 
-from tokcomp_kernels import int8
+from tokcomp_kernels import int8, tiles
 from tokcomp_kernels.product_types import product_dtype
 
 pytestmark = pytest.mark.skipif(int8.unavailable() is not None, reason=str(int8.unavailable()))
@@ -63,8 +63,12 @@ def model(make_vit, methods):
 
 def test_every_linear_layer_of_the_blocks_is_in_int8(model, monkeypatch) -> None:
     layers = []
-    product = int8.product
-    monkeypatch.setattr(int8, "product", lambda *inputs: layers.append(inputs[0].q.shape) or product(*inputs))
+
+    def counted(product):
+        return lambda rows, *inputs, **gelu: layers.append(rows.q.shape) or product(rows, *inputs, **gelu)
+
+    monkeypatch.setattr(int8, "product", counted(int8.product))
+    monkeypatch.setattr(tiles, "linear_int8", counted(tiles.linear_int8))
     logits(model)
     assert len(layers) == 4 * 4
     tokcomp.restore(model)

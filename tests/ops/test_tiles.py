@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokcomp_kernels import tiles
+from tokcomp_kernels import int8, tiles
 
 pytestmark = pytest.mark.skipif(not tiles.USABLE, reason="no tiles of bfloat16 on this CPU")
 
@@ -77,14 +77,35 @@ def test_an_image_s_result_does_not_depend_on_its_batch_or_threads() -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize(("rows", "depth", "width"), [(shape[0], 2 * shape[1], shape[2]) for shape in SHAPES])
+def test_products_of_int8_are_exact_but_for_their_scales(rows: tuple[int, ...], depth: int, width: int) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(width, depth), torch.randn(width)
+    x = int8.Rows(*int8.quantize_rows_reference(torch.randn(*rows, depth), 127))
+    q, scale = int8.quantize_weight(weight)
+    sums = F.linear(x.q.double() - 128, q.double())
+    exact = sums * scale.double() * x.scale[..., None].double() + bias.double()
+    packed = tiles.pack_int8(weight)
+    eps = torch.finfo(torch.float32).eps
+    # An integer becomes a float, is scaled twice, and joins the bias: four roundings.
+    lost = 2 * eps * ((exact - bias).abs() + exact.abs())
+    found = tiles.linear_int8(x, packed, bias, 127).double()
+    assert found.shape == exact.shape and ((found - exact).abs() <= lost).all()
+    found = tiles.linear_int8(x, packed, bias, 127, gelu=True).double()
+    assert ((found - F.gelu(exact)).abs() <= 1.13 * lost + (2e-6 + 4 * eps) * exact.abs()).all()
+    plain = tiles.linear_int8(x, packed, None, 127).double()
+    assert ((plain - (exact - bias)).abs() <= 2 * lost + eps * bias.abs()).all()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     weight, bias = layer(64, 48)
     packed = tiles.pack(weight)
-    assert tiles.takes(weight) and not tiles.takes(weight[:, :33]) and not tiles.takes(weight.float())
+    takes = [tiles.takes(weight[:, :depth], dtype) for depth in (64, 32, 33) for dtype in (torch.bfloat16, torch.int8)]
+    assert takes == [True, True, True, False, False, False] and not tiles.takes(weight, torch.float32)
     for x in (torch.zeros(2, 32).bfloat16(), torch.zeros(2, 64)):
         with pytest.raises(ValueError, match=r"x must be bfloat16 \[..., 64\]"):
             tiles.linear(x, packed, bias)
-    with pytest.raises(ValueError, match=r"bias must be bfloat16 \[48\]"):
+    with pytest.raises(ValueError, match="bias must be BFloat16 of 48"):
         tiles.linear(torch.zeros(2, 64).bfloat16(), packed, bias[:-1])
     with pytest.raises(ValueError, match="multiple of 16"):
         tiles.pack(weight[:-1])

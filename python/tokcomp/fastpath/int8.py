@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokcomp.fastpath.packing import Layer, PackedWeights
-from tokcomp_kernels import int8
+from tokcomp_kernels import int8, tiles
 
 _steps = torch.ops.tokcomp_int8
 #: Attribute of a tower whose products are in int8.
@@ -43,12 +43,17 @@ class Int8Weights(PackedWeights):
         if approximate != "none":
             return self._quantised(F.gelu(self._linear(layer, x, None), approximate=approximate), levels)
         rows = self._quantised(x, levels)
+        if isinstance(entry.packed, tiles.Int8Weight):
+            return self._quantised(tiles.linear_int8(rows, entry.packed, entry.bias, levels, gelu=True), levels)
         product = int8.product(rows, entry.packed, levels)
         return int8.Rows(*_steps.requantize_gelu_rows(product, rows.scale, entry.bias, levels))
 
     def _linear(self, layer: Layer, x: Tensor | int8.Rows, residual: Tensor | None) -> Tensor:
         levels, entry = int8.activation_levels(), self._layers[layer]
         rows = self._quantised(x, levels)
+        if isinstance(entry.packed, tiles.Int8Weight):
+            out = tiles.linear_int8(rows, entry.packed, entry.bias, levels)
+            return out if residual is None else out.add_(residual)
         product = int8.product(rows, entry.packed, levels)
         return cast(Tensor, _steps.rescale_rows(product, rows.scale, entry.bias, residual))
 

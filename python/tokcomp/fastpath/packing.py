@@ -182,9 +182,12 @@ def _pack(weight: Tensor, dtype: torch.dtype) -> Any:
     # Ordinary tensors even under inference_mode, so that the pack outlives it.
     with torch.inference_mode(False), torch.no_grad():
         if dtype == torch.int8:
-            return int8.pack_weight(weight.detach().flatten(1))
+            matrix = weight.detach().flatten(1)
+            return tiles.pack_int8(matrix) if tiles.takes(matrix, dtype) else int8.pack_weight(matrix)
         matrix = weight.detach().flatten(1).to(dtype).contiguous()
-        return tiles.pack(matrix) if tiles.takes(matrix) else torch.ops.mkldnn._reorder_linear_weight(matrix, None)
+        return (
+            tiles.pack(matrix) if tiles.takes(matrix, dtype) else torch.ops.mkldnn._reorder_linear_weight(matrix, None)
+        )
 
 
 _cache: weakref.WeakKeyDictionary[nn.Module, PackedWeights] = weakref.WeakKeyDictionary()
