@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     out = parser.parse_args().out
     print(f"{out}: operators of {', '.join(f'torch.ops.{one}' for one in write_repository(out))}")
+    print(f"upload it:  kernels upload {out}")
 
 
 if __name__ == "__main__":
