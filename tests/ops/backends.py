@@ -20,6 +20,8 @@ HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = [operator.name for operator in OPERATORS]
+#: Tokens of an interpreted kernel's samples; in float32 there is no limit.
+LARGEST = {torch.float16: 197, torch.bfloat16: 33}
 #: Arguments that all images share, whatever their shape.
 SHARED = {"counts", "weight", "bias"}
 
@@ -99,7 +101,9 @@ def all_samples() -> list[Any]:
     for op in NAMES:
         for target in targets(op):
             for dtype in target.dtypes:
-                ids = [sample.id for sample in target.samples(dtype, None if dtype == torch.float32 else 197)]
+                ids = [sample.id for sample in target.samples(dtype, LARGEST.get(dtype))]
+                if target.interpreted and dtype == torch.bfloat16:  # float16's kernel with another type to load
+                    ids = [one for one in ids if one.startswith("N")]
                 name = f"{target.op}-{target.backend}-{target.device}-{_short(dtype)}"
                 if target.interpreted:
                     found += [pytest.param(target, dtype, [i], id=f"{name}-{i}", marks=target.marks) for i in ids]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -355,6 +355,18 @@ class GemminiCost:
                 metrics = self._metrics(layer_work(layer, distinct, hardware), hardware)
                 total = total + metrics @ times.to(metrics.dtype)
         return total
+
+    @torch.no_grad()
+    def range(self, values: Mapping[str, Tensor], counts: TokenCounts) -> tuple[list[float], list[float]]:
+        """The least and the most of all points, each in ms and mW, at these counts [L]."""
+        # So many points at a time that their tilings [P, T, tilings] stay in a core's cache.
+        parts = [self(dict(zip(values, part, strict=True)), counts).aminmax(dim=1) for part in _chunks(values)]
+        least, most = (torch.stack(ends).aminmax(dim=0) for ends in zip(*parts, strict=True))
+        return least.min.tolist(), most.max.tolist()
+
+
+def _chunks(values: Mapping[str, Tensor], length: int = 1024) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(value.split(length) for value in values.values()), strict=True)
 
 
 def points_of(hardware: Sequence[Gemmini]) -> dict[str, Tensor]:

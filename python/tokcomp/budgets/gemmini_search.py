@@ -108,6 +108,7 @@ class GemminiSearch:
             self._uncompressed = ends[:, 1].tolist()
         targets = (("target_ms", target_ms), ("target_mw", target_mw))
         self.budgets: list[Budget] = []
+        reach: list[list[float]] | None = None  # the least and the most that any point costs, each in ms and mW
         for metric, (name, target) in enumerate(targets):
             if target is None:
                 continue
@@ -115,12 +116,11 @@ class GemminiSearch:
             smallest, largest = ends[metric].tolist()
             where = f"{METRICS[metric][1]} on this Gemmini"
             if search_hardware and not smallest <= target <= largest:  # the start cannot; perhaps another can
-                with torch.no_grad():
-                    smallest, largest = (
-                        self.cost(self._allowed, one)[metric].aminmax()[end] for end, one in enumerate(counts)
-                    )
+                if reach is None:
+                    reach = [self.cost.range(self._allowed, one)[end] for end, one in enumerate(counts)]
+                smallest, largest = (end[metric] for end in reach)
                 where = f"{METRICS[metric][1]} on any Gemmini of Table 7"
-            check_target(name, target, where, smallest=float(smallest), uncompressed=float(largest))
+            check_target(name, target, where, smallest=smallest, uncompressed=largest)
             self.budgets.append(_GemminiBudget(self, metric, target, leads=not self.budgets))
         self._targets = torch.tensor([0.0 if target is None else target for _, target in targets], dtype=torch.float64)
         # The starting value is e times as likely as each other value: enough to begin there, little enough to leave.
