@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -209,19 +207,3 @@ def test_label_without_a_class_is_an_error():
     batches = [(torch.zeros(1, 1, 1, 4), torch.tensor([4]))]
     with pytest.raises(ValueError, match="labels must be below the model's 4 classes, got 4"):
         evaluate(_Answers(), batches, device=torch.device("cpu"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("num_samples", [41, 1])
-def test_two_processes_find_the_accuracy_of_one(run, tmp_path, num_samples):
-    # Not --r, which torchrun takes for an abbreviation of its own options.
-    options = (*DIGITS, "--pretrained", "--num-samples", num_samples, "--method", "tome", "--gflops", "0.009", "-b8")
-    _, out, _ = run(*options, "--json")
-    alone = json.loads(out)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tokcomp"]
-    done = subprocess.run([*command, *map(str, options), "--json"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    both = json.loads(done.stdout)  # one process prints
-    assert both["processes"] == 2 and alone["processes"] == 1
-    for name in ("top1", "top5", "num_images", "gflops"):
-        assert both[name] == alone[name]

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -140,22 +138,6 @@ def test_a_part_of_the_training_images_can_be_held_out(run, tmp_path, folders):
     assert status == 0, err
     settings = json.loads((tmp_path / "run" / "summary.json").read_text())["settings"]
     assert (settings["train_images"], settings["val_images"]) == (8, 4)
-
-
-@pytest.mark.slow
-def test_processes_of_torchrun_train_together(run, tmp_path):
-    """Two processes draw what one process draws in two pieces, and count every validation image once."""
-    options = (*DIGITS, "-b", "64", "--epochs", "0.1", "--method", "tome", "--gflops", "0.009")
-    status, _, err = run(*options, "--grad-accum-steps", "2", "-o", tmp_path / "alone")
-    assert status == 0, err
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tokcomp"]
-    arguments = [*map(str, options), "-o", str(tmp_path / "both")]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written:") == 1
-    alone, both = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("alone", "both"))
-    assert both["settings"]["processes"] == 2 and both["steps"] == alone["steps"] == 2
-    assert both["before"] == alone["before"] and both["last"]["top1"] == alone["last"]["top1"]
 
 
 @pytest.mark.parametrize(

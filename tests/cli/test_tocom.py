@@ -3,8 +3,6 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -109,23 +107,6 @@ def test_the_ablations_of_table_5_are_options(run, tmp_path, digits_vit):
     assert settings["recipe"]["smoothing"] == 0.05
     status, _, err = run(*command, "--num-classes", "7", "--loss", "labels", "-o", tmp_path / "seven")
     assert status == 2 and "--dataset" in err and "7" in err and not (tmp_path / "seven").exists()
-
-
-@pytest.mark.slow
-def test_processes_of_torchrun_train_together(run, tmp_path, digits_vit):
-    """Two processes draw what one process draws in two pieces."""
-    command = ("tocom", "train", *DIGITS, *SHORT)
-    status, _, err = run(*command, "--grad-accum-steps", "2", "-o", tmp_path / "alone")
-    assert status == 0, err
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tokcomp"]
-    arguments = [*map(str, command), "-o", str(tmp_path / "both")]
-    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written:") == 1
-    alone, both = (load_file(tmp_path / name / "tocom.safetensors") for name in ("alone", "both"))
-    # Adam divides by the gradient's size, so an element whose gradient is rounding error may go either way; few do.
-    off = sum(int((both[name] - tensor).abs().gt(1e-5).sum()) for name, tensor in alone.items())
-    assert off < 0.01 * sum(tensor.numel() for tensor in alone.values())
 
 
 def test_train_between_schedules(run, tmp_path, digits_vit):
