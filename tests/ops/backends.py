@@ -20,8 +20,10 @@ HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = [operator.name for operator in OPERATORS]
-#: Tokens of an interpreted kernel's samples; in float32 there is no limit.
-LARGEST = {torch.float16: 197, torch.bfloat16: 33}
+#: Tokens of an interpreted kernel's largest samples.
+LARGEST = {torch.float32: 577, torch.float16: 197, torch.bfloat16: 33}
+#: Variants of a sample that tell nothing at a large size that they do not at a small one.
+VARIANTS = ("strided", "transposed", "packed", "keep-all")
 #: Arguments that all images share, whatever their shape.
 SHARED = {"counts", "weight", "bias"}
 
@@ -53,18 +55,23 @@ class Target:
         return (pytest.mark.slow,) if self.interpreted else ()
 
     def samples(self, dtype: torch.dtype, largest: int | None = None) -> Iterator[Sample]:
-        """The operator's samples on this device; where Triton is interpreted up to ``largest`` tokens.
-
-        Of a large one, other strides and layouts tell nothing there that a smaller one does not.
-        """
+        """The operator's samples on this device; where Triton is interpreted up to ``largest`` tokens, and of large
+        ones those that differ in more than strides."""
         for sample in samples(self.op, dtype, self.device):
-            if self.interpreted:
-                count = _num_tokens(sample)
-                if largest is not None and count > largest:
-                    continue
-                if count > 200 and sample.id.endswith(("strided", "keep-all")):
-                    continue
-            yield sample
+            count = _num_tokens(sample) if self.interpreted else 0
+            if count <= (largest or count) and not (count > 100 and sample.id.endswith(VARIANTS)):
+                yield sample
+
+    def sample_ids(self, dtype: torch.dtype) -> list[str]:
+        """Of the samples to compare with float64."""
+        if not self.interpreted:
+            return [sample.id for sample in self.samples(dtype)]
+        backward = self.op.endswith("_backward")
+        ids = [sample.id for sample in self.samples(dtype, min(LARGEST[dtype], 257 if backward else 577))]
+        if dtype == torch.float32:  # 257 tokens fill more tiles, and leave one as empty
+            return [one for one in ids if not one.startswith("N197")]
+        # bfloat16 is float16's kernel with another type to load.
+        return ids if dtype == torch.float16 else [one for one in ids if one.startswith("N")]
 
     def run(self, sample: Sample) -> tuple[torch.Tensor, ...]:
         outputs = self.call(*sample.args, **sample.kwargs)
@@ -101,9 +108,7 @@ def all_samples() -> list[Any]:
     for op in NAMES:
         for target in targets(op):
             for dtype in target.dtypes:
-                ids = [sample.id for sample in target.samples(dtype, LARGEST.get(dtype))]
-                if target.interpreted and dtype == torch.bfloat16:  # float16's kernel with another type to load
-                    ids = [one for one in ids if one.startswith("N")]
+                ids = target.sample_ids(dtype)
                 name = f"{target.op}-{target.backend}-{target.device}-{_short(dtype)}"
                 if target.interpreted:
                     found += [pytest.param(target, dtype, [i], id=f"{name}-{i}", marks=target.marks) for i in ids]

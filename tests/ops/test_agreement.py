@@ -43,6 +43,8 @@ def test_same_bits_twice_and_in_any_batch(target: Target) -> None:
     if target.backend == "reference":
         pytest.skip("the reference is the oracle of numbers, not of bits: it uses library matrix products")
     for sample in target.samples(torch.float32, 41):
+        if target.interpreted and not sample.id.startswith(("N33", "ties")):
+            continue
         whole = target.run(sample)
         # In the interpreter each image alone is a second run as well. But linear_gelu's tiles hold rows of several
         # images, and there NumPy's product of a row depends on the row's place.
