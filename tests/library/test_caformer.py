@@ -353,7 +353,7 @@ def test_training_mode_with_all_dropouts(method):
 def test_compile():
     torch._dynamo.reset()
     model = tokcomp.compress(caformer(), METHODS["tome"])
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.no_grad():
         for batch in (3, 2):
             images = images_of(batch=batch, seed=batch)
@@ -367,7 +367,7 @@ def test_compile():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["merge", "prune_merge", "tome"])
+@pytest.mark.parametrize("method", ["prune_merge", "tome"])
 def test_export(method):
     model = tokcomp.compress(caformer(), METHODS[method])
     batch = torch.export.Dim("batch", min=2, max=64)
