@@ -41,8 +41,8 @@ def test_one_graph_serves_every_batch(compressed, images_for, name, dynamic):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_inductor(compressed, images_for):
-    model = compressed("tome")
+def test_inductor(compressed, make_vit, images_for):
+    model = tokcomp.compress(make_vit(depth=1), tokcomp.ToMe(3))
     with torch._inductor.config.patch(freezing=True):
         compiled = torch.compile(model, fullgraph=True, dynamic=True)
         for batch in (4, 2, 6):  # not 3 first: PyTorch would take batch and channels for one size

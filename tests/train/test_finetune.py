@@ -313,7 +313,10 @@ def _process(rank, size, port, folder):
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     world = distributed.join(CPU)
-    found = {}
+    value = torch.tensor([rank + 1.0])
+    reduced = [world.sum_(value.clone()), world.mean_(value.clone()), world.broadcast_(value.clone())]
+    world.barrier()
+    found = {"rank": world.rank, "size": world.size, "reduced": torch.cat(reduced).tolist()}
     for name, recipe, steps in (("plain", PLAIN, 1), ("lively", LIVELY, 3)):
         tuner = make_tuner(recipe, world=world)
         batches = TensorBatches(*make_images(), 8, 3, world=world)
@@ -331,6 +334,7 @@ def test_two_processes_train_as_one(tmp_path, free_port):
     """Gradients and accuracy; a run of two processes draws what one process draws in two pieces."""
     multiprocessing.spawn(_process, (2, free_port, str(tmp_path)), nprocs=2)
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [(one["rank"], one["size"], one["reduced"]) for one in both] == [(r, 2, [3.0, 1.5, 1.0]) for r in range(2)]
 
     def alone(recipe, steps, pieces, dtype):
         tuner = make_tuner(recipe, model=make_model(dtype=dtype, drop_path=recipe.drop_path), pieces=pieces)

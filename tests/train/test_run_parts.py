@@ -13,7 +13,6 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from tokcomp.runs import distributed
 from tokcomp.runs.log import RunLog, read_log
 from tokcomp.runs.steps import Progress, StopRequest, derived_seed, seed_all, seeded
@@ -169,24 +168,3 @@ def test_alone_nothing_is_reduced(monkeypatch):
     tensor = torch.tensor([1.0, 2.0])
     assert torch.equal(world.mean_(tensor.clone()), tensor) and torch.equal(world.sum_(tensor.clone()), tensor)
     world.barrier()
-
-
-def _process(rank: int, size: int, port: int, folder: str) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    world = distributed.join(torch.device("cpu"))
-    value = torch.tensor([float(rank + 1)])
-    result = [world.sum_(value.clone()), world.mean_(value.clone()), world.broadcast_(value.clone())]
-    world.barrier()
-    torch.save({"rank": world.rank, "size": world.size, "values": torch.cat(result)}, f"{folder}/{rank}.pt")
-    distributed.leave()
-
-
-@pytest.mark.slow
-def test_two_processes_reduce(tmp_path, free_port):
-    multiprocessing.spawn(_process, (2, free_port, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert (found["rank"], found["size"]) == (rank, 2)
-        assert found["values"].tolist() == [3.0, 1.5, 1.0]
