@@ -6,7 +6,7 @@ OUT ?= gpu-check
 TRITONS ?= 3.6.0 3.9.0
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: build rebuild setup demo test test-fast test-no-triton test-no-compiler oracle attack race-mutations bench cpu-records results kernel-report
+.PHONY: build rebuild setup demo test test-fast test-no-triton test-no-compiler test-builds oracle attack race-mutations bench cpu-records results kernel-report
 .PHONY: triton-range aarch64 lint tidy docs operator-pictures sdist wheel wheel-check manylinux kernels-hub gpu-check clean
 
 build:  ## The compiled kernels, in place, for PYTHON as it is
@@ -38,6 +38,9 @@ test-no-triton: rebuild  ## The fast tests where no process finds Triton
 
 test-no-compiler: .venv/installed  ## The fast tests of a copy without compiled kernels, with no compiler on PATH
 	$(BIN)/python -m tools.without_compiler -n auto --maxprocesses 8 --dist loadgroup
+
+test-builds: .venv/installed  ## What builds make of the sources: kernels of every CPU level, libtokcomp, C++ programs that use it
+	TOKCOMP_TEST_BUILDS=1 $(BIN)/python -m pytest -n 0 -v tests/building
 
 oracle: rebuild  ## Random models and schedules against plain functions: CASES=200 of each kind, SEED=N of the first
 	TOKCOMP_ORACLE_CASES=$(or $(CASES),200) $(if $(SEED),TOKCOMP_ORACLE_SEED=$(SEED)) $(PYTEST) tests/oracle
@@ -80,7 +83,7 @@ triton-range: .venv/installed  ## Every launch in every dtype, compiled by the o
 	done
 
 aarch64: .venv/installed  ## csrc/cpu compiled for 64-bit ARM; needs aarch64-linux-gnu-g++
-	$(BIN)/python -m pytest -rs tests/build/test_aarch64.py
+	$(BIN)/python -m pytest -rs tests/building/test_aarch64.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

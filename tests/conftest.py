@@ -27,7 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 TESTS = Path(__file__).parent
 SPREAD = TESTS / "ops"
 #: Folders of slow tests: kernels in Triton's interpreter and in the CUDA shim, compilers, random models, attacks.
-SLOW = {"attack", "bench", "build", "cuda", "oracle", "triton"}
+SLOW = {"attack", "bench", "building", "cuda", "oracle", "triton"}
 
 
 @pytest.fixture

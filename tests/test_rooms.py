@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,11 @@ def test_what_points_up_is_found():
         "tokcomp.api",
     ]
     assert upward(LEVELS, "tokcomp_kernels", iter(names), 0) == ["tokcomp", *names[1:]]
+
+
+def test_no_folder_of_tests_is_passed_over(pytestconfig: pytest.Config) -> None:
+    """pytest does not look into folders of some names, `build` and `dist` among them."""
+    passed_over = pytestconfig.getini("norecursedirs")
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        folders = path.relative_to(Path(__file__).parent).parts[:-1]
+        assert not any(fnmatch(folder, pattern) for folder in folders for pattern in passed_over), path

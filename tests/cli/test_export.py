@@ -1,4 +1,5 @@
-"""tokcomp export: what it refuses before any work, and what it hands on. tests/deploy and tests/build run the files."""
+"""tokcomp export: what it refuses before any work, and what it hands on. tests/deploy and tests/building
+run the files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tokcomp.export: a package of one small model, opened as users open it. tests/build runs one from C++."""
+"""tokcomp.export: a package of one small model, opened as users open it. tests/building runs one from C++."""
 
 from __future__ import annotations
 

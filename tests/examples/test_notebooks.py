@@ -13,7 +13,7 @@ from tokcomp.budgets import LatencyTable
 from tokcomp.budgets.vit_parts import uniform_blocks
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "notebooks"
-#: In tests/build/test_libtorch.py, beside the build that it needs.
+#: In tests/building/test_libtorch.py, beside the build that it needs.
 WITH_A_BUILD = {"cpp"}
 SMALL = "img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2"
 

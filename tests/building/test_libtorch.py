@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.build.builds import ROOT, Dispatched, run
+from tests.building.builds import ROOT, Dispatched, run
 from tests.examples.test_notebooks import run as run_notebook
 
 CONSUMER = """

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.build.builds import ROOT, Dispatched, run
+from tests.building.builds import ROOT, Dispatched, run
 
 LEVELS = ["default", "avx2", "avx512", "avx512_bf16"]
 VARIABLE = "TOKCOMP_CPU_CAPABILITY"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import platform
-import tempfile
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.build.builds import ROOT
+from tests.building.builds import ROOT
 
 Configure = Callable[..., subprocess.CompletedProcess[str]]
 FakeTorch = Callable[..., Path]

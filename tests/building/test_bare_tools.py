@@ -18,7 +18,11 @@ def test_the_newest_wheel_of_this_python(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=f"no wheel for {TAG} in .*: make wheel builds one"):
         wheel_check.newest_wheel(tmp_path)
     (tmp_path / "manylinux").mkdir()
-    names = (f"{TAG}-{TAG}-linux_x86_64", f"manylinux/tokcomp-0.1.0-{TAG}-{TAG}-manylinux_2_34_x86_64", "cp27-cp27m-any")
+    names = (
+        f"{TAG}-{TAG}-linux_x86_64",
+        f"manylinux/tokcomp-0.1.0-{TAG}-{TAG}-manylinux_2_34_x86_64",
+        "cp27-cp27m-any",
+    )
     for age, name in enumerate(reversed(names)):
         path = tmp_path / (f"{name}.whl" if "/" in name else f"tokcomp-0.1.0-{name}.whl")
         path.touch()

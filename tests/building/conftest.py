@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.build.builds import ROOT, Dispatched, build
+from tests.building.builds import ROOT, Dispatched, build
 
 sys.path.insert(0, str(ROOT / "build_backend"))
 
@@ -30,6 +30,8 @@ def cmake() -> str:
 
 @pytest.fixture(scope="session")
 def dispatched(cmake: str) -> Dispatched:
+    if os.environ.get("TOKCOMP_TEST_BUILDS") != "1":
+        pytest.skip("compiles the kernels for every level of CPU, some minutes: make test-builds")
     return build(cmake)
 
 
