@@ -22,7 +22,9 @@ PACKAGE = "tokcomp_kernels"
 #: Variant -> the type that its metadata names.
 BACKENDS = {"torch-cuda": "cuda", "torch-cpu": "cpu"}
 #: Namespaces of the package, in strings and after torch.ops.
-_NAMESPACE = re.compile(r"""(?:(?<=torch\.ops\.)|(?<=["']))tokcomp(?=(?:_cpu|_cuda|_python|_int8)?(?:["'.]|::))""")
+_NAMESPACE = re.compile(
+    r"""(?:(?<=torch\.ops\.)|(?<=["']))tokcomp(?=(?:_cpu|_cuda|_python|_int8|_tiles)?(?:["'.]|::))"""
+)
 _IMPORT = re.compile(rf"^(\s*)from {PACKAGE}((?:\.\w+)*) import ", re.MULTILINE)
 _BY_NAME = re.compile(rf"""importlib\.import_module\((f?)(["']){PACKAGE}\.(.+?)\2\)""")
 
