@@ -35,6 +35,10 @@ _REASONS = {
     "chineseclip": ("its layers are not known", "CLIPVisionModel or AltCLIPVisionModel"),
     "blipvision": ("its layers are not known", "CLIPVisionModel"),
     "internvl": ("its layers are not known", "timm's vit_intern300m_patch14_448"),
+    "aimv2": ("its layers are not known", "timm's aimv2_large_patch14_224"),
+    "tnt": ("it runs a transformer over the pixels of each patch, which needs every patch", "deit_small_patch16_224"),
+    "crossvit": ("its two branches exchange tokens", "deit_small_patch16_224"),
+    "convit": ("its attention goes by the distance of every pair of places", "deit_small_patch16_224"),
     "cait": ("its class token joins in the last blocks alone", "deit3_small_patch16_224"),
 }
 
