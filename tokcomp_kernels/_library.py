@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tokcomp_kernels._schema import NAMESPACE, NATIVE_NAMESPACES, OPERATORS, PYTHON_NAMESPACE
+from tokcomp_kernels._schema import NAMESPACE, NATIVE_NAMESPACES, OPERATORS, PYTHON_NAMESPACE, digest
 
 REBUILD = "pip install -e . (or make build)"
 
@@ -61,6 +61,8 @@ def _mismatch(built: dict[str, Any]) -> str | None:
         # The same version in another build, for CPUs or for another CUDA, is not to be had by its number.
         exchange = "" if version == torch.__version__.partition("+")[0] else f"pip install torch=={version}, or "
         return f"built for torch {built['torch']}, running torch {torch.__version__}: {exchange}rebuild with {REBUILD}"
+    if built["schemas"] != digest():  # PyTorch would end the process
+        return f"built from other sources, whose operators take other arguments: rebuild with {REBUILD}"
     features = _cpu_features()
     missing = [] if features is None else [name for name in built["cpu_features"].split() if name not in features]
     if missing:

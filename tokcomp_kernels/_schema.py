@@ -8,6 +8,8 @@ read it before torch is there.
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from dataclasses import dataclass
 
 NAMESPACE = "tokcomp"
@@ -212,5 +214,10 @@ def cpp_definitions() -> str:
     return "\n".join(lines) + "\n"
 
 
+def digest() -> str:
+    """Of every schema: what compiled kernels were built for, and must not be loaded for anything else."""
+    return hashlib.sha256(cpp_definitions().encode()).hexdigest()[:16]
+
+
 if __name__ == "__main__":
-    print(cpp_definitions(), end="")
+    print(digest() if sys.argv[1:] == ["--digest"] else cpp_definitions(), end="")

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokcomp_kernels._schema import digest
+
 ROOT = Path(__file__).resolve().parents[2]
 SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 
@@ -37,7 +39,7 @@ def package(tmp_path: Path) -> Path:
 
 
 def put_module(package: Path, **facts: str) -> None:
-    built = {"torch": torch.__version__, "cpu_features": "", **facts}
+    built = {"torch": torch.__version__, "schemas": digest(), "cpu_features": "", **facts}
     (package / f"_C{SUFFIX}").write_bytes(b"not a library")
     (package / f"_C{SUFFIX}").with_suffix(".json").write_text(json.dumps(built))
 
@@ -77,6 +79,14 @@ def test_another_torch(package: Path):
     other = f"{torch.__version__.partition('+')[0]}+other"
     put_module(package, torch=other)
     assert f"built for torch {other}, running torch {torch.__version__}: rebuild with " in load_error(package)
+
+
+def test_operators_that_have_changed_since(package: Path):
+    put_module(package, schemas="of another day")
+    assert load_error(package) == (
+        f"_C{SUFFIX}: built from other sources, whose operators take other arguments: "
+        "rebuild with pip install -e . (or make build)"
+    )
 
 
 @pytest.mark.skipif(
