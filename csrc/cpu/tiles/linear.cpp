@@ -8,8 +8,8 @@
 
 #include <optional>
 
-#include "gelu.h"
-#include "tiles.h"
+#include "../gelu.h"
+#include "../tiles.h"
 
 namespace tokcomp {
 namespace {
