@@ -47,7 +47,8 @@ def library() -> Path:
 
 @pytest.mark.slow
 def test_kernels_agree_with_float64_on_the_host(environment: dict[str, str], library: Path) -> None:
-    suites = [str(Path(__file__).with_name(f"host_shim_{part}.py")) for part in ("suite", "attention", "select")]
+    parts = ("suite", "attention", "select", "plans")
+    suites = [str(Path(__file__).with_name(f"host_shim_{part}.py")) for part in parts]
     # Where AddressSanitizer ends the process, its report and the name of the test must have been written.
     command = [sys.executable, "-u", "-m", "pytest", "-v", "-x", "--capture=sys", "-p", "no:cacheprovider"]
     command += [f"--rootdir={ROOT}", *suites]
