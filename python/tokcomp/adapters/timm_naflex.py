@@ -68,7 +68,9 @@ class CompressedNaFlexVit(CompressedModel):
                     here = places._replace(origin=places.origin[images, :num_tokens])
                 method = self._tokcomp_method.for_tokens(num_tokens, prefix)
                 method.check_tokens(num_tokens, prefix)
-                x, sources, maps = everything[images, :num_tokens], [], []  # type: ignore[var-annotated]
+                x = everything[images, :num_tokens]
+                sources: list[Tensor | None] = []
+                maps: list[Tensor] = []
                 found = run_blocks(
                     adapter,
                     self,
