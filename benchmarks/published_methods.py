@@ -29,7 +29,8 @@ import timm
 import tokcomp
 import torch
 from tokcomp import learned
-from tokcomp.bench.published_code import PublishedCodeError, _apart
+from tokcomp.bench.published_code import PublishedCodeError, apart
+from tokcomp.cli.errors import UserError, check_output_file
 from tokcomp.files import write_whole
 from tokcomp.measure.info import machine, package_versions
 from tokcomp.measure.timing import interleave, stopwatch
@@ -103,7 +104,7 @@ def imported(folder: Path, name: str, bare: Sequence[str] = ()) -> Any:
     """
     stand_ins = _stand_ins(folder, bare)
     try:
-        with _apart((folder,)), contextlib.redirect_stdout(io.StringIO()), _standing_in(stand_ins):
+        with apart((folder,)), contextlib.redirect_stdout(io.StringIO()), _standing_in(stand_ins):
             return importlib.import_module(name)
     except Exception as error:
         raise PublishedCodeError(f"{folder.name} does not import: {type(error).__name__}: {error}") from error
@@ -258,6 +259,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     clones = {folder.resolve().name: folder.resolve() for folder in args.published_code}
     if unknown := clones.keys() - PAIRS.keys():
         parser.error(f"--published-code must be clones named {known}, got {', '.join(sorted(unknown))}")
+    try:
+        check_output_file("--output", args.output)  # before minutes of measuring
+    except UserError as error:
+        parser.error(str(error))
     record: dict[str, Any] = {"model": MODEL, "machine": machine(), "versions": package_versions(), "rows": []}
     record["left_out"] = {}
     for name, folder in clones.items():

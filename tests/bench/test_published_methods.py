@@ -22,6 +22,9 @@ def test_a_clone_that_does_not_import_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--published-code", str(tmp_path / "ToMe"), "-o", str(tmp_path / "out.json")])
     assert "must be clones named DynamicViT, SPViT, Evo-ViT, PiToMe, got ToMe" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--published-code", str(folder), "-o", str(tmp_path)])
+    assert f"--output must be a file, got the folder '{tmp_path}'; add a file name" in capsys.readouterr().err
 
 
 def test_only_what_answers_alike_is_timed(tmp_path, monkeypatch, capsys):

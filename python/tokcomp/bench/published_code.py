@@ -151,7 +151,7 @@ def _import(clones: dict[str, Path], *names: str) -> list[ModuleType]:
 @functools.cache
 def _import_from(names: tuple[str, ...], folders: tuple[Path, ...]) -> list[ModuleType]:
     modules = []
-    with _apart(folders):
+    with apart(folders):
         for name, folder in zip(names, folders, strict=True):
             try:
                 modules.append(importlib.import_module(REPOSITORIES[name][0]))
@@ -167,7 +167,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _apart(folders: Sequence[Path]) -> Iterator[None]:
+def apart(folders: Sequence[Path]) -> Iterator[None]:
     """Imports from ``folders`` first; everything global is afterwards as it was before."""
     from timm.models import _registry
 
