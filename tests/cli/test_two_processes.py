@@ -27,9 +27,10 @@ EVALUATE = ("evaluate", *DIGITS, "--method", "tome", "--gflops", "0.009", "-b8",
 PIECES = ("--grad-accum-steps", "2")
 
 
-#: What every process runs: the commands of a file in turn, in one group of processes, which cannot be made twice.
+#: What every process runs: the commands of a file in turn, in one group of processes, which cannot be made twice. The
+#: first ends what each prints with a form feed; another's would fall anywhere in it.
 SCRIPT = """
-import json, sys
+import json, os, sys
 from tokcomp.cli import main
 from tokcomp.runs import distributed
 
@@ -37,7 +38,8 @@ leave, distributed.leave = distributed.leave, lambda: None
 for command in json.load(open(sys.argv[1])):
     if status := main(command):
         break
-    print(end="\\f", flush=True)
+    if os.environ["RANK"] == "0":
+        print(end="\\f", flush=True)
 leave()
 sys.exit(status)
 """
@@ -55,9 +57,7 @@ def both(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     argv = [*LAUNCHER, str(folder / "script.py"), str(folder / "commands.json")]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    # Both processes end each command with a form feed; only one prints.
-    printed = [one for one in done.stdout.split("\f") if one]
-    return folder, dict(zip([*named, "evaluate"], printed, strict=True))
+    return folder, dict(zip([*named, "evaluate"], done.stdout.split("\f")[:-1], strict=True))
 
 
 def state_of(path: Path) -> dict[str, Any]:
