@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= gpu-check
 # The oldest and the newest Triton that is supported: what torch 2.10 and torch 2.15 ask for.
 TRITONS ?= 3.6.0 3.9.0
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 .PHONY: build rebuild setup demo test test-fast test-no-triton test-no-compiler test-builds oracle attack race-mutations bench cpu-records results kernel-report
 .PHONY: triton-range aarch64 lint tidy docs operator-pictures sdist wheel wheel-check manylinux kernels-hub gpu-check clean
@@ -37,7 +37,7 @@ test-no-triton: rebuild  ## The fast tests where no process finds Triton
 	PYTHONPATH=tests/without/triton $(PYTEST) -m 'not slow'
 
 test-no-compiler: .venv/installed  ## The fast tests of a copy without compiled kernels, with no compiler on PATH
-	$(BIN)/python -m tools.without_compiler -n auto --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m tools.without_compiler -n auto --maxprocesses 8
 
 test-builds: .venv/installed  ## What builds make of the sources: kernels of every CPU level, libtokcomp, C++ programs that use it
 	TOKCOMP_TEST_BUILDS=1 $(BIN)/python -m pytest -n 0 -v tests/building

@@ -25,7 +25,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
 TESTS = Path(__file__).parent
-SPREAD = TESTS / "ops"
+#: Whose tests share nothing, and are many.
+SPREAD = "tests/ops/"
 #: Folders of slow tests: kernels in Triton's interpreter and in the CUDA shim, compilers, random models, attacks.
 SLOW = {"attack", "bench", "building", "cuda", "oracle", "triton"}
 
@@ -73,13 +74,21 @@ def half_products(request: pytest.FixtureRequest, set_products: Callable[..., No
     return in_hardware
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow. Under loadgroup a file's tests stay together, for what they share; operators' do not."""
     for item in items:
         if item.path.relative_to(TESTS).parts[0] in SLOW:
             item.add_marker("slow")
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        for item in items:
-            if SPREAD not in item.path.parents:
-                item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay on one worker, for what they share; the operators' are spread. In the files' order: xdist's
+    own begins with the files of most tests, and ends with those whose one test takes longest."""
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if nodeid.startswith(SPREAD) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)

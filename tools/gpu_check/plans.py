@@ -149,6 +149,6 @@ def test_command(under: str, report: Path) -> list[str]:
     first = [f"tests/{name}" for name in ("ops", "cuda", "triton")]
     folders = sorted({str(path.parent.relative_to(ROOT)) for path in (ROOT / under).rglob("test_*.py")})
     folders.sort(key=lambda name: first.index(name) if name in first else len(first))
-    workers = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"]
+    workers = ["-n", str(min(8, os.cpu_count() or 1))]
     workers = workers if importlib.util.find_spec("xdist") else []
     return pytest_command(*folders, *workers, "--tb=short", f"--junitxml={report}")
