@@ -33,7 +33,7 @@ DEVICES = {"sm_90": (227 * 1024, True), "sm_80": (163 * 1024, False)}
 MERGES = ("prune_merge", "prune_merge_norm")
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 #: Samples that bfloat16 does not run as well: float16 takes the same paths through the same code.
-LONG = ("N257", "N577")
+LONG = ("N197", "N257", "N577")
 
 LIBRARY = torch.library.Library("tokcomp_shim", "DEF")
 for name in OPS:
