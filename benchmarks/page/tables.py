@@ -28,6 +28,16 @@ SUITES = {
         "Batch sizes",
         "DiffRate's published schedules from one image up, against the published pipeline in the same precision.",
     ),
+    "stock-attention": (
+        "The model's own attention",
+        'Our kernels beside `attention="stock"`: PyTorch\'s attention with the sizes as a mask on the keys, on '
+        "timm's model and on the same weights in transformers, and there FlexAttention; whole and at 2.3 G.",
+    ),
+    "runtimes": (
+        "Compressed files in other runtimes",
+        "ONNX files of the whole model and of compressed ones in ONNX Runtime and OpenVINO, and ours in PyTorch. "
+        "*Over itself*: over the whole model in the same runtime and precision.",
+    ),
     "training": ("Training steps", "Whole steps of the fine-tuning recipe (the paper's Table 11)."),
     "tocom": ("ToCom: inference against r", "ToMe at every degree, with the plugin folded into the weights."),
     "tocom-training": ("ToCom: training against r", "Fine-tuning steps under ToMe at every source degree."),
@@ -40,7 +50,7 @@ SUITES = {
 #: Suites of whole models, whose ratios are worked out here from the rounds.
 _OF_MODELS = ("models", "batch-sweep")
 #: What a row's ``speedup`` is over, where that is not the published pipeline.
-_SPEEDUP_OVER = {"table-1": "over timm", "tocom": "over timm"}
+_SPEEDUP_OVER = dict.fromkeys(("table-1", "tocom", "stock-attention", "runtimes"), "over timm")
 #: Columns in the order of tables: keys (the first that a row has), heading, how a value is written.
 _TIMES = "times"
 _SHARE = "share"
@@ -69,6 +79,7 @@ COLUMNS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("best_rival",), "which is", "text"),
     (("same_answers",), "same answers", _SHARE),
     (("speedup_over_uncompressed", "speedup_over_r0"), "over ours, uncompressed", _TIMES),
+    (("over_itself",), "over itself, whole", _TIMES),
     (("paper_speedup",), "paper", _TIMES),
     (("share_of_ideal",), "of ideal", _SHARE),
     (("share_of_matrix_rate",), "of matrix rate", _SHARE),

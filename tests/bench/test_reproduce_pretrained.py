@@ -129,6 +129,7 @@ def test_tokens_are_ranked_by_the_importance_that_is_asked_for():
 def test_the_command_in_small(tmp_path, capsys):
     out = tmp_path / "out"
     assert pretrained.main(["--quick", "-o", str(out), "--minutes", "1e-9"]) == 1
+    assert pretrained.main(["--quick", "-o", str(out), "--minutes", "1e-9", "--only", "latency"]) == 1
     assert "stopped; the same command goes on from here" in capsys.readouterr().out
     assert pretrained.main(["--quick", "-o", str(out)]) == 0
     results = json.loads((out / "84" / "results.json").read_text())
@@ -156,16 +157,27 @@ def test_the_command_in_small(tmp_path, capsys):
     again = (out / "trained" / "results.json").read_bytes()
     assert pretrained.main(["--quick", "--only", "trained", "-o", str(out)]) == 0
     assert (out / "trained" / "results.json").read_bytes() == again
+    times = json.loads((out / "latency" / "results.json").read_text())
+    assert list(times["rows"])[:4] == ["whole 1", "flops 0.75", "time 0.75, batch 1", "time 0.75, batch 2"]
+    for batch, speeds in times["speeds"].items():
+        assert speeds.keys() == {name for name, row in times["rows"].items() if row["batch"] in (None, int(batch))}
+        for share in (0.75, 0.6):  # the limit is what the schedule for multiply-adds takes
+            [state] = (out / "latency" / "refined").glob(f"time {share}, batch {batch}-*.json")
+            limit = json.loads(state.read_text())["facts"]["budget"]
+            assert limit == times["rows"][f"flops {share}"]["table_ms"][batch]
     readme = tmp_path / "README.md"
     readme.write_text(f"{BEGIN}\n{END}")
     kept = keep_results(out, tmp_path / "kept", tmp_path / "page.md", readme)
-    assert [path.name for path in kept] == ["70.json", "84.json", "tocom.json", "trained.json", "page.md", "README.md"]
+    assert [path.name for path in kept] == [
+        *("70.json", "84.json", "tocom.json", "trained.json", "latency.json", "page.md", "README.md")
+    ]
     assert "| DiffRate, searched | " in readme.read_text() and "| uncompressed | " in readme.read_text()
     page = (tmp_path / "page.md").read_text()
     assert (
         "## At 84 x 84 pixels" in page
         and "## ToCom on the backbone" in page
         and "## Methods that are trained" in page
+        and "### Batch 2" in page
         and "refine over 2 seeds" in page
         and "nan" not in page
     )

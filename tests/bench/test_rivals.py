@@ -28,16 +28,16 @@ def at_its_best(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @UNDER_NO_LIMIT
-@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-int8", "openvino"])
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8"])
 def test_a_real_rival_computes_what_timm_does(name: str) -> None:
-    for module in ("onnx", "openvino" if name == "openvino" else "onnxruntime"):
+    for module in ("onnx", "onnxruntime", *(["openvino"] if name.startswith("openvino") else [])):
         pytest.importorskip(module, reason="a part of tokcomp[bench]")
     rows, missing = compare_models(
         make_vit(), {name: Entry(name)}, batch_sizes=[4], precision="float32", device=CPU, measure=seconds()
     )
     assert not missing
     [row] = rows
-    assert row.precision == ("int8" if name == "onnxruntime-int8" else "float32")
+    assert row.precision == ("int8" if name.endswith("-int8") else "float32")
     assert (row.same_answers is not None) == (row.precision == "int8")
     model, images = make_vit(), torch.randn(4, 3, 32, 32)
     run = rivals.build_rival(name, model, torch.float32, CPU, 4)

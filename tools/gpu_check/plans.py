@@ -74,6 +74,12 @@ PLANS = (
     Plan("batch-sweep", 240, ("benchmarks/test_batch_sweep.py",)),
     Plan("training", 120, ("benchmarks/test_training.py",)),
     Plan("tocom", 120, ("benchmarks/test_tocom.py",)),
+    Plan(
+        "stock-attention",
+        240,
+        ("benchmarks/test_runtimes.py::test_attention",),
+        rehearsal=("benchmarks/test_runtimes.py::test_attention", "--batches=1"),
+    ),
     Plan("compiled", 420, (_MODELS, "--compile", "-k", "deit-s-1024 or deit-b-512"), rehearsal=_ON_CPU),
     Plan("table-1", 420, ("benchmarks/test_models.py::test_table_1",)),
 )

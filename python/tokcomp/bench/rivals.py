@@ -48,7 +48,7 @@ def build_rival(
 
     Args:
         name: "onnxruntime", "onnxruntime-int8" (dynamic quantisation, a scale per output channel), "openvino",
-            "tensorrt" (ONNX Runtime's provider).
+            "openvino-int8" (of the same file), "tensorrt" (ONNX Runtime's provider).
         model: the plain model in float32. It stays as it is.
         dtype: what it computes in. OpenVINO takes float32 images and computes in bfloat16 itself.
         device: where to run.
@@ -57,12 +57,14 @@ def build_rival(
     Raises:
         RivalError: it is not installed, or has no such dtype or device.
     """
-    if name == "openvino":
-        return _openvino(model, dtype, device, batch)
-    runtime, provider = _runtime(name, dtype, device)
-    exported = to_onnx(model, dtype, device, batch)
-    if name == "onnxruntime-int8":
+    in_openvino = name.startswith("openvino")
+    core = _openvino_core(dtype, device) if in_openvino else None
+    runtime, provider = (None, "") if in_openvino else _runtime(name, dtype, device)
+    exported = to_onnx(model, torch.float32 if in_openvino else dtype, device, batch)
+    if name.endswith("-int8"):
         exported = _prepared_int8(exported)
+    if in_openvino:
+        return _compiled_openvino(core, exported, dtype)
     return _session(runtime, provider, name, exported, dtype, device)
 
 
@@ -75,16 +77,16 @@ def build_exported(
         RivalError: the runtime is not installed, or has no such dtype or device.
         ImportError: onnxscript is not installed.
     """
-    if name == "tokcomp-openvino":
-        core = _openvino_core(dtype, device)
-        with tempfile.TemporaryDirectory() as folder:
-            path = export(model, Path(folder) / "model.onnx", batch=batch, dynamic_batch=False)
-            return _compiled_openvino(core, path.read_bytes(), dtype)
-    runtime, provider = _runtime(name, dtype, device)
+    in_openvino = name.startswith("tokcomp-openvino")
+    core = _openvino_core(dtype, device) if in_openvino else None
+    runtime, provider = (None, "") if in_openvino else _runtime(name, dtype, device)
     quantize = "int8" if name.endswith("-int8") else None
     with tempfile.TemporaryDirectory() as folder:
         path = export(model, Path(folder) / "model.onnx", batch=batch, dynamic_batch=False, quantize=quantize)
-        return _session(runtime, provider, name, path.read_bytes(), dtype, device)
+        exported = path.read_bytes()
+    if in_openvino:
+        return _compiled_openvino(core, exported, dtype)
+    return _session(runtime, provider, name, exported, dtype, device)
 
 
 def _runtime(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, str]:
@@ -178,11 +180,6 @@ def _prepared_int8(exported: bytes) -> bytes:
 
 #: What OpenVINO is asked to compute in.
 _HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
-
-
-def _openvino(model: nn.Module, dtype: torch.dtype, device: torch.device, batch: int) -> Callable[[Tensor], Tensor]:
-    core = _openvino_core(dtype, device)
-    return _compiled_openvino(core, to_onnx(model, torch.float32, device, batch), dtype)
 
 
 def _openvino_core(dtype: torch.dtype, device: torch.device) -> Any:
