@@ -10,6 +10,7 @@ import tokcomp
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 from tokcomp import learned
 from tokcomp.blocks.passages import watched_passages
 from tokcomp.finetune.tuner import FineTuner
@@ -17,11 +18,21 @@ from tokcomp.methods import Answers
 from tokcomp.runs.recipe import soft_cross_entropy
 from tokcomp.runs.steps import MODEL, seed_all
 
-from tests.train.test_finetune import LIVELY, PLAIN, StopAfter, flat, make_images, make_model, make_run, make_tuner
+from tests.train.test_finetune import (
+    LIVELY,
+    PLAIN,
+    SHAPE,
+    StopAfter,
+    flat,
+    make_images,
+    make_model,
+    make_run,
+    make_tuner,
+)
 
 METHODS = {"dynamicvit": tokcomp.DynamicViT(0.6, [1, 2]), "spvit": tokcomp.SPViT(0.6, [1, 2])}
 #: Under which tokens leave in training too, and whose losses need no teacher.
-DROPPING = {"avit": tokcomp.AViT(0.9, 1.0, -3.0, ponder_weight=0.5), "evovit": tokcomp.EvoViT(0.5)}
+DROPPING = {"avit": tokcomp.AViT(0.9, 1.0, -3.0, ponder_weight=0.5), "evovit": tokcomp.EvoViT(0.5, layerwise=0.3)}
 ALL = {**METHODS, **DROPPING}
 
 
@@ -70,6 +81,66 @@ def test_a_methods_parts_learn_at_a_rate_of_their_own():
     moved = {name: (one.detach() - before[name]).abs().max().item() for name, one in model.named_parameters()}
     assert all(0 < far <= 1.001 * recipe.lr * (1 if "dynamicvit" in name else 0.01) for name, far in moved.items())
     assert max(far for name, far in moved.items() if "dynamicvit" in name) > 0.9 * recipe.lr
+
+
+@pytest.mark.parametrize("sched", ["cosine", "none"])
+def test_at_first_a_methods_parts_learn_alone(sched):
+    """Two steps with the backbone fixed, then two with it, which a resumed training takes as well."""
+    recipe = replace(PLAIN, sched=sched, frozen_epochs=0.5)
+    tuner = make_tuner(recipe, model=prepared("dynamicvit")[0])
+    before = {name: one.detach().clone() for name, one in tuner.model.named_parameters()}
+    images, labels = make_images(8)
+    for moved in ({True}, {True}, {True, False}, {True, False}):
+        if tuner.step_number == 1:
+            state = copy.deepcopy(tuner.state())
+        tuner.step(images.clone(), labels)
+        now = dict(tuner.model.named_parameters())
+        assert {"dynamicvit" in name for name, one in now.items() if not torch.equal(one, before[name])} == moved
+    again = make_tuner(recipe, model=prepared("dynamicvit")[0])
+    again.load_state(state)
+    for _ in range(3):
+        again.step(images.clone(), labels)
+    assert all(torch.equal(one, now[name]) for name, one in again.model.named_parameters())
+
+
+def averaging(method):
+    """A compressed model that averages its patches, in float64."""
+    torch.manual_seed(0)
+    return tokcomp.compress(VisionTransformer(**SHAPE, global_pool="avg").double(), method)
+
+
+def test_evovit_selects_before_every_block_at_first_in_training_alone():
+    method = tokcomp.EvoViT(blocks=[1], layerwise=0.5)
+    tuner = make_tuner(PLAIN, model=averaging(method), total=4)
+    images, labels = make_images(8, torch.float64)
+    for blocks in ([1, 2], [1, 2], [1], [1]):
+        twin = make_tuner(PLAIN, model=tokcomp.compress(copy.deepcopy(tuner.model), tokcomp.EvoViT(blocks=blocks)))
+        assert tuner.step(images.clone(), labels) == twin.step(images.clone(), labels)
+        plain = tokcomp.compress(copy.deepcopy(tuner.model), tokcomp.EvoViT(blocks=[1])).eval()
+        assert torch.equal(tuner.model.eval()(images), plain(images))
+        tuner.model.train()
+
+
+def test_a_second_classifier_is_trained_and_left_behind(tmp_path):
+    """On the class token, for half of the loss; checkpoints of the run have it, the weights do not."""
+    method = tokcomp.EvoViT(second_weight=0.5)
+    tuner = make_tuner(replace(PLAIN, smoothing=0.0), model=averaging(method))
+    twin, (images, labels) = copy.deepcopy(tuner.model), make_images(8, torch.float64)
+    loss = tuner.step(images.clone(), labels)
+    second, tokens = twin.second_classifier, twin.forward_features(images)
+    answers = twin.forward_head(tokens), second.head(second.norm(tokens[:, 0]))
+    want = sum(0.5 * F.cross_entropy(one, labels) for one in answers)
+    want.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-12)
+    for (path, ours), theirs in zip(tuner.model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-11, msg=path)
+    run = make_run(tmp_path, replace(PLAIN, model_ema_decay=0.7), model=averaging(method).float())
+    assert run.train(StopAfter(run))
+    assert any("second_classifier" in key for key in flat(run.trainee.state()))
+    for file in ("best.safetensors", "last.safetensors", "last_ema.safetensors"):
+        VisionTransformer(**SHAPE, global_pool="avg").load_state_dict(load_file(tmp_path / file))
+    with pytest.raises(ValueError, match="second_weight must be 0 for a model that does not average its patches"):
+        make_tuner(PLAIN, model=tokcomp.compress(make_model("none"), method))
 
 
 @pytest.mark.parametrize("name", ["spvit"])
@@ -158,4 +229,6 @@ def test_what_is_refused():
         make_tuner(PLAIN, teacher=teacher)
     with pytest.raises(ValueError, match="backbone_lr_scale must be 1 for a model without parts of a method"):
         make_tuner(replace(PLAIN, backbone_lr_scale=0.1))
+    with pytest.raises(ValueError, match="frozen_epochs must be 0 for a model without parts of a method"):
+        make_tuner(replace(PLAIN, frozen_epochs=1.0))
     assert isinstance(make_tuner(PLAIN, model=model), FineTuner)  # its losses without a teacher's

@@ -55,7 +55,7 @@ examples:
 RECIPE_FIELDS = (
     *("epochs", "opt", "lr", "min_lr", "sched", "warmup_epochs", "warmup_lr", "weight_decay", "clip_grad"),
     *("aa", "hflip", "color_jitter", "reprob", "repeated_aug", "smoothing", "mixup", "cutmix", "drop_path"),
-    *("model_ema_decay", "backbone_lr_scale"),
+    *("model_ema_decay", "backbone_lr_scale", "frozen_epochs"),
 )
 
 
@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_model_options(parser, default="deit_small_patch16_224")
     method_options.add_method_options(parser)
+    method_options.add_evovit_training_options(parser)
     recipe = parser.add_argument_group("recipe (if two defaults are given, the second is for --from-scratch)")
     recipe.add_argument("--from-scratch", action="store_true", help="start from random weights, by DeiT's recipe")
     lr = {"lr": f"{FINETUNE_RECIPE.lr}; 5e-4 x batch size / 512"}
@@ -224,10 +225,10 @@ def _prepare_learned(args: argparse.Namespace, model: nn.Module, method: Method 
         return None
     if args.torchcompile:
         raise UserError(f"--method {args.method} takes no --torchcompile, as its losses watch the model; leave it out")
-    if args.adaptformer and isinstance(method, LearnedMethod):
+    if args.adaptformer and (isinstance(method, LearnedMethod) or args.second_weight):
+        lost = "--second-weight, whose classifier" if args.second_weight else f"--method {args.method}, whose parts"
         raise UserError(
-            f"--adaptformer keeps branches and classifier alone, got --method {args.method}, whose parts would be "
-            "lost; leave one of the two out"
+            f"--adaptformer keeps branches and classifier alone, got {lost} would be lost; leave one of the two out"
         )
     # A model with random weights teaches nothing.
     teacher = copy.deepcopy(model) if method.has_teacher and not args.from_scratch else None

@@ -47,6 +47,8 @@ _READERS = {
     "contextual": ("visionzip",),
     "num_pruned": ("evit",),
     "no_fuse": ("evit",),
+    "layerwise": ("evovit",),
+    "second_weight": ("evovit",),
 }
 
 
@@ -149,6 +151,24 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
     )
     group.add_argument("--num-pruned", type=non_negative_int, metavar="R", help="evit: tokens to drop in every block")
     group.add_argument("--no-fuse", action="store_true", help="evit: drop the inattentive tokens rather than fuse them")
+
+
+def add_evovit_training_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Evo-ViT's training")
+    group.add_argument(
+        "--layerwise",
+        type=non_negative_float,
+        metavar="S",
+        help="share of the run, from its start, in which tokens are selected anew before every block from the first "
+        "selection on (default: 0; as published: 0.667)",
+    )
+    group.add_argument(
+        "--second-weight",
+        type=non_negative_float,
+        metavar="W",
+        help="weight of the loss of a second classifier, on the class token, beside the model's own on the average of "
+        "its patches, as --gp avg builds it (default: 0, no such classifier; as published: 0.5)",
+    )
 
 
 def _flag(option: str) -> str:
@@ -298,7 +318,10 @@ def _predicting(args: argparse.Namespace, model: nn.Module) -> Method:
     """DynamicViT, SPViT or Evo-ViT."""
     from tokcomp.equal_cost import BY_PREDICTOR, predictor_for_budget
 
-    make = BY_PREDICTOR[args.method]
+    given = {name: getattr(args, name, None) for name in ("layerwise", "second_weight")}
+    make = partial(BY_PREDICTOR[args.method], **{name: value for name, value in given.items() if value is not None})
+    with blame(f"--method {args.method}"):
+        make(1.0, None)
     if _one_of(args, "keep_rate", "gflops") == "gflops":
         if args.keep_blocks is not None:
             raise UserError("--keep-blocks goes with --keep-rate, got --gflops; leave it out")

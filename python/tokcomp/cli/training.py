@@ -51,6 +51,10 @@ _RECIPE_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
         "factor on the learning rate of all but a trained method's own parts, such as DynamicViT's predictors; their "
         "authors take 0.01, at an --lr of 1e-3 or so",
     ),
+    "frozen_epochs": (
+        options.non_negative_float,
+        "epochs, from the first on, in which only those parts learn; DynamicViT's and SPViT's authors take 5",
+    ),
     "model_ema_decay": (options.positive_float, "keep a moving average of the weights with this decay"),
 }
 _FLAGS = {"repeated_aug": "--aug-repeats"}

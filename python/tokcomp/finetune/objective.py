@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tokcomp.blocks.passages import watched_passages
-from tokcomp.methods import Answers, Passage, PassageMethod
+from tokcomp.finetune import second_classifier
+from tokcomp.methods import Answers, EvoViT, Passage, PassageMethod
 
 
 class Seen(NamedTuple):
@@ -21,7 +22,7 @@ class Seen(NamedTuple):
 
 
 class Objective:
-    """The penalties of one method, and the uncompressed model that some of them compare with.
+    """The penalties of one method, the uncompressed model that some of them compare with, and a second classifier.
 
     Args:
         method: that the model is compressed by.
@@ -29,7 +30,8 @@ class Objective:
         teacher: the plain model before its training, left as it is; None: penalties that need one are left out.
 
     Raises:
-        ValueError: there is a teacher that the method has no use for.
+        ValueError: there is a teacher that the method has no use for, or a second classifier that the model has none
+            for.
     """
 
     def __init__(self, method: PassageMethod, model: nn.Module, teacher: nn.Module | None) -> None:
@@ -38,6 +40,9 @@ class Objective:
         self.method = method
         self._model: Any = model
         self._teacher: Any = None if teacher is None else teacher.eval().requires_grad_(False)
+        #: Of the second classifier's loss; the rest is the answer's.
+        self.second_weight = method.second_weight if isinstance(method, EvoViT) else 0.0
+        self._second = second_classifier.attach(model) if self.second_weight else None
 
     @contextmanager
     def watching(self) -> Iterator[Seen]:
@@ -49,6 +54,10 @@ class Objective:
                 yield Seen(passages, tokens)
         finally:
             hook.remove()
+
+    def second(self, seen: Seen) -> Tensor | None:
+        """Logits [b, classes] of the second classifier; None if there is none."""
+        return None if self._second is None else self._second(*seen.tokens)
 
     def __call__(self, images: Tensor, logits: Tensor, seen: Seen) -> Tensor:
         """The sum of the penalties: 0-dim, float32 or better.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokcomp import adaptformer
 from tokcomp.files import write_whole
+from tokcomp.finetune import second_classifier
 from tokcomp.finetune.plot import draw_curves
 from tokcomp.finetune.tuner import FineTuner
 from tokcomp.measure.evaluate import Evaluation
@@ -121,7 +122,8 @@ class FineTuneRun(TrainingRun[FineTuner]):
             adaptformer.save(model, self.folder / name, facts=facts)
             return
         about = {"tokcomp": json.dumps(facts)}
-        write_whole(self.folder / name, tensors_to_bytes(model.state_dict(), about))
+        weights = second_classifier.without(model.state_dict())
+        write_whole(self.folder / name, tensors_to_bytes(weights, about))
 
 
 def _accuracies(found: Mapping[str, float]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tokcomp.adapters import UnsupportedModelError, find_adapter
+from tokcomp.api import compress
 from tokcomp.fastpath.training import FastLinear
 from tokcomp.finetune.objective import Objective
 from tokcomp.learned import LEARNED
@@ -48,8 +49,8 @@ class FineTuner:
 
     Raises:
         ValueError: the recipe names an optimizer or scheduler that timm does not know, or scales the rate of all but
-            learned parts where there are none; or float16 is used on a device other than CUDA; or there is a teacher,
-            or ``compiled``, where the method takes none.
+            learned parts where there are none, or keeps all but them fixed; or float16 is used on a device other than
+            CUDA; or there is a teacher, ``compiled`` or a second classifier where method or model takes none.
     """
 
     def __init__(
@@ -81,8 +82,12 @@ class FineTuner:
         self.model = model.to(device).train()
         #: What a learned method adds to the loss; None for another method.
         self.objective = None
+        #: From which step on a training runs by which method; the last one started is the current.
+        self._phases: list[tuple[int, Method]] = []
+        self._current = method
         if isinstance(method, PassageMethod):
             self.objective = Objective(method, self.model, None if teacher is None else teacher.to(device))
+            self._phases = [(round(share * total_steps), one) for share, one in method.phases()]
         self.recipe, self.device, self.world, self.amp_dtype = recipe, device, world, amp_dtype
         self.step_number = 0
         self.learning_rate = 0.0  # of the last step
@@ -96,6 +101,11 @@ class FineTuner:
             raise ValueError(
                 f"backbone_lr_scale must be 1 for a model without parts of a method, whose rate would be the full one, "
                 f"got {recipe.backbone_lr_scale}; set lr alone"
+            )
+        if recipe.frozen_epochs and not parts:
+            raise ValueError(
+                f"frozen_epochs must be 0 for a model without parts of a method, which alone would learn in them, got "
+                f"{recipe.frozen_epochs}"
             )
         self.optimizer = make_optimizer(recipe, self.model, parts)
         self._rate = LearningRate(recipe, self.optimizer, total_steps, steps_per_epoch)
@@ -123,6 +133,7 @@ class FineTuner:
             The loss of this process's share before the step: 0-dim, on the device, without synchronizing.
         """
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._enter_phase()
         self.learning_rate = self._rate.set(self.step_number)
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
@@ -135,8 +146,11 @@ class FineTuner:
             linear = FastLinear() if self._fast_linear else nullcontext()
             with self._held_back(number + 1 < len(parts)):
                 with self._autocast(), linear:
-                    logits, penalty = self._answer(mixed)
-                loss = self.loss(logits, targets) + penalty
+                    logits, second, penalty = self._answer(mixed)
+                loss = self.loss(logits, targets)
+                if self.objective is not None and second is not None:
+                    loss = torch.lerp(loss, self.loss(second, targets), self.objective.second_weight)
+                loss = loss + penalty
                 scaled = loss / len(parts)
                 (scaled if self._scaler is None else self._scaler.scale(scaled)).backward()
             losses.append(loss.detach())
@@ -154,13 +168,21 @@ class FineTuner:
         self.step_number += 1
         return torch.stack(losses).mean()
 
-    def _answer(self, images: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Logits of images [b, 3, H, W], and what a learned method adds to their loss."""
+    def _answer(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | float]:
+        """Logits of images [b, 3, H, W], a second classifier's, and what a method adds to their loss."""
         if self.objective is None:
-            return self._runner(images), 0.0
+            return self._runner(images), None, 0.0
         with self.objective.watching() as seen:
             logits = self._runner(images)
-        return logits, self.objective(images, logits, seen)
+        return logits, self.objective.second(seen), self.objective(images, logits, seen)
+
+    def _enter_phase(self) -> None:
+        """Compress by the method of this step, where a training runs by more than one."""
+        started = [method for start, method in self._phases if start <= self.step_number]
+        if started and started[-1] is not self._current:
+            adapter = find_adapter(self.model)
+            compress(self.model, started[-1], "stock" if adapter.keeps_attention(self.model) else "tokcomp")
+            self._current = started[-1]
 
     def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images (overwritten) and labels [b] -> what the model gets, and its targets."""

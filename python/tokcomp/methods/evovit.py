@@ -22,7 +22,7 @@ class EvoViT(PassageMethod):
     there again.
 
     It has no trained parts, so that any model with a class token can run it; it is made to be trained, by the answer's
-    loss alone, with the tokens it runs with.
+    loss, with the tokens it runs with.
 
     Args:
         keep_rate: share of the patch tokens that is informative, rounded down, at least one.
@@ -31,10 +31,14 @@ class EvoViT(PassageMethod):
             a third on: as published for most of the training.
         momentum: weight of a block's own class attention in the average.
         representative: False leaves the placeholders as they are, as the published code for DeiT does.
+        layerwise: share of a training, from its start, in which tokens are selected anew before every block from the
+            first selection on (2/3 as published: 200 of 300 epochs). Evaluation is by ``blocks`` meanwhile too.
+        second_weight: of the loss of a second classifier, on the class token, in the training of a model that averages
+            its patches (0.5 as published); that of the model's own counts for the rest.
 
     Raises:
         TypeError, ValueError: a rate outside (0, 1], or one per block; a momentum outside (0, 1]; blocks that are no
-            block numbers above 0 in rising order.
+            block numbers above 0 in rising order; a share of a training outside [0, 1]; a weight outside [0, 1).
     """
 
     keeps_all = True
@@ -46,22 +50,24 @@ class EvoViT(PassageMethod):
         blocks: Sequence[int] | None = None,
         momentum: float = 0.5,
         representative: bool = True,
+        layerwise: float = 0.0,
+        second_weight: float = 0.0,
     ) -> None:
-        for name, value in (("keep_rate", keep_rate), ("momentum", momentum)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {value}")
-        self.keep_rate, self.momentum = float(keep_rate), float(momentum)
+        self.keep_rate, self.momentum = _share("keep_rate", keep_rate, "(0, 1]"), _share("momentum", momentum, "(0, 1]")
+        self.layerwise = _share("layerwise", layerwise, "[0, 1]")
+        self.second_weight = _share("second_weight", second_weight, "[0, 1)")
         self.representative = bool(representative)
         self.blocks = None if blocks is None else parse_blocks(blocks)
         if self.blocks is not None and (list(self.blocks) != sorted(set(self.blocks)) or 0 in self.blocks):
             raise ValueError(f"blocks must rise and start above 0, before which nothing attends, got {blocks}")
 
     def __repr__(self) -> str:
+        training = "".join(
+            f", {name}={value}" for name in ("layerwise", "second_weight") if (value := getattr(self, name))
+        )
         return (
             f"EvoViT(keep_rate={self.keep_rate}, blocks={self.blocks}, momentum={self.momentum}, "
-            f"representative={self.representative})"
+            f"representative={self.representative}{training})"
         )
 
     def validate(self, geometry: Geometry) -> None:
@@ -86,6 +92,22 @@ class EvoViT(PassageMethod):
 
     def begin(self, x: Tensor, parts: nn.Module | None, num_prefix_tokens: int, depth: int, training: bool) -> Passage:
         return _SlowAndFast(self, self.at(depth), num_prefix_tokens, self.kept(x.shape[1] - num_prefix_tokens))
+
+    def phases(self) -> Sequence[tuple[float, PassageMethod]]:
+        if not self.layerwise:
+            return super().phases()
+        first = _Layerwise(self.keep_rate, self.blocks, self.momentum, self.representative)
+        return (0.0, first), (self.layerwise, self)
+
+
+class _Layerwise(EvoViT):
+    """In training tokens are selected anew before every block from the first selection on."""
+
+    name = EvoViT.name
+
+    def begin(self, x: Tensor, parts: nn.Module | None, num_prefix_tokens: int, depth: int, training: bool) -> Passage:
+        blocks = range(min(self.at(depth), default=depth), depth) if training else self.at(depth)
+        return _SlowAndFast(self, blocks, num_prefix_tokens, self.kept(x.shape[1] - num_prefix_tokens))
 
 
 class _SlowAndFast(Passage):
@@ -152,3 +174,12 @@ class _SlowAndFast(Passage):
         if self._summary is not None:
             aside = aside + (x[:, inside:] - self._summary)  # what the blocks have added to the representative
         return pick(torch.cat((x[:, :inside], aside), 1), self._order.argsort(1))
+
+
+def _share(name: str, value: float, interval: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    low, high = interval[0] == "[", interval[-1] == "]"
+    if not (0 < value < 1 or (low and value == 0) or (high and value == 1)):
+        raise ValueError(f"{name} must be in {interval}, got {value}")
+    return float(value)

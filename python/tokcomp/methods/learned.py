@@ -100,6 +100,10 @@ class PassageMethod(Method):
     def counts(self, depth: int, num_tokens: int, num_prefix_tokens: int) -> list[tuple[int, int]]:
         """As of :class:`Method`."""
 
+    def phases(self) -> Sequence[tuple[float, PassageMethod]]:
+        """By which method a training runs, from which share of its steps on; the first from 0 on, shares rising."""
+        return ((0.0, self),)
+
     def penalties(self, passage: Any, answers: Answers, taught: Answers | None) -> dict[str, Tensor]:
         """What training adds to the loss of the answer, by name: 0-dim each, weighted.
 

@@ -20,7 +20,8 @@ class Recipe:
 
     ``drop_path`` belongs to the model: ``timm.create_model(..., drop_path_rate=recipe.drop_path)``.
     ``backbone_lr_scale`` is what the rates of the model's own weights are multiplied by, while the parts that a method
-    has learned are trained at the full ones (DynamicViT and SPViT: 0.01).
+    has learned are trained at the full ones (DynamicViT and SPViT: 0.01). In the first ``frozen_epochs`` they are 0, so
+    that only those parts learn (DynamicViT and SPViT: 5).
     """
 
     lr: float
@@ -52,6 +53,7 @@ class Recipe:
     repeated_aug: int = 1  # copies of an image in one pass, each augmented separately
     model_ema_decay: float | None = None
     backbone_lr_scale: float = 1.0
+    frozen_epochs: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "repeated_aug"):
@@ -60,7 +62,7 @@ class Recipe:
         for name in ("lr", "epochs"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
-        for name in ("min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix"):
+        for name in ("min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "frozen_epochs"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number, 0 or more, got {getattr(self, name)}")
         if not 0 < self.backbone_lr_scale <= 1:
@@ -148,7 +150,7 @@ def make_optimizer(
     from torch import nn
 
     what: Any = parameters if isinstance(parameters, nn.Module) else list(parameters)
-    if isinstance(parameters, nn.Module) and recipe.backbone_lr_scale < 1:
+    if isinstance(parameters, nn.Module) and (recipe.backbone_lr_scale < 1 or recipe.frozen_epochs):
         what = _scaled_groups(recipe, parameters, parts)
     try:
         return create_optimizer_v2(what, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -158,20 +160,21 @@ def make_optimizer(
 
 def _scaled_groups(recipe: Recipe, module: nn.Module, parts: Collection[str]) -> list[dict[str, Any]]:
     """Parameter groups whose ``lr_scale`` timm's schedulers multiply their rate by."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     named = [(name, one) for name, one in module.named_parameters() if one.requires_grad]
     for name, one in sorted(named, key=lambda item: item[0] not in parts):
-        scale = 1.0 if name in parts else recipe.backbone_lr_scale
         decay = 0.0 if one.ndim <= 1 or name.endswith(".bias") else recipe.weight_decay
-        groups.setdefault((scale, decay), []).append(one)
+        groups.setdefault((name not in parts, decay), []).append(one)
+    scales = {False: 1.0, True: recipe.backbone_lr_scale}
     return [
         {
             "params": own,
-            "lr_scale": scale,
+            "lr_scale": scales[is_backbone],
+            "is_backbone": is_backbone,
             "weight_decay": decay,
-            "lr": recipe.lr if recipe.sched != "none" else recipe.lr * scale,
+            "lr": recipe.lr if recipe.sched != "none" else recipe.lr * scales[is_backbone],
         }
-        for (scale, decay), own in groups.items()
+        for (is_backbone, decay), own in groups.items()
     ]
 
 
@@ -179,10 +182,10 @@ class LearningRate:
     """timm's scheduler, stepped by updates over a run of ``total`` steps: the rate depends only on the step.
 
     Args:
-        recipe: names the scheduler, and gives its ``warmup_epochs``.
+        recipe: names the scheduler, and gives its ``warmup_epochs`` and ``frozen_epochs``.
         optimizer: the one whose groups' rates are set.
         total: steps in the run.
-        steps_per_epoch: to turn ``warmup_epochs`` into steps.
+        steps_per_epoch: to turn epochs into steps.
     """
 
     def __init__(self, recipe: Recipe, optimizer: torch.optim.Optimizer, total: int, steps_per_epoch: int) -> None:
@@ -205,11 +208,18 @@ class LearningRate:
         if self._scheduler is None and recipe.sched != "none":  # older timm says nothing
             raise ValueError(f"sched must be a scheduler that timm knows, got {recipe.sched!r}")
         self._optimizer = optimizer
+        self._constant = [float(group["lr"]) for group in optimizer.param_groups]  # without a scheduler
+        self._frozen = round(recipe.frozen_epochs * steps_per_epoch)
 
     def set(self, step: int) -> float:
         """Set the rate for the step about to be taken, counted from 0, and return it."""
         if self._scheduler is not None:
             self._scheduler.step_update(step)
+        for group, constant in zip(self._optimizer.param_groups, self._constant, strict=True):
+            if group.get("is_backbone") and step < self._frozen:
+                group["lr"] = 0.0
+            elif self._scheduler is None:
+                group["lr"] = constant
         return float(self._optimizer.param_groups[0]["lr"])
 
 

@@ -1,0 +1,1 @@
+"""Other methods against their published code, from clones, on a CPU."""
