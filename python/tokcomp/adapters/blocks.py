@@ -34,6 +34,7 @@ class CompressedBlock(Swapped):
         """x + attention: the block up to where the tokens are reduced. Leaves the evidence in ``state``."""
         layout: Layout = state.layout
         attn, normalized = layout.attention_of(self), layout.attention_input(self, x)
+        require_swapped(attn, f"the attention of block {state.block}")
         attended = compressed_attention(self, normalized, state) if attn is self else attn(normalized, state=state)
         return layout.add_attention(self, x, attended)
 
@@ -91,6 +92,15 @@ def search_attention(
     if before is not None:
         before.append(x)
     return search.reduce(x, importance, state)
+
+
+def require_swapped(module: Any, what: str) -> None:
+    """Raise RuntimeError for a block or an attention that took the place of a compressed one; it may be wrapped."""
+    if not isinstance(module, Swapped) and not any(isinstance(part, Swapped) for part in module.modules()):
+        raise RuntimeError(
+            f"{what} was exchanged after the model was compressed: call tokcomp.compress again, got a "
+            f"{type(module).__name__}"
+        )
 
 
 def require_state(state: BlockState | None, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -13,6 +13,7 @@ from tokcomp.adapters.base import UnsupportedModelError
 from tokcomp.adapters.projections import Projection, packed, separate
 from tokcomp.adapters.swap import original_class
 from tokcomp.blocks.places import Places
+from tokcomp.fastpath import has_hooks
 
 #: Modules that are no function of one token alone; nn.InstanceNorm is a _NormBase too.
 TOKEN_MIXERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
@@ -167,13 +168,16 @@ class Layout:
         """
         attention = f"{name}.{self.attention}"
         named = (self.scale1, self.drop1, self.scale2, self.drop2)
-        require(block, known, (self.norm1, self.attention, self.norm2, self.mlp, *filter(None, named)), name)
+        main = (self.norm1, self.attention, self.norm2, self.mlp)
+        require(block, known, (*main, *filter(None, named)), name)
+        absent = [part for part in main if getattr(block, part) is None]
+        if absent:
+            raise UnsupportedModelError(f"{name}: its {absent[0]} is None, so it is not understood")
         parts = [self.num_heads, self.scale, self.dropout, self.out, *(self.norms or ())]
         parts += [self.qkv] if isinstance(self.qkv, str) else self.qkv
         parts += filter(None, [self.out_dropout])
         require(self.attention_of(block), known_attention, tuple(filter(None, parts)), attention)
-        for part in (self.norm1, self.norm2, self.mlp):
-            require_tokenwise(getattr(block, part), f"{name}.{part}")
+        require_tokenwise(block, name)
 
 
 class PostNormLayout(Layout):
@@ -198,6 +202,14 @@ def require(module: nn.Module, known: type, parts: tuple[str, ...], name: str) -
     missing = [part for part in parts if not hasattr(module, part)]
     if missing:
         raise UnsupportedModelError(f"{name}: {cls.__name__} has no {missing[0]}, so it is not understood")
+
+
+def require_unwatched(module: nn.Module, name: str) -> None:
+    """Raise UnsupportedModelError where a module has hooks, which would not run."""
+    if has_hooks([module]):
+        raise UnsupportedModelError(
+            f"{name}: its hooks would not run, because a compressed block computes it together with others; remove them"
+        )
 
 
 def require_tokenwise(module: nn.Module, name: str) -> None:

@@ -28,6 +28,10 @@ class MultiheadLayout(Layout):
         qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
         return qkv.view(batch, num_tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
 
+    def join(self, attn: Any, out: Tensor, x: Tensor) -> Tensor:
+        # As nn.MultiheadAttention does it, which never calls the layer.
+        return F.linear(out.transpose(1, 2).flatten(2), attn.out_proj.weight, attn.out_proj.bias)
+
     def score_scale(self, attn: Any) -> float:
         return float(attn.head_dim**-0.5)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from timm.layers.attention import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
@@ -31,9 +32,10 @@ class EvaLayout(Layout):
         width = attn.head_dim
         if attn.qkv is None:
             return tuple(_heads(layer(x), width) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
-        qkv = attn.qkv(x)
-        if getattr(attn, "q_bias", None) is not None:
-            qkv = qkv + torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        if getattr(attn, "q_bias", None) is None:
+            qkv = attn.qkv(x)
+        else:  # as timm does it, whose layer has no bias of its own
+            qkv = F.linear(x, attn.qkv.weight, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
         return tuple(_heads(part, width) for part in qkv.chunk(3, dim=-1))
 
     def rotate(self, attn: Any, x: Tensor, places: Places, block: int) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import RelPosBias, RelPosMlp
 from timm.models import beit
 from timm.models import vision_transformer_relpos as relpos
@@ -49,9 +50,10 @@ class BeitLayout(BiasLayout):
         return None if attn.relative_position_bias_table is None else attn._get_rel_pos_bias()
 
     def split(self, attn: Any, x: Tensor) -> tuple[Tensor, ...]:
-        qkv = attn.qkv(x)
-        if attn.q_bias is not None:
-            qkv = qkv + torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        if attn.q_bias is None:
+            qkv = attn.qkv(x)
+        else:  # as timm does it, whose layer has no bias of its own
+            qkv = F.linear(x, attn.qkv.weight, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
         return qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def projection(self, attn: Any, name: str) -> Projection:

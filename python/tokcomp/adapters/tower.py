@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tokcomp.adapters.blocks import search_block
+from tokcomp.adapters.blocks import require_swapped, search_block
 from tokcomp.adapters.images import refuse_symbols
 from tokcomp.adapters.pooling import Weights
 from tokcomp.adapters.swap import Swapped
@@ -138,6 +138,7 @@ def run_blocks(
     def run(index: int, x: Tensor, before: BlockState | None, standing: Standing | None) -> tuple[Tensor, BlockState]:
         """One block after the one whose state is ``before``; ``standing``: what a passage tells it."""
         block, own = blocks[index], None
+        require_swapped(block, f"block {index}")
         if products is not None:
             own = products if adapter.has_products(block, products) else None
             x = x.to(dtype if own is None else own.dtype)

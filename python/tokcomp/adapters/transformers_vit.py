@@ -159,7 +159,8 @@ class TransformersAdapter(IsotropicAdapter):
             )
         if kwargs.get("attention_mask") is not None:
             raise ValueError("attention_mask must be None: a compressed model's tokens are re-ordered")
-        options = {name: kwargs[name] for name in ("bool_masked_pos", "interpolate_pos_encoding") if kwargs.get(name)}
+        options = {name: kwargs.get(name) for name in ("bool_masked_pos", "interpolate_pos_encoding")}
+        options = {name: value for name, value in options.items() if value is not None and value is not False}
         pixel_values = pixel_values.to(self.patch_projection(tower).weight.dtype)
         return self.embedded(tower, pixel_values, options)
 

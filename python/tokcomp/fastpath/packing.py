@@ -273,10 +273,10 @@ def forget(model: nn.Module) -> None:
 
 
 def has_hooks(modules: Sequence[nn.Module]) -> bool:
-    """Whether anything would notice that these modules' forward is not called."""
+    """Whether these modules' forward must be called: someone watches it, or has put another in its place."""
     if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         return True
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    return any(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in modules)
 
 
 def _available(x: Tensor) -> bool:

@@ -103,6 +103,9 @@ class Method(ABC):
     #: Whether :meth:`score` is ``cls_attn`` as it stands and the reduction averages it where it comes by heads,
     #: [B, H, N], which spares a GPU a kernel.
     averages_heads: bool = False
+    #: Of a method that a schedule was turned into: tokens that enter block 0 of the models that it is for, and how many
+    #: of them are no patches. A model of another number is refused; one that takes images of any size is not.
+    made_for: tuple[int, int] | None = None
     #: What the command line and a plugin's file call the method; by default the class's name in lower case.
     name: ClassVar[str] = "method"
 
@@ -276,6 +279,22 @@ def require_depth(name: str, entries: int, geometry: Geometry, hint: str = "") -
         raise ValueError(
             f"{name} must have one entry per block, got {entries} entries for {geometry.depth} blocks{hint}"
         )
+
+
+def require_tokens(made_for: tuple[int, int] | None, num_tokens: int, num_prefix_tokens: int) -> None:
+    """A schedule's counts must be for as many tokens as enter block 0.
+
+    Args:
+        made_for: those of the models that the counts are for, and how many of them are no patches; None: any.
+        num_tokens, num_prefix_tokens: the same of this model.
+    """
+    if made_for is None or made_for[0] == num_tokens:
+        return
+    prefix = "" if num_prefix_tokens == made_for[1] else f", {num_prefix_tokens}"
+    raise ValueError(
+        f"the schedule must be for the {num_tokens} tokens that enter block 0, got one for {made_for[0]}; "
+        f"schedule.rescaled({num_tokens}{prefix}) keeps the same shares of the patches"
+    )
 
 
 def require_class_token(what: str, geometry: Geometry, instead: str) -> None:

@@ -19,6 +19,7 @@ from tokcomp.methods.base import (
     most_important,
     require_class_token,
     require_depth,
+    require_tokens,
 )
 from tokcomp.schedule import CompressionSchedule, published_schedule
 
@@ -177,14 +178,9 @@ class DiffRate(Method):
         return method
 
     def check_tokens(self, num_tokens: int, num_prefix_tokens: int) -> None:
-        wanted = self.schedule.num_tokens
-        if wanted in (None, num_tokens):
-            return
-        prefix = "" if num_prefix_tokens == self.schedule.num_prefix_tokens else f", {num_prefix_tokens}"
-        raise ValueError(
-            f"the schedule must be for the {num_tokens} tokens that enter block 0, got one for {wanted}; "
-            f"schedule.rescaled({num_tokens}{prefix}) keeps the same shares of the patches"
-        )
+        schedule = self.schedule
+        made_for = None if schedule.num_tokens is None else (schedule.num_tokens, schedule.num_prefix_tokens)
+        require_tokens(made_for, num_tokens, num_prefix_tokens)
 
     def assign(self, block: int, num_tokens: int, num_prefix_tokens: int) -> Assignment | None:
         num_prune_kept, num_merge_kept = self._counts(block, num_tokens)

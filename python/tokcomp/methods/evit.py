@@ -18,6 +18,7 @@ from tokcomp.methods.base import (
     fitted_to_class_token,
     most_important,
     non_negative,
+    require_tokens,
 )
 from tokcomp.methods.keeping import parse_blocks, parse_keep_rate, rate_in, require_blocks
 
@@ -65,6 +66,8 @@ class EViT(Method):
     def validate(self, geometry: Geometry) -> None:
         if self.keep_rate is not None:
             require_blocks(self.keep_rate, self.blocks, geometry)
+        if geometry.num_tokens is not None:
+            require_tokens(self.made_for, geometry.num_tokens, geometry.num_prefix_tokens)
 
     def fitted(self, geometry: Geometry) -> EViT:
         return fitted_to_class_token(self, geometry)

@@ -15,7 +15,8 @@ def scheduled(schedule: CompressionSchedule, **settings: Any) -> Method:
     """DiffRate, ToMe or EViT with a schedule's counts, as its ``method`` says; DiffRate if it says nothing.
 
     ToMe merges as many tokens in each block as leave ``num_merge_kept`` of ``num_tokens``, at most half of the patches.
-    EViT keeps as many as leave ``num_prune_kept``, the fused token included.
+    EViT keeps as many as leave ``num_prune_kept``, the fused token included. A model of another number of tokens is
+    refused.
 
     Args:
         schedule: the counts.
@@ -42,4 +43,6 @@ def scheduled(schedule: CompressionSchedule, **settings: Any) -> Method:
         # The rate whose share of the patches, rounded up, is just this number.
         rates.append(1.0 if left == alive else (max(kept, 1) - 0.5) / (alive - prefix))
         alive = left
-    return ToMe(dropped, **method) if name == "tome" else EViT(rates, **method)
+    made: Method = ToMe(dropped, **method) if name == "tome" else EViT(rates, **method)
+    made.made_for = schedule.num_tokens, prefix
+    return made

@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokcomp.methods.base import Assignment, Evidence, Geometry, Method, Reduced, is_list, non_negative, require_depth
+from tokcomp.methods.base import (
+    Assignment,
+    Evidence,
+    Geometry,
+    Method,
+    Reduced,
+    is_list,
+    non_negative,
+    require_depth,
+    require_tokens,
+)
 
 
 class ToMe(Method):
@@ -34,6 +44,8 @@ class ToMe(Method):
     def validate(self, geometry: Geometry) -> None:
         if isinstance(self.r, tuple):
             require_depth("r", len(self.r), geometry)
+        if geometry.num_tokens is not None:
+            require_tokens(self.made_for, geometry.num_tokens, geometry.num_prefix_tokens)
 
     def assign(self, block: int, num_tokens: int, num_prefix_tokens: int) -> Assignment | None:
         r = self.r[block] if isinstance(self.r, tuple) else self.r

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm, Mlp, PatchEmbed
+from timm.layers import DropPath, LayerNorm, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 
@@ -38,6 +38,7 @@ _ACTIVATION_ELEMENTS = 5 * 2**19
 _AVERAGES_LATE = frozenset({"cuda"})
 _NORMS = (nn.LayerNorm, LayerNorm, nn.Identity)
 _SCALES = (LayerScale, ResidualScale, nn.Identity)
+_DROPOUTS = (nn.Dropout, DropPath, nn.Identity)
 
 
 def products_of(model: Any, images: Tensor) -> Products | None:
@@ -203,7 +204,7 @@ def is_plain(block: nn.Module) -> bool:
 
 
 def has_known_parts(block: nn.Module) -> bool:
-    """Whether the block is made of what this module knows, with nobody watching its parts; dropout is not looked at."""
+    """Whether the block is made of what this module knows, with nobody watching its parts, whatever it drops out."""
     if not isinstance(block, Block):
         return False
     parts: dict[str, Any] = block._modules
@@ -215,6 +216,9 @@ def has_known_parts(block: nn.Module) -> bool:
     if any(type(norm) not in _NORMS for norm in (parts["norm1"], parts["norm2"], attn["q_norm"], attn["k_norm"])):
         return False
     if any(type(scale) not in _SCALES for scale in (parts["ls1"], parts["ls2"])):
+        return False
+    dropouts = [parts["drop_path1"], parts["drop_path2"], attn["attn_drop"], attn["proj_drop"]]
+    if any(type(dropout) not in _DROPOUTS for dropout in (*dropouts, mlp.get("drop1"), mlp.get("drop2"))):
         return False
     if any(type(layer) is not nn.Linear for layer in layers_of(block)):
         return False

@@ -10,7 +10,14 @@ from timm.models.vision_transformer import Attention, ParallelScalingBlock, Para
 from torch import Tensor, nn
 
 from tokcomp.adapters.base import UnsupportedModelError
-from tokcomp.adapters.layout import Layout, PostNormLayout, linear_cost, require, require_tokenwise
+from tokcomp.adapters.layout import (
+    Layout,
+    PostNormLayout,
+    linear_cost,
+    require,
+    require_tokenwise,
+    require_unwatched,
+)
 from tokcomp.adapters.projections import Projection, joined, packed
 from tokcomp.blocks.places import Places
 
@@ -58,6 +65,8 @@ class ParallelScalingLayout(Layout):
 
     def check(self, block: Any, known: type, known_attention: type, name: str) -> None:
         require(block, known, ("in_norm", "in_proj", "in_split", "ls", "mlp_act", "attn_drop"), name)
+        require(block.in_proj, nn.Linear, ("weight", "bias"), f"{name}.in_proj")
+        require_unwatched(block.in_proj, f"{name}.in_proj")
         require_tokenwise(block, name)
 
 
@@ -104,6 +113,9 @@ class ParallelThingsLayout(Layout):
     def check(self, block: Any, known: type, known_attention: type, name: str) -> None:
         require(block, known, ("attns", "ffns"), name)
         for index, one in enumerate(block.attns):
+            require(one, nn.Sequential, ("norm", "attn", "ls", "drop_path"), f"{name}.attns.{index}")
+            for part, path in ((one, ""), (one.attn, ".attn")):
+                require_unwatched(part, f"{name}.attns.{index}{path}")
             require(one.attn, Attention, ("qkv", "q_norm", "k_norm", "proj", "scale"), f"{name}.attns.{index}.attn")
             if (one.attn.num_heads, one.attn.scale) != (block.attns[0].attn.num_heads, block.attns[0].attn.scale):
                 raise UnsupportedModelError(f"{name}.attns.{index}.attn: its heads differ from those beside it")
