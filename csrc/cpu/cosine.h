@@ -31,13 +31,12 @@ constexpr int kBlockSources = 4;
 // Sources that stay in the cache while the destinations pass by, each loaded from further away once per tile.
 constexpr int64_t kTileSources = 32;
 
-// Every dot product is summed in the same order wherever its pair falls in a block, so equal rows give equal
-// similarities.
+// The dot products of S sources with D destinations. Each is summed in the same order wherever its pair falls in a
+// block, and whichever of the two is the source, so equal rows give equal similarities.
 template <typename A, int S, int D>
-inline void update_best(const A* const* source, const A* source_norm, const A* const* destination,
-                        const A* destination_norm, int64_t first, int64_t width, A* best, int64_t* best_index) {
+TOKCOMP_INLINE void dot_products(const A* const* source, const A* const* destination, int64_t width,
+                                 Vec<A> (&sum)[S][D]) {
   using V = Vec<A>;
-  V sum[S][D];
   for (int s = 0; s < S; ++s) {
     for (int d = 0; d < D; ++d) sum[s][d] = V(A(0));
   }
@@ -56,6 +55,13 @@ inline void update_best(const A* const* source, const A* source_norm, const A* c
   if (c < width) {
     step([c, width](const A* row) { return V::loadu(row + c, width - c); });
   }
+}
+
+template <typename A, int S, int D>
+inline void update_best(const A* const* source, const A* source_norm, const A* const* destination,
+                        const A* destination_norm, int64_t first, int64_t width, A* best, int64_t* best_index) {
+  Vec<A> sum[S][D];
+  dot_products<A, S, D>(source, destination, width, sum);
   for (int s = 0; s < S; ++s) {
     for (int d = 0; d < D; ++d) {
       A similarity = reduce_add(sum[s][d]) * source_norm[s] * destination_norm[d];

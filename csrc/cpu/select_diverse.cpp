@@ -43,18 +43,27 @@ class DiverseChoice {
   void farthest(int64_t* chosen) {
     if (count_ == 0) return;
     std::fill(score_.begin(), score_.end(), A(-1));
-    for (int64_t i = 0; i < patches_; ++i) {
-      compare(i, i + 1);
-      for (int64_t j = i + 1; j < patches_; ++j) {
-        score_[i] = std::max(score_[i], similarity_[j]);
-        score_[j] = std::max(score_[j], similarity_[j]);
+    if (patches_ * patches_ * int64_t(sizeof(A)) <= kStoredBytes) {
+      store_pairs();
+      for (int64_t i = 0; i < patches_; ++i) {
+        const A* similarity = stored_.data() + i * patches_;
+        for (int64_t j = 0; j < patches_; ++j) score_[i] = j == i ? score_[i] : std::max(score_[i], similarity[j]);
+      }
+    } else {
+      for (int64_t i = 0; i < patches_; ++i) {
+        compare(i, i + 1);
+        for (int64_t j = i + 1; j < patches_; ++j) {
+          score_[i] = std::max(score_[i], similarity_[j]);
+          score_[j] = std::max(score_[j], similarity_[j]);
+        }
       }
     }
     for (int64_t step = 0; step < count_; ++step) {
       const int64_t token = chosen[step] = take([this](int64_t a, int64_t b) { return score_[a] < score_[b]; });
-      compare(token, 0);
+      if (stored_.empty()) compare(token, 0);
+      const A* similarity = stored_.empty() ? similarity_.data() : stored_.data() + token * patches_;
       for (int64_t i = 0; i < patches_; ++i) {
-        score_[i] = step == 0 ? similarity_[i] : std::max(score_[i], similarity_[i]);
+        score_[i] = step == 0 ? similarity[i] : std::max(score_[i], similarity[i]);
       }
     }
   }
@@ -91,22 +100,46 @@ class DiverseChoice {
     for (; j < patches_; ++j) dots<1>(token, j);
   }
 
-  // Every dot product is summed in the same order wherever it falls, so equal rows give equal similarities.
   template <int R>
   void dots(int64_t token, int64_t first) {
-    using V = Vec<A>;
-    V sum[R];
-    for (int k = 0; k < R; ++k) sum[k] = V(A(0));
-    const auto step = [&](int64_t c, auto read) {
-      const V left = read(row_[token] + c);
-      for (int k = 0; k < R; ++k) sum[k] = at::vec::fmadd(left, read(row_[first + k] + c), sum[k]);
-    };
-    int64_t c = 0;
-    for (; c + V::size() <= width_; c += V::size()) step(c, [](const A* row) { return V::loadu(row); });
-    if (c < width_) step(c, [this, c](const A* row) { return V::loadu(row, width_ - c); });
-    for (int k = 0; k < R; ++k) {
-      const A similarity = reduce_add(sum[k]) * inverse_norm_[token] * inverse_norm_[first + k];
-      similarity_[first + k] = std::isnan(similarity) ? A(0) : similarity;
+    Vec<A> sum[1][R];
+    cosine::dot_products<A, 1, R>(row_.data() + token, row_.data() + first, width_, sum);
+    for (int k = 0; k < R; ++k) similarity_[first + k] = similarity(token, first + k, sum[0][k]);
+  }
+
+  // The same number for (a, b) and (b, a).
+  A similarity(int64_t a, int64_t b, const Vec<A>& sum) const {
+    const A found = reduce_add(sum) * inverse_norm_[std::min(a, b)] * inverse_norm_[std::max(a, b)];
+    return std::isnan(found) ? A(0) : found;
+  }
+
+  // stored_ [P, P], every pair multiplied once: by tiles of rows, each with the columns from its own on, from both ends
+  // in turn, so that threads get as much.
+  void store_pairs() {
+    stored_.resize(patches_ * patches_);
+    const int64_t tiles = (patches_ + kTile - 1) / kTile;
+    at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t turn = begin; turn < end; ++turn) {
+        const int64_t first = kTile * (turn % 2 == 0 ? turn / 2 : tiles - 1 - turn / 2);
+        const int64_t last = std::min(first + kTile, patches_);
+        for (int64_t j = first; j < patches_; j += kColumns) {
+          for (int64_t i = first; i < std::min(last, j + kColumns); i += kRows) store_block(i, j);
+        }
+      }
+    });
+  }
+
+  // Rows beyond the last token repeat it.
+  void store_block(int64_t first, int64_t first_column) {
+    const A *left[kRows], *right[kColumns];
+    for (int k = 0; k < kRows; ++k) left[k] = row_[std::min(first + k, patches_ - 1)];
+    for (int k = 0; k < kColumns; ++k) right[k] = row_[std::min(first_column + k, patches_ - 1)];
+    Vec<A> sum[kRows][kColumns];
+    cosine::dot_products<A, kRows, kColumns>(left, right, width_, sum);
+    for (int64_t i = first; i < std::min(first + kRows, patches_); ++i) {
+      for (int64_t j = std::max(i, first_column); j < std::min(first_column + kColumns, patches_); ++j) {
+        stored_[i * patches_ + j] = stored_[j * patches_ + i] = similarity(i, j, sum[i - first][j - first_column]);
+      }
     }
   }
 
@@ -135,13 +168,16 @@ class DiverseChoice {
     return token;
   }
 
-  static constexpr int kRows = 4;
+  static constexpr int kRows = cosine::kBlockSources, kColumns = cosine::kBlockDestinations<A>;
+  static constexpr int64_t kTile = cosine::kTileSources;
+  // More similarities than this are computed again for each token chosen, rather than stored.
+  static constexpr int64_t kStoredBytes = int64_t(64) << 20;
 
   int64_t patches_, width_, count_;
   std::vector<const A*> row_;
   std::vector<A> inverse_norm_, similarity_, score_, relevance_, factor_, square_;
   std::vector<char> taken_;
-  std::vector<A> wide_;
+  std::vector<A> wide_, stored_;
 };
 
 Tensor select_diverse_cpu(const Tensor& features, int64_t num_kept, const OptionalTensor& relevance,
@@ -155,7 +191,7 @@ Tensor select_diverse_cpu(const Tensor& features, int64_t num_kept, const Option
 
   TOKCOMP_DISPATCH_CPU(features.scalar_type(), "select_diverse_cpu", [&] {
     using acc_t = acc_type<scalar_t>;
-    at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    const auto choose = [&](int64_t begin, int64_t end) {
       DiverseChoice<scalar_t> choice(num_tokens - num_prefix_tokens, width, num_kept - num_prefix_tokens);
       for (int64_t b = begin; b < end; ++b) {
         int64_t* order = out.mutable_data_ptr<int64_t>() + b * num_kept;
@@ -171,7 +207,12 @@ Tensor select_diverse_cpu(const Tensor& features, int64_t num_kept, const Option
         }
         for (int64_t n = num_prefix_tokens; n < num_kept; ++n) order[n] += num_prefix_tokens;
       }
-    });
+    };
+    if (by_distance && batch < at::get_num_threads()) {
+      choose(0, batch);  // one image after the other, the pairs of each on all threads
+    } else {
+      at::parallel_for(0, batch, 1, choose);
+    }
   });
   return out;
 }

@@ -8,6 +8,7 @@ import torch
 from tests.ops.backends import SHARED, Target, all_samples, all_targets, find, targets
 from tokcomp_kernels.compare import assert_right
 from tokcomp_kernels.reference._common import sorted_sums, sum_per_slot
+from tokcomp_kernels.reference.select_diverse import select_diverse_reference
 from tokcomp_kernels.testing import Sample, samples
 
 
@@ -116,3 +117,11 @@ def test_sums_per_slot_without_atomics_are_the_same(shape: tuple[int, ...]) -> N
     for num_slots in (1, 5, 20):
         slot = torch.randint(-1, num_slots, shape[:2], generator=generator)
         assert torch.equal(sorted_sums(values, slot, num_slots), sum_per_slot(values, slot, num_slots))
+
+
+def test_diverse_tokens_of_more_patches_than_similarities_are_stored() -> None:
+    """2900 patches in float64 have more than 64 MiB of them, and are compared with each chosen one anew."""
+    features = torch.randn(1, 2900, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    options = {"num_prefix_tokens": 1, "rule": "farthest"}
+    chosen = torch.ops.tokcomp.select_diverse(features, 9, **options)
+    assert torch.equal(chosen, select_diverse_reference(features, 9, **options))

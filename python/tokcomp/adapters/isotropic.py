@@ -157,8 +157,8 @@ class IsotropicAdapter(Adapter):
         parts = self.tower(model)._modules.get(method.name)
         if parts is None:
             raise ValueError(
-                f"model must have the trained parts of {name}, got one without: load a checkpoint that has them by "
-                f"tokcomp.learned.load, or attach untrained ones by tokcomp.learned.attach and train them"
+                f"model must have the trained parts of {name}, got one without: load a checkpoint that has them "
+                "(--checkpoint, tokcomp.learned.load), or train new ones (tokcomp finetune, tokcomp.learned.attach)"
             )
         geometry, weight = self.geometry(model), next(self.tower(model).parameters())
         method.check_parts(parts, self.token_shape(model), geometry.depth)

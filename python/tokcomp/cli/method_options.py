@@ -269,6 +269,8 @@ def _keeping(args: argparse.Namespace, model: nn.Module) -> Method:
     chosen = _one_of(args, "keep_rate", "num_kept", "gflops")
     settings = {} if args.contextual is None else {"contextual": args.contextual}
     make: Callable[..., Method] = partial(BY_RATE[args.method], **settings)
+    with blame(f"--method {args.method}"):
+        make(1.0)
     if chosen == "gflops":
         if args.keep_blocks is not None:
             raise UserError("--keep-blocks goes with --keep-rate or --num-kept, got --gflops; leave it out")
@@ -335,7 +337,7 @@ def _avit(args: argparse.Namespace, model: nn.Module) -> Method:
     from tokcomp import AViT
 
     given = {"threshold": args.halt_at, "scale": args.halting_scale, "shift": args.halting_shift}
-    with blame("--halt-at"):
+    with blame("--method avit"):
         return AViT(**{name: value for name, value in given.items() if value is not None})
 
 
