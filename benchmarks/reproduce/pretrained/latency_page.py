@@ -82,7 +82,7 @@ def _equal_accuracy(rows: Mapping[str, Any], speeds: Mapping[str, Sequence[float
         points = [start, *((row["top1"], speeds[name][0]) for name, row in rows.items() if row["rule"] == rule)]
         lines.append([label, *(speed_at(points, start[0] - loss) for loss in LOSSES)])
     head = ["images/s at top-1 less", *(f"{loss:g} points" for loss in LOSSES)]
-    told = "Straight lines between neighbours in speed, the uncompressed model among them; > where none is so low."
+    told = "Straight lines between neighbours in speed, the uncompressed model among them; > where none is lower."
     return markdown(head, lines) + f"\n\n{told}"
 
 

@@ -170,7 +170,7 @@ def page_of(
         parts.append(importance_part.section(ranks))
     if trained is not None:
         parts += ["## Methods that are trained", trained_part.section(trained)]
-    if times is not None:
+    if times is not None and times["speeds"]:
         parts.append(latency_page.section(times))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 

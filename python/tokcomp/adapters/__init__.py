@@ -7,6 +7,7 @@ from torch import nn
 from tokcomp.adapters.base import Adapter, BlockCost, Cost, UnsupportedModelError
 from tokcomp.adapters.multihead import OpenClipViT, TorchvisionViT
 from tokcomp.adapters.refusals import reason_for
+from tokcomp.adapters.swap import original_class
 from tokcomp.adapters.timm_caformer.adapter import TimmCAFormer
 from tokcomp.adapters.timm_eva import TimmEva
 from tokcomp.adapters.timm_lvvit import TimmLVViT
@@ -73,7 +74,7 @@ def find_adapter(model: nn.Module) -> Adapter:
     if isinstance(inner, nn.Module):
         hint = f"it wraps a {type(inner).__name__}: pass that, and wrap it afterwards"
     elif path is not None:
-        hint = f"it holds a {type(model.get_submodule(path)).__name__}: pass model.{path}"
+        hint = f"it holds a {original_class(model.get_submodule(path)).__name__}: pass model.{path}"
     elif reason is not None:
         hint = reason
     else:

@@ -98,8 +98,8 @@ def require_swapped(module: Any, what: str) -> None:
     """Raise RuntimeError for a block or an attention that took the place of a compressed one; it may be wrapped."""
     if not isinstance(module, Swapped) and not any(isinstance(part, Swapped) for part in module.modules()):
         raise RuntimeError(
-            f"{what} was exchanged after the model was compressed: call tokcomp.compress again, got a "
-            f"{type(module).__name__}"
+            f"{what} must be as compress left it, got {type(module).__name__}, which was put in afterwards: call "
+            "tokcomp.compress again"
         )
 
 
