@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from tokcomp_kernels import _checks, _partition_checks
+from tokcomp_kernels import _checks, _layer_checks, _partition_checks
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,6 +63,6 @@ def checked_as(name: str, implementation: Callable[P, R]) -> Callable[P, R]:
 
 def check_of(name: str) -> Callable[..., Any]:
     """``check_NAME``."""
-    home = _checks if hasattr(_checks, f"check_{name}") else _partition_checks
-    check: Callable[..., Any] = getattr(home, f"check_{name}")
+    homes = (_checks, _layer_checks, _partition_checks)
+    check: Callable[..., Any] = next(getattr(home, f"check_{name}") for home in homes if hasattr(home, f"check_{name}"))
     return check

@@ -185,31 +185,6 @@ def check_prune_merge_norm(
     _require_branch_and_norm(op, x, "[B, N, C]", branch, weight, bias, norm_eps)
 
 
-def check_add_layer_norm(
-    x: Tensor, branch: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, norm_eps: float = 1e-6
-) -> None:
-    op = "add_layer_norm"
-    _require_tensor(op, "x", x)
-    if x.dim() < 1:
-        refuse(op, "x", "be [..., C]", f"a tensor of shape {_shape(x.shape)}")
-    _require_floating(op, "x", x)
-    _require_branch_and_norm(op, x, "[..., C]", branch, weight, bias, norm_eps)
-
-
-def check_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    op = "linear_gelu"
-    _require_tensor(op, "x", x)
-    if x.dim() < 1:
-        refuse(op, "x", "be [..., K]", f"a tensor of shape {_shape(x.shape)}")
-    _require_floating(op, "x", x)
-    _require_dim(op, "weight", weight, "[F, K]")
-    _require_shape(op, "weight", weight, "[F, K]", (weight.shape[0], x.shape[-1]))
-    _require_like(op, "weight", weight, "x", x)
-    if bias is not None:
-        _require_shape(op, "bias", bias, "[F]", weight.shape[:1])
-        _require_like(op, "bias", bias, "x", x)
-
-
 def _require_branch_and_norm(
     op: str, x: Tensor, letters: str, branch: Tensor, weight: Tensor | None, bias: Tensor | None, norm_eps: float
 ) -> None:

@@ -188,6 +188,14 @@ OPERATORS: tuple[Operator, ...] = (
         file="attention",
     ),
     Operator(
+        "_embed_patches",
+        "(Tensor images, Tensor weight, Tensor? bias, Tensor position, Tensor? prefix, Tensor? norm_weight=None,"
+        " Tensor? norm_bias=None, float norm_eps=1e-06) -> (Tensor x, Tensor normalized)",
+        "What enters a ViT's first block: prefix tokens, embedded patches, their positions added; and its LayerNorm;"
+        " inference alone.",
+        native=False,
+    ),
+    Operator(
         "_attention_backward",
         "(Tensor grad_out, Tensor q, Tensor k, Tensor v, *, Tensor? size=None, float? scale=None)"
         " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",

@@ -154,6 +154,14 @@ def _compare_layer_norm(sample: Sample, x: Tensor, normalized: Tensor, *norm: Te
     assert_within_rounding(Sample(sample.op, sample.id, (x, *norm)), exact, (normalized,))
 
 
+def _compare_embed_patches(sample: Sample, x: Tensor, normalized: Tensor) -> None:
+    def tokens(call: Sample) -> tuple[Tensor, ...]:
+        return (reference.REFERENCES[sample.op](*call.args, **call.kwargs)[0],)
+
+    assert_within_rounding(sample, tokens, (x,))
+    _compare_layer_norm(sample, x, normalized, *sample.args[5:])
+
+
 def _prune_merge_given(call: Sample, order: Tensor, source: Tensor, kept: int, alive: int) -> tuple[Tensor, ...]:
     """prune_merge in float64 with the choices taken from ``source``."""
     x = call.args[0]
@@ -276,6 +284,7 @@ _COMPARE: dict[str, Callable[..., None]] = {
     "masked_merge": _compare_masked_merge,
     "prune_merge_norm": _compare_prune_merge_norm,
     "add_layer_norm": _compare_add_layer_norm,
+    "_embed_patches": _compare_embed_patches,
     "bipartite_merge": compare_bipartite_merge,
     "select_diverse": compare_select_diverse,
 }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokcomp_kernels._layer_samples import add_layer_norm, embed_patches, linear_gelu
 from tokcomp_kernels._partition_samples import bipartite_merge, select_diverse
 from tokcomp_kernels._sample_maker import Maker
 from tokcomp_kernels._schema import OPERATORS
@@ -120,24 +121,6 @@ def _prune_merge_norm(make: Callable[[str], Maker], small: bool) -> Iterator[tup
         weight, bias = m.randn(x.shape[2]), m.randn(x.shape[2])
         norm = ((weight, bias), (weight,), ())[index % 3]
         yield name, (x, branch, *rest, *norm), {**kwargs, **({"norm_eps": 1e-5} if index % 2 else {})}, exact
-
-
-def _add_layer_norm(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
-    for num_tokens, images in _token_counts(small):
-        m = make(f"N{num_tokens}")
-        x, branch = m.randn(images, num_tokens, 5 if small else 48), m.strided(images, num_tokens, 5 if small else 48)
-        weight, bias = m.randn(x.shape[2]), m.randn(x.shape[2])
-        yield f"N{num_tokens}", (x, branch, weight, bias), {}, False
-        yield f"N{num_tokens}-plain", (branch, x), {"norm_eps": 1e-5}, False
-    m = make("layouts")
-    x, branch, weight, bias = m.randn(3, 7, 33), m.randn(3, 7, 33), m.randn(33), m.strided(33)
-    yield "transposed", (x.mT, m.randn(3, 33, 7), m.randn(7)), {}, False
-    yield "last-dim-strided", (x[:, :, ::2], branch[:, :, ::2], weight[::2], bias[::2]), {}, False
-    yield "rows", (x[0], branch[0], weight, bias), {}, False
-    yield "C1", (x[:, :, :1], branch[:, :, :1], weight[:1], bias[:1]), {}, False
-    yield "constant-rows", (torch.ones_like(x), torch.ones_like(x), weight, bias), {}, False
-    yield "far-from-zero", (x + 40, branch + 40, weight, bias), {}, False
-    yield "B0", (x[:0], branch[:0], weight, bias), {}, False
 
 
 def _tome_merge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
@@ -339,22 +322,6 @@ def _unmerge_backward(make: Callable[[str], Maker], small: bool) -> Iterator[tup
     yield "B0", (m.randn(0, 5, 12), m.source(0, 5, 2), 2), {}, False
 
 
-def _linear_gelu(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
-    sizes = ((1, 3, 2), (5, 4, 3), (9, 7, 5)) if small else ((1, 24, 40), (33, 48, 96), (70, 130, 65), (197, 64, 33))
-    for num_tokens, width, features in sizes:
-        m = make(f"N{num_tokens}")
-        x, weight, bias = m.randn(2, num_tokens, width), m.randn(features, width) * width**-0.5, m.randn(features)
-        yield f"N{num_tokens}", (x, weight, bias), {}, False
-        yield f"N{num_tokens}-strided", (m.strided(2, num_tokens, width), weight), {}, False
-    m = make("layouts")
-    x, weight, bias = m.randn(3, 17, 33), m.randn(9, 17), m.randn(18)
-    yield "transposed", (x.mT, weight, bias[::2]), {}, False
-    yield "last-dim-strided", (x[:, :, ::2], m.randn(9, 34)[:, ::2], bias[:9]), {}, False
-    yield "rows", (x[0].T, weight, bias[:9]), {}, False
-    yield "far-from-zero", (x.mT * 20, weight, bias[:9] * 20), {}, False
-    yield "B0", (x[:0].mT, weight, bias[:9]), {}, False
-
-
 def _with_grad(forward: Callable[..., Iterator[tuple]], like: int) -> Callable[..., Iterator[tuple]]:
     """Samples of a backward pass: the forward's, with a random gradient in front shaped as argument ``like``."""
 
@@ -378,13 +345,14 @@ _CASES: dict[str, Callable[..., Iterator[tuple]]] = {
     "unmerge": _unmerge,
     "masked_merge": _masked_merge,
     "prune_merge_norm": _prune_merge_norm,
-    "add_layer_norm": _add_layer_norm,
-    "linear_gelu": _linear_gelu,
+    "add_layer_norm": lambda make, small: add_layer_norm(make, _token_counts(small), 5 if small else 48),
+    "linear_gelu": linear_gelu,
     "_merge_backward": _merge_backward,
     "_unmerge_backward": _unmerge_backward,
     "_masked_softmax_backward": _with_grad(_masked_softmax, 0),
     "_masked_attention_backward": _with_grad(_masked_attention, 0),
     "_attention_heads": _attention_heads,
+    "_embed_patches": embed_patches,
     "_attention_backward": _with_grad(_attention, 0),
     "_masked_merge_backward": _masked_merge_backward,
 }

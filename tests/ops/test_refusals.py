@@ -24,6 +24,7 @@ def _typed(dtype: torch.dtype, *shape: int) -> Callable[[str], torch.Tensor]:
 
 
 X, IMPORTANCE, QKV, SCORES = _randn(2, 9, 4), _randn(2, 9), _randn(2, 3, 9, 4), _randn(2, 3, 9, 9)
+IMAGES, POSITION = _randn(2, 3, 6, 4), _randn(5, 4)
 INT = torch.int64
 SOURCE, COUNTS, ROLE = _typed(INT, 2, 12), _typed(INT, 2), _typed(INT, 2, 9)
 NEED = "where tokens merge, which need a destination"
@@ -212,6 +213,18 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] =
      "add_layer_norm: weight must be [C] = [4], got a tensor of shape [4, 1]"),
     ("add_layer_norm", (X, X, None, None, float("nan")), {}, ValueError,
      "add_layer_norm: norm_eps must be at least 0, got nan"),
+    ("_embed_patches", (IMAGES, _randn(4, 3, 4, 2), None, POSITION, _randn(1, 4)), {}, ValueError,
+     "_embed_patches: images must be whole patches of 4 x 2, weight's [P, Q], got a tensor of shape [2, 3, 6, 4]"),
+    ("_embed_patches", (IMAGES, _randn(4, 2, 3, 2), None, POSITION, _randn(1, 4)), {}, ValueError,
+     "_embed_patches: weight must be [C, A, P, Q] = [4, 3, 3, 2], got a tensor of shape [4, 2, 3, 2]"),
+    ("_embed_patches", (IMAGES, _randn(4, 3, 3, 2), None, POSITION, None), {}, ValueError,
+     "_embed_patches: position must be [N, C] = [4, 4], got a tensor of shape [5, 4]"),
+    ("_embed_patches", (IMAGES, _randn(4, 3, 3, 2), None, POSITION, _randn(1, 5)), {}, ValueError,
+     "_embed_patches: prefix must be [T, C] = [1, 4], got a tensor of shape [1, 5]"),
+    ("_embed_patches", (IMAGES, _randn(4, 3, 3, 2), _typed(HALF, 4), POSITION, _randn(1, 4)), {}, TypeError,
+     "_embed_patches: bias must have the dtype of images (float32), got float16"),
+    ("_embed_patches", (IMAGES, _randn(4, 3, 3, 2), None, POSITION, _randn(1, 4), None, None, -1.0), {}, ValueError,
+     "_embed_patches: norm_eps must be at least 0, got -1"),
     ("_masked_merge_backward", (X, SOURCE), {}, ValueError,
      "_masked_merge_backward: destination must be [B, N] = [2, 9], got a tensor of shape [2, 12]"),
     ("_masked_merge_backward", (X, IMPORTANCE), {}, TypeError,

@@ -74,6 +74,15 @@ def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
     return AddLayerNorm
 
 
+def _embed_fake(
+    images: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    shape = (images.shape[0], *position.shape)
+    return images.new_empty(shape), images.new_empty(shape)
+
+
+# The sum and norm that come before the first block's.
+register("_embed_patches", fake=_embed_fake)
 register(
     "add_layer_norm",
     fake=_fake,

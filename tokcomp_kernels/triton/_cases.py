@@ -139,6 +139,11 @@ def _block_cases(block: Block, dtype: torch.dtype, *, sizes: bool) -> Iterator[C
     yield Case("masked_softmax", name, (scores, per_token))
     yield Case("_masked_softmax_backward", name, (scores, scores, per_token))
     yield Case("add_layer_norm", name, (x, x, *norm))
+    side = 14 if block.name.startswith("H") else 16
+    images, patches = _rows(dtype, _BATCH, 3, 224, 224), (224 // side) ** 2
+    embedding = (_rows(dtype, channels, 3, side, side), vector)
+    placed = (_rows(dtype, patches + 1, channels), _rows(dtype, 1, channels))
+    yield Case("_embed_patches", name, (images, *embedding, *placed, *norm))
     weight = _rows(dtype, 4 * channels, channels)
     yield Case("linear_gelu", name, (x, weight, _rows(dtype, 4 * channels)))
 

@@ -1,8 +1,4 @@
-"""How images enter a plain timm ViT where that is fused: patches as one product, positions and first norm in one pass.
-
-Bytes of tokens [B, N, C] beside the product's own: the class token is put before them, and one pass adds positions and
-writes the sum and its norm. Apart, the convolution's output changes its layout too, and sum and norm are two passes.
-"""
+"""How images enter a plain timm ViT where that is fused: patches, prefix tokens, positions and first norm together."""
 
 from __future__ import annotations
 
@@ -17,19 +13,16 @@ from tokcomp.fastpath import Products, has_hooks
 
 
 def embed_normed(model: Any, images: Tensor, products: Products) -> tuple[Tensor, Tensor] | None:
-    """The tokens [B, N, C] that enter block 0, and its first norm of them; None for a model that this is not for.
-
-    The tokens are those of the steps apart to the bit, given the product; the norm is ``add_layer_norm``'s.
-    """
+    """The tokens [B, N, C] that enter block 0, and its first norm of them; None for a model that this is not for."""
     if images.dtype != products.dtype or not _is_plain_entry(model, products):
         return None
     norm = fast.as_norm(model.blocks[0].norm1, images)
     if norm is None or images.shape[2:] != tuple(model.patch_embed.img_size):
         return None
-    patches = fast.embed_patches(model.patch_embed, images, products)
-    prefix = [token.expand(len(images), -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]
-    tokens = torch.cat([*prefix, patches], dim=1) if prefix else patches
-    x, normalized = torch.ops.tokcomp.add_layer_norm(tokens, model.pos_embed.expand_as(tokens), *norm)
+    first = [token[0] for token in (model.cls_token, model.reg_token) if token is not None]
+    prefix = torch.cat(first) if len(first) > 1 else first[0] if first else None
+    proj = model.patch_embed.proj
+    x, normalized = torch.ops.tokcomp._embed_patches(images, proj.weight, proj.bias, model.pos_embed[0], prefix, *norm)
     return x, normalized
 
 
@@ -37,7 +30,9 @@ def _is_plain_entry(model: Any, products: Products) -> bool:
     """Whether the tokens are what timm's VisionTransformer makes of its patches, every step known and unwatched."""
     if getattr(type(model), "_pos_embed", None) is not VisionTransformer._pos_embed or model.pos_embed is None:
         return False
-    if model.patch_embed.proj not in products or not fast.is_plain(model.blocks[0]):
+    if model.patch_embed.proj not in products or type(model.patch_embed.norm) is not nn.Identity:
+        return False
+    if not fast.is_plain(model.blocks[0]):
         return False
     if not fast.has_products(model.blocks[0], products) or model.no_embed_class or model.dynamic_img_size:
         return False
