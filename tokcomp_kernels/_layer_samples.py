@@ -50,13 +50,14 @@ def embed_patches(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     grids = ((1, 1, 0), (1, 1, 1), (2, 4, 1)) if small else ((1, 1, 0), (1, 1, 1), (4, 8, 1), (14, 14, 1), (16, 16, 1))
     for rows, columns, prefix in (*grids, (4, 7, 5)):
         tokens = rows * columns + prefix
-        m = make(f"N{tokens}-{prefix}")
+        name = f"N{tokens}" if prefix < 2 else f"prefix{prefix}"
+        m = make(f"{name}, {prefix}")
         channels, side = (5, 2) if small else (48, 4)
         images, weight = m.randn(2, 3, rows * side, columns * side), m.randn(channels, 3, side, side)
         position, first = m.randn(tokens, channels), m.randn(prefix, channels) if prefix else None
         args = (images, weight, m.randn(channels), position, first)
-        yield f"N{tokens}", (*args, m.randn(channels), m.randn(channels)), {}, False
-        yield f"N{tokens}-plain", (*args[:2], None, *args[3:]), {"norm_eps": 1e-5}, False
+        yield name, (*args, m.randn(channels), m.randn(channels)), {}, False
+        yield f"{name}-plain", (*args[:2], None, *args[3:]), {"norm_eps": 1e-5}, False
     m = make("layouts")
     images, weight, position, first = m.randn(3, 8, 12, 2), m.randn(33, 2, 4, 2), m.strided(13, 33), m.strided(1, 33)
     bias = m.randn(66)[::2]
