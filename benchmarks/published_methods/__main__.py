@@ -47,7 +47,9 @@ def table(record: Mapping[str, Any]) -> str:
     ]
     for row in record["rows"]:
         median, least, most = row["speedup"]
-        differ = "drawn at random" if row["difference"] is None else f"{row['difference']:.0e}"
+        alike, answers = row["alike"]
+        differ = f"{row['difference']:.0e}" if answers else "drawn at random"
+        differ += f", {alike} of {answers}" if alike < answers else ""
         cost = "" if row["gflops"] is None else f"{row['gflops']:.2f}"
         lines.append(
             f"| {row['name']} | {row['what']} | {row['batch']} | {cost} | {row['published']:.1f} | {row['ours']:.1f} | "
