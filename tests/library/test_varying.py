@@ -9,6 +9,7 @@ import pytest
 import tokcomp
 import torch
 from tokcomp.cost import flops_by_image
+from tokcomp.fastpath import rows
 
 METHODS = [tokcomp.DToMe(0.93), tokcomp.ATS(9, [0, 2])]
 
@@ -51,6 +52,22 @@ def test_logits_are_those_of_each_image_alone(make_vit, images, method, pool):
     torch.testing.assert_close(together, alone)
     assert len(set(tokcomp.trace(model, images)[-1].amax(1).tolist())) > 1
     assert tokcomp.restore(model)(images[:0]).shape == tokcomp.compress(model, method)(images[:0]).shape
+
+
+@pytest.mark.parametrize("least", [1 / 16, 2], ids=["left out", "computed"])
+def test_padding_is_left_out_of_linear_layers(make_vit, images, monkeypatch, least):
+    """On the fast path of a CPU, from some share of padding on; in int8 as well."""
+    monkeypatch.setattr(rows, "LEAST_PADDING", least)
+    packed, images = [], images.float()
+    monkeypatch.setattr(rows.Rows, "packed", lambda self, x, own=rows.Rows.packed: packed.append(x) or own(self, x))
+    for method in METHODS:
+        model = tokcomp.compress(lively(make_vit(global_pool="max")).float(), method)
+        for quantize in (False, True):
+            if quantize:
+                tokcomp.quantize(model)
+            with torch.inference_mode():
+                torch.testing.assert_close(model(images), torch.cat([model(image[None]) for image in images]))
+    assert bool(packed) == (least < 1)
 
 
 def test_feature_maps_have_every_position(make_vit, images):

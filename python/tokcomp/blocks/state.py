@@ -10,6 +10,7 @@ from torch import Tensor
 from tokcomp.blocks.attention import MASK_EPS, NO_EPS
 from tokcomp.blocks.places import Places
 from tokcomp.fastpath import Products
+from tokcomp.fastpath.rows import Rows
 from tokcomp.methods.base import Assignment, Evidence, Method, Norm, reduces_in_one
 from tokcomp.methods.learned import Standing
 
@@ -79,6 +80,11 @@ class BlockState:
         if self.standing is not None and self.standing.mask is not None:
             return self.standing.mask
         return (self.size > 0).float() if self.method.varies and self.size is not None else None
+
+    @property
+    def rows(self) -> Rows | None:
+        """Where the batch holds tokens, if enough of it is padding to leave that out of linear layers."""
+        return Rows.of(self.size) if self.method.varies and self.size is not None and self.standing is None else None
 
     @property
     def mask_eps(self) -> float:

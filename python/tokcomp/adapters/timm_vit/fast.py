@@ -28,6 +28,7 @@ from tokcomp.fastpath import (
     packed_weights,
     plain_weights,
 )
+from tokcomp.fastpath.rows import Rows
 from tokcomp.lvvit import ResidualScale
 from tokcomp.methods.base import Norm
 from tokcomp_kernels import int8
@@ -124,16 +125,20 @@ def run_block(block: nn.Module, x: Tensor, state: BlockState, products: Products
     with torch._C._AutoDispatchBelowAutograd():  # no gradient is wanted here: spare each call the way through autograd
         parts: dict[str, Any] = block._modules
         layer, out = attend_heads(block, x, state, products)
-        branch = _scaled(parts["ls1"], products.linear(layer, out))
+        branch = _scaled(parts["ls1"], _linear(products, layer, out, state.rows))
         layer_norm = as_norm(parts["norm2"], x)
         if layer_norm is not None:
             x, hidden = state.reduce_norm(x, branch, layer_norm)
         else:
             x = hidden = state.reduce(x + branch)
-        layer, hidden = _mlp_hidden(block, hidden, products)
-        if state.following is None:
+        rows = state.rows
+        layer, hidden = _mlp_hidden(block, hidden if rows is None else rows.packed(hidden), products)
+        if state.following is None and rows is None:
             return _residual(parts["ls2"], products, layer, hidden, x)
         branch = _scaled(parts["ls2"], products.linear(layer, hidden))
+        branch = branch if rows is None else rows.padded(branch)
+        if state.following is None:
+            return x + branch
         x, state.normalized = torch.ops.tokcomp.add_layer_norm(x, branch, *state.following)
         return x
 
@@ -151,7 +156,8 @@ def attend_heads(block: nn.Module, x: Tensor, state: BlockState, products: Produ
     batch, num_tokens, _ = x.shape
     heads, width = attention.num_heads, attention.head_dim
     normalized, state.normalized = state.normalized, None
-    qkv = products.linear(attn["qkv"], norm(parts["norm1"], x) if normalized is None else normalized)
+    normalized = norm(parts["norm1"], x) if normalized is None else normalized
+    qkv = _linear(products, attn["qkv"], normalized, state.rows)
     q, k, v = qkv.view(batch, num_tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = norm(attn["q_norm"], q), norm(attn["k_norm"], k)
     stock = partial(state.layout.stock_attention, attention) if state.stock else None
@@ -287,6 +293,11 @@ def add_scaled(x: Tensor, branch: Tensor, factor: Tensor | float) -> Tensor:
     if isinstance(factor, Tensor):
         return torch.addcmul(x, branch, factor)
     return torch.add(x, branch, alpha=factor)
+
+
+def _linear(products: Products, layer: nn.Linear, x: Tensor, rows: Rows | None) -> Tensor:
+    """``layer(x)`` for x [B, N, C]; zeros for what is not among the rows."""
+    return products.linear(layer, x) if rows is None else rows.padded(products.linear(layer, rows.packed(x)))
 
 
 def _scaled(scale: Any, branch: Tensor) -> Tensor:
