@@ -173,6 +173,22 @@ void test_linear_gelu() {
   expect(at::allclose(call("linear_gelu", {x, weight, bias})[0], expected, 0., 1e-5), "linear_gelu");
 }
 
+// Two patches of a pixel row each, behind one prefix token.
+void test_embed_patches() {
+  at::manual_seed(6);
+  const at::Tensor images = at::randn({2, 3, 1, 4}), weight = at::randn({5, 3, 1, 2}), bias = at::randn({5});
+  const at::Tensor position = at::randn({3, 5}), prefix = at::randn({1, 5});
+  const Tensors found = call("_embed_patches", {images, weight, bias, position, prefix, at::ones({5}), bias});
+  for (const int64_t patch : {0, 1}) {
+    const at::Tensor pixels = images.narrow(3, 2 * patch, 2).flatten(1);
+    const at::Tensor expected = at::matmul(pixels, weight.flatten(1).t()) + bias + position[patch + 1];
+    expect(at::allclose(found[0].select(1, patch + 1), expected, 0., 1e-5), "_embed_patches: a patch");
+  }
+  expect(found[0].select(1, 0).equal((prefix[0] + position[0]).expand({2, 5})), "_embed_patches: the prefix");
+  const at::Tensor normalized = at::layer_norm(found[0], {5}, at::ones({5}), bias, 1e-6);
+  expect(at::allclose(found[1], normalized, 0., 1e-5), "_embed_patches: normalized");
+}
+
 // Where there is no kernel, attention is composed of PyTorch's operators: here asked on behalf of a device without any.
 void test_composed_attention(at::ScalarType type, double atol) {
   at::manual_seed(3);
@@ -227,6 +243,7 @@ int main() {
   test_select_diverse();
   test_unmerge();
   test_linear_gelu();
+  test_embed_patches();
   test_composed_attention(at::kFloat, 1e-5);
   test_composed_attention(at::kBFloat16, 4e-2);  // values of up to 4 and 8 bits, rounded in other places
   std::vector<at::Device> devices{at::kCPU};
