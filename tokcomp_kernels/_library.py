@@ -1,6 +1,7 @@
 """Define the operators and load the compiled kernels, if there are any that fit this machine.
 
-Importing never fails for want of kernels: ``load_error`` then says why there are none, in one line.
+Importing never fails for want of kernels: ``load_error`` then says why there are none, in one line. Kernels that are
+there and do not fit are a warning too: without them everything still runs, and takes longer.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib.machinery
 import json
 import os
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,8 @@ def _one_line(error: Exception) -> str:
 
 # A TOKCOMP_CPU_CAPABILITY that is not to be had is an error here, as a wrong TOKCOMP_BACKEND is: ValueError.
 _C, load_error = _load()
+if load_error is not None and _module_path() is not None:
+    warnings.warn(f"tokcomp runs without its compiled kernels. {load_error}", RuntimeWarning, stacklevel=2)
 
 #: The compiled code that can stand above the kernels (csrc/python_keys.h), or None: no kernels, or an older build.
 NATIVE_KEYS = _C if hasattr(_C, "own_autograd") else None

@@ -257,5 +257,5 @@ def replace_block(text: str, begin: str, end: str, block: str) -> str:
         ValueError: the marks are not there, once each and in order.
     """
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"README must hold the lines {begin} and {end} once each, around what is drawn there")
+        raise ValueError(f"the page must hold the lines {begin} and {end} once each, around what is drawn there")
     return text[: text.index(begin) + len(begin)] + f"\n{block}\n" + text[text.index(end) :]

@@ -3,9 +3,10 @@
     python -m benchmarks.published_methods --published-code A-ViT ATS CDPruner DynamicViT Evo-ViT PiToMe SPViT \\
         VisionZip divprune dymu -o FILE
 
-writes the record and prints a table. A clone is imported apart from everything else, or single functions of it are run,
-and nothing of it is kept. Where the published code decides as ours does, a speed counts only if both answer alike. A
-clone that cannot run here is named with its reason, and the others go on.
+writes the record and prints a table, which --page draws where a page has the marks for it. A clone is imported apart
+from everything else, or single functions of it are run, and nothing of it is kept. Where the published code decides as
+ours does, a speed counts only if both answer alike. A clone that cannot run here is named with its reason, and the
+others go on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tokcomp.cli.errors import UserError, check_output_file
 from tokcomp.files import write_whole
 from tokcomp.measure.info import machine, package_versions
 
+from benchmarks.page.tables import replace_block
 from benchmarks.published_methods import adaptive, models, selections
 from benchmarks.published_methods.pair import Pair, measured
 
@@ -40,6 +42,10 @@ PAIRS: dict[str, Callable[[Path], Sequence[Pair]]] = {
 }
 
 
+#: Where a page holds the table.
+BEGIN, END = "<!-- published code: drawn by `python -m benchmarks.published_methods` -->", "<!-- /published code -->"
+
+
 def table(record: Mapping[str, Any]) -> str:
     lines = [
         "| | | batch | GFLOPs | published, images/s | ours | faster | answers differ by |",
@@ -56,6 +62,15 @@ def table(record: Mapping[str, Any]) -> str:
             f"{median:.2f}x ({least:.2f}x - {most:.2f}x) | {differ} |"
         )
     return "\n".join(lines)
+
+
+def drawn(page: str, record: Mapping[str, Any]) -> str:
+    """A page's text with the record's table between its marks.
+
+    Raises:
+        ValueError: the marks are not there, once each and in order.
+    """
+    return replace_block(page, BEGIN, END, table(record))
 
 
 def compared(name: str, folder: Path, batches: Sequence[int], rounds: int) -> Iterator[dict[str, Any]]:
@@ -84,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], metavar="N")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the record, JSON")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="the page whose marked table is drawn again")
     args = parser.parse_args(argv)
     clones = {folder.resolve().name: folder.resolve() for folder in args.published_code}
     if unknown := clones.keys() - PAIRS.keys():
@@ -92,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--only must name clones of --published-code, got {', '.join(sorted(absent))}")
     try:
         check_output_file("--output", args.output)  # before minutes of measuring
-    except UserError as error:
+        if args.page is not None:
+            drawn(args.page.read_text(encoding="utf-8"), {"rows": []})
+    except (UserError, OSError, ValueError) as error:
         parser.error(str(error))
     record: dict[str, Any] = {"model": models.MODEL, "machine": machine(), "versions": package_versions()}
     record |= {"rows": [], "left_out": {}}
@@ -104,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             record["left_out"][name] = str(error)
             print(f"{name} is left out: {error}", file=sys.stderr)
     write_whole(args.output, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    if args.page is not None:
+        write_whole(args.page, drawn(args.page.read_text(encoding="utf-8"), record))
     print(table(record))
     return 0
 

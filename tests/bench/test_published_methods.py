@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from tokcomp.bench.published_code import PublishedCodeError
 
 from benchmarks.published_methods import __main__ as command
-from benchmarks.published_methods.__main__ import main, table
+from benchmarks.published_methods.__main__ import drawn, main, table
 from benchmarks.published_methods.clones import functions, imported
 from benchmarks.published_methods.pair import Pair, measured
 from benchmarks.published_methods.selections import KEPT, divprune
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def flat(images):
@@ -53,7 +56,9 @@ def test_only_what_answers_alike_is_timed(tmp_path, monkeypatch, capsys):
     }
     monkeypatch.setattr(command, "PAIRS", pairs)
     folders = [str(tmp_path / name) for name in pairs]
-    options = ["--batches", "1", "2", "--rounds", "1", "-o", str(tmp_path / "o.json")]
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{command.BEGIN}\nold\n{command.END}\n")
+    options = ["--batches", "1", "2", "--rounds", "1", "-o", str(tmp_path / "o.json"), "--page", str(page)]
     assert main(["--published-code", *folders, *options]) == 0
     record = json.loads((tmp_path / "o.json").read_text())
     rows = record["rows"]
@@ -68,9 +73,16 @@ def test_only_what_answers_alike_is_timed(tmp_path, monkeypatch, capsys):
     assert record["left_out"]["dymu"].startswith("the published code fails here: ")
     assert record["left_out"]["ATS"].startswith("the answers differ by ")
     assert all(row["speedup"][1] <= row["speedup"][0] <= row["speedup"][2] for row in rows)
+    assert page.read_text() == f"before\n{command.BEGIN}\n{table(record)}\n{command.END}\n"
     assert "drawn at random" in table({"rows": rows}) and "| PiToMe | DeiT-S | 2 | 2.50 | " in capsys.readouterr().out
     assert main(["--published-code", *folders, "--only", "PiToMe", *options]) == 0
     assert {row["name"] for row in json.loads((tmp_path / "o.json").read_text())["rows"]} == {"PiToMe"}
+
+
+def test_the_table_of_the_page_is_the_record_s():
+    record = json.loads((ROOT / "benchmarks/results/published-methods/amd-epyc.json").read_text())
+    page = (ROOT / "docs/methods.md").read_text()
+    assert drawn(page, record) == page
 
 
 CLONE = """

@@ -73,7 +73,7 @@ def test_each_machine_class_and_precision_has_a_line_with_its_best_rival(tmp_pat
 
 def test_without_records_it_says_so() -> None:
     assert speed.speed_section([]).startswith("Not measured yet.")
-    with pytest.raises(ValueError, match="README must hold the lines <!-- speed"):
+    with pytest.raises(ValueError, match="the page must hold the lines <!-- speed"):
         speed.replace_speed(f"{speed.END}{speed.BEGIN}", [])
 
 

@@ -54,7 +54,10 @@ def load_error(package: Path) -> str:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("\n") == 1
-    return run.stdout.strip()
+    error = run.stdout.strip()
+    is_there = (package / f"_C{SUFFIX}").exists()
+    assert (f"RuntimeWarning: tokcomp runs without its compiled kernels. {error}" in run.stderr) == is_there
+    return error
 
 
 def test_no_module(package: Path):
