@@ -55,7 +55,7 @@ def test_logits_are_those_of_each_image_alone(make_vit, images, method, pool):
 
 
 @pytest.mark.parametrize("least", [1 / 16, 2], ids=["left out", "computed"])
-def test_padding_is_left_out_of_linear_layers(make_vit, images, monkeypatch, least):
+def test_padding_is_left_out(make_vit, images, monkeypatch, least):
     """On the fast path of a CPU, from some share of padding on; in int8 as well."""
     monkeypatch.setattr(rows, "LEAST_PADDING", least)
     packed, images = [], images.float()

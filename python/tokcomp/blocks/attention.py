@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -76,6 +76,34 @@ def attend(
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     received = partial(torch.ops.tokcomp.attention_received, q, k, size=size, scale=scale)
     return out, _evidence(needs, k, v, lambda: cls_attn, received)
+
+
+def attend_each(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Sequence[int],
+    *,
+    scale: float,
+    size: Tensor | None = None,
+    needs: frozenset[str] = frozenset(),
+) -> tuple[Tensor, Evidence]:
+    """:func:`attend` for each image of a padded batch alone, over its first tokens, as many as ``counts`` says.
+
+    What belongs to padding is zero in the result. Nothing has a gradient.
+    """
+    batch, heads, num_tokens, width = q.shape
+    out = q.new_zeros(batch, num_tokens, heads, width).transpose(1, 2)
+    computed = needs & {"cls_attn", "image_attn"}
+    rows = {name: q.new_zeros(batch, num_tokens, dtype=accumulate_dtype(q)) for name in computed}
+    for image, count in enumerate(counts):
+        one = slice(image, image + 1)
+        own_size = None if size is None else size[one, :count]
+        own, seen = attend(*(part[one, :, :count] for part in (q, k, v)), scale=scale, size=own_size, needs=computed)
+        out[one, :, :count] = own
+        for name, row in rows.items():
+            row[one, :count] = seen.require(name)
+    return out, _evidence(needs, k, v, lambda: rows["cls_attn"], lambda: rows["image_attn"])
 
 
 def masked_attend(

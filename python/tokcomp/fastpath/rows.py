@@ -1,4 +1,4 @@
-"""Linear layers of a padded batch over the tokens that are there: packed side by side, and padded again."""
+"""Where a padded batch holds tokens, for linear layers over those alone: packed side by side, and padded again."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ class Rows(NamedTuple):
 
     Attributes:
         taken: [T] int64, among B * N.
-        batch, num_tokens: B and N.
+        counts: tokens of each image, which come before its padding.
+        num_tokens: N.
     """
 
     taken: Tensor
-    batch: int
+    counts: list[int]
     num_tokens: int
 
     @classmethod
@@ -28,8 +29,11 @@ class Rows(NamedTuple):
         """Of sizes [B, N], 0 for padding; None where there is little of it, or the host would wait for a device."""
         if size.device.type != "cpu":
             return None
-        taken = (size.flatten() > 0).nonzero()[:, 0]
-        return cls(taken, *size.shape) if len(taken) < (1 - LEAST_PADDING) * size.numel() else None
+        alive = size > 0
+        counts = alive.sum(1).tolist()
+        if sum(counts) >= (1 - LEAST_PADDING) * size.numel():
+            return None
+        return cls(alive.flatten().nonzero()[:, 0], counts, size.shape[1])
 
     def packed(self, x: Tensor) -> Tensor:
         """The tokens [T, C] of x [B, N, C]."""
@@ -37,5 +41,5 @@ class Rows(NamedTuple):
 
     def padded(self, x: Tensor) -> Tensor:
         """[B, N, C] of the tokens x [T, C], with zeros for padding."""
-        whole = torch.zeros(self.batch * self.num_tokens, x.shape[1], dtype=x.dtype, device=x.device)
-        return whole.index_copy_(0, self.taken, x).view(self.batch, self.num_tokens, -1)
+        whole = torch.zeros(len(self.counts) * self.num_tokens, x.shape[1], dtype=x.dtype, device=x.device)
+        return whole.index_copy_(0, self.taken, x).view(len(self.counts), self.num_tokens, -1)

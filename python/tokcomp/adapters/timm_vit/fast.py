@@ -13,7 +13,7 @@ from timm.layers import DropPath, LayerNorm, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 
-from tokcomp.blocks.attention import attend
+from tokcomp.blocks.attention import attend, attend_each
 from tokcomp.blocks.state import BlockState
 from tokcomp.fastpath import (
     Int8Weights,
@@ -157,22 +157,18 @@ def attend_heads(block: nn.Module, x: Tensor, state: BlockState, products: Produ
     heads, width = attention.num_heads, attention.head_dim
     normalized, state.normalized = state.normalized, None
     normalized = norm(parts["norm1"], x) if normalized is None else normalized
-    qkv = _linear(products, attn["qkv"], normalized, state.rows)
+    rows = state.rows
+    qkv = _linear(products, attn["qkv"], normalized, rows)
     q, k, v = qkv.view(batch, num_tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = norm(attn["q_norm"], q), norm(attn["k_norm"], k)
-    stock = partial(state.layout.stock_attention, attention) if state.stock else None
-    out, state.evidence = attend(
-        q,
-        k,
-        v,
-        scale=attention.scale,
-        size=state.attention_size,
-        needs=state.needs,
-        stock=stock,
-        mask=state.mask,
-        eps=state.mask_eps,
-        by_heads=q.device.type in _AVERAGES_LATE and state.takes_heads,
-    )
+    settings: dict[str, Any] = {"scale": attention.scale, "size": state.attention_size, "needs": state.needs}
+    if rows is not None:
+        out, state.evidence = attend_each(q, k, v, rows.counts, **settings)
+    else:
+        settings |= {"mask": state.mask, "eps": state.mask_eps}
+        settings |= {"stock": partial(state.layout.stock_attention, attention) if state.stock else None}
+        settings |= {"by_heads": q.device.type in _AVERAGES_LATE and state.takes_heads}
+        out, state.evidence = attend(q, k, v, **settings)
     return attn["proj"], out.transpose(1, 2).reshape(batch, num_tokens, heads * width)
 
 
