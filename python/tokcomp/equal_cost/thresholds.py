@@ -25,7 +25,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], r: int | Sequence[int
         model: of a family that :func:`tokcomp.compress` understands, in evaluation mode; left as it was.
         batches: images [B, 3, H, W] as the model takes them, without labels; a few hundred images, in batches as large
             as fit: the average is taken within each.
-        r: tokens merged away in each block, or one number per block.
+        r: tokens merged away in each block, or one number per block; where fewer pairs are left, a block merges all
+            that resemble each other at all.
         prop_attn: as for :class:`tokcomp.DToMe`.
 
     Raises:
