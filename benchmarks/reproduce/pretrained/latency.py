@@ -24,17 +24,15 @@ from tokcomp.compare.cells import key_of
 from tokcomp.compare.run import Images
 from tokcomp.equal_cost import Ruler, tome_for_budget
 from tokcomp.files import write_whole
-from tokcomp.measure.info import machine, package_versions
 from tokcomp.measure.timing import interleave, stopwatch
 from tokcomp.methods import Method
-from tokcomp.reading import read_json
 from tokcomp.refine import Refinement, RefineSettings, starts_for
 from tokcomp.runs.steps import StopRequest
 from torch import Tensor
 
 from benchmarks.reproduce.pretrained.one_more_token import AtRandom, OneMoreToken, tokens_of_most_use
 from benchmarks.reproduce.pretrained.plan import Settings
-from benchmarks.reproduce.pretrained.study import CPU, Sources, prepare
+from benchmarks.reproduce.pretrained.study import CPU, Sources, prepare, resumed
 from benchmarks.reproduce.pretrained.weights import MODEL
 
 FOLDER, RESULTS = "latency", "results.json"
@@ -88,10 +86,7 @@ def run_latency(
     own = settings.latency
     facts = {**prepared.facts, "shares": list(settings.shares), "test": settings.test, "settings": repr(own)}
     facts |= {"candidates": own.candidates, "refine_images": own.images}
-    record = read_json(path) if path.is_file() else {}
-    if record.get("facts") != facts:
-        record = {"facts": facts, "machine": machine(), "versions": package_versions()}
-        record |= {"grid": {}, "rows": {}, "speeds": {}}
+    record = resumed(path, facts, grid={}, rows={}, speeds={})
 
     def keep() -> None:
         write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -22,6 +22,7 @@ from tokcomp.compare.run import RESULTS, Comparison, Images, Plan
 from tokcomp.compare.searches import Searches, SearchImages
 from tokcomp.cost import flops
 from tokcomp.files import write_whole
+from tokcomp.measure.info import machine, package_versions
 from tokcomp.reading import read_json
 from tokcomp.refine import RefineSettings
 from tokcomp.runs.batches import held_out_batches
@@ -92,6 +93,14 @@ def run_study(
         if not finished:
             return False
     return True
+
+
+def resumed(path: Path, facts: dict[str, Any], **empty: Any) -> dict[str, Any]:
+    """A part's record in a file, if it is of these facts; else a new one of this machine, which holds what is empty."""
+    record: dict[str, Any] = read_json(path) if path.is_file() else {}
+    if record.get("facts") == facts:
+        return record
+    return {"facts": facts, "machine": machine(), "versions": package_versions(), **empty}
 
 
 class Prepared(NamedTuple):

@@ -22,8 +22,6 @@ from tokcomp.compare.answers import paired
 from tokcomp.compare.probe import features_of, fit_head
 from tokcomp.data import DigitsDataset
 from tokcomp.files import write_whole
-from tokcomp.measure.info import machine, package_versions
-from tokcomp.reading import read_json
 from tokcomp.runs.batches import LoaderBatches, held_out_batches
 from tokcomp.runs.data import Part, spread_sample
 from tokcomp.runs.recipe import TOCOM_RECIPE, plain_transform
@@ -32,7 +30,7 @@ from tokcomp.tocom.distill import Distiller
 from torch import Tensor, nn
 
 from benchmarks.reproduce.pretrained.plan import Settings
-from benchmarks.reproduce.pretrained.study import CPU, Sources
+from benchmarks.reproduce.pretrained.study import CPU, Sources, resumed
 
 FOLDER, RESULTS = "tocom", "results.json"
 #: The paper's recipe with few, larger updates, and nothing but the pictures themselves.
@@ -66,9 +64,7 @@ def run_tocom(
     model = sources.backbone(size, settings)
     config: dict[str, Any] = {**resolve_model_data_config(model), "input_size": (3, size, size), "crop_pct": 1.0}
     facts = {**sources.describe(), "img_size": size, "settings": repr(settings.tocom)}
-    record = read_json(path) if path.is_file() else {}
-    if record.get("facts") != facts:
-        record = {"facts": facts, "machine": machine(), "versions": package_versions(), "plugins": {}}
+    record = resumed(path, facts, plugins={})
     tasks, training = _tasks(sources, settings, config)
     heads: dict[str, Any] = {}
     for seed in range(settings.tocom.seeds):

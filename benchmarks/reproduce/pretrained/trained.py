@@ -23,9 +23,7 @@ from tokcomp.compare.run import Images
 from tokcomp.equal_cost import BY_IMAGES, BY_PREDICTOR, Measured, count_for_budget, predictor_for_budget
 from tokcomp.files import write_whole
 from tokcomp.finetune.tuner import FineTuner
-from tokcomp.measure.info import machine, package_versions
 from tokcomp.methods import AViT, LearnedMethod, Method, PassageMethod, ToMe
-from tokcomp.reading import read_json
 from tokcomp.runs.batches import LoaderBatches
 from tokcomp.runs.data import spread_sample, training_part
 from tokcomp.runs.recipe import FINETUNE_RECIPE, Recipe
@@ -33,7 +31,7 @@ from tokcomp.runs.steps import Progress, StopRequest, seed_all
 from torch import Tensor, nn
 
 from benchmarks.reproduce.pretrained.plan import Settings
-from benchmarks.reproduce.pretrained.study import CPU, Prepared, Sources, prepare
+from benchmarks.reproduce.pretrained.study import CPU, Prepared, Sources, prepare, resumed
 
 FOLDER, RESULTS = "trained", "results.json"
 #: In this order, the most telling first.
@@ -67,9 +65,7 @@ def run_trained(
     dense = tokcomp.flops(prepared.model) / 1e9
     gflops = float(f"{own.share * dense:.4g}")
     facts = {**prepared.facts, "gflops": gflops, "uncompressed": dense, "settings": repr(own), "test": settings.test}
-    record = read_json(path) if path.is_file() else {}
-    if record.get("facts") != facts:
-        record = {"facts": facts, "machine": machine(), "versions": package_versions(), "rows": {}}
+    record = resumed(path, facts, rows={})
     training, testing = sources.images(settings)
     images = Images(prepared.batches(testing, settings.test, 0), settings.test)
     calibration = [x for x, _ in prepared.batches(training, own.calibration, 4)()]
