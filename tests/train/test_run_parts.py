@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -168,3 +169,29 @@ def test_alone_nothing_is_reduced(monkeypatch):
     tensor = torch.tensor([1.0, 2.0])
     assert torch.equal(world.mean_(tensor.clone()), tensor) and torch.equal(world.sum_(tensor.clone()), tensor)
     world.barrier()
+
+
+#: A run of one process, in a group as under torchrun; what imports torch.distributed.nn comes after the group.
+GROUP = """
+import os, pathlib, torch
+from tokcomp.runs import distributed
+
+def gloo():
+    return [name for path in pathlib.Path("/proc/self/task").glob("*/comm") if "gloo" in (name := path.read_text())]
+
+distributed.launched_by_torchrun = lambda: True
+world = distributed.join(torch.device("cpu"))
+import torch._dynamo, timm
+torch.distributed.all_reduce(torch.ones(1))
+assert gloo()
+distributed.leave()
+assert not gloo(), gloo()
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="Linux shows the threads of a process")
+def test_leaving_ends_the_threads_of_the_group(tmp_path):
+    """One that lets go of a tensor while Python ends aborts the process: 'terminate called without an active exception'."""
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", GROUP], env={**os.environ, **place}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -97,6 +98,9 @@ def join(device: torch.device) -> World:
             )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        # Its functions have the default group of the moment of their import as a default argument. timm and torch._dynamo
+        # import it: after this, the group and its threads would outlive leave(), and Gloo's abort a process that ends.
+        importlib.import_module("torch.distributed.nn")
         with _stdout_to_stderr():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return World(dist.get_rank(), dist.get_world_size())
