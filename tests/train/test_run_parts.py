@@ -191,7 +191,7 @@ assert not gloo(), gloo()
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="Linux shows the threads of a process")
 def test_leaving_ends_the_threads_of_the_group(tmp_path):
-    """One that lets go of a tensor while Python ends aborts the process: 'terminate called without an active exception'."""
+    """One that lets go of a tensor while Python ends aborts the process."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     done = subprocess.run([sys.executable, "-c", GROUP], env={**os.environ, **place}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -98,8 +98,8 @@ def join(device: torch.device) -> World:
             )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # Its functions have the default group of the moment of their import as a default argument. timm and torch._dynamo
-        # import it: after this, the group and its threads would outlive leave(), and Gloo's abort a process that ends.
+        # Its functions take the default group at their import as a default argument. timm and torch._dynamo import it:
+        # if they did so later, the group and its threads would outlive leave(), and Gloo's may abort an ending process.
         importlib.import_module("torch.distributed.nn")
         with _stdout_to_stderr():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
