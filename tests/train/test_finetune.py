@@ -40,9 +40,9 @@ METHODS = {
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
 
 
-def make_model(method="diffrate", dtype=torch.float32, drop_path=0.3):
+def make_model(method="diffrate", dtype=torch.float32, drop_path=0.3, **options):
     torch.manual_seed(0)
-    model = VisionTransformer(**SHAPE, drop_path_rate=drop_path).to(dtype)
+    model = VisionTransformer(**SHAPE, drop_path_rate=drop_path, **options).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape).to(dtype))
