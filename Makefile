@@ -103,8 +103,8 @@ sdist: .venv/installed  ## dist/tokcomp-<version>.tar.gz
 wheel: .venv/installed  ## dist/tokcomp-<version>-*.whl for this Python and the torch in .venv; kernels of every CPU level
 	$(BIN)/python -m pip wheel -v --no-deps -w dist .
 
-wheel-check: .venv/installed  ## A wheel in an empty environment without a compiler; OTHER_TORCH=2.11.0: under that torch too
-	$(BIN)/python -m tools.wheel_check $(if $(OTHER_TORCH),--other-torch $(OTHER_TORCH))
+wheel-check: .venv/installed  ## A wheel in an empty environment, without compiler or GPU; TOKCOMP_BUILD_CUDA=1: with CUDA kernels; OTHER_TORCH=2.11.0
+	$(BIN)/python -m tools.wheel_check $(if $(filter 1,$(TOKCOMP_BUILD_CUDA)),--cuda) $(if $(OTHER_TORCH),--other-torch $(OTHER_TORCH))
 
 # torch is imported first, so its libraries and the OpenMP that it brings are there.
 manylinux: .venv/installed  ## dist/manylinux: the wheels of dist/ under the tag that their symbols allow

@@ -1,16 +1,19 @@
 """What somebody gets who installs a wheel where there is neither a compiler nor a checkout.
 
-    python -m tools.wheel_check [WHEEL] [--other-torch 2.11.0]    # or: make wheel-check, which builds one if need be
+    python -m tools.wheel_check [WHEEL] [--cuda] [--other-torch 2.11.0]    # or: make wheel-check, which may build one
 
 pip installs the wheel into an empty environment, with the torch that it requires. There, with that environment's own
-programs on PATH and nothing else: every operator on every backend that needs no GPU, the operators' tests from a copy,
-``tokcomp info``, ``tokcomp demo``. With --other-torch, pip must refuse that version beside the wheel; put there all the
-same, the kernels must stay out, say what to do, and leave the work to the reference.
+programs on PATH and nothing else, and no GPU even if the machine has one: every operator on every backend that needs
+none, the operators' tests from a copy, ``tokcomp info``, ``tokcomp demo``. If the wheel has CUDA kernels, they must be
+registered, be what ``tokcomp info`` names, and leave the CPU alone; with --cuda it must have them. With --other-torch,
+pip must refuse that version beside the wheel; put there all the same, the kernels must stay out, say what to do, and
+leave the work to the reference.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -21,6 +24,7 @@ import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc", "cmake", "ninja")
@@ -45,6 +49,25 @@ assert os.environ["EXPECTED"] in used, used
 info = t.build_info()
 print(f"torch {torch.__version__}, {info['cpu_capability']} of {', '.join(info['cpu_levels'])}:",
       "; ".join(f"{len(names)} operators by {backend}" for backend, names in used.items()))
+"""
+
+# Shapes on a device that is not there, which torch follows without touching one; then what a kernel of it is asked for.
+CUDA_WITHOUT_GPU = """
+import torch, tokcomp_kernels
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+assert not torch.cuda.is_available()
+with FakeTensorMode():
+    x, importance = torch.empty(2, 10, 8, device="cuda"), torch.empty(2, 10, device="cuda")
+    shapes = [(tuple(one.shape), one.device.type) for one in torch.ops.tokcomp.prune_merge(x, importance, 6, 4)]
+assert shapes == [((2, 4, 8), "cuda"), ((2, 4), "cuda"), ((2, 10), "cuda")], shapes
+try:
+    torch.ops.tokcomp_cuda.prune_merge(torch.ones(1, 4, 2), torch.ones(1, 4), 3, 2)
+except NotImplementedError as error:
+    assert "'CPU' backend" in str(error), error
+else:
+    raise AssertionError("a CUDA kernel took tensors of the CPU")
+assert not torch.cuda.is_initialized()
 """
 
 ANOTHER_TORCH = """
@@ -104,7 +127,7 @@ class Bare:
         self.bin = self.folder / ("Scripts" if os.name == "nt" else "bin")
         ours = ("PYTHON", "TOKCOMP_", "TRITON_", "CUDA", "CC", "CXX", "VIRTUAL_ENV")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-        self.environment = {**kept, "PATH": str(self.bin)}
+        self.environment = {**kept, "PATH": str(self.bin), "CUDA_VISIBLE_DEVICES": ""}
         compilers = [name for name in COMPILERS if shutil.which(name, path=str(self.bin))]
         assert not compilers, compilers
 
@@ -154,8 +177,37 @@ def copied_tests(folder: Path) -> Path:
     return folder
 
 
-def check(wheel: Path, bare: Bare) -> None:
-    """Everything that the wheel promises with its own torch."""
+def cuda_kernels(information: dict[str, Any]) -> list[str]:
+    """The operators with CUDA kernels, by ``tokcomp info --json`` under TOKCOMP_BACKEND=cuda; a CPU wheel has none.
+
+    Raises:
+        AssertionError: what was built, what is registered and what would run on CUDA do not agree.
+    """
+    built, registered = information["built"], information["native_kernels"]["cuda"]
+    compiled = built["operators"].get("cuda", [])
+    assert sorted(compiled) == sorted(registered), (compiled, registered)
+    assert bool(compiled) == bool(built["cuda"]) == bool(built["cuda_archs"]), built
+    chosen = {name: backends["cuda"] for name, backends in information["backends"].items()}
+    assert {name for name, backend in chosen.items() if backend == "cuda"} == chosen.keys() & set(compiled), chosen
+    assert all(backends["cpu"] != "cuda" for backends in information["backends"].values())
+    return compiled
+
+
+def check_cuda(bare: Bare, *, required: bool) -> None:
+    """That CUDA kernels, where the wheel has any, are registered and named, though there is no GPU to run them."""
+    with step("CUDA kernels, without a GPU") as said:
+        information = json.loads(bare.run("tokcomp", "info", "--json", TOKCOMP_BACKEND="cuda"))
+        compiled, built = cuda_kernels(information), information["built"]
+        if not compiled:
+            assert not required, f"the wheel has no CUDA kernels: {built}"
+            said.append("none in this wheel")
+            return
+        bare.run("python", "-c", CUDA_WITHOUT_GPU)
+        said.append(f"{len(compiled)} by CUDA {built['cuda']} for {', '.join(built['cuda_archs'])}")
+
+
+def check(wheel: Path, bare: Bare, *, cuda: bool = False) -> None:
+    """Everything that the wheel promises with its own torch; ``cuda``: it must have CUDA kernels."""
     with step("pip install, with the torch that it requires"):
         bare.pip("install", f"{wheel}[demo]", "pytest", "hypothesis")
     with step("pip check") as said:
@@ -172,6 +224,7 @@ def check(wheel: Path, bare: Bare) -> None:
     with step("tokcomp info") as said:
         information = bare.run("tokcomp", "info")
         said.append(next(line for line in information.splitlines() if "cpu_capability" in line))
+    check_cuda(bare, required=cuda)
     with step("tokcomp demo") as said:
         said.append(bare.run("tokcomp", "demo", "-o", "demo"))
     assert (bare.folder / "demo" / "report.html").stat().st_size > 100_000
@@ -190,12 +243,13 @@ def check_another_torch(wheel: Path, bare: Bare, version: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path, nargs="?", help="default: the newest in dist/, built if need be")
+    parser.add_argument("--cuda", action="store_true", help="the wheel must have CUDA kernels")
     parser.add_argument("--other-torch", metavar="VERSION", help="also try it beside this torch")
     options = parser.parse_args()
     wheel = (options.wheel or fresh_wheel()).resolve()
     print(f"{wheel.name}, {sysconfig.get_platform()}, Python {sys.version.split()[0]}", flush=True)
     bare = Bare(ROOT / "build" / "wheel-check")
-    check(wheel, bare)
+    check(wheel, bare, cuda=options.cuda)
     if options.other_torch:
         check_another_torch(wheel, bare, options.other_torch)
     shutil.rmtree(bare.folder)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,26 @@ def test_the_copied_tests_leave_out_what_reads_sources(tmp_path: Path):
     for name in files:
         text = (folder / name).read_text(encoding="utf-8")
         assert "from tools" not in text and "ROOT = " not in text, name
+
+
+def test_cuda_kernels_of_a_wheel_are_built_registered_and_chosen():
+    def information(built: list[str], registered: list[str], chosen: str, archs: list[str]) -> dict[str, Any]:
+        return {
+            "built": {"cuda": "13.0" if archs else "", "cuda_archs": archs, "operators": {"cpu": ["a"], "cuda": built}},
+            "native_kernels": {"cpu": ["a"], "cuda": registered},
+            "backends": {"a": {"cpu": "cpp", "cuda": chosen}, "b": {"cpu": "cpp", "cuda": "triton"}},
+        }
+
+    assert wheel_check.cuda_kernels(information(["a", "_a"], ["_a", "a"], "cuda", ["9.0"])) == ["a", "_a"]
+    assert wheel_check.cuda_kernels(information([], [], "triton", [])) == []
+    for wrong in (
+        information(["a"], [], "cuda", ["9.0"]),  # not registered
+        information(["a"], ["a"], "triton", ["9.0"]),  # not chosen
+        information([], [], "cuda", []),  # chosen where there is none
+        information(["a"], ["a"], "cuda", []),  # for no architecture
+    ):
+        with pytest.raises(AssertionError):
+            wheel_check.cuda_kernels(wrong)
 
 
 def test_without_triton_no_process_finds_it(monkeypatch: pytest.MonkeyPatch):
