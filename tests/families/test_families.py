@@ -13,6 +13,7 @@ import torch
 from timm.models.eva import EvaBlock
 from tokcomp import learned
 from tokcomp.adapters import find_adapter
+from tokcomp.fastpath import rows
 from tokcomp.methods import LearnedMethod
 from tokcomp.runs.recipe import TOCOM_RECIPE
 from tokcomp.tocom.distill import Distiller
@@ -75,7 +76,21 @@ def test_compressing_nothing_is_the_plain_model(model):
 
 
 @torch.no_grad()
-def test_images_that_keep_different_numbers_of_tokens_do_not_see_each_other(model):
+def check_images_alone(model, images, monkeypatch):
+    """The logits of a batch are those of each image alone, whether its padding is computed and masked or left out."""
+    alone, packed = torch.cat([logits(model, image[None]) for image in images]), []
+    monkeypatch.setattr(rows.Rows, "packed", lambda self, x, own=rows.Rows.packed: packed.append(x) or own(self, x))
+    for least in (2, 0):
+        assert not packed
+        monkeypatch.setattr(rows, "LEAST_PADDING", least)
+        torch.testing.assert_close(logits(model, images), alone)
+    varies = find_adapter(model).method(model).varies
+    assert bool(packed) == varies
+    return varies
+
+
+@torch.no_grad()
+def test_images_that_keep_different_numbers_of_tokens_do_not_see_each_other(model, monkeypatch):
     """Places, biases of pairs, heads and pooling are those of each image's own tokens."""
     model = model.double()
     images = images_for(model, torch.float64, 6) * torch.tensor([0.1, 1, 2, 0.2, 1, 3])[:, None, None, None]
@@ -85,15 +100,14 @@ def test_images_that_keep_different_numbers_of_tokens_do_not_see_each_other(mode
             tokcomp.calibrate(model, [images], 3)
         return
     methods = [tokcomp.calibrate(model, [images[3:]], 3)]
-    methods += [tokcomp.ATS(7, (0, 2))] if geometry.has_class_token else []
+    methods += [tokcomp.ATS(12, (0, 2))] if geometry.has_class_token else []
     for method in methods:
-        tokcomp.compress(model, method)
-        together, alone = logits(model, images[:3]), [logits(model, image[None]) for image in images[:3]]
-        torch.testing.assert_close(together, torch.cat(alone))
+        with monkeypatch.context() as patch:
+            assert check_images_alone(tokcomp.compress(model, method), images[:3], patch)
 
 
 @torch.no_grad()
-def test_methods_between_the_blocks(model):
+def test_methods_between_the_blocks(model, monkeypatch):
     """Places and biases follow their tokens, and the parts go where the blocks are; or it is said why not."""
     model = model.double()
     images, adapter = images_for(model, torch.float64, 3), find_adapter(model)
@@ -108,8 +122,8 @@ def test_methods_between_the_blocks(model):
         except tokcomp.UnsupportedModelError as error:
             assert trained and adapter.reads_patches(model) and "answers by its class token alone" in str(error)
         else:
-            together, alone = logits(model, images), [logits(model, image[None]) for image in images]
-            torch.testing.assert_close(together, torch.cat(alone))
+            with monkeypatch.context() as patch:
+                check_images_alone(model, images, patch)
             kept = tokcomp.trace(model, images)[2].amax(1) + 1
             assert (kept < adapter.num_tokens(model)).any()
             assert tokcomp.flops(model, images=images) < tokcomp.flops(tokcomp.restore(model))

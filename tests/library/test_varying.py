@@ -8,8 +8,10 @@ from __future__ import annotations
 import pytest
 import tokcomp
 import torch
+from tokcomp import learned
 from tokcomp.cost import flops_by_image
 from tokcomp.fastpath import rows
+from torchvision.models.vision_transformer import VisionTransformer
 
 METHODS = [tokcomp.DToMe(0.93), tokcomp.ATS(9, [0, 2])]
 
@@ -60,14 +62,36 @@ def test_padding_is_left_out(make_vit, images, monkeypatch, least):
     monkeypatch.setattr(rows, "LEAST_PADDING", least)
     packed, images = [], images.float()
     monkeypatch.setattr(rows.Rows, "packed", lambda self, x, own=rows.Rows.packed: packed.append(x) or own(self, x))
-    for method in METHODS:
-        model = tokcomp.compress(lively(make_vit(global_pool="max")).float(), method)
+    for method in (*METHODS, tokcomp.AViT(0.9, 1.0, -2.0)):
+        # A register may halt before the class token does, and is then not attended to.
+        kind = {"global_pool": "token", "reg_tokens": 3} if method.between else {"global_pool": "max"}
+        model = lively(make_vit(**kind)).float()
+        tokcomp.compress(learned.attach(model, method) if method.between else model, method)
+        assert len(set(flops_by_image(model, images).tolist())) > 2
         for quantize in (False, True):
             if quantize:
                 tokcomp.quantize(model)
             with torch.inference_mode():
                 torch.testing.assert_close(model(images), torch.cat([model(image[None]) for image in images]))
-    assert bool(packed) == (least < 1)
+        assert bool(packed) == (least < 1)
+        packed.clear()
+
+
+def test_whoever_watches_a_module_sees_the_padded_batch(images, monkeypatch):
+    """In a family without a fast path: a hook, or a gradient."""
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5)
+    tokcomp.compress(lively(model).eval(), tokcomp.ATS(12, [0, 1]))
+    monkeypatch.setattr(rows, "LEAST_PADDING", 0)
+    with torch.no_grad():
+        want, seen = model(images), []
+        model.encoder.layers[2].mlp.register_forward_hook(
+            lambda _, given, out: seen.append((given[0].shape, out.shape))
+        )
+        torch.testing.assert_close(model(images), want)
+    torch.testing.assert_close(model(images), want)
+    left = int(tokcomp.trace(model, images)[-1].max()) + 1
+    assert seen == 3 * [(torch.Size((5, left, 16)),) * 2] and want.requires_grad is False
 
 
 def test_feature_maps_have_every_position(make_vit, images):

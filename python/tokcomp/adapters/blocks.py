@@ -5,14 +5,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from tokcomp.adapters.layout import Layout
 from tokcomp.adapters.swap import Swapped
-from tokcomp.blocks.attention import attend
+from tokcomp.blocks.attention import attend, attend_each
 from tokcomp.blocks.places import Places
 from tokcomp.blocks.search import BlockSearch, TokenState
 from tokcomp.blocks.state import BlockState
+from tokcomp.fastpath import has_hooks
+from tokcomp.fastpath.rows import Rows
 
 
 class CompressedAttention(Swapped):
@@ -28,7 +31,10 @@ class CompressedBlock(Swapped):
     def forward(self, x: Tensor, *args: Any, state: BlockState | None = None, **kwargs: Any) -> Tensor:
         state = require_state(state, args, kwargs)
         x = state.reduce(self.attention_half(x, state))
-        return state.layout.add_mlp(self, x)
+        rows = rows_alone(self, state) if state.layout.has_mlp else None
+        if rows is None:
+            return state.layout.add_mlp(self, x)
+        return rows.padded(state.layout.add_mlp(self, rows.packed(x)[None])[0])
 
     def attention_half(self, x: Tensor, state: BlockState) -> Tensor:
         """x + attention: the block up to where the tokens are reduced. Leaves the evidence in ``state``."""
@@ -42,21 +48,25 @@ class CompressedBlock(Swapped):
 def compressed_attention(attn: Any, x: Tensor, state: BlockState) -> Tensor:
     """Attention of normalised tokens x [B, N, C] by their sizes; leaves the evidence in ``state``."""
     layout: Layout = state.layout
-    q, k, v = layout.project(attn, x, state.places, state.block)
-    out, state.evidence = attend(
-        q,
-        k,
-        v,
-        scale=layout.score_scale(attn),
-        size=state.attention_size,
-        needs=state.needs,
-        dropout_p=layout.dropout_p(attn),
-        bias=layout.pair_bias(attn, state.places),
-        stock=partial(layout.stock_attention, attn) if state.stock else None,
-        mask=state.mask,
-        eps=state.mask_eps,
-    )
+    rows = rows_alone(attn, state)
+    q, k, v = layout.project(attn, x, state.places, state.block, rows)
+    settings: dict[str, Any] = {"scale": layout.score_scale(attn), "size": state.attention_size, "needs": state.needs}
+    settings |= {"bias": layout.pair_bias(attn, state.places), "eps": state.mask_eps}
+    if rows is not None:
+        out, state.evidence = attend_each(q, k, v, rows.counts, mask=state.mask_of_rows, **settings)
+        return rows.padded(layout.join(attn, rows.packed_heads(out), rows.packed(x)[None])[0])
+    stock = partial(layout.stock_attention, attn) if state.stock else None
+    settings |= {"dropout_p": layout.dropout_p(attn), "stock": stock, "mask": state.mask}
+    out, state.evidence = attend(q, k, v, **settings)
     return layout.join(attn, out, x)
+
+
+def rows_alone(module: nn.Module, state: BlockState) -> Rows | None:
+    """The rows of a padded batch that are all a module in inference need compute; None: all, for whoever watches it."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or module.training:
+        return None
+    rows = state.rows
+    return None if rows is None or has_hooks(list(module.modules())) else rows
 
 
 def search_block(

@@ -14,6 +14,7 @@ from tokcomp.adapters.projections import Projection, packed, separate
 from tokcomp.adapters.swap import original_class
 from tokcomp.blocks.places import Places
 from tokcomp.fastpath import has_hooks
+from tokcomp.fastpath.rows import Rows
 
 #: Modules that are no function of one token alone; nn.InstanceNorm is a _NormBase too.
 TOKEN_MIXERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
@@ -47,7 +48,9 @@ class Layout:
     #: Whether the block has an MLP after its attention, for which tokens can be reduced.
     has_mlp: bool = True
 
-    def project(self, attn: Any, x: Tensor, places: Places | None = None, block: int = 0) -> tuple[Tensor, ...]:
+    def project(
+        self, attn: Any, x: Tensor, places: Places | None = None, block: int = 0, rows: Rows | None = None
+    ) -> tuple[Tensor, ...]:
         """Queries, keys and values [B, H, N, D] of normalised tokens x [B, N, C], views of packed ones where possible.
 
         Args:
@@ -55,8 +58,12 @@ class Layout:
             x: the tokens.
             places: theirs, where the family's attention goes by them.
             block: index of the block, for a family whose blocks read ``places`` differently.
+            rows: those to compute; what is made of the others is of no account. None: all.
         """
-        q, k, v = self.split(attn, x)
+        if rows is None:
+            q, k, v = self.split(attn, x)
+        else:
+            q, k, v = map(rows.padded_heads, self.split(attn, rows.packed(x)[None]))
         if self.norms is not None:
             q, k = (getattr(attn, name)(part) for name, part in zip(self.norms, (q, k), strict=True))
         if places is not None:

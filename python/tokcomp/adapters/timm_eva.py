@@ -17,14 +17,17 @@ from tokcomp.adapters.layout import Layout, PostNormLayout
 from tokcomp.adapters.projections import Projection, packed, separate
 from tokcomp.adapters.timm_vit.adapter import TimmVisionTransformer
 from tokcomp.blocks.places import Places
+from tokcomp.fastpath.rows import Rows
 from tokcomp.methods.base import Method
 
 
 class EvaLayout(Layout):
     """q, k and v from one layer or three, fewer heads of k and v perhaps, turned by their tokens' places."""
 
-    def project(self, attn: Any, x: Tensor, places: Places | None = None, block: int = 0) -> tuple[Tensor, ...]:
-        q, k, v = super().project(attn, x, places, block)
+    def project(
+        self, attn: Any, x: Tensor, places: Places | None = None, block: int = 0, rows: Rows | None = None
+    ) -> tuple[Tensor, ...]:
+        q, k, v = super().project(attn, x, places, block, rows)
         groups = q.shape[1] // k.shape[1]
         return (q, k, v) if groups == 1 else (q, *(part.repeat_interleave(groups, dim=1) for part in (k, v)))
 

@@ -87,10 +87,14 @@ def attend_each(
     scale: float,
     size: Tensor | None = None,
     needs: frozenset[str] = frozenset(),
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    eps: float = NO_EPS,
 ) -> tuple[Tensor, Evidence]:
     """:func:`attend` for each image of a padded batch alone, over its first tokens, as many as ``counts`` says.
 
-    What belongs to padding is zero in the result. Nothing has a gradient.
+    A mask is only needed where nobody attends to some of these. What belongs to padding is zero in the result. Nothing
+    has a gradient.
     """
     batch, heads, num_tokens, width = q.shape
     out = q.new_zeros(batch, num_tokens, heads, width).transpose(1, 2)
@@ -99,7 +103,12 @@ def attend_each(
     for image, count in enumerate(counts):
         one = slice(image, image + 1)
         own_size = None if size is None else size[one, :count]
-        own, seen = attend(*(part[one, :, :count] for part in (q, k, v)), scale=scale, size=own_size, needs=computed)
+        own_bias = None if bias is None else bias[one if len(bias) > 1 else slice(1), :, :count, :count]
+        own_mask = None if mask is None else mask[one, :count]
+        if own_mask is not None and bool(own_mask.all()):
+            own_mask = None
+        parts = (part[one, :, :count] for part in (q, k, v))
+        own, seen = attend(*parts, scale=scale, size=own_size, needs=computed, bias=own_bias, mask=own_mask, eps=eps)
         out[one, :, :count] = own
         for name, row in rows.items():
             row[one, :count] = seen.require(name)

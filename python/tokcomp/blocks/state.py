@@ -83,8 +83,14 @@ class BlockState:
 
     @property
     def rows(self) -> Rows | None:
-        """Where the batch holds tokens, if enough of it is padding to leave that out of linear layers."""
-        return Rows.of(self.size) if self.method.varies and self.size is not None and self.standing is None else None
+        """Where the batch holds tokens, if enough of it is padding to leave that out; not where there are gradients."""
+        filled = self.size if self.standing is None else self.standing.filled
+        return Rows.of(filled) if self.method.varies and filled is not None else None
+
+    @property
+    def mask_of_rows(self) -> Tensor | None:
+        """:attr:`mask` where :attr:`rows` are computed alone; None where that only hides padding."""
+        return None if self.standing is None else self.mask
 
     @property
     def mask_eps(self) -> float:

@@ -26,7 +26,10 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, size: Tensor) -> Rows | None:
-        """Of sizes [B, N], 0 for padding; None where there is little of it, or the host would wait for a device."""
+        """Of sizes [B, N], 0 (or False) for padding, which comes last.
+
+        None where there is little of it, or the host would wait for a device.
+        """
         if size.device.type != "cpu":
             return None
         alive = size > 0
@@ -43,3 +46,11 @@ class Rows(NamedTuple):
         """[B, N, C] of the tokens x [T, C], with zeros for padding."""
         whole = torch.zeros(len(self.counts) * self.num_tokens, x.shape[1], dtype=x.dtype, device=x.device)
         return whole.index_copy_(0, self.taken, x).view(len(self.counts), self.num_tokens, -1)
+
+    def packed_heads(self, x: Tensor) -> Tensor:
+        """:meth:`packed` by heads: [1, H, T, D] of x [B, H, N, D]."""
+        return self.packed(x.transpose(1, 2).flatten(2)).unflatten(1, (x.shape[1], -1)).transpose(0, 1)[None]
+
+    def padded_heads(self, x: Tensor) -> Tensor:
+        """:meth:`padded` by heads: [B, H, N, D] of x [1, H, T, D]."""
+        return self.padded(x[0].transpose(0, 1).flatten(1)).unflatten(2, (x.shape[1], -1)).transpose(1, 2)

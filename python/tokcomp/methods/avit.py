@@ -149,7 +149,6 @@ class _Halted(Passage):
         self._alive = x.new_ones(batch, self._num_tokens, dtype=torch.bool)
         self._total = x.new_zeros(batch, self._num_tokens, dtype=dtype)  # of the halting probabilities so far
         self._answer: Tensor | None = None  # [B, prefix, C]
-        self._filled: Tensor | None = None  # [B, N] which slots hold a token; None: all do
         #: Blocks that a token of each image goes through and its remainder, [B], mean over the tokens.
         self.ponder = x.new_zeros(batch, dtype=dtype)
         #: After each block the mean halting probability of a token, 0-dim; one that has halted counts 0.
@@ -166,7 +165,7 @@ class _Halted(Passage):
         self.origin = packed.kept if self.origin is None else self.origin.gather(1, packed.kept)
         self._total = self._total.gather(1, packed.kept)
         self._alive = self._alive.gather(1, packed.kept) & packed.alive
-        self._filled = packed.alive
+        self.filled = packed.alive
         self.size = self._alive.to(self._total.dtype)
         return pick(x, packed.kept) * packed.alive[:, :, None]
 
@@ -188,6 +187,6 @@ class _Halted(Passage):
 
     def finish(self, x: Tensor) -> Tensor:
         assert self._answer is not None
-        if self.size is not None and self._filled is not None:
-            self.size = self._filled.to(self.size.dtype)  # a prefix token that has halted is a token all the same
+        if self.size is not None and self.filled is not None:
+            self.size = self.filled.to(self.size.dtype)  # a prefix token that has halted is a token all the same
         return torch.cat((self._answer.to(x.dtype), x[:, self._prefix :]), 1)

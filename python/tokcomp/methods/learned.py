@@ -19,6 +19,7 @@ class Standing(NamedTuple):
     mask: Tensor | None
     size: Tensor | None
     origin: Tensor | None
+    filled: Tensor | None
 
 
 class Passage:
@@ -34,8 +35,11 @@ class Passage:
     def __init__(self) -> None:
         #: [B, N] 1 for tokens and 0 for those that nobody attends to but themselves, with a gradient; None: all 1.
         self.mask: Tensor | None = None
-        #: [B, N] 1 for tokens and 0 for padding, of a method that ``varies``; None: no padding.
+        #: [B, N] 1 for tokens and 0 for those that nobody attends to, padding too, of a method that ``varies``; None:
+        #: all 1.
         self.size: Tensor | None = None
+        #: [B, N] bool: False for padding alone, which comes last; None: no padding.
+        self.filled: Tensor | None = None
         #: [B, M] int64: the slot that each token which arrived went to, -1 = dropped; None: all stayed.
         self.source: Tensor | None = None
         #: [B, N] int64: the token of block 0 whose place in the image each token has; None: its own.
@@ -48,7 +52,7 @@ class Passage:
     @property
     def standing(self) -> Standing:
         """How matters stand now."""
-        return Standing(self.needs, self.mask, self.size, self.origin)
+        return Standing(self.needs, self.mask, self.size, self.origin, self.filled)
 
     def leave(self, block: int, x: Tensor, evidence: Evidence) -> Tensor:
         """The tokens x [B, N, C] that a block has left, with what is to be changed about them."""

@@ -163,6 +163,7 @@ def attend_heads(block: nn.Module, x: Tensor, state: BlockState, products: Produ
     q, k = norm(attn["q_norm"], q), norm(attn["k_norm"], k)
     settings: dict[str, Any] = {"scale": attention.scale, "size": state.attention_size, "needs": state.needs}
     if rows is not None:
+        settings |= {"mask": state.mask_of_rows, "eps": state.mask_eps}
         out, state.evidence = attend_each(q, k, v, rows.counts, **settings)
     else:
         settings |= {"mask": state.mask, "eps": state.mask_eps}

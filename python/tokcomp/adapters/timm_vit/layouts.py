@@ -20,6 +20,7 @@ from tokcomp.adapters.layout import (
 )
 from tokcomp.adapters.projections import Projection, joined, packed
 from tokcomp.blocks.places import Places
+from tokcomp.fastpath.rows import Rows
 
 
 class ParallelScalingLayout(Layout):
@@ -76,8 +77,11 @@ class ParallelThingsLayout(Layout):
     def attention_of(self, block: Any) -> Any:
         return block
 
-    def project(self, attn: Any, x: Tensor, places: Places | None = None, block: int = 0) -> tuple[Tensor, ...]:
-        parts = [super(ParallelThingsLayout, self).project(one.attn, one.norm(x)) for one in attn.attns]
+    def project(
+        self, attn: Any, x: Tensor, places: Places | None = None, block: int = 0, rows: Rows | None = None
+    ) -> tuple[Tensor, ...]:
+        project = super().project
+        parts = [project(one.attn, one.norm(x), rows=rows) for one in attn.attns]
         return tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
 
     def join(self, attn: Any, out: Tensor, x: Tensor) -> Tensor:
