@@ -18,18 +18,6 @@ SHORT = ("--adaptformer", "--bottleneck", "8", "-b", "128", "--epochs", "0.3", "
 
 
 @pytest.fixture
-def few_images(monkeypatch):
-    """Validate on 20 digits, so that a test spends its time on training."""
-    from tokcomp.runs import batches
-    from tokcomp.runs.data import Part
-
-    whole = batches.held_out_batches
-    monkeypatch.setattr(
-        batches, "held_out_batches", lambda dataset, *args, **kw: whole(Part(dataset, range(20)), *args, **kw)
-    )
-
-
-@pytest.fixture
 def adapter(tmp_path):
     """Branches for the digits model that change its answers."""
     model = adaptformer.attach(timm.create_model("tokcomp_digits_vit", pretrained=True).eval(), 4, 1.0)

@@ -1,45 +1,17 @@
 from __future__ import annotations
 
 import json
-import signal
 
 import pytest
 import timm
 import tokcomp
 import torch
-from PIL import Image
 from tokcomp.finetune.tuner import FineTuner
 
 MODEL = ("finetune", "-m", "tokcomp_digits_vit", "--device", "cpu", "-j", "0")
 DIGITS = (*MODEL, "--dataset", "digits", "--pretrained")
 #: 1437 images: 5 steps an epoch.
 SHORT = ("-b", "256", "--epochs", "0.6", "--method", "tome", "--r", "12")
-
-
-@pytest.fixture
-def few_images(monkeypatch):
-    """Validate on 20 digits, so that a test spends its time on training."""
-    from tokcomp.runs import batches
-    from tokcomp.runs.data import Part
-
-    whole = batches.held_out_batches
-    monkeypatch.setattr(
-        batches, "held_out_batches", lambda dataset, *args, **kw: whole(Part(dataset, range(20)), *args, **kw)
-    )
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """Two classes, in timm's layout: root/train and root/validation."""
-    generator = torch.Generator().manual_seed(0)
-    for part, count in (("train", 6), ("validation", 2)):
-        for label in ("cat", "dog"):
-            folder = tmp_path / "data" / part / label
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = torch.randint(0, 256, (32, 40, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
-    return tmp_path / "data"
 
 
 @pytest.mark.slow
@@ -69,34 +41,11 @@ def test_digits(run, tmp_path, few_images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_and_resume_goes_on_exactly(run, tmp_path, few_images, monkeypatch, number):
+def test_a_signal_stops_and_resume_goes_on_exactly(goes_on_exactly, few_images):
     command = (*DIGITS, *SHORT, "--model-ema-decay", "0.9", "--log-interval", "1")
-    assert run(*command, "-o", tmp_path / "whole")[0] == 0
-    step = FineTuner.step
-
-    def interrupted(self, *batch):
-        if self.step_number == 1:
-            signal.raise_signal(number)
-        return step(self, *batch)
-
-    monkeypatch.setattr(FineTuner, "step", interrupted)
-    status, _, err = run(*command, "-o", tmp_path / "parts")
-    assert status == 128 + number
-    assert "stopped after step 2 of 3; the same command with --resume continues from there" in err
-    monkeypatch.setattr(FineTuner, "step", step)
-    again, _, err = run(*command, "-o", tmp_path / "parts")
-    assert (
-        again == 2
-        and "must not hold another run, got '" in err
-        and "continue that run with --resume, or choose another folder" in err
-    )
-    status, _, err = run(*command, "-o", tmp_path / "parts", "--resume")
-    assert status == 0, err
-    for name in ("log.csv", "best.safetensors", "last.safetensors", "last_ema.safetensors"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    status, _, err = run(*command, "-o", tmp_path / "parts", "--resume", "--lr", "1e-3")
-    assert status == 2 and "--resume: a resumed run must keep its settings, got recipe = " in err
+    names = ("log.csv", "best.safetensors", "last.safetensors", "last_ema.safetensors")
+    err = goes_on_exactly(FineTuner, command, names, "--lr", "1e-3")
+    assert "--resume: a resumed run must keep its settings, got recipe = " in err
 
 
 @pytest.mark.slow
@@ -113,10 +62,10 @@ def test_a_loss_that_is_not_finite_is_reported(run, tmp_path, few_images, monkey
     assert (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "summary.json").exists()
 
 
-def test_from_scratch_takes_the_recipe_of_deit(run, tmp_path, folders):
+def test_from_scratch_takes_the_recipe_of_deit(run, tmp_path, training_folder):
     options = ("--from-scratch", "-b", "4", "--num-classes", "2", "--epochs", "1", "--method", "evit")
     extra = ("--keep-rate", "0.7", "--grad-checkpointing", "--grad-accum-steps", "2", "--amp")
-    status, _, err = run(*MODEL, folders, *options, *extra, "--keep-blocks", "1,3", "-o", tmp_path / "run")
+    status, _, err = run(*MODEL, training_folder, *options, *extra, "--keep-blocks", "1,3", "-o", tmp_path / "run")
     assert status == 0, err
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     recipe = summary["settings"]["recipe"]
@@ -127,17 +76,17 @@ def test_from_scratch_takes_the_recipe_of_deit(run, tmp_path, folders):
     assert (tmp_path / "run" / "last_ema.safetensors").exists()
 
 
-def test_a_part_of_the_training_images_can_be_held_out(run, tmp_path, folders):
-    (folders / "validation").rename(tmp_path / "elsewhere")
-    command = (*MODEL, folders, "--from-scratch", "--num-classes", "2", "-b", "4", "--epochs", "1")
+def test_a_part_of_the_training_images_can_be_held_out(run, tmp_path, training_folder):
+    (training_folder / "validation").rename(tmp_path / "elsewhere")
+    command = (*MODEL, training_folder, "--from-scratch", "--num-classes", "2", "-b", "4", "--epochs", "1")
     command = (*command, "-o", tmp_path / "run")
     status, _, err = run(*command)
     assert status == 2 and "DATA must have folders 'train' and 'validation', got " in err
-    assert run(*command, "--held-out", "12")[0] == 2
+    assert run(*command, "--held-out", "16")[0] == 2
     status, _, err = run(*command, "--held-out", "4")
     assert status == 0, err
     settings = json.loads((tmp_path / "run" / "summary.json").read_text())["settings"]
-    assert (settings["train_images"], settings["val_images"]) == (8, 4)
+    assert (settings["train_images"], settings["val_images"]) == (12, 4)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,20 +16,6 @@ SHORT = ("-b", "8", "--steps", "6", "--log-interval", "1", "--checkpoint-interva
 MODEL = ("-m", "tokcomp_digits_vit", "--device", "cpu", "-j", "0")
 DIGITS = ("search", "--dataset", "digits", *MODEL, "--pretrained", *SHORT)
 TARGET = ("--target-gflops", "0.0105")
-
-
-@pytest.fixture
-def training_folder(tmp_path: Path) -> Path:
-    """Two classes of eight 40 x 32 pictures to train on, and of two to validate on."""
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 8), ("validation", 2)):
-        for label in ("cat", "dog"):
-            folder = tmp_path / "data" / split / label
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = torch.randint(0, 256, (32, 40, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
-    return tmp_path / "data"
 
 
 def searched(run, folder, *options):

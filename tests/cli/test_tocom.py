@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 
 import pytest
 import timm
@@ -56,34 +55,10 @@ def test_train(run, tmp_path, digits_vit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_and_resume_goes_on_exactly(run, tmp_path, monkeypatch, number):
+def test_a_signal_stops_and_resume_goes_on_exactly(goes_on_exactly):
     command = ("tocom", "train", *DIGITS, *SHORT, "--method", "evit")
-    assert run(*command, "-o", tmp_path / "whole")[0] == 0
-    step = Distiller.step
-
-    def interrupted(self, images, labels):
-        if self.step_number == 1:
-            signal.raise_signal(number)
-        return step(self, images, labels)
-
-    monkeypatch.setattr(Distiller, "step", interrupted)
-    status, _, err = run(*command, "-o", tmp_path / "parts")
-    assert status == 128 + number
-    assert "stopped after step 2 of 3; the same command with --resume continues from there" in err
-    monkeypatch.setattr(Distiller, "step", step)
-    again, _, err = run(*command, "-o", tmp_path / "parts")
-    assert (
-        again == 2
-        and "must not hold another run, got '" in err
-        and "continue that run with --resume, or choose another folder" in err
-    )
-    status, _, err = run(*command, "-o", tmp_path / "parts", "--resume")
-    assert status == 0, err
-    for name in ("log.csv", "tocom.safetensors"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    status, _, err = run(*command, "-o", tmp_path / "parts", "--resume", "--scale", "0.2")
-    assert status == 2 and "--resume: a resumed run must keep its settings, got scale = 0.2" in err
+    err = goes_on_exactly(Distiller, command, ("log.csv", "tocom.safetensors"), "--scale", "0.2")
+    assert "--resume: a resumed run must keep its settings, got scale = 0.2" in err
 
 
 def test_a_loss_that_is_not_finite_is_reported(run, tmp_path, monkeypatch):
