@@ -20,6 +20,8 @@ from tokcomp.tocom.train import TocomRun
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.train.conftest import StopAfter
+
 CPU = torch.device("cpu")
 PLAIN = replace(TOCOM_RECIPE, lr=1e-2, mixup=0.0, cutmix=0.0, batch_size=8)
 LIVELY = replace(TOCOM_RECIPE, lr=5e-3, batch_size=8, clip_grad=1.0)
@@ -235,17 +237,6 @@ def test_what_does_not_fit_is_refused(make_distiller):
 
 
 # ---- runs
-
-
-class StopAfter:
-    """A wish to stop that comes while a certain step runs."""
-
-    def __init__(self, run, step=None):
-        self.run, self.step = run, step
-
-    @property
-    def wanted(self):
-        return self.step is not None and self.run.trainee.step_number >= self.step
 
 
 @pytest.fixture

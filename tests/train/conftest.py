@@ -3,6 +3,18 @@ from __future__ import annotations
 import socket
 
 import pytest
+from tokcomp.runs.training import TrainingRun
+
+
+class StopAfter:
+    """A wish to stop that comes while a certain step runs."""
+
+    def __init__(self, run: TrainingRun, step: int | None = None) -> None:
+        self.run, self.step = run, step
+
+    @property
+    def wanted(self) -> bool:
+        return self.step is not None and self.run.trainee.step_number >= self.step
 
 
 @pytest.fixture

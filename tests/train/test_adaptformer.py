@@ -22,6 +22,7 @@ from tokcomp.runs.recipe import ADAPTFORMER_RECIPE, Recipe
 
 from tests.library.conftest import make_vit, meta_model, published  # noqa: F401
 from tests.library.small_caformer import caformer
+from tests.train.conftest import StopAfter
 
 CPU = torch.device("cpu")
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -222,15 +223,6 @@ def make_run(folder, model, recipe, *, total=6):
         checkpoint_steps=1,
         log_steps=2,
     )
-
-
-class StopAfter:
-    def __init__(self, run, step=None):
-        self.run, self.step = run, step
-
-    @property
-    def wanted(self):
-        return self.step is not None and self.run.trainee.step_number >= self.step
 
 
 RECIPE = replace(ADAPTFORMER_RECIPE, lr=1e-2, batch_size=4, mixup=0.8, model_ema_decay=0.5, drop_path=0.1)

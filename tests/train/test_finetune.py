@@ -27,6 +27,8 @@ from tokcomp.runs.log import read_log
 from tokcomp.runs.recipe import Recipe
 from tokcomp.runs.steps import DivergedError
 
+from tests.train.conftest import StopAfter
+
 CPU = torch.device("cpu")
 PLAIN = Recipe(lr=1e-2, min_lr=1e-4, weight_decay=0.05, epochs=2, batch_size=8, mixup=0.0, cutmix=0.0, drop_path=0.0)
 #: Everything that draws random numbers, and a moving average that moves.
@@ -88,17 +90,6 @@ def make_run(folder, recipe=LIVELY, *, images=None, checkpoint_steps=1, **option
         checkpoint_steps=checkpoint_steps,
         log_steps=3,
     )
-
-
-class StopAfter:
-    """A wish to stop that comes while a certain step runs."""
-
-    def __init__(self, run, step=None):
-        self.run, self.step = run, step
-
-    @property
-    def wanted(self):
-        return self.step is not None and self.run.trainee.step_number >= self.step
 
 
 def flat(state):

@@ -18,11 +18,11 @@ from tokcomp.methods import Answers
 from tokcomp.runs.recipe import soft_cross_entropy
 from tokcomp.runs.steps import MODEL, seed_all
 
+from tests.train.conftest import StopAfter
 from tests.train.test_finetune import (
     LIVELY,
     PLAIN,
     SHAPE,
-    StopAfter,
     flat,
     make_images,
     make_model,
