@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 
+from tests.library.small_caformer import HEIGHT, WIDTH
+
 DATA = Path(__file__).parents[1] / "data" / "published_small.safetensors"
 
 
@@ -109,10 +111,10 @@ def method(request) -> tokcomp.Method:
 
 @pytest.fixture
 def images_for():
-    """Random images of a model's own size: images_for(model, batch, seed)."""
+    """Random images of a ViT's own size, or of the small CAFormers': images_for(model, batch, seed)."""
 
-    def make(model: VisionTransformer, batch: int = 3, seed: int = 0) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(batch, 3, *model.patch_embed.img_size, generator=generator)
+    def make(model: torch.nn.Module, batch: int = 3, seed: int = 0) -> torch.Tensor:
+        size = model.patch_embed.img_size if isinstance(model, VisionTransformer) else (HEIGHT, WIDTH)
+        return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
 
     return make

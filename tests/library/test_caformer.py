@@ -296,59 +296,6 @@ def test_half_precision(method, dtype):
         assert ((half - full).norm(dim=1) / full.norm(dim=1)).median() < 25 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_gradients_reach_every_parameter(method):
-    model = tokcomp.compress(caformer().double(), METHODS[method])
-    model(images_of().double()).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-
-
-# A merge weighted by similarity is left out: sizes, and with them the similarity, carry no gradient.
-@pytest.mark.parametrize("method", ["merge", "prune"])
-def test_gradient_is_the_slope(method):
-    model = tokcomp.compress(caformer().double(), METHODS[method])
-    images = images_of().double()
-    weight = model.stages[2].blocks[1].mlp.fc1.weight
-    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (slope,) = torch.autograd.grad(model(images).square().sum(), weight)
-    step = 1e-6
-    with torch.no_grad():
-        weight.add_(direction, alpha=step)
-        above = model(images).square().sum()
-        weight.sub_(direction, alpha=2 * step)
-        below = model(images).square().sum()
-    # Central difference: error step^2 times the third derivative, and float64 rounding divided by the step.
-    torch.testing.assert_close((above - below) / (2 * step), (slope * direction).sum(), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("method", ["merge", "prune_merge", "tome"])
-def test_gradient_checkpointing_changes_no_gradient(method):
-    model = tokcomp.compress(caformer().double(), METHODS[method])
-    images = images_of().double()
-    grads = []
-    for enable in (False, True):
-        model.zero_grad()
-        model.set_grad_checkpointing(enable)
-        model(images).square().sum().backward()
-        grads.append([parameter.grad.clone() for parameter in model.parameters()])
-    for plain, checkpointed in zip(*grads, strict=True):
-        torch.testing.assert_close(checkpointed, plain, atol=1e-12, rtol=1e-9)
-
-
-@pytest.mark.parametrize("method", ["merge", "tome"])
-def test_training_mode_with_all_dropouts(method):
-    options = dict(drop_rate=0.1, proj_drop_rate=0.1, drop_path_rate=0.2, attn_drop=0.1)
-    model = tokcomp.compress(caformer(**options), METHODS[method]).train()
-    images = images_of()
-    torch.manual_seed(0)
-    first, second = model(images), model(images)
-    first.sum().backward()
-    assert not torch.equal(first, second) and first.isfinite().all()
-    model.eval()
-    assert torch.equal(model(images), model(images))
-
-
 @pytest.mark.slow
 def test_compile():
     """One graph with its gradient serves every batch."""
@@ -367,14 +314,3 @@ def test_compile():
             out.sum().backward()
             grads.append(model.stem.conv.weight.grad.clone())
         torch.testing.assert_close(*grads, atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["prune_merge", "tome"])
-def test_export(method):
-    model = tokcomp.compress(caformer(), METHODS[method])
-    batch = torch.export.Dim("batch", min=2, max=64)
-    with torch.no_grad():
-        program = torch.export.export(model, (images_of(),), dynamic_shapes=({0: batch},))
-        images = images_of(batch=5, seed=1)
-        torch.testing.assert_close(program.module()(images), model(images), atol=2e-5, rtol=0)

@@ -6,19 +6,46 @@ import pytest
 import tokcomp
 import torch
 
+from tests.library.conftest import METHODS as VIT_METHODS
+from tests.library.small_caformer import caformer
+from tests.library.test_caformer import METHODS as CAFORMER_METHODS
 
-def test_gradients_reach_every_parameter(make_vit, method, images_for):
-    model = tokcomp.compress(make_vit().double(), method)
+METHODS = {"vit": VIT_METHODS, "caformer": CAFORMER_METHODS}
+_SHARED = dict(drop_rate=0.1, proj_drop_rate=0.1, drop_path_rate=0.2)
+DROPOUTS = {
+    "vit": dict(**_SHARED, pos_drop_rate=0.1, attn_drop_rate=0.1, patch_drop_rate=0.2),
+    "caformer": dict(**_SHARED, attn_drop=0.1),
+}
+
+
+@pytest.fixture(params=[(kind, name) for kind in METHODS for name in METHODS[kind]], ids="-".join)
+def compressed(request, make_vit):
+    """A small model of one kind under one method, made with options of its kind: compressed({kind: options})."""
+    kind, name = request.param
+
+    def make(options=None):
+        model = (make_vit if kind == "vit" else caformer)(**(options or {}).get(kind, {}))
+        return tokcomp.compress(model, METHODS[kind][name])
+
+    return make
+
+
+def test_gradients_reach_every_parameter(compressed, images_for):
+    model = compressed().double()
     model(images_for(model).double()).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-def test_gradient_is_the_slope(make_vit, methods, images_for):
+# A CAFormer's merge weighted by similarity is left out: sizes, and with them the similarity, carry no gradient.
+@pytest.mark.parametrize(
+    "compressed", [("vit", "diffrate"), ("caformer", "merge"), ("caformer", "prune")], ids="-".join, indirect=True
+)
+def test_gradient_is_the_slope(compressed, images_for):
     """The change of the loss along a small step, tokens' groups unchanged, against the gradient."""
-    model = tokcomp.compress(make_vit().double(), methods["diffrate"])
+    model = compressed().double()
     images = images_for(model).double()
-    weight = model.blocks[1].mlp.fc1.weight
+    weight = (model.blocks if hasattr(model, "blocks") else model.stages[2].blocks)[1].mlp.fc1.weight
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (slope,) = torch.autograd.grad(model(images).square().sum(), weight)
     step = 1e-6
@@ -31,8 +58,8 @@ def test_gradient_is_the_slope(make_vit, methods, images_for):
     torch.testing.assert_close((above - below) / (2 * step), (slope * direction).sum(), rtol=1e-6, atol=1e-6)
 
 
-def test_gradient_checkpointing_changes_no_gradient(make_vit, method, images_for):
-    model = tokcomp.compress(make_vit().double(), method)
+def test_gradient_checkpointing_changes_no_gradient(compressed, images_for):
+    model = compressed().double()
     images = images_for(model).double()
     grads = []
     for enable in (False, True):
@@ -44,16 +71,8 @@ def test_gradient_checkpointing_changes_no_gradient(make_vit, method, images_for
         torch.testing.assert_close(checkpointed, plain, atol=1e-12, rtol=1e-9)
 
 
-def test_training_mode_with_all_dropouts(make_vit, method, images_for):
-    model = make_vit(
-        drop_rate=0.1,
-        pos_drop_rate=0.1,
-        proj_drop_rate=0.1,
-        attn_drop_rate=0.1,
-        drop_path_rate=0.2,
-        patch_drop_rate=0.2,
-    )
-    tokcomp.compress(model, method).train()
+def test_training_mode_with_all_dropouts(compressed, images_for):
+    model = compressed(DROPOUTS).train()
     images = images_for(model)
     torch.manual_seed(0)
     first, second = model(images), model(images)
@@ -102,8 +121,14 @@ def test_compile(make_vit, images_for, method, dynamic):
 
 
 @pytest.mark.slow
-def test_export(make_vit, method, images_for):
-    model = tokcomp.compress(make_vit(), method)
+@pytest.mark.parametrize(
+    "compressed",
+    [*(("vit", name) for name in VIT_METHODS), ("caformer", "prune_merge"), ("caformer", "tome")],
+    ids="-".join,
+    indirect=True,
+)
+def test_export(compressed, images_for):
+    model = compressed()
     batch = torch.export.Dim("batch", min=2, max=64)
     with torch.no_grad():
         program = torch.export.export(model, (images_for(model),), dynamic_shapes=({0: batch},))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import tokcomp
 import torch
@@ -11,6 +9,7 @@ import torch.nn.functional as F
 from tokcomp import DiffRateSearch
 
 from tests.library.small_caformer import HEIGHT, TOKENS, VARIANTS, WIDTH, caformer, images_of
+from tests.search.test_model import assert_foretells, compressed
 
 PIPELINES = ("merge", "prune", "prune_merge", "merge_prune")
 
@@ -40,19 +39,6 @@ def with_counts(search):
     for step, counts in (("merge", MERGE), ("prune", PRUNE)):
         set_counts(search, step, counts)
     return search.eval()
-
-
-def compressed(search):
-    return tokcomp.compress(copy.deepcopy(search.model), search.method())
-
-
-def assert_foretells(search, images):
-    """At the counts it stands for, the search computes the compressed model, but for the softmax's eps of 1e-6."""
-    with torch.no_grad():
-        found, wanted, plain = search(images)[0], compressed(search)(images), search.model(images)
-    spread = (wanted - plain).abs().max()
-    assert spread > 1e-2  # compression is felt
-    assert (found - wanted).abs().max() < 1e-3 * spread
 
 
 def test_published_settings_are_the_default():

@@ -38,18 +38,14 @@ def draw_logits(search: DiffRateSearch, seed: int = 0) -> DiffRateSearch:
     return search
 
 
-def compressed_logits(search, images):
-    model = tokcomp.compress(copy.deepcopy(search.model), search.method())
-    with torch.no_grad():
-        return model(images)
+def compressed(search):
+    return tokcomp.compress(copy.deepcopy(search.model), search.method())
 
 
 def assert_foretells(search, images):
     """At the counts it stands for, the search computes the compressed model, but for the softmax's eps of 1e-6."""
     with torch.no_grad():
-        found = search(images)[0]
-        plain = search.model(images)
-    wanted = compressed_logits(search, images)
+        found, wanted, plain = search(images)[0], compressed(search)(images), search.model(images)
     spread = (wanted - plain).abs().max()
     assert spread > 1e-2  # compression is felt
     assert (found - wanted).abs().max() < 1e-3 * spread
@@ -92,8 +88,7 @@ def test_the_head_passes_gradient_to_dead_tokens(make_vit, images_for, pool):
 def test_flops_are_those_of_the_compressed_model(make_vit, granularity):
     model = make_vit()
     search = draw_logits(DiffRateSearch(model, granularity))
-    compressed = tokcomp.compress(copy.deepcopy(model), search.method())
-    assert search.flops().item() == tokcomp.flops(compressed)
+    assert search.flops().item() == tokcomp.flops(compressed(search))
     counts = search.counts()
     assert counts.num_in[0] == 17
     assert counts.num_in[1:].tolist() == counts.num_out[:-1].tolist()
