@@ -17,6 +17,7 @@ from tokcomp.serve.server import Server
 from torch.utils.data import DataLoader, Dataset
 
 from tests.attack.parts import MINUTES, Part
+from tests.threads import in_threads
 
 DEGREES = [0, 2, 4]
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -37,11 +38,6 @@ def make_switchable(make_vit: Any) -> Callable[[], tokcomp.Switchable]:
 @pytest.fixture
 def switchable(make_switchable: Callable[[], tokcomp.Switchable]) -> tokcomp.Switchable:
     return make_switchable()
-
-
-def in_threads(*functions: Any) -> list[Any]:
-    with ThreadPoolExecutor(len(functions)) as pool:
-        return [future.result() for future in [pool.submit(function) for function in functions]]
 
 
 def test_switching_while_threads_call(switchable: tokcomp.Switchable) -> None:
@@ -67,7 +63,7 @@ def test_switching_while_threads_call(switchable: tokcomp.Switchable) -> None:
         with ThreadPoolExecutor(1) as other:
             switches = other.submit(switch, rng.random())
             try:
-                in_threads(call, call, call)
+                in_threads(lambda _: call(), range(3))
             finally:
                 over.set()
             assert switches.result() > 0
@@ -136,7 +132,7 @@ def serve(model: tokcomp.Switchable, alone: dict[int, torch.Tensor], seeds: list
     """A server with a client for each seed. Every answer is as if its image were alone: alone[degree][image]."""
     policy = QueueLength(DEGREES, up=[3, 6], down=[1, 2])
     with Server(model, policy, max_batch=4, max_wait_ms=1) as server:
-        sent = in_threads(*(lambda seed=seed: send(server, seed) for seed in seeds))
+        sent = in_threads(lambda seed: send(server, seed), seeds)
     for index, future in (one for requests in sent for one in requests):
         answer = future.result(timeout=0)
         # A batch's product may round as another batch's does not.
@@ -176,7 +172,7 @@ def test_replicas(switchable: tokcomp.Switchable, make_switchable: Any) -> None:
         for fork in forks:
             fork.start()
         here = [(model, [rng.random(), rng.random()]) for model in (switchable, switchable, other)]
-        in_threads(*(lambda one=one: serve(one[0], alone, one[1]) for one in here))
+        in_threads(lambda one: serve(one[0], alone, one[1]), here)
         for fork in forks:
             fork.join(120)
         assert [fork.exitcode for fork in forks] == [0, 0]

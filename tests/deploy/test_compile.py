@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import threading
 import warnings
 
 import pytest
@@ -14,6 +13,8 @@ import torch
 from tokcomp.deploy.inputs import inputs_of
 from tokcomp.deploy.watch import Watch
 from torch import nn
+
+from tests.threads import in_threads
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -216,19 +217,12 @@ def test_threads(served, model, images_for):
     compiled = served(pad=True)
     batches = [images_for(model, batch, seed=batch) for batch in (1, 2, 3, 4)]
     expected = [eager(model, images) for images in batches]
-    failures = []
 
     def work(index):
         for _ in range(10):
-            if not torch.allclose(compiled(batches[index]), expected[index], atol=2e-5, rtol=0):
-                failures.append(index)
+            torch.testing.assert_close(compiled(batches[index]), expected[index], atol=2e-5, rtol=0)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    in_threads(work, range(4))
 
 
 def test_copies_and_pickles(model, images_for):
@@ -358,18 +352,10 @@ def test_threads_on_a_gpu(model, images_for):
     compiled = tokcomp.compile(model.cuda().half(), [1, 4])
     batches = [images_for(model, batch).cuda().half() for batch in (1, 4)]
     expected = [compiled(images) for images in batches]
-    failures = []
 
     def work(index):
         with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(50):
-                if not torch.equal(compiled(batches[index]), expected[index]):
-                    failures.append(index)
+            assert all(torch.equal(compiled(batches[index]), expected[index]) for _ in range(50))
 
     torch.cuda.synchronize()
-    threads = [threading.Thread(target=work, args=(index % 2,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    in_threads(work, (0, 1, 0, 1))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from tokcomp.deploy.graphs import Graphs
 from torch import nn
+
+from tests.threads import in_threads
 
 
 class Scale(nn.Module):
@@ -83,16 +83,10 @@ def test_a_capture_that_fails_leaves_nothing(models):
 def test_one_replay_at_a_time(models):
     found = Graphs()
     capture(found, models, torch.ones(3))
-    failures = []
 
-    def work(degree, value):
+    def work(index):
+        degree, value = 1 + index % 2, float(index)
         for _ in range(50):
-            if found.run(degree, torch.full((3,), value)).tolist() != [degree * value] * 3:
-                failures.append(degree)
+            assert found.run(degree, torch.full((3,), value)).tolist() == [degree * value] * 3
 
-    threads = [threading.Thread(target=work, args=(1 + index % 2, float(index))) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    in_threads(work, range(4))

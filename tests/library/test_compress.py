@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import threading
 
 import pytest
 import tokcomp
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+
+from tests.threads import in_threads
 
 
 def class_names(model):
@@ -162,18 +163,12 @@ def test_replication(make_vit, method, images_for):
     with torch.no_grad():
         expected = model(images)
         replicas = [replicate(model), replicate(model)]
-        results = [None, None]
 
-        def work(index):
-            with torch.no_grad():
-                results[index] = replicas[index](images[2 * index : 2 * index + 2])
+    def work(index):
+        with torch.no_grad():
+            return replicas[index](images[2 * index : 2 * index + 2])
 
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    torch.testing.assert_close(torch.cat(results), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(in_threads(work, range(2))), expected, atol=2e-5, rtol=0)
 
 
 def test_threads_share_a_model(make_vit, method, images_for):
@@ -181,19 +176,12 @@ def test_threads_share_a_model(make_vit, method, images_for):
     batches = [images_for(model, batch=1 + index % 3, seed=index) for index in range(12)]
     with torch.no_grad():
         expected = [model(batch) for batch in batches]
-    results = [None] * len(batches)
 
     def work(offset):
         with torch.inference_mode():
-            for index in range(offset, len(batches), 4):
-                results[index] = model(batches[index])
+            assert all(torch.equal(model(batches[index]), expected[index]) for index in range(offset, 12, 4))
 
-    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(results, expected, strict=True))
+    in_threads(work, range(4))
 
 
 def test_image_does_not_depend_on_its_batch(make_vit, method, images_for):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
 
 import pytest
 import tokcomp
@@ -15,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.multiplied import Multiplied
+from tests.threads import in_threads
 
 pytestmark = [
     pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"),
@@ -179,22 +179,13 @@ def test_one_pack_however_many_threads(model, monkeypatch):
     original = packing.PackedWeights.__init__
     monkeypatch.setattr(packing.PackedWeights, "__init__", lambda self, *args: made.append(1) or original(self, *args))
     expected = ordinary(model)
-    results = [None] * 8
-    barrier = threading.Barrier(8)
 
-    def work(index):
-        barrier.wait()
+    def work(_):
         with torch.no_grad():
-            results[index] = model(IMAGES)
+            close(model(IMAGES), expected)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(8))
     assert len(made) == 1
-    for result in results:
-        close(result, expected)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")

@@ -14,6 +14,7 @@ from tokcomp.serve.policy import Fixed, QueueLength
 from tokcomp.serve.server import Server
 
 from tests.serve.conftest import DEGREES, IMAGES
+from tests.threads import in_threads
 
 WAIT = 30  # seconds; for what must happen at once, on however slow a machine
 
@@ -29,11 +30,7 @@ def test_every_request_is_answered_once_with_its_own_logits(switchable):
                 index = number % len(IMAGES)
                 done.append((index, server.submit(IMAGES[index])))
 
-        threads = [threading.Thread(target=client, args=(first,)) for first in (0, 5, 7)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(client, (0, 5, 7))
     answers = [(index, future.result(timeout=0)) for index, future in done]
     assert len(answers) == 60
     for index, answer in answers:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import tokcomp
 import torch
 
+from tests.threads import in_threads
 from tests.tocom.conftest import IMAGES
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -37,18 +36,10 @@ def test_threads_on_a_gpu(make_vit, make_plugin):
     switchable, images = tokcomp.Switchable(model, make_plugin(model), degrees=[0, 4]), IMAGES.cuda().half()
     switchable.prepare(images)
     expected = {degree: switchable(images, degree) for degree in (0, 4)}
-    failures = []
 
     def work(degree):
         with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(50):
-                if not torch.equal(switchable(images, degree), expected[degree]):
-                    failures.append(degree)
+            assert all(torch.equal(switchable(images, degree), expected[degree]) for _ in range(50))
 
     torch.cuda.synchronize()
-    threads = [threading.Thread(target=work, args=(degree,)) for degree in (0, 4, 0, 4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    in_threads(work, (0, 4, 0, 4))

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -17,6 +16,8 @@ import torch
 from tokcomp.runs import distributed
 from tokcomp.runs.log import RunLog, read_log
 from tokcomp.runs.steps import Progress, StopRequest, derived_seed, seed_all, seeded
+
+from tests.threads import in_threads
 
 
 def test_the_log_reads_back_exactly(tmp_path):
@@ -134,19 +135,11 @@ def test_a_second_ctrl_c_interrupts():
 
 
 def test_other_threads_take_no_signals():
-    failures = []
+    def work(_):
+        with StopRequest() as stop:
+            assert not stop.wanted
 
-    def work():
-        try:
-            with StopRequest() as stop:
-                assert not stop.wanted
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert failures == []
+    in_threads(work, range(1))
 
 
 def test_progress_off_a_terminal_prints_notes_alone(capsys):
