@@ -12,6 +12,7 @@ from timm.models.metaformer import Attention, MetaFormer
 from tokcomp.visualize import draw_blocks
 
 from tests.library.small_caformer import DIFFRATE, MERGE, PRUNE, SCHEDULE, TOKENS, VARIANTS, caformer, images_of
+from tests.oracle import rules
 
 METHODS = {
     "merge": DIFFRATE,
@@ -39,11 +40,17 @@ def walk_stage(stage, x, method):
         attn = q @ k.transpose(1, 2) * mixer.head_dim**-0.5 + (size.log() if sizes_count else 0)
         attn = attn.softmax(-1)
         x = block.res_scale1(x) + block.layer_scale1(mixer.proj((attn @ v).transpose(0, 1).reshape(len(x), -1)))
+        before, metric, scores = x, k.mean(0), attn.mean((0, 1)).tolist()
         if isinstance(method, tokcomp.ToMe):
-            x, size, groups = tome_step(x, size, groups, k.mean(0), method, index)
+            rate = min(method.r[index] if isinstance(method.r, tuple) else method.r, len(x) // 2)
+            slots = rules.into_odds(rules.cosines(metric, metric), 0, rules.highest(rate))
+            x, size = rules.means(x, size, slots), torch.stack([size[slot].sum() for slot in slots])
         else:
-            x, size, groups, pruned = diffrate_step(x, size, groups, attn.mean((0, 1)), method, index)
-            left_behind.update(pruned)
+            options = dict(pipeline=method.pipeline, num_prefix=0, weighted=method.similarity_weighted_size)
+            x, size, slots = rules.diffrate_step(x, size, scores, PRUNE[index], MERGE[index], **options)
+        gone = set(range(len(before))).difference(*slots)
+        left_behind.update({position: before[token] for token in gone for position in groups[token]})
+        groups = [[position for token in slot for position in groups[token]] for slot in slots]
         x = block.res_scale2(x) + block.layer_scale2(block.mlp(block.norm2(x)))
     out = torch.empty(height * width, channels, dtype=x.dtype)
     for token, group in zip(x, groups, strict=True):
@@ -51,47 +58,6 @@ def walk_stage(stage, x, method):
     for position, token in left_behind.items():
         out[position] = token
     return out.T.reshape(channels, height, width)
-
-
-def diffrate_step(x, size, groups, importance, method, index):
-    order = importance.argsort(descending=True, stable=True).tolist()
-    num_prune = min(PRUNE[index] if "prune" in method.pipeline else len(x), len(x))
-    num_merge = min(MERGE[index] if "merge" in method.pipeline else len(x), len(x))
-    pruned = []
-    if method.pipeline != "merge_prune":
-        order, pruned = order[:num_prune], order[num_prune:]
-    kept, merged = order[:num_merge], order[num_merge:]
-    slots = {d: [d] for d in kept}
-    unit = x / x.norm(dim=1, keepdim=True)
-    similarity = unit @ unit.T
-    new_size = size.clone()
-    for s in merged:
-        d = kept[int(similarity[s, kept].argmax())]
-        slots[d].append(s)
-        new_size[d] += size[s] * (similarity[s, d] if method.similarity_weighted_size else 1)
-    new_x = {d: x[members].mean(0) for d, members in slots.items()}
-    if method.pipeline == "merge_prune":
-        kept, dropped = kept[:num_prune], kept[num_prune:]
-        pruned = [s for d in dropped for s in slots[d]]
-    behind = {position: x[token] for token in pruned for position in groups[token]}
-    joined = [[position for s in slots[d] for position in groups[s]] for d in kept]
-    return torch.stack([new_x[d] for d in kept]), new_size[kept], joined, behind
-
-
-def tome_step(x, size, groups, metric, method, index):
-    r = min(method.r[index] if isinstance(method.r, tuple) else method.r, len(x) // 2)
-    if r == 0:
-        return x, size, groups
-    unit = metric / metric.norm(dim=1, keepdim=True)
-    even, odd = list(range(0, len(x), 2)), list(range(1, len(x), 2))
-    best, partner = (unit[even] @ unit[odd].T).max(1)
-    moving = set(best.argsort(descending=True, stable=True)[:r].tolist())
-    slots = [[token] for at, token in enumerate(even) if at not in moving] + [[token] for token in odd]
-    for at in sorted(moving):
-        slots[len(even) - r + int(partner[at])].append(even[at])
-    new_x = [(x[slot] * size[slot, None]).sum(0) / size[slot].sum() for slot in slots]
-    joined = [[position for token in slot for position in groups[token]] for slot in slots]
-    return torch.stack(new_x), torch.stack([size[slot].sum() for slot in slots]), joined
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,12 +46,44 @@ def most_similar(x: Tensor, kept: list[int], gone: list[int], num_prefix: int) -
     return [int(place) + num_prefix for place in where], best.tolist()
 
 
-def mean_of_groups(x: Tensor, kept: list[int], gone: list[int], places: list[int]) -> list[Tensor]:
-    """Each kept row, or the plain mean of it and all that go to its place."""
+def groups_of(kept: list[int], gone: list[int], places: list[int]) -> list[list[int]]:
+    """Each kept token with all that go to its place."""
     groups = [[token] for token in kept]
     for token, place in zip(gone, places, strict=True):
         groups[place].append(token)
+    return groups
+
+
+def mean_of_groups(x: Tensor, groups: list[list[int]]) -> list[Tensor]:
     return [x[group].mean(0) if len(group) > 1 else x[group[0]] for group in groups]
+
+
+def diffrate_step(
+    x: Tensor,
+    size: Tensor,
+    scores: Sequence[float],
+    pruned_to: int,
+    merged_to: int,
+    *,
+    pipeline: str,
+    num_prefix: int,
+    weighted: bool = True,
+) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """The rows that stay, their sizes, to which a token adds its own by its similarity, and the tokens in each."""
+    pruned_to = pruned_to if "prune" in pipeline else len(x)
+    merged_to = merged_to if "merge" in pipeline else len(x)
+    kept = by_importance(scores, num_prefix)
+    if pipeline != "merge_prune":
+        kept = kept[:pruned_to]
+    kept, gone = kept[:merged_to], kept[merged_to:]
+    places, cosine = most_similar(x, kept, gone, num_prefix)
+    sizes = size[kept].tolist()
+    for token, place, similarity in zip(gone, places, cosine, strict=True):
+        sizes[place] += float(size[token]) * (similarity if weighted else 1)
+    groups = groups_of(kept, gone, places)
+    rows, size = torch.stack(mean_of_groups(x, groups)), torch.tensor(sizes, dtype=x.dtype).clamp_min(LEAST_SIZE)
+    stay = pruned_to if pipeline == "merge_prune" else len(rows)
+    return rows[:stay], size[:stay], groups[:stay]
 
 
 def diffrate(
@@ -65,54 +97,64 @@ def diffrate(
 ) -> Tensor:
     x = embed(vit, image)
     size = torch.ones(len(x), dtype=x.dtype)
-    for block, (pruned_to, merged_to) in enumerate(zip(num_prune_kept, num_merge_kept, strict=True)):
+    for block, counts in enumerate(zip(num_prune_kept, num_merge_kept, strict=True)):
         attended = attention(vit, block, x, size)
-        x = x + attended.out
-        pruned_to = pruned_to if "prune" in pipeline else len(x)
-        merged_to = merged_to if "merge" in pipeline else len(x)
-        kept = by_importance(importance(metric, attended), vit.num_prefix)
-        if pipeline != "merge_prune":
-            kept = kept[:pruned_to]
-        if merged_to < len(kept):
-            kept, gone = kept[:merged_to], kept[merged_to:]
-            places, cosine = most_similar(x, kept, gone, vit.num_prefix)
-            sizes = size[kept].tolist()
-            for token, place, similarity in zip(gone, places, cosine, strict=True):
-                sizes[place] += float(size[token]) * similarity
-            x = torch.stack(mean_of_groups(x, kept, gone, places))
-            size = torch.tensor([max(one, LEAST_SIZE) for one in sizes], dtype=x.dtype)
-        else:
-            x, size = x[kept], size[kept]
-        if pipeline == "merge_prune":
-            x, size = x[:pruned_to], size[:pruned_to]
+        x, scores = x + attended.out, importance(metric, attended)
+        x, size, _ = diffrate_step(x, size, scores, *counts, pipeline=pipeline, num_prefix=vit.num_prefix)
         x = x + mlp(vit, block, x)
     return classify(vit, x, size)
+
+
+#: (block, its tokens after attention, what that saw) -> the groups that stay, each led by the token that receives.
+Rule = Callable[[int, Tensor, Attended], list[list[int]]]
+
+
+def run(vit: PlainViT, image: Tensor, rule: Rule, *, by_size: bool = False, proportional: bool = False) -> Tensor:
+    """Each group becomes its plain mean, or its mean by size; sizes add up."""
+    x = embed(vit, image)
+    size = torch.ones(len(x), dtype=x.dtype)
+    for block in range(vit.depth):
+        attended = attention(vit, block, x, size if proportional else None)
+        x = x + attended.out
+        groups = rule(block, x, attended)
+        x = means(x, size if by_size else torch.ones_like(size), groups)
+        size = torch.stack([size[group].sum() for group in groups])
+        x = x + mlp(vit, block, x)
+    return classify(vit, x, size)
+
+
+def means(x: Tensor, weight: Tensor, groups: list[list[int]]) -> Tensor:
+    """Of each group of rows, by their weights."""
+    return torch.stack([weight[group] @ x[group] / weight[group].sum() for group in groups])
+
+
+def join(groups: dict[int, list[int]], cosine: Tensor, leaving: Sequence[int], targets: Sequence[int]) -> None:
+    """Each leaving token joins the target with the largest cosine."""
+    for token in leaving:
+        groups[max(targets, key=lambda target: (float(cosine[token, target]), -target))] += groups.pop(token)
+
+
+def into_odds(cosine: Tensor, first: int, leaves: Callable[[Tensor], Tensor]) -> list[list[int]]:
+    """ToMe's step: of the even tokens, those join the odd ones that their largest cosines, in a row, say."""
+    evens, odds = range(first + first % 2, len(cosine), 2), range(first + 1 - first % 2, len(cosine), 2)
+    groups = {token: [token] for token in range(len(cosine))}
+    leaving = leaves(cosine[evens][:, odds].amax(1)).tolist() if odds else [False] * len(evens)
+    join(groups, cosine, [token for token, goes in zip(evens, leaving, strict=True) if goes], odds)
+    order = [*range(first), *evens, *odds] if any(leaving) else range(len(cosine))
+    return [groups[token] for token in order if token in groups]
+
+
+def highest(rate: int) -> Callable[[Tensor], Tensor]:
+    """Which of a row of numbers are the highest ones, the earlier of equal ones first."""
+    return lambda row: row.argsort(descending=True, stable=True).argsort() < rate
 
 
 def tome(vit: PlainViT, image: Tensor, rates: Sequence[int], *, proportional: bool = True) -> Tensor:
-    x, first = embed(vit, image), vit.num_prefix
-    size: Tensor | None = None
-    for block, rate in enumerate(rates):
-        attended = attention(vit, block, x, size if proportional else None)
-        x = x + attended.out
-        rate = min(rate, (len(x) - first) // 2)
-        if rate > 0:
-            size = torch.ones(len(x), dtype=x.dtype) if size is None else size
-            metric = attended.keys.mean(0)
-            evens, odds = range(first + first % 2, len(x), 2), range(first + 1 - first % 2, len(x), 2)
-            cosine = cosines(metric[evens], metric[odds]).tolist()
-            edges = []
-            for token, row in zip(evens, cosine, strict=True):
-                edges.append((-max(row), token, odds[row.index(max(row))]))
-            groups = {token: [token] for token in range(len(x))}
-            for _, token, partner in sorted(edges)[:rate]:
-                groups[partner] += groups.pop(token)
-            order = [*range(first), *(t for t in evens if t in groups), *odds]
-            sizes = torch.stack([size[groups[token]].sum() for token in order])
-            x = torch.stack([size[groups[token]] @ x[groups[token]] for token in order]) / sizes[:, None]
-            size = sizes
-        x = x + mlp(vit, block, x)
-    return classify(vit, x, size)
+    def rule(block: int, x: Tensor, attended: Attended) -> list[list[int]]:
+        metric, rate = attended.keys.mean(0), min(rates[block], (len(x) - vit.num_prefix) // 2)
+        return into_odds(cosines(metric, metric), vit.num_prefix, highest(rate))
+
+    return run(vit, image, rule, by_size=True, proportional=proportional)
 
 
 def evit(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.oracle.plain_vit import PlainViT, attention, classify, embed, mlp
-from tests.oracle.rules import LEAST_SIZE, by_importance, importance, mean_of_groups, most_similar
+from tests.oracle.rules import LEAST_SIZE, by_importance, groups_of, importance, mean_of_groups, most_similar
 
 
 class Proxy:
@@ -86,7 +86,8 @@ def merge_in_place(
         new[count:] = size[count:alive].tolist()
     new = [max(one, LEAST_SIZE) for one in new]
     sizes = torch.cat([torch.tensor(new, dtype=x.dtype), size[alive:]])
-    return torch.cat([torch.stack(mean_of_groups(x, kept, gone, places)), x[count:]]), sizes
+    merged = mean_of_groups(x, groups_of(kept, gone, places))
+    return torch.cat([torch.stack(merged), x[count:]]), sizes
 
 
 def multiply_adds(vit: PlainViT, steps: Sequence[Sequence[Proxy]]) -> Tensor:

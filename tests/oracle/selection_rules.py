@@ -4,37 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tests.oracle.plain_vit import Attended, PlainViT, attention, classify, embed, mlp
-from tests.oracle.rules import by_importance, cosines, importance
-
-#: (block, its tokens after attention, what that saw) -> the groups that stay, each led by the token that receives.
-Rule = Callable[[int, Tensor, Attended], list[list[int]]]
-
-
-def run(vit: PlainViT, image: Tensor, rule: Rule, *, by_size: bool = False, proportional: bool = False) -> Tensor:
-    """Each group becomes its plain mean, or its mean by size; sizes add up."""
-    x = embed(vit, image)
-    size = torch.ones(len(x), dtype=x.dtype)
-    for block in range(vit.depth):
-        attended = attention(vit, block, x, size if proportional else None)
-        x = x + attended.out
-        groups = rule(block, x, attended)
-        weight = size if by_size else torch.ones_like(size)
-        x = torch.stack([weight[group] @ x[group] / weight[group].sum() for group in groups])
-        size = torch.stack([size[group].sum() for group in groups])
-        x = x + mlp(vit, block, x)
-    return classify(vit, x, size)
-
-
-def join(groups: dict[int, list[int]], cosine: Tensor, leaving: Sequence[int], targets: Sequence[int]) -> None:
-    """Each leaving token joins the target with the largest cosine."""
-    for token in leaving:
-        groups[max(targets, key=lambda target: (float(cosine[token, target]), -target))] += groups.pop(token)
+from tests.oracle.plain_vit import Attended, PlainViT
+from tests.oracle.rules import by_importance, cosines, importance, into_odds, join, run
 
 
 def visionzip(vit: PlainViT, image: Tensor, keep_rates: Sequence[float], contextual: float) -> Tensor:
@@ -112,15 +88,8 @@ def cdpruner(vit: PlainViT, image: Tensor, keep_rates: Sequence[float]) -> Tenso
 
 def dtome(vit: PlainViT, image: Tensor, thresholds: Sequence[float], proportional: bool) -> Tensor:
     def rule(block: int, x: Tensor, attended: Attended) -> list[list[int]]:
-        groups, first = {token: [token] for token in range(len(x))}, vit.num_prefix
         metric = attended.keys.mean(0)
-        cosine = cosines(metric, metric)
-        evens = [token for token in range(first, len(x)) if token % 2 == 0]
-        odds = [token for token in range(first, len(x)) if token % 2]
-        leaving = [token for token in evens if odds and float(cosine[token, odds].max()) > thresholds[block]]
-        join(groups, cosine, leaving, odds)
-        order = [*range(first), *evens, *odds] if leaving else range(len(x))
-        return [groups[token] for token in order if token in groups]
+        return into_odds(cosines(metric, metric), vit.num_prefix, lambda best: best > thresholds[block])
 
     return run(vit, image, rule, by_size=True, proportional=proportional)
 
