@@ -26,29 +26,21 @@ from pathlib import Path
 from tokcomp.cli.errors import UserError, check_output_folder
 from tokcomp.runs.steps import StopRequest
 
-from benchmarks.reproduce.pretrained.images import DEBIAN
+from benchmarks.reproduce.pretrained.beside import parser_of, sources_of
 from benchmarks.reproduce.pretrained.latency import run_latency
 from benchmarks.reproduce.pretrained.page import keep_results
 from benchmarks.reproduce.pretrained.plan import QUICK, Settings
-from benchmarks.reproduce.pretrained.study import Sources, run_study
+from benchmarks.reproduce.pretrained.study import Work, run_study
 from benchmarks.reproduce.pretrained.tocom import run_tocom
 from benchmarks.reproduce.pretrained.trained import run_trained
 
+_PARTS = {"compare": run_study, "tocom": run_tocom, "trained": run_trained, "latency": run_latency}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reproduce.pretrained",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="vit_s_focus.onnx")
-    parser.add_argument("--data", type=Path, default=DEBIAN, metavar="DIR", help="IDX files (default: %(default)s)")
-    parser.add_argument("-o", "--output", type=Path, default=Path("reproduce-output/pretrained"), metavar="DIR")
+    parser = parser_of("benchmarks.reproduce.pretrained", __doc__, Path("reproduce-output/pretrained"))
     parser.add_argument("--minutes", type=float, metavar="M", help="stop cleanly after the cell in hand at that time")
-    parser.add_argument(
-        "--quick", action="store_true", help="all of it in miniature: random weights, pictures of noise"
-    )
-    parser.add_argument("--only", choices=("compare", "tocom", "trained", "latency"), help="one of the parts")
+    parser.add_argument("--only", choices=tuple(_PARTS), help="one of the parts")
     parser.add_argument("--keep", action="store_true", help="only keep the results that are there, and write the page")
     args = parser.parse_args(argv)
     try:
@@ -63,20 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.quick:
-        sources, settings = Sources(None, None), QUICK
-    else:
-        if args.weights is None or not args.weights.is_file():
-            raise UserError(f"--weights must be the file vit_s_focus.onnx, got '{args.weights}'; see --help")
-        sources, settings = Sources(args.weights, args.data), Settings()
+    sources, settings = sources_of(args), QUICK if args.quick else Settings()
     with StopRequest() as stop:
         end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
-        finished, shown = True, {"show_progress": not args.quick}
-        if args.only in (None, "compare"):
-            finished = run_study(sources, settings, args.output, stop, minutes=args.minutes, **shown)
-        for name, part in (("tocom", run_tocom), ("trained", run_trained), ("latency", run_latency)):
-            if finished and args.only in (None, name):
-                finished = part(sources, settings, args.output, stop, end=end, **shown)
+        work = Work(sources, settings, args.output, stop, end, show_progress=not args.quick)
+        # No part begins before those before it are done.
+        finished = all(part(work) for name, part in _PARTS.items() if args.only in (None, name))
     where = f"results in {args.output}"
     print(where if finished else f"stopped; the same command goes on from here; {where}")
     return 0 if finished else stop.exit_status or 1

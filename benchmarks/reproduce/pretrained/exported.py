@@ -11,9 +11,7 @@ writes benchmarks/results/pretrained/exported.json and prints its table.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,22 +20,15 @@ from typing import Any
 
 import tokcomp
 import torch
-from timm.data import resolve_model_data_config
-from tokcomp.compare.probe import attach_head, features_of, fit_head
 from tokcomp.equal_cost.budget import tome_for_budget
 from tokcomp.equal_cost.counts import Ruler
 from tokcomp.equal_cost.schedules import uniform
-from tokcomp.files import write_whole
-from tokcomp.measure.info import machine, package_versions
-from tokcomp.runs.batches import held_out_batches
-from tokcomp.runs.data import Part, spread_sample
-from tokcomp.runs.recipe import plain_transform
 from torch import Tensor
 
-from benchmarks.reproduce.pretrained.images import DEBIAN
-from benchmarks.reproduce.pretrained.importance import HEAD_IMAGES, KEPT, SIZE, TEST_IMAGES
+from benchmarks.reproduce.pretrained.beside import parser_of, record_of, run_command, with_head
+from benchmarks.reproduce.pretrained.importance import KEPT
 from benchmarks.reproduce.pretrained.plan import Settings
-from benchmarks.reproduce.pretrained.study import CPU, Sources
+from benchmarks.reproduce.pretrained.study import Sources
 from benchmarks.reproduce.spread import markdown
 
 #: Of the uncompressed multiply-adds.
@@ -47,16 +38,8 @@ BATCH = 50
 
 def run(sources: Sources, settings: Settings, size: int) -> dict[str, Any]:
     """Everything; JSON data."""
-    training, testing = sources.images(settings)
-    model: Any = sources.backbone(size, settings)
-    config = {**resolve_model_data_config(model), "input_size": (3, size, size), "crop_pct": 1.0}
-
-    def batches(dataset: Any, count: int) -> Any:
-        return held_out_batches(Part(dataset, spread_sample(dataset, count, 0), plain_transform(config)), BATCH)()
-
-    weight, bias, _ = fit_head(*features_of(model, batches(training, settings.head), CPU))
-    attach_head(model, weight, bias)
-    images, labels = (torch.cat(part) for part in zip(*batches(testing, settings.test), strict=True))
+    model, test = with_head(sources, settings, size)
+    images, labels = (torch.cat(part) for part in zip(*test(), strict=True))
     ruler = Ruler(model)
     budget = SHARE * ruler.flops(None)
     methods = {"whole": None, "DiffRate, uniform": uniform(ruler, budget), "ToMe": tome_for_budget(model, budget)}
@@ -77,13 +60,9 @@ def run(sources: Sources, settings: Settings, size: int) -> dict[str, Any]:
             }
             print(row, flush=True)
             rows.append(row)
-    facts = {**sources.describe(), "img_size": size, "head_images": settings.head, "images": settings.test}
-    return {
-        "facts": {**facts, "share": SHARE},
-        "machine": machine(),
-        "versions": package_versions(),
-        "rows": rows,
-    }
+    record = record_of(sources, settings, size, rows=rows)
+    record["facts"]["share"] = SHARE
+    return record
 
 
 def _runners(model: Any) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -136,23 +115,8 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reproduce.pretrained.exported",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="vit_s_focus.onnx")
-    parser.add_argument("--data", type=Path, default=DEBIAN, metavar="DIR", help="IDX files (default: %(default)s)")
-    kept = KEPT.with_name("exported.json")
-    parser.add_argument("-o", "--output", type=Path, default=kept, metavar="FILE", help="default: %(default)s")
-    args = parser.parse_args(argv)
-    if args.weights is None or not args.weights.is_file():
-        print(f"error: --weights must be the file vit_s_focus.onnx, got '{args.weights}'; see --help", file=sys.stderr)
-        return 2
-    record = run(Sources(args.weights, args.data), Settings(head=HEAD_IMAGES, test=TEST_IMAGES), SIZE)
-    write_whole(args.output, json.dumps(record, indent=1) + "\n")
-    print(table(record))
-    return 0
+    parser = parser_of("benchmarks.reproduce.pretrained.exported", __doc__, KEPT.with_name("exported.json"))
+    return run_command(parser, run, table, argv)
 
 
 if __name__ == "__main__":

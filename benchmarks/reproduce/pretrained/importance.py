@@ -11,9 +11,7 @@ writes benchmarks/results/pretrained/importance.json and prints its table; the s
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,27 +19,19 @@ from typing import Any
 
 import tokcomp
 import torch
-from timm.data import resolve_model_data_config
 from tokcomp.compare.answers import Answers, answer, paired
-from tokcomp.compare.probe import attach_head, features_of, fit_head
 from tokcomp.equal_cost.budget import evit_for_budget, tome_for_budget
 from tokcomp.equal_cost.counts import Ruler
 from tokcomp.equal_cost.schedules import uniform
-from tokcomp.files import write_whole
-from tokcomp.measure.info import machine, package_versions
 from tokcomp.methods import DiffRate, Evidence, EViT, Method
-from tokcomp.runs.batches import held_out_batches
-from tokcomp.runs.data import Part, spread_sample
-from tokcomp.runs.recipe import plain_transform
 from torch import Tensor, nn
 
-from benchmarks.reproduce.pretrained.images import DEBIAN
-from benchmarks.reproduce.pretrained.plan import QUICK, Settings
+from benchmarks.reproduce.pretrained.beside import parser_of, record_of, run_command, with_head
+from benchmarks.reproduce.pretrained.plan import Settings
 from benchmarks.reproduce.pretrained.study import CPU, Sources
 from benchmarks.reproduce.spread import markdown
 
 KEPT = Path(__file__).parents[3] / "benchmarks" / "results" / "pretrained" / "importance.json"
-SIZE, SHARES, HEAD_IMAGES, TEST_IMAGES = 112, (0.75, 0.55), 1500, 500
 #: Importance -> what it reads of a block's attention; the first is the default.
 IMPORTANCES = {
     "attention received": frozenset({"image_attn"}),
@@ -96,17 +86,8 @@ def ranked(method: DiffRate | EViT, importance: str) -> Method:
 
 def run(sources: Sources, settings: Settings, size: int) -> dict[str, Any]:
     """Everything; JSON data."""
-    training, testing = sources.images(settings)
-    model: Any = sources.backbone(size, settings)
-    model.global_pool = "avg"  # of normalised patch tokens
-    config = {**resolve_model_data_config(model), "input_size": (3, size, size), "crop_pct": 1.0}
-
-    def batches(dataset: Any, count: int) -> Any:
-        return held_out_batches(Part(dataset, spread_sample(dataset, count, 0), plain_transform(config)), 50)
-
-    weight, bias, _ = fit_head(*features_of(model, batches(training, settings.head)(), CPU))
-    attach_head(model, weight, bias)
-    test = batches(testing, settings.test)
+    # The average of normalised patch tokens.
+    model, test = with_head(sources, settings, size, global_pool="avg")
 
     def answers(one: nn.Module) -> Answers:
         return answer(one, test(), settings.test, device=CPU)
@@ -134,15 +115,14 @@ def run(sources: Sources, settings: Settings, size: int) -> dict[str, Any]:
         tome = tome_for_budget(model, budget)
         top1 = answers(tokcomp.compress(copy.deepcopy(model), tome)).top1
         likeness.append({"method": "ToMe", "share": share, "gflops": ruler.flops(tome) / 1e9, "top1": top1})
-    facts = {**sources.describe(), "img_size": size, "head_images": settings.head, "images": settings.test}
-    return {
-        "facts": facts,
-        "machine": machine(),
-        "versions": package_versions(),
-        "uncompressed": {"top1": dense.top1, "gflops": ruler.flops(None) / 1e9},
-        "rows": rows,
-        "by_likeness": likeness,
-    }
+    return record_of(
+        sources,
+        settings,
+        size,
+        uncompressed={"top1": dense.top1, "gflops": ruler.flops(None) / 1e9},
+        rows=rows,
+        by_likeness=likeness,
+    )
 
 
 def section(record: Mapping[str, Any]) -> str:
@@ -170,27 +150,7 @@ receives, the default where there is no class token, with its paired 95 % interv
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reproduce.pretrained.importance",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="vit_s_focus.onnx")
-    parser.add_argument("--data", type=Path, default=DEBIAN, metavar="DIR", help="IDX files (default: %(default)s)")
-    parser.add_argument("-o", "--output", type=Path, default=KEPT, metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="in miniature: random weights, pictures of noise")
-    args = parser.parse_args(argv)
-    if args.quick:
-        record = run(Sources(None, None), QUICK, QUICK.sizes[0])
-    elif args.weights is None or not args.weights.is_file():
-        print(f"error: --weights must be the file vit_s_focus.onnx, got '{args.weights}'; see --help", file=sys.stderr)
-        return 2
-    else:
-        settings = Settings(shares=SHARES, head=HEAD_IMAGES, test=TEST_IMAGES)
-        record = run(Sources(args.weights, args.data), settings, SIZE)
-    write_whole(args.output, json.dumps(record, indent=1) + "\n")
-    print(section(record))
-    return 0
+    return run_command(parser_of("benchmarks.reproduce.pretrained.importance", __doc__, KEPT), run, section, argv)
 
 
 if __name__ == "__main__":

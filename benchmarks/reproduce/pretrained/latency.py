@@ -8,12 +8,9 @@ More Token is Enough", which has no budget but a weight of the time.
 from __future__ import annotations
 
 import copy
-import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import tokcomp
@@ -23,16 +20,13 @@ from tokcomp.compare.answers import answer
 from tokcomp.compare.cells import key_of
 from tokcomp.compare.run import Images
 from tokcomp.equal_cost import Ruler, tome_for_budget
-from tokcomp.files import write_whole
 from tokcomp.measure.timing import interleave, stopwatch
 from tokcomp.methods import Method
 from tokcomp.refine import Refinement, RefineSettings, starts_for
-from tokcomp.runs.steps import StopRequest
 from torch import Tensor
 
 from benchmarks.reproduce.pretrained.one_more_token import AtRandom, OneMoreToken, tokens_of_most_use
-from benchmarks.reproduce.pretrained.plan import Settings
-from benchmarks.reproduce.pretrained.study import CPU, Sources, prepare, resumed
+from benchmarks.reproduce.pretrained.study import CPU, Work, keep, prepare, resumed
 from benchmarks.reproduce.pretrained.weights import MODEL
 
 FOLDER, RESULTS = "latency", "results.json"
@@ -58,45 +52,24 @@ class Cell:
         return f"{self.rule} {self.setting:g}" + ("" if self.batch is None else f", batch {self.batch}")
 
 
-def run_latency(
-    sources: Sources,
-    settings: Settings,
-    folder: Path,
-    stop: StopRequest,
-    *,
-    end: float | None = None,
-    show_progress: bool = True,
-) -> bool:
-    """Every method's answers, and then the speeds; returns whether all is done. What is there is not done again.
-
-    Args:
-        end: stop before the next cell once time.monotonic() is past it.
-    """
+def run_latency(work: Work) -> bool:
+    """Every method's answers, and then the speeds."""
 
     def check() -> None:
-        if stop.wanted or (end is not None and time.monotonic() > end):
+        if work.over:
             raise _Stopped
 
-    def say(text: str) -> None:
-        if show_progress:
-            print(text, flush=True)
-
-    path = folder / FOLDER / RESULTS
-    prepared = prepare(sources, settings, folder, 0)
-    own = settings.latency
+    settings, own, path = work.settings, work.settings.latency, work.folder / FOLDER / RESULTS
+    prepared = prepare(work, 0)
     facts = {**prepared.facts, "shares": list(settings.shares), "test": settings.test, "settings": repr(own)}
     facts |= {"candidates": own.candidates, "refine_images": own.images}
     record = resumed(path, facts, grid={}, rows={}, speeds={})
-
-    def keep() -> None:
-        write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
-
-    training, testing = sources.images(settings)
+    training, testing = work.sources.images(settings)
     images = Images(prepared.batches(testing, settings.test, 0), settings.test)
     judges = prepared.batches(training, own.images, 2)
     try:
         check()
-        methods = _Methods(prepared.model, judges, settings, folder / FOLDER, facts, stop, say)
+        methods = _Methods(prepared.model, judges, work, facts)
         for tokens in methods.grid:
             if str(tokens) not in record["grid"]:
                 check()
@@ -104,19 +77,19 @@ def run_latency(
                 record["grid"][str(tokens)] = answer(
                     AtRandom(prepared.model, tokens), pictures, own.grid_images, device=CPU
                 ).top1
-                keep()
+                keep(path, record)
         methods.top1 = {int(tokens): top1 for tokens, top1 in record["grid"].items()}
         for cell in methods.cells():
             if cell.name not in record["rows"]:
                 check()
                 record["rows"][cell.name] = _row(methods, cell, images)
-                keep()
-                say(f"{cell.name}: {record['rows'][cell.name]['top1']:.2f} %")
+                keep(path, record)
+                methods.say(f"{cell.name}: {record['rows'][cell.name]['top1']:.2f} %")
         for batch in own.batches:
             if str(batch) not in record["speeds"]:
                 check()
                 record["speeds"][str(batch)] = _speeds(methods, batch, images.first(batch), own.rounds)
-                keep()
+                keep(path, record)
     except (_Stopped, MeasurementStopped):
         return False
     return True
@@ -156,26 +129,21 @@ class _Methods:
     Args:
         model: plain; left so.
         start: begins a pass over the pictures that judge a refinement.
-        settings, folder, facts, stop, say: of the study.
+        work, facts: of the study.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        start: Callable[[], Any],
-        settings: Settings,
-        folder: Path,
-        facts: dict[str, Any],
-        stop: StopRequest,
-        say: Callable[[str], None],
-    ) -> None:
-        self.model, self._start, self._settings, self._folder = model, start, settings, folder
-        self._facts, self._stop, self._say = facts, stop, say
+    def __init__(self, model: Any, start: Callable[[], Any], work: Work, facts: dict[str, Any]) -> None:
+        self.model, self._start, self._work, self._facts = model, start, work, facts
+        self._settings, self._folder = work.settings, work.folder / FOLDER
         self.ruler = Ruler(model)
-        self.tables = {batch: self._table(batch) for batch in settings.latency.batches}
+        self.tables = {batch: self._table(batch) for batch in work.settings.latency.batches}
         self.by_time = {batch: Ruler(model, table.milliseconds) for batch, table in self.tables.items()}
         self.top1: dict[int, float] = {}  # by the numbers of tokens in ``grid``, once measured
         self._made: dict[Cell, Method] = {}
+
+    def say(self, text: str) -> None:
+        if self._work.show_progress:
+            print(text, flush=True)
 
     @property
     def grid(self) -> range:
@@ -223,8 +191,8 @@ class _Methods:
             RefineSettings(self._settings.latency.candidates),
             state=self._folder / "refined" / f"{cell.name}-{key_of(facts)}.json",
             facts=facts,
-            note=lambda step, text: self._say(f"{cell.name}, candidate {step}: {text}"),
-        ).run(self._stop)
+            note=lambda step, text: self.say(f"{cell.name}, candidate {step}: {text}"),
+        ).run(self._work.stop)
         if not found.complete:
             raise _Stopped
         return found.method
@@ -238,6 +206,6 @@ class _Methods:
             batch_size=batch,
             spacing=own.spacing,
             rounds=own.rounds,
-            report=self._say,
-            stop=lambda: self._stop.wanted,
+            report=self.say,
+            stop=lambda: self._work.stop.wanted,
         )

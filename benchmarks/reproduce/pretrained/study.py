@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -71,25 +72,35 @@ class Sources:
         }
 
 
-def run_study(
-    sources: Sources,
-    settings: Settings,
-    folder: Path,
-    stop: StopRequest,
-    *,
-    minutes: float | None = None,
-    show_progress: bool = True,
-) -> bool:
-    """Every size in turn; returns whether all was done. What is there already is not computed again."""
-    end = None if minutes is None else time.monotonic() + 60 * minutes
-    for place, size in enumerate(settings.sizes):
-        left = None if end is None else (end - time.monotonic()) / 60
-        comparison = _comparison(sources, settings, folder, place, stop, left, show_progress)
-        finished = comparison.run(stop)
-        results = folder / str(size) / RESULTS
+@dataclass(frozen=True)
+class Work:
+    """What the parts of the study work on, and the folder of their results. A part returns whether all of it is done;
+    what is there is not done again.
+
+    Args:
+        end: nothing more is begun once time.monotonic() is past it.
+    """
+
+    sources: Sources
+    settings: Settings
+    folder: Path
+    stop: StopRequest
+    end: float | None = None
+    show_progress: bool = True
+
+    @property
+    def over(self) -> bool:
+        return self.stop.wanted or (self.end is not None and time.monotonic() > self.end)
+
+
+def run_study(work: Work) -> bool:
+    """Every size in turn."""
+    for place, size in enumerate(work.settings.sizes):
+        finished = _comparison(work, place).run(work.stop)
+        results = work.folder / str(size) / RESULTS
         if results.is_file():
             page = render(read_json(results), f"{MODEL} at {size} x {size}")
-            write_whole(folder / str(size) / "compare.html", page)
+            write_whole(work.folder / str(size) / "compare.html", page)
         if not finished:
             return False
     return True
@@ -103,47 +114,54 @@ def resumed(path: Path, facts: dict[str, Any], **empty: Any) -> dict[str, Any]:
     return {"facts": facts, "machine": machine(), "versions": package_versions(), **empty}
 
 
+def keep(path: Path, record: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+#: (data set, count, seed) -> begins a pass over a sample.
+Passes = Callable[[Dataset, int, int], Callable[[], Any]]
+
+
+def passes_for(model: nn.Module, size: int) -> tuple[dict[str, Any], Passes]:
+    """timm's configuration of the data for a backbone at an image size, and how pictures are given to it."""
+    config: dict[str, Any] = {**resolve_model_data_config(model), "input_size": (3, size, size), "crop_pct": 1.0}
+
+    def batches(dataset: Dataset, count: int, seed: int) -> Callable[[], Any]:
+        return held_out_batches(Part(dataset, spread_sample(dataset, count, seed), plain_transform(config)), 50)
+
+    return config, batches
+
+
 class Prepared(NamedTuple):
     """A backbone with its head, and how pictures are given to it."""
 
     model: nn.Module
     config: dict[str, Any]  # timm's, of the data
     facts: dict[str, Any]  # that the model follows from
-    batches: Callable[[Dataset, int, int], Callable[[], Any]]  # (data set, count, seed) -> begins a pass over a sample
+    batches: Passes
 
 
-def prepare(sources: Sources, settings: Settings, folder: Path, place: int) -> Prepared:
+def prepare(work: Work, place: int) -> Prepared:
     """At the size of that place; the head is kept in the size's folder."""
-    size = settings.sizes[place]
+    sources, settings, size = work.sources, work.settings, work.settings.sizes[place]
     training, _ = sources.images(settings)
     model = sources.backbone(size, settings)
-    config: dict[str, Any] = {**resolve_model_data_config(model), "input_size": (3, size, size), "crop_pct": 1.0}
-
-    def batches(dataset: Dataset, count: int, seed: int) -> Callable[[], Any]:
-        part = Part(dataset, spread_sample(dataset, count, seed), plain_transform(config))
-        return held_out_batches(part, 50)
+    config, batches = passes_for(model, size)
 
     def head() -> Any:
         return fit_head(*features_of(model, batches(training, settings.head, 0)(), CPU))
 
     facts: dict[str, Any] = {**sources.describe(), "weights_digest": weights_digest(model), "img_size": size}
-    kept = kept_head(folder / str(size) / "probe.safetensors", {**facts, "head": settings.head}, head)
+    kept = kept_head(work.folder / str(size) / "probe.safetensors", {**facts, "head": settings.head}, head)
     attach_head(model, *kept)
     return Prepared(model, config, {**facts, "head_images": settings.head, "with_head": weights_digest(model)}, batches)
 
 
-def _comparison(
-    sources: Sources,
-    settings: Settings,
-    folder: Path,
-    place: int,
-    stop: StopRequest,
-    minutes: float | None,
-    show_progress: bool,
-) -> Comparison:
+def _comparison(work: Work, place: int) -> Comparison:
+    settings, folder = work.settings, work.folder
     here = folder / str(settings.sizes[place])
-    training, testing = sources.images(settings)
-    model, config, facts, batches = prepare(sources, settings, folder, place)
+    training, testing = work.sources.images(settings)
+    model, config, facts, batches = prepare(work, place)
     search = SearchSettings(
         replace(RECIPE, lr=settings.lr, min_lr=settings.lr / 10, epochs=settings.steps, batch_size=settings.batch),
         eval_interval=0,
@@ -154,8 +172,8 @@ def _comparison(
         search,
         here,
         facts=facts,
-        stop=stop,
-        show_progress=show_progress,
+        stop=work.stop,
+        show_progress=work.show_progress,
     )
     refiner = Refiner(
         model,
@@ -163,8 +181,8 @@ def _comparison(
         RefineSettings(settings.candidates),
         here,
         facts={**facts, "images": settings.refine},
-        stop=stop,
-        note=(lambda step, text: print(f"refine candidate {step}: {text}", flush=True)) if show_progress else None,
+        stop=work.stop,
+        note=(lambda step, text: print(f"refine candidate {step}: {text}", flush=True)) if work.show_progress else None,
     )
     dense = flops(model) / 1e9
     # Four digits, so that the name of a budget says it all.
@@ -172,10 +190,11 @@ def _comparison(
     entries = entries_for(settings, place, budgets, [folder / str(one) for one in settings.sizes])
     told = f"{settings.steps} updates of {settings.batch} of {settings.search} pictures, AdamW at {settings.lr:g}"
     facts |= {"search": told, "refine_images": settings.refine}
+    minutes = None if work.end is None else (work.end - time.monotonic()) / 60
     plan = Plan(entries, budgets, facts, speed_batch=settings.speed_batch, int8=True, minutes=minutes)
     images = Images(batches(testing, settings.test, 0), settings.test)
     builder = Builder(model, MODEL, searches.find, refiner.find)
-    return Comparison(model, images, builder, plan, here, device=CPU, show_progress=show_progress)
+    return Comparison(model, images, builder, plan, here, device=CPU, show_progress=work.show_progress)
 
 
 def _searched(training: Dataset, config: dict[str, Any], settings: Settings, count: int | None) -> Dataset:

@@ -7,30 +7,25 @@ the digits it has seen nothing.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import tokcomp
 import torch
-from timm.data import resolve_model_data_config
 from tokcomp import ToCom, ToMe
 from tokcomp.compare.answers import paired
 from tokcomp.compare.probe import features_of, fit_head
 from tokcomp.data import DigitsDataset
-from tokcomp.files import write_whole
-from tokcomp.runs.batches import LoaderBatches, held_out_batches
+from tokcomp.runs.batches import LoaderBatches
 from tokcomp.runs.data import Part, spread_sample
 from tokcomp.runs.recipe import TOCOM_RECIPE, plain_transform
-from tokcomp.runs.steps import Progress, StopRequest
+from tokcomp.runs.steps import Progress
 from tokcomp.tocom.distill import Distiller
 from torch import Tensor, nn
 
 from benchmarks.reproduce.pretrained.plan import Settings
-from benchmarks.reproduce.pretrained.study import CPU, Sources, resumed
+from benchmarks.reproduce.pretrained.study import CPU, Work, keep, passes_for, resumed
 
 FOLDER, RESULTS = "tocom", "results.json"
 #: The paper's recipe with few, larger updates, and nothing but the pictures themselves.
@@ -45,60 +40,44 @@ class _Task:
     test: Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
-def run_tocom(
-    sources: Sources,
-    settings: Settings,
-    folder: Path,
-    stop: StopRequest,
-    *,
-    end: float | None = None,
-    show_progress: bool = True,
-) -> bool:
-    """Plugins of every seed, one after the other; returns whether all are done. What is there is not computed again.
-
-    Args:
-        end: stop before the next plugin once time.monotonic() is past it.
-    """
-    path = folder / FOLDER / RESULTS
+def run_tocom(work: Work) -> bool:
+    """Plugins of every seed, one after the other."""
+    settings, path = work.settings, work.folder / FOLDER / RESULTS
     size = settings.sizes[0]
-    model = sources.backbone(size, settings)
-    config: dict[str, Any] = {**resolve_model_data_config(model), "input_size": (3, size, size), "crop_pct": 1.0}
-    facts = {**sources.describe(), "img_size": size, "settings": repr(settings.tocom)}
+    model = work.sources.backbone(size, settings)
+    facts = {**work.sources.describe(), "img_size": size, "settings": repr(settings.tocom)}
     record = resumed(path, facts, plugins={})
-    tasks, training = _tasks(sources, settings, config)
+    tasks, training = _tasks(work, model, size)
     heads: dict[str, Any] = {}
     for seed in range(settings.tocom.seeds):
         if str(seed) in record["plugins"]:
             continue
-        if stop.wanted or (end is not None and time.monotonic() > end):
+        if work.over:
             return False
         if not heads:
             heads = {name: _Heads(model, task, settings) for name, task in tasks.items()}
             record["plain"] = {name: one.plain for name, one in heads.items()}
-        plugin = _distilled(model, training, settings, seed, stop, show_progress)
+        plugin = _distilled(model, training, work, seed)
         if plugin is None:
             return False
         record["plugins"][str(seed)] = {name: one.with_plugin(plugin) for name, one in heads.items()}
         record["gains"] = {
             name: one.gains([p[name] for p in record["plugins"].values()]) for name, one in heads.items()
         }
-        write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+        keep(path, record)
     return True
 
 
-def _tasks(sources: Sources, settings: Settings, config: dict[str, Any]) -> tuple[dict[str, _Task], Part]:
-    transform = plain_transform(config)
-
-    def batches(dataset: Any, count: int, seed: int) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-        return held_out_batches(Part(dataset, spread_sample(dataset, count, seed), transform), 50)
-
+def _tasks(work: Work, model: nn.Module, size: int) -> tuple[dict[str, _Task], Part]:
+    sources, settings = work.sources, work.settings
+    config, batches = passes_for(model, size)
     fashion, test = sources.images(settings)
     digits = [DigitsDataset(train=train) for train in (True, False)]
     tasks = {
         sources.describe()["data"]: _Task(batches(fashion, settings.head, 0), batches(test, settings.test, 0)),
         "digits": _Task(batches(digits[0], settings.head, 0), batches(digits[1], settings.test, 0)),
     }
-    return tasks, Part(fashion, spread_sample(fashion, settings.tocom.images, 3), transform)
+    return tasks, Part(fashion, spread_sample(fashion, settings.tocom.images, 3), plain_transform(config))
 
 
 class _Heads:
@@ -163,11 +142,9 @@ def _percent(hits: Tensor) -> float:
     return round(100.0 * hits.double().mean().item(), 4)
 
 
-def _distilled(
-    model: nn.Module, training: Part, settings: Settings, seed: int, stop: StopRequest, show_progress: bool
-) -> ToCom | None:
+def _distilled(model: nn.Module, training: Part, work: Work, seed: int) -> ToCom | None:
     """A plugin of that seed; None if the training was asked to stop."""
-    own = settings.tocom
+    own = work.settings.tocom
     torch.manual_seed(seed)
     plugin = ToCom(model, max_degree=own.max_degree)
     recipe = replace(RECIPE, lr=own.lr, min_lr=own.lr / 100, batch_size=own.batch, epochs=1)
@@ -183,10 +160,10 @@ def _distilled(
         scale=own.scale,
         seed=seed,
     )
-    progress = Progress(own.steps, label=f"plugin {seed + 1} of {own.seeds}", show=show_progress)
+    progress = Progress(own.steps, label=f"plugin {seed + 1} of {own.seeds}", show=work.show_progress)
     try:
         for images, _ in batches.iterate(0, own.steps):
-            if stop.wanted:
+            if work.stop.wanted:
                 return None
             distiller.step(images)
             progress.advance()

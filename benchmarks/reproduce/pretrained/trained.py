@@ -8,11 +8,8 @@ before.
 from __future__ import annotations
 
 import copy
-import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import tokcomp
@@ -21,17 +18,15 @@ from tokcomp import learned
 from tokcomp.compare.answers import Answers, answer, paired
 from tokcomp.compare.run import Images
 from tokcomp.equal_cost import BY_IMAGES, BY_PREDICTOR, Measured, count_for_budget, predictor_for_budget
-from tokcomp.files import write_whole
 from tokcomp.finetune.tuner import FineTuner
 from tokcomp.methods import AViT, LearnedMethod, Method, PassageMethod, ToMe
 from tokcomp.runs.batches import LoaderBatches
 from tokcomp.runs.data import spread_sample, training_part
 from tokcomp.runs.recipe import FINETUNE_RECIPE, Recipe
-from tokcomp.runs.steps import Progress, StopRequest, seed_all
+from tokcomp.runs.steps import Progress, seed_all
 from torch import Tensor, nn
 
-from benchmarks.reproduce.pretrained.plan import Settings
-from benchmarks.reproduce.pretrained.study import CPU, Prepared, Sources, prepare, resumed
+from benchmarks.reproduce.pretrained.study import CPU, Prepared, Work, keep, prepare, resumed
 
 FOLDER, RESULTS = "trained", "results.json"
 #: In this order, the most telling first.
@@ -46,43 +41,31 @@ RECIPE = replace(
 _SHIFTS, _HALVINGS = (-64.0, 64.0), 7
 
 
-def run_trained(
-    sources: Sources,
-    settings: Settings,
-    folder: Path,
-    stop: StopRequest,
-    *,
-    end: float | None = None,
-    show_progress: bool = True,
-) -> bool:
-    """Every method, one after the other; returns whether all are done. What is there is not trained again.
-
-    Args:
-        end: stop before the next method once time.monotonic() is past it.
-    """
-    own, path = settings.trained, folder / FOLDER / RESULTS
-    prepared = prepare(sources, settings, folder, 0)
+def run_trained(work: Work) -> bool:
+    """Every method, one after the other."""
+    settings, own, path = work.settings, work.settings.trained, work.folder / FOLDER / RESULTS
+    prepared = prepare(work, 0)
     dense = tokcomp.flops(prepared.model) / 1e9
     gflops = float(f"{own.share * dense:.4g}")
     facts = {**prepared.facts, "gflops": gflops, "uncompressed": dense, "settings": repr(own), "test": settings.test}
     record = resumed(path, facts, rows={})
-    training, testing = sources.images(settings)
+    training, testing = work.sources.images(settings)
     images = Images(prepared.batches(testing, settings.test, 0), settings.test)
     calibration = [x for x, _ in prepared.batches(training, own.calibration, 4)()]
     for name in NAMES:
         if name in record["rows"]:
             continue
-        if stop.wanted or (end is not None and time.monotonic() > end):
+        if work.over:
             return False
         seed_all(own.seed)
         model, method = _untrained(name, prepared.model, gflops * 1e9, calibration)
-        losses = _train(name, model, method, prepared, training, settings, stop, show_progress)
+        losses = _train(name, model, method, prepared, training, work)
         if losses is None:
             return False
         method, cost = _at_the_budget(model, method, gflops * 1e9, calibration)
         found = answer(model.eval(), images, settings.test, device=CPU)
         record["rows"][name] = _row(found, method, cost, losses)
-        write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+        keep(path, record)
     return True
 
 
@@ -115,17 +98,10 @@ def _halting(model: nn.Module, budget: float, calibration: Sequence[Tensor]) -> 
 
 
 def _train(
-    name: str,
-    model: nn.Module,
-    method: Method | None,
-    prepared: Prepared,
-    training: Any,
-    settings: Settings,
-    stop: StopRequest,
-    show_progress: bool,
+    name: str, model: nn.Module, method: Method | None, prepared: Prepared, training: Any, work: Work
 ) -> list[float] | None:
     """Trains the model in place; every step's loss, or None if it was asked to stop."""
-    own = settings.trained
+    own = work.settings.trained
     parts = any(learned.LEARNED.keys() & set(path.split(".")) for path, _ in model.named_parameters())
     rate = own.parts_lr if parts else own.lr
     recipe: Recipe = replace(
@@ -150,10 +126,10 @@ def _train(
         amp_dtype=torch.bfloat16,
         teacher=copy.deepcopy(prepared.model) if has_teacher else None,
     )
-    progress, losses = Progress(own.steps, label=name, show=show_progress), []
+    progress, losses = Progress(own.steps, label=name, show=work.show_progress), []
     try:
         for images, labels in batches.iterate(0, own.steps):
-            if stop.wanted:
+            if work.stop.wanted:
                 return None
             losses.append(tuner.step(images, labels).item())
             progress.advance()
