@@ -107,25 +107,13 @@ def test_entries_are_checked() -> None:
             models.Entry(competitor, method)
 
 
+COMMAND = ("bench", "-m", "test_vit", "-b", "1", "2", "--rounds", "2", "--device", "cpu", "--no-rivals")
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     schedule = tmp_path / "plan.json"
     tokcomp.CompressionSchedule([101, 90, 80, 60, 40, 20], [101, 80, 70, 50, 30, 10]).save(schedule)
-    command = [
-        "bench",
-        "-m",
-        "test_vit",
-        "--schedule",
-        str(schedule),
-        "-b",
-        "1",
-        "2",
-        "--rounds",
-        "2",
-        "--device",
-        "cpu",
-        "--no-rivals",
-    ]
-    assert main([*command, "--results", str(tmp_path / "results")]) == 0
+    assert main([*COMMAND, "--schedule", str(schedule), "--results", str(tmp_path / "results")]) == 0
     text = capsys.readouterr().out
     assert "test_vit, DiffRate plan.json, float32" in text.splitlines()[0]
     first, second = text.splitlines()[1:3]
@@ -154,23 +142,7 @@ def test_command_goes_on_without_what_does_not_compile(
         return run
 
     monkeypatch.setattr(torch, "compile", at_one)
-    command = [
-        "bench",
-        "-m",
-        "test_vit",
-        "--method",
-        "tome",
-        "--r",
-        "4",
-        "-b",
-        "1",
-        "2",
-        "--rounds",
-        "2",
-        "--device",
-        "cpu",
-    ]
-    assert main([*command, "--torchcompile", "--no-rivals", "--results", str(tmp_path)]) == 0
+    assert main([*COMMAND, "--method", "tome", "--r", "4", "--torchcompile", "--results", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     compiled = ("published-compiled", "timm-compiled", "tokcomp-compiled")
     for name in compiled:

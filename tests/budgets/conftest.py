@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
@@ -19,3 +20,10 @@ def make_vit():
         return VisionTransformer(**{**defaults, **options}).eval()
 
     return make
+
+
+@pytest.fixture(scope="module")
+def deit_small() -> torch.nn.Module:
+    """DeiT-S without its memory."""
+    with torch.device("meta"):
+        return timm.create_model("deit_small_patch16_224")

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import tokcomp
 import torch
 from tokcomp.adapters.base import BlockCost, Cost
 from tokcomp.budgets import FlopsBudget, TargetError, TokenCounts, counts_of, flops_of, least_counts
-
-
-@pytest.fixture(scope="module")
-def deit_small() -> torch.nn.Module:
-    with torch.device("meta"):
-        return timm.create_model("deit_small_patch16_224")
 
 
 def schedule(gflops: float = 2.9) -> tokcomp.DiffRate:

@@ -34,12 +34,6 @@ def hardware(**changes) -> Hardware:
     return Hardware.of(points_of([Gemmini(**changes)]), Technology())
 
 
-@pytest.fixture(scope="module")
-def deit_small() -> torch.nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(NAME)
-
-
 def test_a_small_product_by_hand():
     # 16 x 16 PEs, 16 bytes a cycle. One weight tile, 16 rows through it; 2 * 256 bytes in, 256 out: 48 cycles, more
     # than 16 + 512 / 16 / 4 stalls. Filling: 16 rows of weights and 32 registers.

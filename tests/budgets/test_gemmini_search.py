@@ -6,7 +6,6 @@ import copy
 import itertools
 
 import pytest
-import timm
 import tokcomp
 import torch
 from tokcomp.budgets import Gemmini, GemminiSearch, TargetError, Technology, TokenCounts, counts_of
@@ -14,12 +13,6 @@ from tokcomp.budgets.gemmini import can_be_generated, points_of
 from tokcomp.budgets.gemmini_search import log_cosh
 
 NAME = "deit_small_patch16_224"
-
-
-@pytest.fixture(scope="module")
-def deit_small() -> torch.nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(NAME)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,16 @@ from torch import nn
 from tests.library.conftest import images_for, make_vit, method, methods  # noqa: F401
 
 
+@pytest.fixture
+def model(make_vit, methods):  # noqa: F811
+    return tokcomp.compress(make_vit(), methods["diffrate"])
+
+
+@torch.no_grad()
+def eager(model, images):
+    return model(images)
+
+
 class StandIn(SimpleNamespace):
     """The part of torch.cuda that graphs.py uses, with work done at once and a record of what was asked."""
 

@@ -14,19 +14,10 @@ from tokcomp.deploy.inputs import inputs_of
 from tokcomp.deploy.watch import Watch
 from torch import nn
 
+from tests.deploy.conftest import eager
 from tests.threads import in_threads
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.fixture
-def model(make_vit, methods):
-    return tokcomp.compress(make_vit(), methods["diffrate"])
-
-
-@torch.no_grad()
-def eager(model, images):
-    return model(images)
 
 
 def test_on_cpu_it_is_the_model(model, images_for):

@@ -7,15 +7,7 @@ import tokcomp
 import torch
 from torch import nn
 
-
-@pytest.fixture
-def model(make_vit, methods):
-    return tokcomp.compress(make_vit(), methods["diffrate"])
-
-
-@torch.no_grad()
-def eager(model, images):
-    return model(images)
+from tests.deploy.conftest import eager
 
 
 @pytest.fixture

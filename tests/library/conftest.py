@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import inspect
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import tokcomp
 import torch
-from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 
+from tests.drawn import recorded
 from tests.library.small_caformer import HEIGHT, WIDTH
-
-DATA = Path(__file__).parents[1] / "data" / "published_small.safetensors"
 
 
 class Published:
     """Outputs of the published DiffRate, ToMe and EViT code on a ViT whose weights come from a seed."""
 
     def __init__(self) -> None:
-        with safe_open(DATA, framework="pt") as file:
-            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            self.settings: dict[str, Any] = {name: json.loads(text) for name, text in file.metadata().items()}
+        self.tensors, self.settings = recorded("small")
         shape = (4, 3, 64, 64)
         self.images = torch.randn(shape, generator=torch.Generator().manual_seed(174))
 

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from tokcomp import DiffRateSearch
 
-from tests.drawn import draws_what_was_recorded
+from tests.drawn import draws_what_was_recorded, recorded
 
-DATA = Path(__file__).parents[1] / "data" / "published_search.safetensors"
 RELATIVE = 1e-7
 
 
 class Expected:
     def __init__(self) -> None:
-        with safe_open(DATA, framework="pt") as file:
-            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            self.settings = {name: json.loads(text) for name, text in file.metadata().items()}
+        self.tensors, self.settings = recorded("search")
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import tokcomp
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.drawn import draws_what_was_recorded
+from tests.drawn import draws_what_was_recorded, recorded
 
-DATA = Path(__file__).parents[1] / "data" / "published_tocom.safetensors"
 # As in tests/library/test_published.py: the published float32 run is itself off its float64 run by up to 1e-6.
 TOLERANCE = 1e-5
 
@@ -22,9 +17,7 @@ class Expected:
     """Logits of the published code, and the adapters they were computed with, which come from a seed."""
 
     def __init__(self) -> None:
-        with safe_open(DATA, framework="pt") as file:
-            self.logits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            settings = {name: json.loads(text) for name, text in file.metadata().items()}
+        self.logits, settings = recorded("tocom")
         self.scale, slots, std = settings["scale"], settings["slots"], settings["std"]
         self.runs = [tuple(run) for run in settings["runs"]]
         generator = torch.Generator().manual_seed(settings["seed"])
@@ -50,20 +43,22 @@ def load(expected, tmp_path):
     return make
 
 
+def logits_of(model, plugin, way, run, scale, images):
+    with torch.no_grad():
+        if way == "fold":
+            plugin.fold(model, *run, scale)
+            return model(images)
+        with plugin.applied(model, *run, scale):
+            return model(images)
+
+
 @pytest.mark.parametrize("run", [(2, 8), (0, 4)], ids=str)
 @pytest.mark.parametrize("way", ["fold", "applied"])
 def test_logits(published, expected, load, run, way):
     assert run in expected.runs
     source, target = run
     model = tokcomp.compress(published.model(), tokcomp.ToMe(target))
-    plugin = load(model)
-    with torch.no_grad():
-        if way == "fold":
-            plugin.fold(model, source, target, expected.scale)
-            logits = model(published.images)
-        else:
-            with plugin.applied(model, source, target, expected.scale):
-                logits = model(published.images)
+    logits = logits_of(model, load(model), way, run, expected.scale, published.images)
     torch.testing.assert_close(logits, expected.logits[f"{source}-{target}.logits"], atol=TOLERANCE, rtol=0)
 
 
@@ -71,14 +66,7 @@ def test_logits(published, expected, load, run, way):
 @pytest.mark.parametrize("way", ["fold", "applied"])
 def test_float64_logits(published, expected, load, way):
     model = tokcomp.compress(published.model().double(), tokcomp.ToMe(8))
-    plugin = load(model).double()
-    with torch.no_grad():
-        if way == "fold":
-            plugin.fold(model, 2, 8, expected.scale)
-            logits = model(published.images.double())
-        else:
-            with plugin.applied(model, 2, 8, expected.scale):
-                logits = model(published.images.double())
+    logits = logits_of(model, load(model).double(), way, (2, 8), expected.scale, published.images.double())
     theirs = expected.logits["2-8.logits_f64"]
     assert (logits - theirs).abs().max() < 1e-12 * theirs.abs().max() * model.embed_dim
 
