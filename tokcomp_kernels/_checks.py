@@ -48,6 +48,11 @@ def _require_floating(op: str, argument: str, tensor: Tensor) -> None:
         refuse(op, argument, "be float16, bfloat16, float32 or float64", _dtype(tensor), TypeError)
 
 
+def _require_floats(op: str, argument: str, tensor: Tensor, letters: str) -> None:
+    _require_dim(op, argument, tensor, letters)
+    _require_floating(op, argument, tensor)
+
+
 def _require_like(op: str, argument: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.dtype != other.dtype:
         refuse(op, argument, f"have the dtype of {other_name} ({_dtype(other)})", _dtype(tensor), TypeError)
@@ -68,6 +73,11 @@ def _require_per_token(
     _require_device(op, argument, tensor, other_name, other)
 
 
+def _require_size(op: str, size: Tensor | None, other_name: str, other: Tensor, sizes: Sequence[int]) -> None:
+    if size is not None:
+        _require_per_token(op, "size", size, other_name, other, sizes)
+
+
 def _require_importance(op: str, importance: Tensor, x: Tensor) -> None:
     """A value per token, [B, N], or several whose mean counts, [B, H, N]."""
     batch, num_tokens, _ = x.shape
@@ -80,6 +90,28 @@ def _require_importance(op: str, importance: Tensor, x: Tensor) -> None:
     _require_shape(op, "importance", importance, "[B, H, N]", (batch, heads, num_tokens))
     _require_floating(op, "importance", importance)
     _require_device(op, "importance", importance, "x", x)
+
+
+def _require_match(
+    op: str, argument: str, tensor: Tensor, letters: str, sizes: Sequence[int], other_name: str, other: Tensor
+) -> None:
+    _require_shape(op, argument, tensor, letters, sizes)
+    _require_like(op, argument, tensor, other_name, other)
+
+
+def _require_metric(op: str, metric: Tensor, x: Tensor) -> None:
+    """Features of each token to compare, [B, N, K]."""
+    _require_dim(op, "metric", metric, "[B, N, K]")
+    _require_shape(op, "metric", metric, "[B, N, K]", (*x.shape[:2], metric.shape[2]))
+    _require_floating(op, "metric", metric)
+    _require_device(op, "metric", metric, "x", x)
+
+
+def _require_places(op: str, argument: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """A whole number per token of ``other``, [B, N]."""
+    _require_shape(op, argument, tensor, "[B, N]", other.shape[:2])
+    _require_int64(op, argument, tensor)
+    _require_device(op, argument, tensor, other_name, other)
 
 
 def _require_int64(op: str, argument: str, tensor: Tensor) -> None:
@@ -108,30 +140,24 @@ def _require_width(op: str, argument: str, tensor: Tensor) -> None:
 
 def _require_qkv(op: str, q: Tensor, size: Tensor | None, **others: Tensor) -> None:
     """Queries, the ``others`` like them (k, v), and sizes."""
-    _require_dim(op, "q", q, "[B, H, N, D]")
-    _require_floating(op, "q", q)
+    _require_floats(op, "q", q, "[B, H, N, D]")
     if q.shape[2] < 1:
         refuse(op, "q", "hold at least one token", f"a tensor of shape {_shape(q.shape)}")
     _require_width(op, "q", q)
     for name, tensor in others.items():
-        _require_shape(op, name, tensor, "[B, H, N, D]", q.shape)
-        _require_like(op, name, tensor, "q", q)
-    if size is not None:
-        _require_per_token(op, "size", size, "q", q, (q.shape[0], q.shape[2]))
+        _require_match(op, name, tensor, "[B, H, N, D]", q.shape, "q", q)
+    _require_size(op, size, "q", q, (q.shape[0], q.shape[2]))
 
 
 def check_class_attention_sort(
     q_cls: Tensor, k: Tensor, size: Tensor | None = None, scale: float | None = None, num_prefix_tokens: int = 1
 ) -> None:
     op = "class_attention_sort"
-    _require_dim(op, "k", k, "[B, H, N, D]")
-    _require_floating(op, "k", k)
+    _require_floats(op, "k", k, "[B, H, N, D]")
     _require_width(op, "k", k)
     batch, heads, num_tokens, width = k.shape
-    _require_shape(op, "q_cls", q_cls, "[B, H, D]", (batch, heads, width))
-    _require_like(op, "q_cls", q_cls, "k", k)
-    if size is not None:
-        _require_per_token(op, "size", size, "k", k, (batch, num_tokens))
+    _require_match(op, "q_cls", q_cls, "[B, H, D]", (batch, heads, width), "k", k)
+    _require_size(op, size, "k", k, (batch, num_tokens))
     _require_prefix(op, num_prefix_tokens, num_tokens)
 
 
@@ -146,12 +172,10 @@ def check_prune_merge(
     similarity_weighted_size: bool = True,
     op: str = "prune_merge",
 ) -> None:
-    _require_dim(op, "x", x, "[B, N, C]")
-    _require_floating(op, "x", x)
+    _require_floats(op, "x", x, "[B, N, C]")
     batch, num_tokens, _ = x.shape
     _require_importance(op, importance, x)
-    if size is not None:
-        _require_per_token(op, "size", size, "x", x, (batch, num_tokens))
+    _require_size(op, size, "x", x, (batch, num_tokens))
     _require_prefix(op, num_prefix_tokens, num_tokens)
     if num_prune_kept < num_prefix_tokens:
         refuse(op, "num_prune_kept", f"be at least num_prefix_tokens ({num_prefix_tokens})", num_prune_kept)
@@ -189,12 +213,10 @@ def _require_branch_and_norm(
     op: str, x: Tensor, letters: str, branch: Tensor, weight: Tensor | None, bias: Tensor | None, norm_eps: float
 ) -> None:
     """What is added to x, and the LayerNorm over its last dimension."""
-    _require_shape(op, "branch", branch, letters, x.shape)
-    _require_like(op, "branch", branch, "x", x)
+    _require_match(op, "branch", branch, letters, x.shape, "x", x)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
-            _require_shape(op, name, tensor, "[C]", x.shape[-1:])
-            _require_like(op, name, tensor, "x", x)
+            _require_match(op, name, tensor, "[C]", x.shape[-1:], "x", x)
     if not norm_eps >= 0:
         refuse(op, "norm_eps", "be at least 0", norm_eps)
 
@@ -206,8 +228,7 @@ def check_masked_softmax(scores: Tensor, token_mask: Tensor, eps: float = 1e-6) 
 def check_masked_softmax_backward(grad: Tensor, scores: Tensor, token_mask: Tensor, eps: float = 1e-6) -> None:
     op = "_masked_softmax_backward"
     _check_scores(op, scores, token_mask, eps)
-    _require_shape(op, "grad", grad, "[B, H, N, N]", scores.shape)
-    _require_like(op, "grad", grad, "scores", scores)
+    _require_match(op, "grad", grad, "[B, H, N, N]", scores.shape, "scores", scores)
 
 
 def _check_scores(op: str, scores: Tensor, token_mask: Tensor, eps: float) -> None:
@@ -250,8 +271,7 @@ def check_masked_attention_backward(
 ) -> None:
     op = "_masked_attention_backward"
     _check_masked_attention(op, q, k, v, token_mask, size, eps)
-    _require_shape(op, "grad_out", grad_out, "[B, H, N, D]", q.shape)
-    _require_like(op, "grad_out", grad_out, "q", q)
+    _require_match(op, "grad_out", grad_out, "[B, H, N, D]", q.shape, "q", q)
 
 
 def _check_masked_attention(
@@ -277,8 +297,7 @@ def check_attention_backward(
 ) -> None:
     op = "_attention_backward"
     _require_qkv(op, q, size, k=k, v=v)
-    _require_shape(op, "grad_out", grad_out, "[B, H, N, D]", q.shape)
-    _require_like(op, "grad_out", grad_out, "q", q)
+    _require_match(op, "grad_out", grad_out, "[B, H, N, D]", q.shape, "q", q)
 
 
 def check_attention_received(
@@ -293,15 +312,10 @@ def check_tome_merge(
     x: Tensor, metric: Tensor, r: int, *, size: Tensor | None = None, num_prefix_tokens: int = 1
 ) -> None:
     op = "tome_merge"
-    _require_dim(op, "x", x, "[B, N, C]")
-    _require_floating(op, "x", x)
+    _require_floats(op, "x", x, "[B, N, C]")
     batch, num_tokens, _ = x.shape
-    _require_dim(op, "metric", metric, "[B, N, K]")
-    _require_shape(op, "metric", metric, "[B, N, K]", (batch, num_tokens, metric.shape[2]))
-    _require_floating(op, "metric", metric)
-    _require_device(op, "metric", metric, "x", x)
-    if size is not None:
-        _require_per_token(op, "size", size, "x", x, (batch, num_tokens))
+    _require_metric(op, metric, x)
+    _require_size(op, size, "x", x, (batch, num_tokens))
     _require_prefix(op, num_prefix_tokens, num_tokens)
     if r < 0:
         refuse(op, "r", "be at least 0", r)
@@ -309,12 +323,10 @@ def check_tome_merge(
 
 def check_unmerge(x: Tensor, source: Tensor, *, pruned_fill: Tensor | None = None) -> None:
     op = "unmerge"
-    _require_dim(op, "x", x, "[B, M, C]")
-    _require_floating(op, "x", x)
+    _require_floats(op, "x", x, "[B, M, C]")
     _require_source(op, source, "x", x)
     if pruned_fill is not None:
-        _require_shape(op, "pruned_fill", pruned_fill, "[B, N, C]", (x.shape[0], source.shape[1], x.shape[2]))
-        _require_like(op, "pruned_fill", pruned_fill, "x", x)
+        _require_match(op, "pruned_fill", pruned_fill, "[B, N, C]", (x.shape[0], source.shape[1], x.shape[2]), "x", x)
 
 
 def check_masked_merge(
@@ -329,8 +341,7 @@ def check_masked_merge(
     min_weighted_size: float | None = None,
 ) -> None:
     op = "masked_merge"
-    _require_dim(op, "x", x, "[B, N, C]")
-    _require_floating(op, "x", x)
+    _require_floats(op, "x", x, "[B, N, C]")
     batch, num_tokens, _ = x.shape
     _require_per_token(op, "importance", importance, "x", x, (batch, num_tokens))
     _require_per_token(op, "token_mask", token_mask, "x", x, (batch, num_tokens))
@@ -339,8 +350,7 @@ def check_masked_merge(
         refuse(op, "counts", "be [num_before_merge, num_merge_kept]", f"a tensor of shape {_shape(counts.shape)}")
     _require_int64(op, "counts", counts)
     _require_device(op, "counts", counts, "x", x)
-    if size is not None:
-        _require_per_token(op, "size", size, "x", x, (batch, num_tokens))
+    _require_size(op, size, "x", x, (batch, num_tokens))
     _require_prefix(op, num_prefix_tokens, num_tokens)
     if min_weighted_size is not None and min_weighted_size != min_weighted_size:
         refuse(op, "min_weighted_size", "be a number", "nan")
@@ -348,26 +358,20 @@ def check_masked_merge(
 
 def check_masked_merge_backward(grad: Tensor, destination: Tensor) -> None:
     op = "_masked_merge_backward"
-    _require_dim(op, "grad", grad, "[B, N, C]")
-    _require_floating(op, "grad", grad)
-    _require_shape(op, "destination", destination, "[B, N]", grad.shape[:2])
-    _require_int64(op, "destination", destination)
-    _require_device(op, "destination", destination, "grad", grad)
+    _require_floats(op, "grad", grad, "[B, N, C]")
+    _require_places(op, "destination", destination, "grad", grad)
 
 
 def check_merge_backward(grad: Tensor, source: Tensor, size: Tensor | None = None) -> None:
     op = "_merge_backward"
-    _require_dim(op, "grad", grad, "[B, M, C]")
-    _require_floating(op, "grad", grad)
+    _require_floats(op, "grad", grad, "[B, M, C]")
     _require_source(op, source, "grad", grad)
-    if size is not None:
-        _require_per_token(op, "size", size, "grad", grad, (source.shape[0], source.shape[1]))
+    _require_size(op, size, "grad", grad, (source.shape[0], source.shape[1]))
 
 
 def check_unmerge_backward(grad: Tensor, source: Tensor, num_tokens: int) -> None:
     op = "_unmerge_backward"
-    _require_dim(op, "grad", grad, "[B, N, C]")
-    _require_floating(op, "grad", grad)
+    _require_floats(op, "grad", grad, "[B, N, C]")
     _require_source(op, source, "grad", grad)
     if source.shape[1] != grad.shape[1]:
         refuse(op, "source", f"have the tokens of grad ({grad.shape[1]})", source.shape[1])

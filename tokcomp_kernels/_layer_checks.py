@@ -8,8 +8,8 @@ from tokcomp_kernels._checks import (
     _require_branch_and_norm,
     _require_dim,
     _require_floating,
-    _require_like,
-    _require_shape,
+    _require_floats,
+    _require_match,
     _require_tensor,
     _shape,
     refuse,
@@ -34,11 +34,9 @@ def check_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         refuse(op, "x", "be [..., K]", f"a tensor of shape {_shape(x.shape)}")
     _require_floating(op, "x", x)
     _require_dim(op, "weight", weight, "[F, K]")
-    _require_shape(op, "weight", weight, "[F, K]", (weight.shape[0], x.shape[-1]))
-    _require_like(op, "weight", weight, "x", x)
+    _require_match(op, "weight", weight, "[F, K]", (weight.shape[0], x.shape[-1]), "x", x)
     if bias is not None:
-        _require_shape(op, "bias", bias, "[F]", weight.shape[:1])
-        _require_like(op, "bias", bias, "x", x)
+        _require_match(op, "bias", bias, "[F]", weight.shape[:1], "x", x)
 
 
 def check_embed_patches(
@@ -52,26 +50,21 @@ def check_embed_patches(
     norm_eps: float = 1e-6,
 ) -> None:
     op = "_embed_patches"
-    _require_dim(op, "images", images, "[B, A, H, W]")
-    _require_floating(op, "images", images)
+    _require_floats(op, "images", images, "[B, A, H, W]")
     _require_dim(op, "weight", weight, "[C, A, P, Q]")
     channels, _, rows, columns = weight.shape
-    _require_shape(op, "weight", weight, "[C, A, P, Q]", (channels, images.shape[1], rows, columns))
-    _require_like(op, "weight", weight, "images", images)
+    _require_match(op, "weight", weight, "[C, A, P, Q]", (channels, images.shape[1], rows, columns), "images", images)
     height, width = images.shape[2:]
     if rows < 1 or columns < 1 or height % rows or width % columns:
         rule = f"be whole patches of {rows} x {columns}, weight's [P, Q]"
         refuse(op, "images", rule, f"a tensor of shape {_shape(images.shape)}")
     if prefix is not None:
         _require_dim(op, "prefix", prefix, "[T, C]")
-        _require_shape(op, "prefix", prefix, "[T, C]", (prefix.shape[0], channels))
-        _require_like(op, "prefix", prefix, "images", images)
+        _require_match(op, "prefix", prefix, "[T, C]", (prefix.shape[0], channels), "images", images)
     tokens = (height // rows) * (width // columns) + (0 if prefix is None else prefix.shape[0])
-    _require_shape(op, "position", position, "[N, C]", (tokens, channels))
-    _require_like(op, "position", position, "images", images)
+    _require_match(op, "position", position, "[N, C]", (tokens, channels), "images", images)
     for name, vector in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if vector is not None:
-            _require_shape(op, name, vector, "[C]", (channels,))
-            _require_like(op, name, vector, "images", images)
+            _require_match(op, name, vector, "[C]", (channels,), "images", images)
     if not norm_eps >= 0:
         refuse(op, "norm_eps", "be at least 0", norm_eps)

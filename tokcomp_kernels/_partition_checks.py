@@ -5,13 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokcomp_kernels._checks import (
-    _require_device,
-    _require_dim,
-    _require_floating,
-    _require_int64,
+    _require_floats,
+    _require_metric,
     _require_per_token,
+    _require_places,
     _require_prefix,
-    _require_shape,
+    _require_size,
     refuse,
 )
 
@@ -32,18 +31,11 @@ def check_bipartite_merge(
     threshold: float | None = None,
 ) -> None:
     op = "bipartite_merge"
-    _require_dim(op, "x", x, "[B, N, C]")
-    _require_floating(op, "x", x)
+    _require_floats(op, "x", x, "[B, N, C]")
     batch, num_tokens, _ = x.shape
-    _require_dim(op, "metric", metric, "[B, N, K]")
-    _require_shape(op, "metric", metric, "[B, N, K]", (batch, num_tokens, metric.shape[2]))
-    _require_floating(op, "metric", metric)
-    _require_device(op, "metric", metric, "x", x)
-    _require_shape(op, "role", role, "[B, N]", (batch, num_tokens))
-    _require_int64(op, "role", role)
-    _require_device(op, "role", role, "x", x)
-    if size is not None:
-        _require_per_token(op, "size", size, "x", x, (batch, num_tokens))
+    _require_metric(op, metric, x)
+    _require_places(op, "role", role, "x", x)
+    _require_size(op, size, "x", x, (batch, num_tokens))
     most = num_tokens - 1 if num_tokens > 0 else 0
     if r < 0 or r > most:
         refuse(op, "r", f"be between 0 and {most}, so that a destination is left", r)
@@ -62,8 +54,7 @@ def check_select_diverse(
     rule: str = "farthest",
 ) -> None:
     op = "select_diverse"
-    _require_dim(op, "features", features, "[B, N, K]")
-    _require_floating(op, "features", features)
+    _require_floats(op, "features", features, "[B, N, K]")
     batch, num_tokens, _ = features.shape
     if rule not in RULES:
         refuse(op, "rule", f"be one of {', '.join(RULES)}", repr(rule))

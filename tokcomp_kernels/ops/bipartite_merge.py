@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._numbers import accumulate_dtype
+from tokcomp_kernels.ops._fake import merged
 from tokcomp_kernels.ops._register import Arguments, refuse_second_order, register
 
 
@@ -51,22 +51,9 @@ def bipartite_merge(
 
 
 def _fake(
-    x: Tensor,
-    metric: Tensor,
-    role: Tensor,
-    r: int,
-    *,
-    size: Tensor | None = None,
-    average: str = "size",
-    threshold: float | None = None,
+    x: Tensor, metric: Tensor, role: Tensor, r: int, *, threshold: float | None = None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, num_tokens, channels = x.shape
-    num_kept = num_tokens - r if threshold is None else num_tokens
-    return (
-        x.new_empty(batch, num_kept, channels),
-        x.new_empty(batch, num_kept, dtype=accumulate_dtype(x)),
-        x.new_empty(batch, num_tokens, dtype=torch.int64),
-    )
+    return merged(x, x.shape[1] - r if threshold is None else x.shape[1])
 
 
 def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:

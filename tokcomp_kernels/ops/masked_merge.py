@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._numbers import accumulate_dtype
+from tokcomp_kernels.ops._fake import merged
 from tokcomp_kernels.ops._register import Arguments, register
 
 
@@ -64,13 +64,8 @@ def masked_merge(
 
 
 def _fake(x: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, num_tokens, _ = x.shape
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(batch, num_tokens, dtype=accumulate_dtype(x)),
-        x.new_empty(batch, num_tokens, dtype=torch.int64),
-        x.new_empty(batch, num_tokens, dtype=torch.int64),
-    )
+    x_out, size, rank = merged(x, x.shape[1])
+    return x_out, size, rank, rank.new_empty(rank.shape)
 
 
 def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:

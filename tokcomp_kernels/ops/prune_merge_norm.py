@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._numbers import accumulate_dtype
+from tokcomp_kernels.ops._fake import merged
 from tokcomp_kernels.ops._register import Arguments, refuse_second_order, register
 from tokcomp_kernels.ops.add_layer_norm import layer_norm_grads
 
@@ -68,14 +68,8 @@ def prune_merge_norm(
 def _fake(
     x: Tensor, branch: Tensor, importance: Tensor, num_prune_kept: int, num_merge_kept: int, *rest: Any, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, num_tokens, channels = x.shape
-    num_kept = min(num_tokens, num_prune_kept, num_merge_kept)
-    return (
-        x.new_empty(batch, num_kept, channels),
-        x.new_empty(batch, num_kept, channels),
-        x.new_empty(batch, num_kept, dtype=accumulate_dtype(x)),
-        x.new_empty(batch, num_tokens, dtype=torch.int64),
-    )
+    kept, size, source = merged(x, min(x.shape[1], num_prune_kept, num_merge_kept))
+    return kept, kept.new_empty(kept.shape), size, source
 
 
 def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,14 +44,7 @@ def select_diverse(
     )
 
 
-def _fake(
-    features: Tensor,
-    num_kept: int,
-    *,
-    relevance: Tensor | None = None,
-    num_prefix_tokens: int = 1,
-    rule: str = "farthest",
-) -> Tensor:
+def _fake(features: Tensor, num_kept: int, **options: Any) -> Tensor:
     return features.new_empty(features.shape[0], num_kept, dtype=torch.int64)
 
 

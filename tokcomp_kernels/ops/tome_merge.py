@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._numbers import accumulate_dtype
+from tokcomp_kernels.ops._fake import merged
 from tokcomp_kernels.ops._register import Arguments, register
 
 
@@ -41,13 +41,8 @@ def tome_merge(
 def _fake(
     x: Tensor, metric: Tensor, r: int, *, num_prefix_tokens: int = 1, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, num_tokens, channels = x.shape
-    num_kept = num_tokens - min(r, (num_tokens - num_prefix_tokens) // 2)
-    return (
-        x.new_empty(batch, num_kept, channels),
-        x.new_empty(batch, num_kept, dtype=accumulate_dtype(x)),
-        x.new_empty(batch, num_tokens, dtype=torch.int64),
-    )
+    num_tokens = x.shape[1]
+    return merged(x, num_tokens - min(r, (num_tokens - num_prefix_tokens) // 2))
 
 
 def _autograd(arguments: Arguments) -> type[torch.autograd.Function]:
