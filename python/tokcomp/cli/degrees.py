@@ -51,11 +51,7 @@ def add_degree_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tome_mlp: tokens that each degree merges; 32 suits 16 degrees at 512 x 512, 1024 patches (default: 1)",
     )
-    group.add_argument(
-        "--merge-residual",
-        action="store_true",
-        help="tome_mlp: merged positions share one token after the MLP, rather than only the MLP's output",
-    )
+    options.add_merge_residual_option(group)
 
 
 def build_degrees(args: argparse.Namespace, model: nn.Module) -> tuple[Callable[[int], Method], int | None]:
@@ -106,6 +102,20 @@ def add_plugin_options(parser: argparse.ArgumentParser, *, required: bool = True
         default=0.1,
         metavar="S",
         help="factor on the plugin, 0.01 to 0.15 in the paper (default: %(default)s)",
+    )
+
+
+def add_plugin_shape(group: argparse._ArgumentGroup) -> None:
+    """Of a plugin to be trained."""
+    group.add_argument(
+        "--rank", type=options.positive_int, default=2, metavar="H", help="rank of one step (default: %(default)s)"
+    )
+    group.add_argument(
+        "--scale",
+        type=options.positive_float,
+        default=0.1,
+        metavar="S",
+        help="factor on the plugin (default: %(default)s)",
     )
 
 

@@ -76,9 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_adapter_option(parser)
     method_options.add_method_options(parser)
     options.add_quantize_option(options.add_precision_options(parser), "compute the blocks' linear layers in int8")
-    output = parser.add_argument_group("output")
-    output.add_argument("--results-file", type=Path, metavar="FILE", help="write the result as JSON")
-    output.add_argument("--json", action="store_true", help="print the result as JSON rather than as a table")
+    options.add_result_options(parser)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokcomp.cli import options
 from tokcomp.cli.errors import UserError, blame
 from tokcomp.cli.options import list_of, listed, non_negative_float, non_negative_int, positive_float, positive_int
 from tokcomp.cli.schedules import add_rescale_option, scheduled_method
@@ -103,11 +104,7 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
         metavar="T",
         help="dtome: cosine above which a pair merges, or one per block; tokcomp.calibrate finds them",
     )
-    group.add_argument(
-        "--merge-residual",
-        action="store_true",
-        help="tome_mlp: merged positions share one token after the MLP, rather than only the MLP's output",
-    )
+    options.add_merge_residual_option(group)
     group.add_argument(
         "--keep-rate",
         type=listed(positive_float),

@@ -104,6 +104,21 @@ def add_precision_options(parser: argparse.ArgumentParser) -> argparse._Argument
     return group
 
 
+def add_merge_residual_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--merge-residual",
+        action="store_true",
+        help="tome_mlp: merged positions share one token after the MLP, rather than only the MLP's output",
+    )
+
+
+def add_result_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    output = parser.add_argument_group("output")
+    output.add_argument("--results-file", type=Path, metavar="FILE", help="write the result as JSON")
+    output.add_argument("--json", action="store_true", help="print the result as JSON rather than as a table")
+    return output
+
+
 def add_quantize_option(group: argparse._ArgumentGroup, text: str) -> None:
     group.add_argument("--quantize", choices=("int8",), help=f"{text}; on CPU, in float32 else, for timm's ViTs")
 

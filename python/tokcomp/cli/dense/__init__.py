@@ -126,11 +126,7 @@ def add_degree_options(parser: argparse.ArgumentParser) -> Any:
         help="tokens that a degree merges for each MLP, or in each block; the ToCom paper has 16 degrees of 32 at "
         "512 x 512 (default: 1)",
     )
-    group.add_argument(
-        "--merge-residual",
-        action="store_true",
-        help="merged positions share one token after the MLP, rather than only the MLP's output",
-    )
+    options.add_merge_residual_option(group)
     return group
 
 

@@ -72,9 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pixels between windows, down and across (default: two thirds of the window)",
     )
     add_plugin_options(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument("--results-file", type=Path, metavar="FILE", help="write the result as JSON")
-    output.add_argument("--json", action="store_true", help="print the result as JSON rather than as a table")
+    options.add_result_options(parser)
 
 
 def add_plugin_options(parser: argparse.ArgumentParser) -> None:

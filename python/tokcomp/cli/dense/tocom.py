@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tokcomp.cli import dense, options, training
+from tokcomp.cli.degrees import add_plugin_shape
 from tokcomp.cli.errors import blame
 from tokcomp.cli.training import Job
 from tokcomp.runs.recipe import TOCOM_RECIPE
@@ -50,16 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="degrees are 0 to D (default: %(default)s)",
     )
-    plugin.add_argument(
-        "--rank", type=options.positive_int, default=2, metavar="H", help="rank of one step (default: %(default)s)"
-    )
-    plugin.add_argument(
-        "--scale",
-        type=options.positive_float,
-        default=0.1,
-        metavar="S",
-        help="factor on the plugin (default: %(default)s)",
-    )
+    add_plugin_shape(plugin)
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
         "--steps", type=options.positive_int, default=500, metavar="N", help="length of the run (default: %(default)s)"

@@ -79,10 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="degrees to run at (default: five from 0 to the plugin's highest)",
     )
     options.add_precision_options(parser)
-    output = parser.add_argument_group("output")
+    output = options.add_result_options(parser)
     output.add_argument("--heat-map", type=Path, metavar="FILE", help="draw the gains as a PNG picture")
-    output.add_argument("--results-file", type=Path, metavar="FILE", help="write the result as JSON")
-    output.add_argument("--json", action="store_true", help="print the result as JSON rather than as a table")
 
 
 def run(args: argparse.Namespace) -> int:

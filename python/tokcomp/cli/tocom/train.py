@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tokcomp.cli import options, training
 from tokcomp.cli.data import add_data_options, data_config, data_root, open_data
-from tokcomp.cli.degrees import add_degree_options, build_degrees
+from tokcomp.cli.degrees import add_degree_options, add_plugin_shape, build_degrees
 from tokcomp.cli.errors import UserError, blame
 from tokcomp.cli.model_arguments import model_settings
 from tokcomp.cli.training import Job
@@ -64,16 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="degrees are 0 to D (default: 16, or the number of --schedules)",
     )
-    plugin.add_argument(
-        "--rank", type=options.positive_int, default=2, metavar="H", help="rank of one step (default: %(default)s)"
-    )
-    plugin.add_argument(
-        "--scale",
-        type=options.positive_float,
-        default=0.1,
-        metavar="S",
-        help="factor on the plugin (default: %(default)s)",
-    )
+    add_plugin_shape(plugin)
     plugin.add_argument(
         "--arithmetic",
         choices=tuple(ARITHMETICS),
