@@ -53,9 +53,9 @@ def page(results: Path) -> str:
     predicted = _read(results / "predictions.json")
     reports = {name: _read(results / "kernels" / f"{name}.json") for name in ("triton", "cuda")}
     gpus = [record for record in records if record.on_gpu]
-    parts = [_head(records, gpus), _runs(records)]
+    parts = [_head(records, gpus)]
     parts += [_device(device, records) for device in dict.fromkeys(record.device for record in records)]
-    parts += [predicted_section(predicted, gpus), kernels_section(reports, gpus)]
+    parts += [predicted_section(predicted, gpus), kernels_section(reports, gpus), _runs(records)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -72,7 +72,8 @@ def _head(records: Sequence[Record], gpus: Sequence[Record]) -> str:
         "**No GPU has run this package's kernels yet**; what one would show is predicted [below](#predicted-for-gpus)."
     )
     origin = paragraph(
-        f"Drawn from the records in `benchmarks/results/` by `{COMMAND}`, not edited by hand. Measured on: {devices}.",
+        f"Drawn from the [records](#runs) in `benchmarks/results/` by `{COMMAND}`, not edited by hand. Measured on:",
+        f"{devices}.",
         f"GPUs that ran it: {'; '.join(_names(gpus))}." if gpus else state,
     )
     terms = paragraph(
