@@ -20,8 +20,9 @@ h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.25rem; margin: 2.75rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 p { max-width: 46rem; margin: .6rem 0; }
 .dim, figcaption { color: var(--dim); font-size: .9rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .9rem; text-align: right; border-bottom: 1px solid var(--line); }
+table { display: block; overflow-x: auto; border-collapse: collapse; margin: 1rem 0;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .65rem; text-align: right; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--dim); font-size: .85rem; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 figure { margin: 1.25rem 0; }
@@ -31,6 +32,7 @@ figure img { max-width: 100%; height: auto; background: #fff; padding: 8px; box-
 .plots figure { flex: 1 1 24rem; max-width: 30rem; margin: .75rem 0; }
 svg { width: 100%; height: auto; font: 12px system-ui, "DejaVu Sans", sans-serif; }
 svg text { fill: var(--ink); } svg .dim { fill: var(--dim); } svg .grid { stroke: var(--line); }
+svg .ring { stroke: var(--ink); stroke-width: 1.8; fill: none; }
 code, pre { background: var(--box); font-size: .88rem; border-radius: 4px; }
 code { padding: .1rem .3rem; } pre { padding: .8rem 1rem; overflow-x: auto; }
 """
@@ -62,7 +64,9 @@ def code(text: str) -> str:
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    # Short cells stay on one line, so that a figure keeps its unit.
+    lines = [[escape(cell).replace(" ", "&nbsp;") if len(cell) < 18 else escape(cell) for cell in row] for row in rows]
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -143,8 +147,18 @@ def steps(series: Mapping[str, Sequence[float]], *, caption: str, x_label: str, 
     return _figure(svg, caption)
 
 
-def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, caption: str, x_label: str, y_label: str) -> str:
-    """Points (x, y) of each series, joined in the order of x; a series of more than five is dashed."""
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    caption: str,
+    x_label: str,
+    y_label: str,
+    rings: Sequence[tuple[float, float]] = (),
+) -> str:
+    """Points (x, y) of each series, joined in the order of x; a series of more than five is dashed.
+
+    ``rings``: points with a ring around them, which the legend calls recommended.
+    """
     left, top, width, height = 52, 18, 402, 230
     points = [point for values in series.values() for point in values]
     (x_least, x_most), (y_least, y_most) = (_padded([point[axis] for point in points]) for axis in (0, 1))
@@ -171,12 +185,19 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, caption: str,
         x, y = left + (index % 2) * 205, row + (index // 2) * 18
         parts.append(f'<path d="M{x},{y - 4}h18" stroke="{colour}" stroke-width="3"{dash}/>')
         parts.append(f'<text x="{x + 24}" y="{y}">{escape(name)}</text>')
-    middle, bottom = left + width / 2, row + (len(series) + 1) // 2 * 18
+    bottom = row + (len(series) + 1) // 2 * 18
+    places = [place(point) for point in rings]
+    if rings:
+        places.append((left + 9, bottom - 4))
+        parts.append(f'<text x="{left + 24}" y="{bottom}">recommended</text>')
+        bottom += 18
+    parts += [f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="7.5"/>' for x, y in places]
+    middle = left + width / 2
     parts.append(
         f'<text class="dim" x="{middle}" y="{top + height + 34}" text-anchor="middle">{escape(x_label)}</text>'
     )
     parts.append(f'<text class="dim" x="{left}" y="{top - 9}">{escape(y_label)}</text>')
-    return _figure(f'<svg viewBox="0 -8 480 {bottom}" role="img">{"".join(parts)}</svg>', caption)
+    return _figure(f'<svg viewBox="0 -8 486 {bottom}" role="img">{"".join(parts)}</svg>', caption)
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:

@@ -34,6 +34,7 @@ def test_one_command_compares_and_goes_on(run, tmp_path, monkeypatch):
     ]
     for row in rows.values():
         assert row["gflops"] == pytest.approx(0.012, rel=0.02) and 80 <= row["top1"] <= 100 and row["same"] > 80
+    assert budget["recommended"]["name"] in rows and f"Recommended: {budget['recommended']['name']}" in out
     assert rows["tome"]["images_per_second"] > 0 and any(row["less_best"] == [0, 0] for row in rows.values())
     page = (folder / "compare.html").read_text()
     assert "<script" not in page and re.findall(r'(?:src|href)="(?!data:)([^"]+)', page) == ["explore.html"]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokcomp.compare.recommend import recommend, sentence
 from tokcomp.compare.run import RESULTS
 from tokcomp.compare.summary import cells_of, header
 from tokcomp.files import write_whole
@@ -163,7 +164,8 @@ def page_of(
             parts.append(f"### {budget['target']:g} of {dense['gflops']:.4g} GFLOPs")
             rows = [cells_of(row, columns) for row in [dense, *budget["rows"]]]
             parts.append(markdown(columns, rows))
-            parts += _remarks(budget)
+            found = recommend(budget["rows"])
+            parts += ([] if found is None else [sentence(found)]) + _remarks(budget)
     if plugins is not None:
         parts += [_TOCOM.format(settings=plugins["facts"]["settings"]), tocom_part.section(plugins)]
     if ranks is not None:

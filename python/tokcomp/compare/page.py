@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tokcomp.api import compress, restore
-from tokcomp.compare.summary import cells_of, header
+from tokcomp.compare.recommend import overall_sentence, sentence
+from tokcomp.compare.summary import header, table_of
 from tokcomp.methods import Method
 from tokcomp.report import code, curves, html_table, link, page, paragraph, picture, side_by_side
 from tokcomp.visualize import draw_blocks, join_rows
@@ -19,6 +20,7 @@ from tokcomp.visualize import draw_blocks, join_rows
 _NOTES = (
     "Less the best: top-1 minus that of the best row at this budget, in points, with its paired 95 % interval over the "
     "images: an interval that reaches 0 means that these images do not tell the two apart.",
+    "Recommended: of the rows whose interval reaches the best, as good as that, the one of most images per second.",
     "Same answers: images that get the same class as from the uncompressed model. Images per second: measured on this "
     "device in turns with the uncompressed model; faster: the median of the turns' ratios.",
 )
@@ -58,10 +60,13 @@ def render(record: Mapping[str, Any], title: str, pictures: Sequence[bytes] = ()
         f"Every method at equal cost, on {record['num_images']} images. Uncompressed: {dense['top1']:.2f} % top-1 at "
         f"{dense['gflops']:.4g} GFLOPs (1e9 multiply-adds per image)."
     )
-    columns = header(record)
+    columns, overall = header(record), record.get("recommended")
     sections: list[tuple[str, list[str]]] = [("Accuracy against cost", _plots(record))]
+    if overall:
+        sections[0][1].append(paragraph(overall_sentence(overall)))
     for budget in record["budgets"]:
-        parts = [html_table(columns, [cells_of(row, columns) for row in [dense, *budget["rows"]]])]
+        parts = [html_table(columns, table_of(record, budget))]
+        parts += [paragraph(sentence(budget["recommended"]))] if budget.get("recommended") else []
         parts += [
             paragraph(f"{name} is left out: {reason}.", dim=True) for name, reason in budget["impossible"].items()
         ]
@@ -93,6 +98,16 @@ def _plots(record: Mapping[str, Any]) -> list[str]:
             name: [(row[axis], row["top1"]) for row in [dense, *rows] if axis in row] for name, rows in series.items()
         }
         points = {name: values for name, values in points.items() if len(values) > 1}
+        rings = [(row[axis], row["top1"]) for row in _recommended(record) if axis in row]
         if points:
-            plots.append(curves(points, caption=f"Top-1 {caption}", x_label=label, y_label="top-1, %"))
+            plots.append(curves(points, caption=f"Top-1 {caption}", x_label=label, y_label="top-1, %", rings=rings))
     return [side_by_side(plots)] if plots else []
+
+
+def _recommended(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of each budget the row that is recommended."""
+    found = []
+    for budget in record["budgets"]:
+        name = (budget.get("recommended") or {}).get("name")
+        found += [row for row in budget["rows"] if row["name"] == name]
+    return found

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tokcomp.compare.answers import paired, unpacked
+from tokcomp.compare.recommend import best_overall, recommend
 
 #: What a row takes from its cell as it is.
 _COPIED = (
@@ -23,23 +24,38 @@ def summarize(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         cells: what :class:`tokcomp.compare.run.Comparison` has so far, the uncompressed model's first.
 
     Returns:
-        JSON data: ``uncompressed``; ``budgets``, each with its ``target`` in GFLOPs, ``rows`` and ``impossible``. A row
-        has ``less_best``: its top-1 less that of the best row, in points, and half the width of the paired 95 %
-        interval. Random schedules share a row, that of their median, with ``random``: all of their top-1, sorted.
+        JSON data: ``uncompressed``; ``budgets``, each with its ``target`` in GFLOPs, ``rows``, ``impossible`` and what
+        is ``recommended``; what is ``recommended`` over all of them. A row has ``less_best``: its top-1 less that of
+        the best row, in points, and half the width of the paired 95 % interval. Random schedules share a row, that of
+        their median, with ``random``: all of their top-1, sorted.
     """
     dense, *others = cells
     labels = unpacked(dense["labels"])
-    budgets = []
+    budgets, hits = [], []
     for target in dict.fromkeys(cell["target"] for cell in others):
         here = [cell for cell in others if cell["target"] == target]
+        made = [cell for cell in here if "impossible" not in cell]
+        rows = _rows(made, labels)
+        hits.append({cell["entry"]: _hits(cell, labels) for cell in made if cell["kind"] != "random"})
         budgets.append(
             {
                 "target": target,
-                "rows": _rows([cell for cell in here if "impossible" not in cell], labels),
+                "rows": rows,
                 "impossible": {cell["entry"]: cell["impossible"] for cell in here if "impossible" in cell},
+                "recommended": recommend(rows),
             }
         )
-    return {"uncompressed": _copied(dense), "num_images": dense["num_images"], "budgets": budgets}
+    return {
+        "uncompressed": _copied(dense),
+        "num_images": dense["num_images"],
+        "budgets": budgets,
+        "recommended": best_overall(hits),
+    }
+
+
+def _hits(cell: Mapping[str, Any], labels: Tensor) -> Tensor:
+    """[n] bool: which of the images that have a label a cell gets right."""
+    return (unpacked(cell["answers"]) == labels)[labels >= 0]
 
 
 def _copied(cell: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,8 +69,7 @@ def _rows(cells: Sequence[Mapping[str, Any]], labels: Tensor) -> list[dict[str, 
         named[f"random, median of {len(random)}"] = random[(len(random) - 1) // 2]
     if not named:
         return []
-    counted = labels >= 0
-    hits = {name: (unpacked(cell["answers"]) == labels)[counted] for name, cell in named.items()}
+    hits = {name: _hits(cell, labels) for name, cell in named.items()}
     best = max(named, key=lambda name: named[name]["top1"])
     rows = []
     for name, cell in named.items():
@@ -76,7 +91,18 @@ def header(summary: Mapping[str, Any]) -> list[str]:
     columns += ["images/s", "faster"] if "speedup" in summary["uncompressed"] else []
     if any("int8" in row for row in rows):
         columns += ["int8: top-1", "same"] + (["int8: images/s"] if "speedup" in summary["uncompressed"] else [])
-    return columns + (["beats random"] if any("beats_random" in row for row in rows) else [])
+    columns += ["beats random"] if any("beats_random" in row for row in rows) else []
+    return [*columns, "verdict"] if any(budget.get("recommended") for budget in summary["budgets"]) else columns
+
+
+def table_of(summary: Mapping[str, Any], budget: Mapping[str, Any]) -> list[list[str]]:
+    """The rows of a budget's table as text, under :func:`header`, the uncompressed model's first."""
+    columns, found = header(summary), budget.get("recommended") or {"name": None, "as_good": []}
+    rows = [{**summary["uncompressed"], "verdict": ""}]
+    for row in budget["rows"]:
+        verdict = "as good" if row["name"] in found["as_good"] else ""
+        rows.append({**row, "verdict": "recommended" if row["name"] == found["name"] else verdict})
+    return [cells_of(row, columns) for row in rows]
 
 
 def cells_of(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
@@ -96,5 +122,6 @@ def cells_of(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
         "same": f"{int8['same']:.1f} %" if int8 else "-",
         "int8: images/s": f"{int8['images_per_second']:.1f}" if "images_per_second" in int8 else "-",
         "beats random": f"{row['beats_random']:.0f} %" if "beats_random" in row else "",
+        "verdict": row.get("verdict", ""),
     }
     return [texts[column] for column in columns]

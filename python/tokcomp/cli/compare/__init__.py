@@ -51,6 +51,7 @@ Every method at every budget, at equal cost, on your model and your images: the 
 Searched schedules are fitted to the very budget, and all are kept in the output folder for 'tokcomp evaluate'. Each
 row has top-1, its difference from the best with a paired 95 % interval, the share of images that get the uncompressed
 model's answer, cross entropy, and images per second measured on this device in turns with the uncompressed model.
+Recommended at a budget is the fastest of the methods that the images do not tell from the best.
 
 DATA is a folder that contains 'train' and 'val' with one sub-folder per class, or --dataset names any of timm's data
 sets. The output folder gets results.json, written after each cell, compare.html, and explore.html, which steps through
@@ -315,8 +316,9 @@ def _report(
 ) -> None:
     from tokcomp.cli.explorer import page_of_comparison
     from tokcomp.compare.page import draw_kept, render
+    from tokcomp.compare.recommend import overall_sentence, sentence
     from tokcomp.compare.run import RESULTS
-    from tokcomp.compare.summary import cells_of, header
+    from tokcomp.compare.summary import header, table_of
 
     path = args.output / RESULTS
     text = path.read_text(encoding="utf-8")
@@ -337,9 +339,13 @@ def _report(
     else:
         columns = header(record)
         for budget in record["budgets"]:
-            rows = [record["uncompressed"], *budget["rows"]]
             print(f"At {budget['target']:g} GFLOPs, {record['num_images']} images")
-            print(table(columns, [cells_of(row, columns) for row in rows]) + "\n")
+            print(table(columns, table_of(record, budget)))
+            if budget["recommended"]:
+                print(sentence(budget["recommended"]))
+            print()
+        if record["recommended"]:
+            print(overall_sentence(record["recommended"]))
         print(f"written: {path}, {args.output / 'compare.html'}")
     if not finished:
         print(
