@@ -38,6 +38,13 @@ def model(family):
     return family.build()
 
 
+def build(name):
+    family = FAMILIES[IDS.index(name)]
+    if family.missing:
+        pytest.skip(family.missing)
+    return family.build()
+
+
 def images_for(model, dtype=torch.float32, batch=2):
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(batch, *find_adapter(model).image_shape(model), generator=generator, dtype=torch.float64)
@@ -139,15 +146,22 @@ def test_restored_and_copied_models_are_the_same(model):
     before = logits(model, images)
     classes = [type(module) for module in model.modules()]
     attributes = [set(vars(module)) for module in model.modules()]
+    parameters, fresh = [id(parameter) for parameter in model.parameters()], copy.deepcopy(model)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for method in methods_for(model):
-        compressed = logits(tokcomp.compress(model, method), images)
+        assert tokcomp.compress(model, method) is model
+        compressed = logits(model, images)
         assert torch.isfinite(compressed).all() and not torch.equal(compressed, before)
-        assert model.state_dict().keys() == state.keys()
+        assert list(model.state_dict()) == list(state)
+        assert [id(parameter) for parameter in model.parameters()] == parameters
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(logits(copied, images), compressed)
+            assert tokcomp.flops(copied) == tokcomp.flops(model)
+    assert torch.equal(logits(tokcomp.restore(copied), images), before)
+    assert torch.equal(logits(tokcomp.compress(fresh, method), images), compressed)  # whatever it was compressed by
     assert isinstance(find_adapter(model).method(model), tokcomp.Method)
-    tokcomp.restore(model)
+    for _ in range(2):
+        assert tokcomp.restore(model) is model
     assert [type(module) for module in model.modules()] == classes
     assert [set(vars(module)) for module in model.modules()] == attributes
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -204,6 +218,7 @@ def test_flops_are_those_of_a_counted_run(model):
 
 def plugin_for(model, std=0.3):
     plugin = tokcomp.ToCom(model, rank=2, max_degree=4)
+    assert len(plugin.q_down) == 4
     with torch.no_grad():
         for parameter in plugin.parameters():
             parameter.normal_(std=std)
@@ -233,13 +248,11 @@ def test_tocom_folds_and_unfolds(model):
 
 
 @pytest.mark.parametrize(
-    "name", ["timm: EVA02", "transformers: ViT", "torchvision: ViT", "timm: ViT, parallel scaling"]
+    "name",
+    ["timm: EVA02", "timm: CAFormer", "transformers: ViT", "torchvision: ViT", "timm: ViT, parallel scaling"],
 )
 def test_a_plugin_is_trained_and_switched(name):
-    family = FAMILIES[IDS.index(name)]
-    if family.missing:
-        pytest.skip(family.missing)
-    model = family.build()
+    model = build(name)
     plugin, images = plugin_for(model), images_for(model)
     own = {parameter.data_ptr() for parameter in model.parameters()}
     switchable = tokcomp.Switchable(model, plugin, degrees=(0, 2), scale=0.5)
@@ -264,12 +277,10 @@ def test_a_plugin_is_trained_and_switched(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("index", [IDS.index("timm: DINOv3"), IDS.index("timm: rope ViT, learnt angles")])
-def test_rotary_places_follow_pruned_tokens(index):
+@pytest.mark.parametrize("name", ["timm: DINOv3", "timm: rope ViT, learnt angles"])
+def test_rotary_places_follow_pruned_tokens(name):
     """timm's own attention on the tokens that are left, given their own angles, computes the same."""
-    if FAMILIES[index].missing:
-        pytest.skip(FAMILIES[index].missing)
-    model = FAMILIES[index].build().double()
+    model = build(name).double()
     prefix, images = model.num_prefix_tokens, images_for(model, torch.float64)
     tokcomp.compress(model, diffrate(model, "prune"))
     ours, maps = model.forward_features(images), tokcomp.trace(model, images)
@@ -298,7 +309,7 @@ def test_rotary_places_follow_pruned_tokens(index):
 @pytest.mark.parametrize("name", ["timm: BEiT", "timm: relative positions, post-norm"])
 def test_biases_follow_pruned_tokens(name):
     """timm's own blocks, told not to look at the tokens that were pruned before, compute the same."""
-    model = FAMILIES[IDS.index(name)].build().double()
+    model = build(name).double()
     prefix, images = model.num_prefix_tokens, images_for(model, torch.float64)
     tokcomp.compress(model, diffrate(model, "prune"))
     ours, maps = model(images), tokcomp.trace(model, images)
@@ -339,7 +350,7 @@ def diffrate_of(tokens, prune, merge):
 @pytest.mark.slow
 @torch.no_grad()
 def test_compiles_whole():
-    model = tokcomp.compress(FAMILIES[IDS.index("timm: DINOv3")].build(), tokcomp.ToMe(3))
+    model = tokcomp.compress(build("timm: DINOv3"), tokcomp.ToMe(3))
     images = images_for(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images), model(images), rtol=0, atol=1e-4)

@@ -8,15 +8,7 @@ import torch
 from tokcomp.methods import scheduled
 from torch import nn
 
-from tests.families.table import FAMILIES
-from tests.families.test_families import IDS, images_for, logits
-
-
-def build(name: str) -> nn.Module:
-    family = FAMILIES[IDS.index(name)]
-    if family.missing:
-        pytest.skip(f"{family.library} is not installed")
-    return family.build()
+from tests.families.test_families import build, images_for, logits
 
 
 def replaced_forward(module: nn.Module) -> None:

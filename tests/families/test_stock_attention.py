@@ -12,18 +12,10 @@ from tokcomp.adapters import find_adapter
 from tokcomp.adapters import flex as flex_module
 from torch.nn import functional as F
 
-from tests.families.table import FAMILIES
-from tests.families.test_families import IDS, diffrate, images_for, logits
+from tests.families.test_families import build, diffrate, images_for, logits
 
 ROWS = ("timm: ViT", "timm: DINOv3", "timm: ViT, parallel attentions", "transformers: ViT", "transformers: DINOv3")
 ROWS += ("transformers: SigLIP's vision tower", "torchvision: ViT", "open_clip: CLIP's vision tower")
-
-
-def build(name):
-    family = FAMILIES[IDS.index(name)]
-    if family.missing:
-        pytest.skip(f"{family.library} is not installed")
-    return family.build()
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ from tokcomp.fastpath import packing
 from tokcomp.folded import fold_of
 from torch import nn
 
-from tests.library.small_caformer import caformer, images_of
 from tests.tocom.conftest import IMAGES, qkv_weights, same_bits
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -242,20 +241,3 @@ def wide_block(dim, num_heads, **kwargs):
     block = Block(dim, num_heads, **kwargs)
     block.attn = Attention(dim, num_heads, attn_head_dim=2 * dim // num_heads, qkv_bias=True)
     return block
-
-
-def test_caformer(make_plugin):
-    model = caformer()
-    plugin = make_plugin(model)
-    assert len(plugin.q_down) == 4 and plugin.q_down[0].shape == (8, 32)
-    images = images_of(model)
-    with torch.no_grad():
-        plain = model(images)
-        plugin.fold(model, 0, 4)
-        folded = model(images)
-        plugin.unfold(model)
-        assert torch.equal(model(images), plain) and (folded - plain).abs().max() > 1e-3
-        tokcomp.compress(model, tokcomp.ToMe(0))
-        with plugin.applied(model, 0, 4):
-            torch.testing.assert_close(model(images), folded, atol=1e-4, rtol=0)
-        torch.testing.assert_close(model(images), plain, atol=1e-4, rtol=0)

@@ -13,7 +13,6 @@ import torch
 from tokcomp.fastpath import packing
 from tokcomp.tocom.degrees import diffrate_degrees, flops_by
 
-from tests.library.small_caformer import caformer, images_of
 from tests.tocom.conftest import IMAGES, qkv_weights, same_bits
 
 DEGREES = [0, 1, 3, 4]
@@ -70,15 +69,6 @@ def test_it_is_made_from_compressed_models_too(make_vit, make_plugin):
         assert torch.equal(model(IMAGES), before)
         tokcomp.restore(model)
         assert torch.equal(switchable(IMAGES), folded_by_hand(model, plugin, 0, 4, tokcomp.ToMe(4)))
-
-
-def test_caformer(make_plugin):
-    model = caformer()
-    plugin, images = make_plugin(model), images_of(model)
-    switchable = tokcomp.Switchable(model, plugin, degrees=[0, 4])
-    for degree in (4, 0):
-        expected = folded_by_hand(model, plugin, 0, degree, tokcomp.ToMe(degree), images)
-        torch.testing.assert_close(switchable(images, degree), expected, atol=1e-6, rtol=0)
 
 
 def test_one_copy_of_what_is_shared(make_vit, make_plugin):
