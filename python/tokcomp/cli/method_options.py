@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokcomp.cli import options
 from tokcomp.cli.errors import UserError, blame
@@ -23,30 +23,47 @@ _KEEPING = ("visionzip", "divprune", "cdpruner")
 #: Methods that keep a share of the patches between some blocks.
 _PREDICTING = ("dynamicvit", "spvit", "evovit")
 METHODS = ("none", "diffrate", "tome", "tome_mlp", "pitome", "dtome", "evit", *_KEEPING, "ats", *_PREDICTING, "avit")
+#: option -> the methods that read it, what its values are, how they are shown, and what it is
+_VALUES: dict[str, tuple[tuple[str, ...], Callable[[str], Any], str, str]] = {
+    "r": (
+        ("tome", "tome_mlp", "pitome"), listed(non_negative_int), "R",
+        "tokens to merge in a block, or one per block: 8,8,4,...",
+    ),
+    "margin": (("pitome",), float, "M", "cosine from which on tokens count as alike (default: 0.9)"),
+    "unprotected": (
+        ("pitome",), non_negative_float, "S",
+        "share of the blocks, from the first on, in which all tokens may merge (default: 0)",
+    ),
+    "thresholds": (
+        ("dtome",), listed(float), "T",
+        "cosine above which a pair merges, or one per block; tokcomp.calibrate finds them",
+    ),
+    "num_kept": (_KEEPING, listed(positive_int), "K", "patches to keep, or one number for each of --keep-blocks"),
+    "contextual": (
+        ("visionzip",), positive_float, "S", "share of the kept tokens that the others join (default: 0.15625)",
+    ),
+    "samples": (("ats",), positive_int, "K", "how often is sampled, and so the most patches kept"),
+    "num_pruned": (("evit",), non_negative_int, "R", "tokens to drop in every block"),
+    "halt_at": (
+        ("avit",), positive_float, "T", "sum of its halting probabilities at which a token halts (default: 0.99)",
+    ),
+    "halting_scale": (("avit",), float, "S", "of new parts, factor before the sigmoid (default: 10)"),
+    "halting_shift": (("avit",), float, "S", "of new parts, shift before the sigmoid (default: -30)"),
+}  # fmt: skip
 #: option -> the methods that read it
 _READERS = {
+    **{option: readers for option, (readers, *_) in _VALUES.items()},
     "schedule": ("diffrate", "tome", "evit"),
     "schedules": ("diffrate",),
     "metric": ("diffrate",),
     "pipeline": ("diffrate",),
     "rescale": ("diffrate", "tome", "evit"),
     "gflops": ("diffrate", "tome", "pitome", "evit", *_KEEPING, *_PREDICTING),
-    "r": ("tome", "tome_mlp", "pitome"),
     "no_prop_attn": ("tome", "pitome", "dtome"),
-    "thresholds": ("dtome",),
-    "samples": ("ats",),
-    "halt_at": ("avit",),
-    "halting_scale": ("avit",),
-    "halting_shift": ("avit",),
-    "margin": ("pitome",),
-    "unprotected": ("pitome",),
     "tokens_per_degree": ("tome_mlp",),
     "merge_residual": ("tome_mlp",),
     "keep_rate": ("evit", *_KEEPING, *_PREDICTING),
-    "num_kept": _KEEPING,
     "keep_blocks": ("evit", *_KEEPING, "ats", *_PREDICTING),
-    "contextual": ("visionzip",),
-    "num_pruned": ("evit",),
     "no_fuse": ("evit",),
     "layerwise": ("evovit",),
     "second_weight": ("evovit",),
@@ -82,28 +99,9 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
         help="diffrate: which steps, in which order (default: what the schedule says, or prune_merge as far as it has "
         "both)",
     )
-    group.add_argument(
-        "--r",
-        type=listed(non_negative_int),
-        metavar="R",
-        help="tome, tome_mlp, pitome: tokens to merge in a block, or one per block: 8,8,4,...",
-    )
+    for option, (readers, kind, metavar, text) in _VALUES.items():
+        group.add_argument(_flag(option), type=kind, metavar=metavar, help=f"{', '.join(readers)}: {text}")
     group.add_argument("--no-prop-attn", action="store_true", help="tome, pitome, dtome: attention that ignores sizes")
-    group.add_argument(
-        "--margin", type=float, metavar="M", help="pitome: cosine from which on tokens count as alike (default: 0.9)"
-    )
-    group.add_argument(
-        "--unprotected",
-        type=non_negative_float,
-        metavar="S",
-        help="pitome: share of the blocks, from the first on, in which all tokens may merge (default: 0)",
-    )
-    group.add_argument(
-        "--thresholds",
-        type=listed(float),
-        metavar="T",
-        help="dtome: cosine above which a pair merges, or one per block; tokcomp.calibrate finds them",
-    )
     options.add_merge_residual_option(group)
     group.add_argument(
         "--keep-rate",
@@ -113,40 +111,12 @@ def add_method_options(parser: argparse.ArgumentParser, *, default: str = "none"
         "share left after the first stage, or one for each of --keep-blocks; evovit: share of informative ones",
     )
     group.add_argument(
-        "--num-kept",
-        type=listed(positive_int),
-        metavar="K",
-        help="visionzip, divprune, cdpruner: patches to keep, or one number for each of --keep-blocks",
-    )
-    group.add_argument(
         "--keep-blocks",
         type=list_of(non_negative_int),
         metavar="B,B,...",
         help="blocks (from 0) for --keep-rate, --num-kept or --samples (default: 3,6,9; ats: all from 3 on; "
         "dynamicvit, spvit: a quarter, half and three quarters of the way; evovit: a third and two thirds)",
     )
-    group.add_argument(
-        "--contextual",
-        type=positive_float,
-        metavar="S",
-        help="visionzip: share of the kept tokens that the others join (default: 0.15625)",
-    )
-    group.add_argument(
-        "--samples", type=positive_int, metavar="K", help="ats: how often is sampled, and so the most patches kept"
-    )
-    group.add_argument(
-        "--halt-at",
-        type=positive_float,
-        metavar="T",
-        help="avit: sum of its halting probabilities at which a token halts (default: 0.99)",
-    )
-    group.add_argument(
-        "--halting-scale", type=float, metavar="S", help="avit: of new parts, factor before the sigmoid (default: 10)"
-    )
-    group.add_argument(
-        "--halting-shift", type=float, metavar="S", help="avit: of new parts, shift before the sigmoid (default: -30)"
-    )
-    group.add_argument("--num-pruned", type=non_negative_int, metavar="R", help="evit: tokens to drop in every block")
     group.add_argument("--no-fuse", action="store_true", help="evit: drop the inattentive tokens rather than fuse them")
 
 
