@@ -11,6 +11,7 @@ import torch
 
 from tests.ops.backends import NAMES, Target, targets
 from tokcomp_kernels._schema import BY_NAME
+from tokcomp_kernels.ops import IMPLEMENTATIONS
 from tokcomp_kernels.reference import REFERENCES
 from tokcomp_kernels.testing import samples
 
@@ -332,6 +333,17 @@ def test_what_was_right_once_is_not_checked_again_and_wrong_input_still_is(monke
     for dtype in (torch.float64, torch.bfloat16, torch.float64):  # more kinds than are remembered
         attention_reference(*[q.to(dtype)] * 3)
     assert len(asked) == 1 + 6 + 3
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_float64_is_refused_by_the_triton_kernel(op: str) -> None:
+    """Which the dispatcher therefore does not ask."""
+    pytest.importorskip("triton")
+    sample = next(samples(op, torch.float64))
+    name = "attention" if op == "_attention_heads" else op  # whose kernel it is
+    words = rf"^{name}: \w+ must be float16, bfloat16 or float32 for the Triton kernel, got float64"
+    with pytest.raises(TypeError, match=words):
+        IMPLEMENTATIONS[op]._launch_triton(*sample.args, **sample.kwargs)
 
 
 def test_every_public_operator_is_in_the_table() -> None:

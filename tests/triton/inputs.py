@@ -1,9 +1,10 @@
-"""Random inputs of the Triton tests, and what float32 arithmetic may lose."""
+"""Random inputs of the Triton tests, calls that are right, and what float32 arithmetic may lose."""
 
-import numpy as np
 import torch
 
-from tokcomp_kernels._numbers import MIN_SIZE
+from tokcomp_kernels.compare import assert_right
+from tokcomp_kernels.ops import IMPLEMENTATIONS
+from tokcomp_kernels.testing import Sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -23,12 +24,11 @@ def uniform(seed, low, high, *shape):
     return (torch.rand(shape, generator=generator) * (high - low) + low).to(DEVICE)
 
 
-def wide(tensor):
-    return tensor.detach().cpu().double().numpy()
-
-
-def sizes_of(size, shape):
-    if size is None:
-        return np.ones(shape)
-    values = wide(size)
-    return np.where(values > MIN_SIZE, values, np.float32(MIN_SIZE).astype(np.float64))
+def launched(op, *args, exact=False, **options):
+    """What an operator's Triton kernels give: the right answer, and the same one again."""
+    function = IMPLEMENTATIONS[op].callable("triton")
+    outputs, again = (function(*args, **options) for _ in range(2))
+    assert_right(Sample(op, "here", args, options, exact), outputs)
+    for have, want in zip(*(one if isinstance(one, tuple) else (one,) for one in (outputs, again)), strict=True):
+        assert torch.equal(have.nan_to_num(), want.nan_to_num())
+    return outputs

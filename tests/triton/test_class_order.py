@@ -6,10 +6,9 @@ import torch
 pytest.importorskip("triton")
 
 import tokcomp_kernels.triton.class_attention_sort as module
+from tests.triton.inputs import DEVICE
 from tokcomp_kernels.triton._order import MAX_COUNTED
 from tokcomp_kernels.triton._reduce import reduce_groups
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def brute_order(values, prefix):
@@ -28,6 +27,7 @@ def test_counting_and_sorting_give_the_order_of_the_contract(num_tokens, prefix)
     values = torch.randint(0, 7, (2, num_tokens), generator=generator).float() / 8
     values[0, ::4] = float("nan")
     values[1, ::3] = -0.0
+    values[:, 1::9], values[:, 2::9] = float("inf"), float("-inf")
     order = module.token_order(values.to(DEVICE), prefix).cpu()
     assert order.tolist() == [brute_order(row, prefix) for row in values]
 

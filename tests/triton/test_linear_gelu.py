@@ -7,22 +7,15 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 import tokcomp_kernels.triton.linear_gelu as linear_gelu_module
-from tests.triton.inputs import DTYPES, SMALLEST, UNIT
+from tests.triton.inputs import DEVICE, DTYPES, SMALLEST, UNIT, normal
 from tokcomp_kernels import linear_gelu
 from tokcomp_kernels.compare import assert_right
 from tokcomp_kernels.testing import Sample
 from tokcomp_kernels.triton._gelu import LONG_ERROR, SHORT_ERROR
 from tokcomp_kernels.triton.linear_gelu import linear_gelu_triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-
-def normal(seed, *shape, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "features", "width"), [(1, 1, 1), (97, 70, 33), (64, 32, 48)], ids=str)
 def test_every_block_is_written_once(rows, features, width, dtype, monkeypatch):
     """Small blocks in groups of two, so that the last group is smaller and every edge is a partial block."""
@@ -81,9 +74,3 @@ def test_frozen_weights_cost_no_gradient():
     (grad,) = torch.autograd.grad(out.sum(), x)
     (want,) = torch.autograd.grad(F.gelu(F.linear(x, weight, bias)).sum(), x)
     torch.testing.assert_close(grad, want)
-
-
-def test_float64_is_refused_by_name():
-    x = normal(0, 4, 4).double()
-    with pytest.raises(TypeError, match=r"linear_gelu: x must be float16, bfloat16 or float32 .*, got float64"):
-        linear_gelu_triton(x, x)

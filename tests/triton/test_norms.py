@@ -6,23 +6,12 @@ import torch
 pytest.importorskip("triton")
 
 import tokcomp_kernels.triton._merge_norm as merge_norm
+from tests.triton.inputs import DEVICE, DTYPES, normal, uniform
 from tokcomp_kernels.compare import assert_right
 from tokcomp_kernels.testing import Sample
 from tokcomp_kernels.triton.add_layer_norm import add_layer_norm_triton
 from tokcomp_kernels.triton.prune_merge import prune_merge_triton
 from tokcomp_kernels.triton.prune_merge_norm import prune_merge_norm_triton
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def normal(seed, *shape, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
-
-
-def sizes(seed, *shape):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE) * 4 + 0.5
 
 
 @pytest.mark.parametrize(
@@ -44,7 +33,7 @@ def test_bits_are_those_of_prune_merge(num_tokens, channels, num_prune_kept, num
     )
     weight, bias = normal(2, channels, dtype=dtype), normal(3, channels, dtype=dtype)
     counts = (normal(4, 2, num_tokens), num_prune_kept, num_merge_kept)
-    options = {"size": sizes(5, 2, num_tokens), "num_prefix_tokens": prefix}
+    options = {"size": uniform(5, 0.5, 4.5, 2, num_tokens), "num_prefix_tokens": prefix}
     outputs = prune_merge_norm_triton(x, branch, *counts, weight, bias, **options)
     kept, size, source = prune_merge_triton(x + branch, *counts, **options)
     assert torch.equal(outputs[0], kept) and torch.equal(outputs[2], size) and torch.equal(outputs[3], source)
@@ -59,7 +48,7 @@ def test_rows_too_wide_for_the_registers(monkeypatch):
     """They are matched and merged in passes over their channels: other kernels, the same answer."""
     x, branch, importance = normal(0, 2, 30, 40), normal(1, 2, 30, 40), normal(2, 2, 30)
     weight, bias = normal(3, 40), normal(4, 40)
-    args, options = (x, branch, importance, 28, 17, weight, bias), {"size": sizes(5, 2, 30)}
+    args, options = (x, branch, importance, 28, 17, weight, bias), {"size": uniform(5, 0.5, 4.5, 2, 30)}
     resident = prune_merge_norm_triton(*args, **options)
     ran = []
     monkeypatch.setattr("tokcomp_kernels.triton.prune_merge.MAX_RESIDENT", 39 * 4)
@@ -135,11 +124,3 @@ def test_the_table_is_shared():
     from tokcomp_kernels.triton._configs import CONFIG_DIR
 
     assert merge_norm.TABLE == "prune_merge" and not (CONFIG_DIR / "prune_merge_norm.json").exists()
-
-
-def test_float64_is_refused_by_name():
-    x = normal(0, 1, 4, 4).double()
-    with pytest.raises(TypeError, match=r"prune_merge_norm: x must be float16, bfloat16 or float32 .*, got float64"):
-        prune_merge_norm_triton(x, x, normal(0, 1, 4), 3, 2)
-    with pytest.raises(TypeError, match=r"add_layer_norm: x must be float16, bfloat16 or float32 .*, got float64"):
-        add_layer_norm_triton(x, x)
