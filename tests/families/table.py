@@ -150,7 +150,7 @@ FAMILIES = (
         "timm",
         "eva02_*",
         partial(_eva, **_rope, swiglu_mlp=True, scale_mlp=True, qkv_fused=False, global_pool="avg"),
-        note="rotary places follow their tokens",
+        note="rotary places",
     ),
     Family(
         "DINOv3",
@@ -167,7 +167,7 @@ FAMILIES = (
             qkv_bias=False,
             global_pool="token",
         ),
-        note="rotary places follow their tokens",
+        note="rotary places",
     ),
     Family(
         "Perception Encoder",
@@ -176,14 +176,14 @@ FAMILIES = (
         partial(
             _eva, **_rope, attn_type="rope", use_pre_transformer_norm=True, global_pool="map", rope_grid_offset=1.0
         ),
-        note="rotary places follow their tokens",
+        note="rotary places",
     ),
     Family(
         "rope ViT, learnt angles",
         "timm",
         "vit_*_rope_mixed_*",
         partial(_eva, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope", global_pool="token"),
-        note="rotary places follow their tokens",
+        note="rotary places",
         since=(1, 0, 31),
     ),
     Family("EVA, post-norm", "timm", "eva_large's relatives", partial(_eva, use_post_norm=True, global_pool="token")),
@@ -192,21 +192,21 @@ FAMILIES = (
         "timm",
         "beit_*, beitv2_*",
         partial(_beit, use_abs_pos_emb=False, use_rel_pos_bias=True, qkv_bias=True, init_values=0.3, global_pool="avg"),
-        note="the bias of a pair of tokens is that of their places",
+        note="a bias for each pair of places",
     ),
     Family(
         "relative positions",
         "timm",
         "vit_relpos_*",
         partial(_relpos, rel_pos_type="bias", class_token=True, global_pool="token", qk_norm=True),
-        note="the bias of a pair of tokens is that of their places",
+        note="a bias for each pair of places",
     ),
     Family(
         "relative positions, post-norm",
         "timm",
         "vit_relpos_*_rpn, vit_srelpos_*",
         partial(_relpos, block="ResPostRelPosBlock", shared_rel_pos=True, rel_pos_dim=16),
-        note="the bias of a pair of tokens is that of their places",
+        note="a bias for each pair of places",
     ),
     Family(
         "NaFlexViT",
@@ -220,7 +220,7 @@ FAMILIES = (
         "timm",
         "NaFlexVit(rope_type=...), use_naflex=True",
         partial(_naflex, rope_type="axial", rope_ref_feat_shape=(4, 4), class_token=True, global_pool="token"),
-        note="images of any size, or padded batches of patches; rotary places follow their tokens",
+        note="images of any size, or padded batches of patches; rotary places",
     ),
     Family("CAFormer", "timm", "caformer_*", _caformer, note="the third stage, whose grid is whole again at its end"),
     Family(
@@ -273,7 +273,7 @@ FAMILIES = (
         "transformers",
         "DINOv3ViTModel",
         partial(_transformers, "DINOv3ViTModel", "DINOv3ViTConfig", **_CLIP, num_register_tokens=2),
-        note="rotary places follow their tokens",
+        note="rotary places",
     ),
     Family(
         "CLIP's vision tower",
