@@ -20,7 +20,6 @@ CUDA = (
     ("deit-s", 256, "float16"),
     ("deit-s", 256, "float32"),
 )
-SLOW = (("deit-b", 256, "float16"), ("deit-b", 256, "float32"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.published_methods.clones import functions
 from benchmarks.published_methods.pair import Pair, farthest
 
-PATCHES, WIDTH, PROJECTED, EMBEDDED, HEADS, HEAD_WIDTH = 576, 1024, 4096, 768, 16, 64
+PATCHES, WIDTH, PROJECTED, EMBEDDED, HEADS = 576, 1024, 4096, 768, 16
 KEPT = (64, 128)
 #: Of VisionZip's 64 and 128 tokens, the class token counted: dominant patches, and contextual tokens.
 ZIPPED = {64: (53, 10), 128: (107, 20)}

@@ -174,17 +174,11 @@ class _Job:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tokcomp.runs.distributed import join, leave, local_device
-
     if args.results_file is not None:
         check_output_file("--results-file", args.results_file)
     root = data_root(args)
-    device = local_device(options.chosen_device(args.device))
-    job = _Job(args, root, device, join(device))
-    try:
-        return _run(job)
-    finally:
-        leave()
+    with options.joined(args) as (device, world):
+        return _run(_Job(args, root, device, world))
 
 
 def _run(job: _Job) -> int:

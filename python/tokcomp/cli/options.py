@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from tokcomp.cli.model_arguments import add_model_kwargs, add_pooling_option, mo
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from tokcomp.runs.distributed import World
 
 
 def positive_int(text: str) -> int:
@@ -137,6 +140,22 @@ def chosen_device(name: str | None) -> torch.device:
             f"--device must be a device of this machine, got '{name}' ({reason}); try --device cpu"
         ) from error
     return device
+
+
+@contextmanager
+def joined(args: argparse.Namespace) -> Iterator[tuple[torch.device, World]]:
+    """The device, and this process's place among those that torchrun started, which end together."""
+    from tokcomp.runs.distributed import join, leave, local_device
+
+    device = local_device(chosen_device(args.device))
+    try:
+        world = join(device)
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+    try:
+        yield device, world
+    finally:
+        leave()
 
 
 def check_model_name(name: str) -> None:

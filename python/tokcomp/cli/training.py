@@ -279,22 +279,14 @@ def train(
         traces: further patterns of files that mark the output folder as holding a run.
         then: what follows the last step, in every process; returns whether it reached its own end.
     """
-    from tokcomp.runs.distributed import join, leave, local_device
     from tokcomp.runs.loop import Run, check_free
 
     check_output_folder("--output", args.output)
     if not args.resume:
         with blame("--output"):
             check_free(args.output, (*Run.traces, *traces))
-    device = local_device(options.chosen_device(args.device))
-    try:
-        world = join(device)
-    except RuntimeError as error:
-        raise UserError(str(error)) from error
-    try:
+    with options.joined(args) as (device, world):
         return _to_its_end(Job(args, device, world), prepare, report, then)
-    finally:
-        leave()
 
 
 def _to_its_end(

@@ -197,35 +197,26 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tokcomp.runs.distributed import join, leave, local_device
     from tokcomp.runs.steps import DivergedError, StopRequest
 
     check_output_folder("--output", args.output)
     root = data_root(args)
     entries = _entries(args)
-    device = local_device(options.chosen_device(args.device))
-    try:
-        world = join(device)
-    except RuntimeError as error:
-        raise UserError(str(error)) from error
-    try:
-        with StopRequest() as stop:
-            comparison = _prepare(args, root, entries, device, world, stop)
-            try:
-                finished = comparison.run(stop)
-            except DivergedError as error:
-                raise RunFailed(str(error)) from error
-            except OSError as error:
-                raise UserError(
-                    f"--output must be writable, got '{args.output}' ({error}); choose another folder"
-                ) from error
-            shown = sorted(set(args.gflops)) if finished and args.pictures else []
-            methods = {gflops: comparison.methods_at(gflops) for gflops in shown}
-            if world.is_main and comparison.done:
-                _report(args, comparison, methods, finished)
-            return 0 if finished else stop.exit_status or 1
-    finally:
-        leave()
+    with options.joined(args) as (device, world), StopRequest() as stop:
+        comparison = _prepare(args, root, entries, device, world, stop)
+        try:
+            finished = comparison.run(stop)
+        except DivergedError as error:
+            raise RunFailed(str(error)) from error
+        except OSError as error:
+            raise UserError(
+                f"--output must be writable, got '{args.output}' ({error}); choose another folder"
+            ) from error
+        shown = sorted(set(args.gflops)) if finished and args.pictures else []
+        methods = {gflops: comparison.methods_at(gflops) for gflops in shown}
+        if world.is_main and comparison.done:
+            _report(args, comparison, methods, finished)
+        return 0 if finished else stop.exit_status or 1
 
 
 def _entries(args: argparse.Namespace) -> list[Entry]:
