@@ -10,7 +10,7 @@ from tests.library.conftest import METHODS as VIT_METHODS
 from tests.library.small_caformer import caformer
 from tests.library.test_caformer import METHODS as CAFORMER_METHODS
 
-METHODS = {"vit": VIT_METHODS, "caformer": CAFORMER_METHODS}
+METHODS = {"vit": {**VIT_METHODS, "tome_mlp": tokcomp.ToMeMLP(6)}, "caformer": CAFORMER_METHODS}
 _SHARED = dict(drop_rate=0.1, proj_drop_rate=0.1, drop_path_rate=0.2)
 DROPOUTS = {
     "vit": dict(**_SHARED, pos_drop_rate=0.1, attn_drop_rate=0.1, patch_drop_rate=0.2),
@@ -39,7 +39,10 @@ def test_gradients_reach_every_parameter(compressed, images_for):
 
 # A CAFormer's merge weighted by similarity is left out: sizes, and with them the similarity, carry no gradient.
 @pytest.mark.parametrize(
-    "compressed", [("vit", "diffrate"), ("caformer", "merge"), ("caformer", "prune")], ids="-".join, indirect=True
+    "compressed",
+    [("vit", "diffrate"), ("vit", "tome_mlp"), ("caformer", "merge"), ("caformer", "prune")],
+    ids="-".join,
+    indirect=True,
 )
 def test_gradient_is_the_slope(compressed, images_for):
     """The change of the loss along a small step, tokens' groups unchanged, against the gradient."""
