@@ -13,16 +13,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokcomp import adaptformer
-from tokcomp.finetune.run import FineTuneRun
-from tokcomp.finetune.tuner import FineTuner
-from tokcomp.measure.evaluate import evaluate
 from tokcomp.reading import DIGEST
-from tokcomp.runs.batches import TensorBatches
 from tokcomp.runs.recipe import ADAPTFORMER_RECIPE, Recipe
 
 from tests.library.conftest import make_vit, meta_model, published  # noqa: F401
 from tests.library.small_caformer import caformer
 from tests.train.conftest import StopAfter
+from tests.train.test_finetune import make_run
 
 CPU = torch.device("cpu")
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -208,24 +205,7 @@ def test_gradients_in_branches_and_classifier_alone(adapted, method):
     assert all(bool(parameter.grad.any()) for name, parameter in model.named_parameters() if name in found)
 
 
-def make_run(folder, model, recipe, *, total=6):
-    tuner = FineTuner(
-        model, recipe, num_classes=5, total_steps=total, steps_per_epoch=3, device=CPU, seed=3, amp_dtype=None
-    )
-    return FineTuneRun(
-        tuner,
-        TensorBatches(IMAGES, LABELS, 4, 3),
-        lambda one: evaluate(one, [(IMAGES, LABELS)], device=CPU),
-        folder,
-        settings={"lr": recipe.lr},
-        facts={"model": "tiny"},
-        total_steps=total,
-        checkpoint_steps=1,
-        log_steps=2,
-    )
-
-
-RECIPE = replace(ADAPTFORMER_RECIPE, lr=1e-2, batch_size=4, mixup=0.8, model_ema_decay=0.5, drop_path=0.1)
+RECIPE = replace(ADAPTFORMER_RECIPE, lr=1e-2, batch_size=8, mixup=0.8, model_ema_decay=0.5, drop_path=0.1)
 
 
 @pytest.mark.slow
@@ -240,15 +220,15 @@ def test_training_moves_branches_and_classifier_alone_and_resumes(make_vit, tmp_
         return tokcomp.compress(model, tokcomp.ToMe(3))
 
     before = {name: tensor.clone() for name, tensor in model().state_dict().items()}
-    whole = make_run(tmp_path / "whole", model(), recipe)
+    whole = make_run(tmp_path / "whole", recipe, model=model())
     assert whole.train(StopAfter(whole))
     after = whole.trainee.model.state_dict()
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert moved == {name for name in before if ".adapter." in name or name.startswith("head.")}
 
-    first = make_run(tmp_path / "parts", model(), recipe)
+    first = make_run(tmp_path / "parts", recipe, model=model())
     assert not first.train(StopAfter(first, 3))
-    second = make_run(tmp_path / "parts", model(), recipe)
+    second = make_run(tmp_path / "parts", recipe, model=model())
     second.resume()
     assert second.train(StopAfter(second), resumed=True)
     for name in ("last.safetensors", "last_ema.safetensors", "best.safetensors"):
