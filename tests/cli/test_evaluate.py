@@ -107,6 +107,7 @@ def test_samples_are_spread_over_the_classes(run, image_folder):
         ),
         (("--method", "pitome", "--r", "3", "--margin", "2"), "--method pitome: margin must be in [-1, 1]"),
         (("--method", "dtome", "--thresholds", "2"), "--thresholds: thresholds must be in [-1, 1]"),
+        (("--method", "dtome", "--thresholds", "0.9,a"), "argument --thresholds: must be a number, got 'a'"),
         (("--method", "ats"), "--method ats needs --samples, got none of them"),
         (("--method", "divprune"), "--method divprune needs --keep-rate or --num-kept or --gflops, got none of them"),
         (

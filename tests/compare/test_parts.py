@@ -84,6 +84,7 @@ def test_the_interval_is_that_of_paired_differences():
     assert mean == pytest.approx(100 * (b - c) / n)
     assert half == pytest.approx(100 * 1.959964 * ((b + c - (b - c) ** 2 / n) / (n - 1) / n) ** 0.5)
     assert paired(one, one) == (0.0, 0.0)
+    assert paired(one[:1], ~one[:1])[1] == 100  # of one image nothing is known, and JSON has no infinity
 
 
 def test_a_summary_ranks_random_schedules_by_their_median():

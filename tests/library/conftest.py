@@ -108,7 +108,7 @@ def images_for():
     """Random images of a ViT's own size, or of the small CAFormers': images_for(model, batch, seed)."""
 
     def make(model: torch.nn.Module, batch: int = 3, seed: int = 0) -> torch.Tensor:
-        size = model.patch_embed.img_size if isinstance(model, VisionTransformer) else (HEIGHT, WIDTH)
+        size = model.patch_embed.img_size if hasattr(model, "patch_embed") else (HEIGHT, WIDTH)
         return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
 
     return make

@@ -84,6 +84,13 @@ def test_evit_fused_tokens_are_traced_to_the_fused_slot(make_vit):
         (lambda: tokcomp.PiToMe(2, margin=None), TypeError, "margin must be a number, got None"),
         (lambda: tokcomp.DToMe(1.5), ValueError, r"thresholds must be in \[-1, 1\], as cosines are, got 1.5"),
         (lambda: tokcomp.DToMe([0.5, "x"]), TypeError, "thresholds must be numbers, got 'x'"),
+        (lambda: tokcomp.DToMe("0.9"), TypeError, "thresholds must be numbers, got '0.9'"),
+        (lambda: tokcomp.DToMe(0.9, prop_attn="no"), TypeError, "prop_attn must be True or False, got 'no'"),
+        (lambda: tokcomp.PiToMe(2, prop_attn=None), TypeError, "prop_attn must be True or False, got None"),
+        (lambda: tokcomp.EViT(0.5, fuse="no"), TypeError, "fuse must be True or False, got 'no'"),
+        (lambda: tokcomp.EvoViT(representative="no"), TypeError, "representative must be True or False, got 'no'"),
+        (lambda: tokcomp.DivPrune("0.5"), TypeError, "keep_rate must be a number or one per block, got '0.5'"),
+        (lambda: tokcomp.SPViT(True), TypeError, "keep_rate must be a number or one per block, got True"),
         (
             lambda: tokcomp.DToMe([0.5], expected=[1, 2]),
             ValueError,

@@ -152,6 +152,10 @@ def test_what_is_refused(make_vit, images, tmp_path):
     for batches in ([], [images[:0]]):
         with pytest.raises(ValueError, match="batches must hold images to calibrate on, got none"):
             tokcomp.calibrate(model, batches, 2)
+    with pytest.raises(TypeError, match=r"batches must be an iterable of images .*, got a NoneType"):
+        tokcomp.calibrate(model, None, 2)
+    with pytest.raises(ValueError, match=r"batches must hold images, .* that are finite numbers, got keys in block 0"):
+        tokcomp.calibrate(model, [images, images * torch.nan], 2)
     with pytest.raises(ValueError, match="r must have one entry per block, got 2 entries for 4 blocks"):
         tokcomp.calibrate(model, [images], [1, 2])
     with pytest.raises(ValueError, match="model must be in evaluation mode"):

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from tokcomp.cli import options
 from tokcomp.cli.errors import UserError, blame
-from tokcomp.cli.options import list_of, listed, non_negative_float, non_negative_int, positive_float, positive_int
+from tokcomp.cli.options import (
+    list_of,
+    listed,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    real,
+)
 from tokcomp.cli.schedules import add_rescale_option, scheduled_method
 
 if TYPE_CHECKING:
@@ -29,13 +37,13 @@ _VALUES: dict[str, tuple[tuple[str, ...], Callable[[str], Any], str, str]] = {
         ("tome", "tome_mlp", "pitome"), listed(non_negative_int), "R",
         "tokens to merge in a block, or one per block: 8,8,4,...",
     ),
-    "margin": (("pitome",), float, "M", "cosine from which on tokens count as alike (default: 0.9)"),
+    "margin": (("pitome",), real, "M", "cosine from which on tokens count as alike (default: 0.9)"),
     "unprotected": (
         ("pitome",), non_negative_float, "S",
         "share of the blocks, from the first on, in which all tokens may merge (default: 0)",
     ),
     "thresholds": (
-        ("dtome",), listed(float), "T",
+        ("dtome",), listed(real), "T",
         "cosine above which a pair merges, or one per block; tokcomp.calibrate finds them",
     ),
     "num_kept": (_KEEPING, listed(positive_int), "K", "patches to keep, or one number for each of --keep-blocks"),
@@ -47,8 +55,8 @@ _VALUES: dict[str, tuple[tuple[str, ...], Callable[[str], Any], str, str]] = {
     "halt_at": (
         ("avit",), positive_float, "T", "sum of its halting probabilities at which a token halts (default: 0.99)",
     ),
-    "halting_scale": (("avit",), float, "S", "of new parts, factor before the sigmoid (default: 10)"),
-    "halting_shift": (("avit",), float, "S", "of new parts, shift before the sigmoid (default: -30)"),
+    "halting_scale": (("avit",), real, "S", "of new parts, factor before the sigmoid (default: 10)"),
+    "halting_shift": (("avit",), real, "S", "of new parts, shift before the sigmoid (default: -30)"),
 }  # fmt: skip
 #: option -> the methods that read it
 _READERS = {

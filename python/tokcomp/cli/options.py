@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from tokcomp.runs.distributed import World
 
 
+def real(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got '{text}'") from None
+
+
 def positive_int(text: str) -> int:
     try:
         value = int(text)

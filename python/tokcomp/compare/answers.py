@@ -116,12 +116,12 @@ def answer(
 def paired(hits: Tensor, baseline: Tensor) -> tuple[float, float]:
     """Mean difference of two rows of hits [n] bool over the same images, and the half width of its 95 % interval.
 
-    In percentage points, by the normal approximation of the differences' mean.
+    In percentage points, by the normal approximation of the differences' mean; of a single image, nothing is known.
     """
     difference = 100.0 * (hits.double() - baseline.double())
     count = len(difference)
     if count < 2:
-        return float(difference.mean()), math.inf
+        return float(difference.mean()), 100.0
     return float(difference.mean()), _Z95 * float(difference.std()) / math.sqrt(count)
 
 

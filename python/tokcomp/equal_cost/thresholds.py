@@ -30,15 +30,17 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], r: int | Sequence[int
         prop_attn: as for :class:`tokcomp.DToMe`.
 
     Raises:
-        TypeError: r is not a whole number or a list of them; a batch is no tensor of images; or (UnsupportedModelError)
-            the model is not understood.
-        ValueError: there are no images; r is negative or not one per block; the model is in training mode or
-            hierarchical.
+        TypeError: r is not a whole number or a list of them; batches cannot be gone through, or one is no tensor of
+            images; or (UnsupportedModelError) the model is not understood.
+        ValueError: there are no images, or some that are no numbers; r is negative or not one per block; the model is
+            in training mode or hierarchical.
     """
     adapter = find_adapter(model)
     geometry = adapter.geometry(model)
     if model.training:
         raise ValueError("model must be in evaluation mode, got one in training mode; call model.eval() first")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable of images [B, 3, H, W], got a {type(batches).__name__}")
     DToMe(0.0).validate(geometry)
     watcher = _Calibration(r, geometry, prop_attn)
     before, stock = adapter.method(model), adapter.keeps_attention(model)
@@ -87,6 +89,11 @@ class _Calibration(DToMe):
     def reduce(
         self, x: Tensor, score: Tensor, assignment: Assignment, *, size: Tensor | None, num_prefix_tokens: int
     ) -> Reduced:
+        if not bool(score.isfinite().all()):
+            raise ValueError(
+                f"batches must hold images, and the model weights, that are finite numbers, got keys in block "
+                f"{self._block} that are not"
+            )
         alive = alive_tokens(x, size)
         similarity, partner = matched(score[..., :-1], alive, num_prefix_tokens)
         pairs = similarity[similarity > float("-inf")].sort(descending=True).values

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokcomp.methods.base import Evidence, Geometry, TokenShape, integer
+from tokcomp.methods.base import Evidence, Geometry, TokenShape, integer, number
 from tokcomp.methods.learned import Answers, LearnedMethod, Passage, loaded, pick
 from tokcomp.methods.varying import Packed
 from tokcomp_kernels._numbers import accumulate_dtype
@@ -67,9 +67,7 @@ class AViT(LearnedMethod):
     ) -> None:
         numbers = {"threshold": threshold, "scale": scale, "shift": shift}
         for name, value in {**numbers, "ponder_weight": ponder_weight, "prior_weight": prior_weight}.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not math.isfinite(value):
+            if not math.isfinite(number(name, value)):
                 raise ValueError(f"{name} must be finite, got {value}")
             if name.endswith("weight") and value < 0:
                 raise ValueError(f"{name} must be 0 or more, got {value}")

@@ -273,6 +273,23 @@ def non_negative(name: str, value: Any, rule: str = "be an integer or one per bl
     return count
 
 
+def number(name: str, value: Any, rule: str = "be a number") -> float:
+    """``value`` as a float. TypeError if it is none; text, True and False are not."""
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # of a tensor with several
+        raise TypeError(f"{name} must {rule}, got {value!r}") from None
+
+
+def flag(name: str, value: Any) -> bool:
+    """``value`` as a bool. TypeError if it is none: 'no' would count as true."""
+    if type(value).__name__ not in ("bool", "bool_"):  # numpy's too
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 def require_depth(name: str, entries: int, geometry: Geometry, hint: str = "") -> None:
     """A per-block list must fit the model's depth; entries for the blocks after those are allowed and ignored."""
     if entries not in (geometry.depth, geometry.depth + geometry.following_blocks):

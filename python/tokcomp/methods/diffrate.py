@@ -15,6 +15,7 @@ from tokcomp.methods.base import (
     Method,
     Norm,
     Reduced,
+    flag,
     integer,
     most_important,
     require_class_token,
@@ -111,7 +112,7 @@ class DiffRate(Method):
         self.pipeline = pipeline
         self.seed = integer("seed", _setting(schedule, "seed", seed, 0))
         weighted = _setting(schedule, "similarity_weighted_size", similarity_weighted_size, True)
-        self.similarity_weighted_size = bool(weighted)
+        self.similarity_weighted_size = flag("similarity_weighted_size", weighted)
         self.needs = METRICS[metric]
 
     def __repr__(self) -> str:

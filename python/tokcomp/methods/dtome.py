@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokcomp.methods.base import Assignment, Evidence, Geometry, Reduced, is_list, non_negative, require_depth
+from tokcomp.methods.base import (
+    Assignment,
+    Evidence,
+    Geometry,
+    Reduced,
+    flag,
+    is_list,
+    non_negative,
+    number,
+    require_depth,
+)
 from tokcomp.methods.partition import with_rank
 from tokcomp.methods.varying import Packed, VaryingMethod, alive_tokens
 from tokcomp_kernels._numbers import accumulate_dtype
@@ -36,7 +46,7 @@ class DToMe(VaryingMethod):
     ) -> None:
         self.thresholds: float | tuple[float, ...]
         self.thresholds = tuple(map(_cosine, thresholds)) if is_list(thresholds) else _cosine(thresholds)  # type: ignore[arg-type]
-        self.proportional_attention = self.prop_attn = bool(prop_attn)
+        self.proportional_attention = self.prop_attn = flag("prop_attn", prop_attn)
         self.expected = None if expected is None else tuple(non_negative("expected", one) for one in expected)
         if self.expected is not None and (
             not isinstance(self.thresholds, tuple) or len(self.expected) != len(self.thresholds)
@@ -129,12 +139,7 @@ def merge_pairs(
 
 
 def _cosine(threshold: float) -> float:
-    try:
-        if isinstance(threshold, bool):
-            raise TypeError
-        value = float(threshold)
-    except (TypeError, ValueError):
-        raise TypeError(f"thresholds must be numbers, got {threshold!r}") from None
+    value = number("thresholds", threshold, "be numbers")
     if not -1 <= value <= 1:
         raise ValueError(f"thresholds must be in [-1, 1], as cosines are, got {value}")
     return value

@@ -16,6 +16,7 @@ from tokcomp.methods.base import (
     Reduced,
     attention_of,
     fitted_to_class_token,
+    flag,
     most_important,
     non_negative,
     require_tokens,
@@ -55,7 +56,7 @@ class EViT(Method):
         self.keep_rate = None if keep_rate is None else parse_keep_rate(keep_rate)
         self.num_pruned = None if num_pruned is None else non_negative("num_pruned", num_pruned, "be an integer")
         self.blocks = parse_blocks(blocks)
-        self.fuse = bool(fuse)
+        self.fuse = flag("fuse", fuse)
 
     def __repr__(self) -> str:
         if self.num_pruned is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tokcomp.methods.base import Evidence, Geometry, most_important
+from tokcomp.methods.base import Evidence, Geometry, flag, most_important, number
 from tokcomp.methods.keeping import parse_blocks
 from tokcomp.methods.learned import Passage, PassageMethod, pick, require_blocks_below
 
@@ -56,7 +56,7 @@ class EvoViT(PassageMethod):
         self.keep_rate, self.momentum = _share("keep_rate", keep_rate, "(0, 1]"), _share("momentum", momentum, "(0, 1]")
         self.layerwise = _share("layerwise", layerwise, "[0, 1]")
         self.second_weight = _share("second_weight", second_weight, "[0, 1)")
-        self.representative = bool(representative)
+        self.representative = flag("representative", representative)
         self.blocks = None if blocks is None else parse_blocks(blocks)
         if self.blocks is not None and (list(self.blocks) != sorted(set(self.blocks)) or 0 in self.blocks):
             raise ValueError(f"blocks must rise and start above 0, before which nothing attends, got {blocks}")
@@ -177,9 +177,8 @@ class _SlowAndFast(Passage):
 
 
 def _share(name: str, value: float, interval: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+    value = number(name, value)
     low, high = interval[0] == "[", interval[-1] == "]"
     if not (0 < value < 1 or (low and value == 0) or (high and value == 1)):
         raise ValueError(f"{name} must be in {interval}, got {value}")
-    return float(value)
+    return value

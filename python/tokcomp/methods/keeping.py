@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tokcomp.methods.base import Assignment, Geometry, Method, integer, is_list, non_negative, require_depth
+from tokcomp.methods.base import Assignment, Geometry, Method, integer, is_list, non_negative, number, require_depth
 
 
 class KeepingMethod(Method):
@@ -111,10 +111,7 @@ def rate_in(block: int, keep_rate: float | tuple[float, ...] | None, blocks: Seq
 
 
 def _rate(rate: Any) -> float:
-    try:
-        value = float(rate)
-    except (TypeError, ValueError):
-        raise TypeError(f"keep_rate must be a number or one per block, got {rate!r}") from None
+    value = number("keep_rate", rate, "be a number or one per block")
     if not 0 < value <= 1:
         raise ValueError(f"keep_rate must be in (0, 1], got {value}")
     return value

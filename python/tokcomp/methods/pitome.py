@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokcomp.methods.base import Assignment, Evidence, Geometry
+from tokcomp.methods.base import Assignment, Evidence, Geometry, number
 from tokcomp.methods.partition import DESTINATION, SOURCE, PartitionMethod, order_of, with_rank
 from tokcomp.methods.tome import ToMe
 from tokcomp_kernels._numbers import accumulate_dtype
@@ -44,7 +44,7 @@ class PiToMe(PartitionMethod):
         self._counts = ToMe(r, prop_attn)
         self.margin = _number("margin", margin, -1, ", as cosines are")
         self.unprotected = _number("unprotected", unprotected, 0)
-        self.proportional_attention = self.prop_attn = bool(prop_attn)
+        self.proportional_attention = self.prop_attn = self._counts.prop_attn
         self._geometry: Geometry | None = None
 
     @property
@@ -95,8 +95,6 @@ def energy(features: Tensor, margin: float) -> Tensor:
 
 
 def _number(name: str, value: float, least: float, why: str = "") -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not least <= value <= 1:
+    if not least <= number(name, value) <= 1:
         raise ValueError(f"{name} must be in [{least}, 1]{why}, got {value}")
     return float(value)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokcomp.methods.base import Geometry
+from tokcomp.methods.base import Geometry, number
 from tokcomp.methods.keeping import parse_blocks, parse_keep_rate
 from tokcomp.methods.learned import Answers, LearnedMethod, powers, require_blocks_below, stages
 from tokcomp_kernels._numbers import accumulate_dtype
@@ -121,8 +121,6 @@ def token_error(tokens: Tensor, taught: Tensor, kept: Tensor) -> Tensor:
 
 def _weights(**given: Any) -> tuple[float, ...]:
     for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if not 0 <= value < math.inf:
+        if not 0 <= number(name, value) < math.inf:
             raise ValueError(f"{name} must be 0 or more and finite, got {value}")
     return tuple(float(value) for value in given.values())

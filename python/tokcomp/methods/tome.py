@@ -13,6 +13,7 @@ from tokcomp.methods.base import (
     Geometry,
     Method,
     Reduced,
+    flag,
     is_list,
     non_negative,
     require_depth,
@@ -36,7 +37,7 @@ class ToMe(Method):
     def __init__(self, r: int | Sequence[int], prop_attn: bool = True) -> None:
         self.r: int | tuple[int, ...]
         self.r = tuple(non_negative("r", one) for one in r) if is_list(r) else non_negative("r", r)  # type: ignore[union-attr]
-        self.proportional_attention = self.prop_attn = bool(prop_attn)
+        self.proportional_attention = self.prop_attn = flag("prop_attn", prop_attn)
 
     def __repr__(self) -> str:
         return f"ToMe(r={self.r}, prop_attn={self.prop_attn})"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokcomp.methods.base import Assignment, Evidence, Geometry, Method, Reduced
+from tokcomp.methods.base import Assignment, Evidence, Geometry, Method, Reduced, flag
 from tokcomp.methods.tome import ToMe
 
 
@@ -32,7 +32,7 @@ class ToMeMLP(Method):
 
     def __init__(self, r: int | Sequence[int], merge_residual: bool = False) -> None:
         self._matching = ToMe(r, prop_attn=False)
-        self.merge_residual = bool(merge_residual)
+        self.merge_residual = flag("merge_residual", merge_residual)
 
     @property
     def r(self) -> int | tuple[int, ...]:

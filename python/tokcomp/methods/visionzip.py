@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcomp.methods.base import Evidence, Geometry, attention_of, fitted_to_class_token
+from tokcomp.methods.base import Evidence, Geometry, attention_of, fitted_to_class_token, number
 from tokcomp.methods.keeping import KeepingMethod
 from tokcomp.methods.partition import DESTINATION, SOURCE, PartitionMethod, order_of, with_rank
 from tokcomp_kernels._numbers import accumulate_dtype
@@ -39,9 +39,7 @@ class VisionZip(PartitionMethod, KeepingMethod):
         contextual: float = 10 / 64,
     ) -> None:
         super().__init__(keep_rate, blocks, num_kept)
-        if not isinstance(contextual, (int, float)) or isinstance(contextual, bool):
-            raise TypeError(f"contextual must be a number, got {contextual!r}")
-        if not 0 < contextual <= 1:
+        if not 0 < number("contextual", contextual) <= 1:
             raise ValueError(f"contextual must be in (0, 1], got {contextual}")
         self.contextual = float(contextual)
 
