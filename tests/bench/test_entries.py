@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import tokcomp
@@ -49,10 +50,7 @@ def compare(entries: dict[str, Entry], **named: float) -> models.Comparison:
 
 
 def test_what_does_not_compile_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("no  C++ compiler\nwas found")
-
-    monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("no  C++ compiler\nwas found")))
     rows, missing = compare({"timm": Entry("timm"), "timm-compiled": Entry("timm-compiled")})
     assert [(row.name, row.batch) for row in rows] == [("timm", 1), ("timm", 2)]
     assert [(one.name, one.batch) for one in missing] == [("timm-compiled", 1), ("timm-compiled", 2)]

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import tokcomp
@@ -74,10 +75,7 @@ def test_rows_of_a_model(monkeypatch: pytest.MonkeyPatch, precision: str, compil
     """Every entry has a row with its figures, or a reason."""
     monkeypatch.setattr(entries_module, "build_rival", fake_rival)
 
-    def fail(*args: object, **options: object) -> None:
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("no compiler")))
     monkeypatch.setattr(test_models, "create_model", lambda *args, **options: make_vit())
     monkeypatch.setattr(tokcomp.DiffRate, "published", lambda *args: METHOD)
     results = FakeResults(Choice.of(config(compiled=compiled), CPU))
@@ -154,10 +152,7 @@ def test_rows_against_r(monkeypatch: pytest.MonkeyPatch, precision: str) -> None
 def test_rows_of_training(monkeypatch: pytest.MonkeyPatch, module: Any, test: str) -> None:
     """Steps run, gradients agree, ratios have the right rival; what does not compile is a reason."""
 
-    def fail(*args: object, **options: object) -> None:
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("no compiler")))
     monkeypatch.setattr(module, "create_model", lambda *args, **options: make_vit())
     monkeypatch.setattr(tokcomp.DiffRate, "published", lambda *args: METHOD)
     results = FakeResults(Choice.of(config(compiled="all"), CPU))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
 from tokcomp import demo
@@ -65,20 +66,14 @@ def test_output_is_checked_first(run, tmp_path, monkeypatch):
 
 
 def test_interrupt_leaves_nothing(run, tmp_path, monkeypatch):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, "evaluate_digits", interrupted)
+    monkeypatch.setattr(demo, "evaluate_digits", Mock(side_effect=KeyboardInterrupt))
     status, _, err = run("demo", "--output", tmp_path / "out", "--device", "cpu")
     assert status == 130 and "interrupted" in err
     assert not (tmp_path / "out").exists()
 
 
 def test_missing_weights_are_named(run, tmp_path, monkeypatch):
-    def unavailable(pretrained):
-        raise OSError("no network")
-
-    monkeypatch.setattr(demo, "photo_model", unavailable)
+    monkeypatch.setattr(demo, "photo_model", Mock(side_effect=OSError("no network")))
     status, _, err = run("demo", "--pretrained", "--output", tmp_path / "out", "--device", "cpu")
     assert status == 2
     assert "--pretrained: the weights of deit_small_patch16_224 could not be loaded (OSError: no network)" in err

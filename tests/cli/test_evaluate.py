@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -172,10 +173,7 @@ def test_output_is_checked_before_the_work(run, tmp_path, monkeypatch):
 
 
 def test_interrupt_writes_nothing(run, tmp_path, monkeypatch, capsys):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("tokcomp.measure.evaluate.evaluate", interrupted)
+    monkeypatch.setattr("tokcomp.measure.evaluate.evaluate", Mock(side_effect=KeyboardInterrupt))
     target = tmp_path / "result.json"
     assert main([*DIGITS, "--results-file", str(target)]) == 130
     assert "stopped after 0 images; nothing was written" in capsys.readouterr().err

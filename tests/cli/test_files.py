@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tokcomp
@@ -27,10 +28,7 @@ def test_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch, fa
     target = tmp_path / "result.json"
     target.write_text("before")
 
-    def fail(handle: int) -> None:
-        raise fault
-
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=fault))
     with pytest.raises(fault):
         write_whole(target, "after")
     assert target.read_text() == "before"
@@ -118,12 +116,9 @@ def test_a_second_search_into_a_folder_is_refused(run, tmp_path, hold):
 def test_a_result_that_finds_no_room_is_shown_all_the_same(run, tmp_path, monkeypatch):
     """A disk that is full when an evaluation ends takes the file, not the figures."""
 
-    def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
     target = tmp_path / "result.json"
     target.write_text("before")
-    monkeypatch.setattr("tokcomp.files.os.fsync", full)
+    monkeypatch.setattr("tokcomp.files.os.fsync", Mock(side_effect=OSError(28, "No space left on device")))
     command = ["evaluate", "--dataset", "digits", "-m", "tokcomp_digits_vit", "--pretrained", "-j", "0"]
     status, out, err = run(*command, "--results-file", target)
     assert status == 1 and "top-1" in out

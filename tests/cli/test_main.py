@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 from tokcomp.cli import COMMANDS, main
@@ -49,10 +50,7 @@ def test_unknown_option_is_refused_in_two_lines(run):
 
 
 def test_interrupt_is_one_line_and_130(monkeypatch, capsys):
-    def interrupted(args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("tokcomp.cli.info.run", interrupted)
+    monkeypatch.setattr("tokcomp.cli.info.run", Mock(side_effect=KeyboardInterrupt))
     assert main(["info"]) == 130
     assert capsys.readouterr().err == "\ntokcomp info: interrupted\n"
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -296,10 +297,7 @@ def test_output_is_checked_before_the_work(run, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_is_named(run, tmp_path, monkeypatch):
-    def full(**options):
-        raise PermissionError("read-only")
-
-    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    monkeypatch.setattr("tempfile.TemporaryFile", Mock(side_effect=PermissionError("read-only")))
     status, _, err = run(*DIGITS, *TARGET, "-o", tmp_path)
     assert status == 2 and f"--output must be writable, got '{tmp_path}' (read-only); choose another folder" in err
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -175,10 +176,7 @@ def test_mistakes_are_named(run, image_folder, picture, tmp_path, options, messa
 
 
 def test_interrupt_leaves_no_half_picture(run, picture, tmp_path, monkeypatch):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("tokcomp.visualize.draw_blocks", interrupted)
+    monkeypatch.setattr("tokcomp.visualize.draw_blocks", Mock(side_effect=KeyboardInterrupt))
     status, _, err = run(*TINY, picture, *TOME, "-o", tmp_path / "drawn")
     assert status == 130 and "interrupted" in err
     assert not (tmp_path / "drawn").exists()

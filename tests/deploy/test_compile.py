@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -174,10 +175,7 @@ def test_a_capture_that_fails(served, model, images_for, stand_in):
     replace_weight(model)
     capture = stand_in.graph
 
-    def full(graph, pool, stream, capture_error_mode):
-        raise torch.OutOfMemoryError("no memory")
-
-    stand_in.graph = full
+    stand_in.graph = Mock(side_effect=torch.OutOfMemoryError("no memory"))
     with pytest.warns(UserWarning, match="capturing"), pytest.raises(torch.OutOfMemoryError):
         compiled(images)
     assert compiled.batches == []

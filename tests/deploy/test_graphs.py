@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from tokcomp.deploy.graphs import Graphs
@@ -71,10 +73,7 @@ def test_captured_in_inference_mode_and_used_outside(models):
 def test_a_capture_that_fails_leaves_nothing(models):
     found = Graphs()
 
-    def fail(*_):
-        raise torch.OutOfMemoryError("no memory")
-
-    models[1].register_forward_hook(fail)
+    models[1].register_forward_hook(Mock(side_effect=torch.OutOfMemoryError("no memory")))
     with pytest.raises(torch.OutOfMemoryError):
         found.capture(1, models[1], torch.ones(3))
     assert found.run(1, torch.ones(3)) is None and found.input_nbytes(3) == 0

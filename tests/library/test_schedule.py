@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import tokcomp
@@ -226,10 +227,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     SCHEDULE.save(path)
     before = path.read_bytes()
 
-    def full_disk(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         tokcomp.CompressionSchedule([3], [2]).save(path)
     assert path.read_bytes() == before

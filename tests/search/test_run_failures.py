@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import tokcomp
@@ -78,10 +79,7 @@ def test_an_unwritable_folder_is_found_before_the_first_step(tmp_path, monkeypat
     with pytest.raises(OSError):
         search(tmp_path / "file" / "run")
 
-    def full(**options):
-        raise PermissionError("read-only")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=PermissionError("read-only")))
     with pytest.raises(PermissionError, match="read-only"):
         search(tmp_path / "run", held_out=lambda: pytest.fail("images were looked at"))
 
