@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from tokcomp_kernels._sample_maker import Maker
+from tokcomp_kernels._sample_maker import Case, Maker
 
 
 def add_layer_norm(
     make: Callable[[str], Maker], token_counts: Sequence[tuple[int, int]], channels: int
-) -> Iterator[tuple]:
+) -> Iterator[Case]:
     for num_tokens, images in token_counts:
         m = make(f"N{num_tokens}")
         x, branch = m.randn(images, num_tokens, channels), m.strided(images, num_tokens, channels)
@@ -29,7 +29,7 @@ def add_layer_norm(
     yield "B0", (x[:0], branch[:0], weight, bias), {}, False
 
 
-def linear_gelu(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def linear_gelu(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     sizes = ((1, 3, 2), (5, 4, 3), (9, 7, 5)) if small else ((1, 24, 40), (33, 48, 96), (70, 130, 65), (197, 64, 33))
     for num_tokens, width, features in sizes:
         m = make(f"N{num_tokens}")
@@ -45,7 +45,7 @@ def linear_gelu(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     yield "B0", (x[:0].mT, weight, bias[:9]), {}, False
 
 
-def embed_patches(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def embed_patches(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     """Grids of patches behind no, one or five prefix tokens."""
     grids = ((1, 1, 0), (1, 1, 1), (2, 4, 1)) if small else ((1, 1, 0), (1, 1, 1), (4, 8, 1), (14, 14, 1), (16, 16, 1))
     for rows, columns, prefix in (*grids, (4, 7, 5)):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tokcomp_kernels._sample_maker import Maker
+from tokcomp_kernels._sample_maker import Case, Maker
 
 
 def _roles(m: Maker, batch: int, num_tokens: int, r: int) -> Tensor:
@@ -19,7 +19,7 @@ def _roles(m: Maker, batch: int, num_tokens: int, r: int) -> Tensor:
     return role[:, torch.randperm(num_tokens, generator=m.generator).to(role.device)]
 
 
-def bipartite_merge(make: Callable[[str], Maker], token_counts: Sequence[tuple[int, int]]) -> Iterator[tuple]:
+def bipartite_merge(make: Callable[[str], Maker], token_counts: Sequence[tuple[int, int]]) -> Iterator[Case]:
     for num_tokens, images in token_counts:
         m = make(f"N{num_tokens}")
         r = max(num_tokens - 2, 0) // 3
@@ -58,7 +58,7 @@ def bipartite_merge(make: Callable[[str], Maker], token_counts: Sequence[tuple[i
     yield "threshold-B0", (x[:0], metric[:0], role[:0], 4), {"threshold": 0.0}, False
 
 
-def select_diverse(make: Callable[[str], Maker], token_counts: Sequence[tuple[int, int]]) -> Iterator[tuple]:
+def select_diverse(make: Callable[[str], Maker], token_counts: Sequence[tuple[int, int]]) -> Iterator[Case]:
     for num_tokens, images in token_counts:
         m = make(f"N{num_tokens}")
         # Fewer than features are wide, so that what is left of a token by then is more than rounding.

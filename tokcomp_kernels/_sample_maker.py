@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from tokcomp_kernels._numbers import accumulate_dtype
+
+#: A sample's name, arguments, keyword arguments, and whether its discrete choices must equal the reference's.
+Case: TypeAlias = tuple[str, tuple[Any, ...], dict[str, Any], bool]
 
 
 class Maker:

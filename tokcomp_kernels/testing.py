@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokcomp_kernels._layer_samples import add_layer_norm, embed_patches, linear_gelu
 from tokcomp_kernels._partition_samples import bipartite_merge, select_diverse
-from tokcomp_kernels._sample_maker import Maker
+from tokcomp_kernels._sample_maker import Case, Maker
 from tokcomp_kernels._schema import OPERATORS
 
 TOKEN_COUNTS = (1, 2, 33, 197, 257, 577)
@@ -55,7 +55,7 @@ def _token_counts(small: bool) -> list[tuple[int, int]]:
     return [(count, 1 if count > 200 else 2) for count in ((1, 2, 9) if small else TOKEN_COUNTS)]
 
 
-def _class_attention_sort(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def _class_attention_sort(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
         q, k, _ = m.packed_qkv(images, 3, num_tokens, 16)
@@ -70,7 +70,7 @@ def _class_attention_sort(make: Callable[[str], Maker], small: bool) -> Iterator
     yield "prefix0-D80", (q[:, :, 0], k, None, None, 0), {}, False
 
 
-def _prune_merge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def _prune_merge(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     channels = 5 if small else 48
     for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
@@ -113,7 +113,7 @@ def _prune_merge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     yield "bad-sizes", (m.signs(3, 39, 6), importance, 30, 11), {"size": poor}, True
 
 
-def _prune_merge_norm(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def _prune_merge_norm(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     """prune_merge's calls with a branch, whose sum with x is exact where ties have to stay ties, and a LayerNorm."""
     for index, (name, (x, *rest), kwargs, exact) in enumerate(_prune_merge(make, small)):
         m = make(f"{name}-branch")
@@ -123,7 +123,7 @@ def _prune_merge_norm(make: Callable[[str], Maker], small: bool) -> Iterator[tup
         yield name, (x, branch, *rest, *norm), {**kwargs, **({"norm_eps": 1e-5} if index % 2 else {})}, exact
 
 
-def _tome_merge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def _tome_merge(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     channels, width = (5, 3) if small else (48, 16)
     for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
@@ -145,7 +145,7 @@ def _tome_merge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     yield "zero-vectors", (x, zeros, 9), {}, False
 
 
-def _masked_softmax(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def _masked_softmax(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     for num_tokens in (1, 2, 7) if small else (1, 2, 33, 197, 257):
         m = make(f"N{num_tokens}")
         scores, mask = m.randn(2, 2, num_tokens, num_tokens), _binary(m, 2, num_tokens)
@@ -164,22 +164,22 @@ def _binary(m: Maker, batch: int, num_tokens: int) -> Tensor:
     return mask.to(m.accumulate)
 
 
-def _attention(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def _attention(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     yield from _attention_cases(make, small, lambda m, batch, num_tokens: ())
 
 
-def _attention_heads(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def _attention_heads(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     """Some of attention's: it is the same kernel."""
-    for name, *call in _attention(make, small):
-        if name.startswith(("N33", "N7", "last-dim", "B0")):
-            yield name, *call
+    yield from (case for case in _attention(make, small) if case[0].startswith(("N33", "N7", "last-dim", "B0")))
 
 
-def _masked_attention(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def _masked_attention(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     yield from _attention_cases(make, small, lambda m, batch, num_tokens: (_binary(m, batch, num_tokens),))
 
 
-def _attention_cases(make: Callable[[str], Maker], small: bool, extra: Callable[..., tuple]) -> Iterator[tuple]:
+def _attention_cases(
+    make: Callable[[str], Maker], small: bool, extra: Callable[..., tuple[Tensor, ...]]
+) -> Iterator[Case]:
     for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
         width = 4 if small else 16
@@ -199,7 +199,7 @@ def _attention_cases(make: Callable[[str], Maker], small: bool, extra: Callable[
     yield "peaked", (*qkv, *extra(m, 1, 12)), {"size": m.per_token(1, 12, 1e-9, 5.0)}, False
 
 
-def _attention_received(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def _attention_received(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     for name, (q, k, _), kwargs, exact in _attention_cases(make, small, lambda m, batch, num_tokens: ()):
         yield name, (q, k), kwargs, exact
     m = make("others")
@@ -211,7 +211,7 @@ def _attention_received(make: Callable[[str], Maker], small: bool) -> Iterator[t
     yield "scale0", (q, k), {"scale": 0.0}, False
 
 
-def _unmerge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def _unmerge(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     channels = 3 if small else 40
     for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
@@ -226,7 +226,7 @@ def _unmerge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     yield "M0", (x[:, :0], torch.full_like(source, -1)), {}, True
 
 
-def _masked_merge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def _masked_merge(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     channels = 5 if small else 48
 
     def mask(m: Maker, batch: int, num_tokens: int) -> Tensor:
@@ -287,7 +287,7 @@ def _masked_merge(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
     yield "bad-sizes", (m.signs(3, 39, 6), importance, alive, counts), {"size": poor}, True
 
 
-def _masked_merge_backward(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def _masked_merge_backward(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
         # Sources go to a token of the first half; a destination out of range counts as the token itself.
@@ -304,7 +304,7 @@ def _masked_merge_backward(make: Callable[[str], Maker], small: bool) -> Iterato
     yield "B0", (grad[:0], m.integers(0, 33, 0, 33)), {}, False
 
 
-def _merge_backward(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def _merge_backward(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
         kept = max(1, num_tokens // 2)
@@ -314,7 +314,7 @@ def _merge_backward(make: Callable[[str], Maker], small: bool) -> Iterator[tuple
     yield "B0", (grad[:0], source[:0]), {}, False
 
 
-def _unmerge_backward(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+def _unmerge_backward(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
     for num_tokens, images in _token_counts(small):
         m = make(f"N{num_tokens}")
         kept = max(1, num_tokens // 2)
@@ -322,17 +322,17 @@ def _unmerge_backward(make: Callable[[str], Maker], small: bool) -> Iterator[tup
     yield "B0", (m.randn(0, 5, 12), m.source(0, 5, 2), 2), {}, False
 
 
-def _with_grad(forward: Callable[..., Iterator[tuple]], like: int) -> Callable[..., Iterator[tuple]]:
+def _with_grad(forward: Callable[..., Iterator[Case]], like: int) -> Callable[..., Iterator[Case]]:
     """Samples of a backward pass: the forward's, with a random gradient in front shaped as argument ``like``."""
 
-    def cases(make: Callable[[str], Maker], small: bool) -> Iterator[tuple]:
+    def cases(make: Callable[[str], Maker], small: bool) -> Iterator[Case]:
         for name, args, kwargs, exact in forward(make, small):
             yield name, (make(name).randn(*args[like].shape), *args), kwargs, exact
 
     return cases
 
 
-_CASES: dict[str, Callable[..., Iterator[tuple]]] = {
+_CASES: dict[str, Callable[..., Iterator[Case]]] = {
     "class_attention_sort": _class_attention_sort,
     "prune_merge": _prune_merge,
     "masked_softmax": _masked_softmax,

@@ -75,7 +75,7 @@ def held_out_digits() -> tuple[Tensor, Tensor]:
     return render_digits(ink, torch.Generator().manual_seed(_RENDER_SEED)), labels
 
 
-class DigitsDataset(Dataset):
+class DigitsDataset(Dataset[Any]):
     """The digits as pictures, in the form of timm's data sets: (PIL image, label), with a settable ``transform``.
 
     Args:
@@ -112,10 +112,10 @@ def _as_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
-class _Subset(Dataset):
+class _Subset(Dataset[Any]):
     """Some images of a data set, whose transform can be set, as timm's loader does."""
 
-    def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
+    def __init__(self, dataset: Dataset[Any], indices: Sequence[int]) -> None:
         self.dataset, self.indices = dataset, indices
 
     def __len__(self) -> int:
@@ -136,7 +136,7 @@ class _Subset(Dataset):
 class SpreadSubset(_Subset):
     """``num_samples`` of a data set, evenly spread: the first ones in a sorted folder would all be of one class."""
 
-    def __init__(self, dataset: Dataset, num_samples: int) -> None:
+    def __init__(self, dataset: Dataset[Any], num_samples: int) -> None:
         total = num_images(dataset)
         chosen = [index * total // num_samples for index in range(num_samples)]
         super().__init__(dataset, chosen if num_samples < total else range(total))
@@ -145,16 +145,16 @@ class SpreadSubset(_Subset):
 class EveryNth(_Subset):
     """The images ``first``, ``first + step``, ...: one process's share of a data set."""
 
-    def __init__(self, dataset: Dataset, first: int, step: int) -> None:
+    def __init__(self, dataset: Dataset[Any], first: int, step: int) -> None:
         super().__init__(dataset, range(first, num_images(dataset), step))
 
 
-def num_images(dataset: Dataset) -> int:
+def num_images(dataset: Dataset[Any]) -> int:
     """The number of images in a data set that knows it, as every map-style data set does."""
     return len(cast(Sized, dataset))
 
 
-def count_classes(dataset: Dataset) -> int | None:
+def count_classes(dataset: Dataset[Any]) -> int | None:
     """The number of classes in a data set, if it is known without reading the whole set."""
     while isinstance(dataset, _Subset):
         dataset = dataset.dataset
@@ -212,7 +212,7 @@ def unreadable_indices(labels: Tensor) -> list[int]:
     return [_FIRST_UNREADABLE - label for label in labels.tolist() if label <= _FIRST_UNREADABLE]
 
 
-class ReadableImages(Dataset):
+class ReadableImages(Dataset[Any]):
     """timm's data set of image files, made to recognise files that cannot be read: (image, label).
 
     timm itself silently substitutes a neighbouring image, and fails with a traceback on a decompression bomb.

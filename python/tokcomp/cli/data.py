@@ -69,7 +69,7 @@ def data_root(args: argparse.Namespace) -> Path | None:
     return root
 
 
-def open_data(args: argparse.Namespace, root: Path | None, split: str, unreadable: str = "next") -> Dataset:
+def open_data(args: argparse.Namespace, root: Path | None, split: str, unreadable: str = "next") -> Dataset[Any]:
     """The data set that the options name; ``unreadable`` as in :class:`tokcomp.data.ReadableImages`."""
     from tokcomp.runs.data import open_dataset
 
@@ -97,7 +97,7 @@ def strict_error(error: Exception) -> UserError:
     return UserError(f"--strict: not a readable picture: {str(error).splitlines()[-1].rpartition('Error: ')[2]}")
 
 
-def check_classes(args: argparse.Namespace, dataset: Dataset, num_classes: int) -> None:
+def check_classes(args: argparse.Namespace, dataset: Dataset[Any], num_classes: int) -> None:
     """Refuse labels that a model of ``num_classes`` cannot give, and point out odd ones that it can."""
     from tokcomp.data import count_classes
 
@@ -121,7 +121,7 @@ def check_classes(args: argparse.Namespace, dataset: Dataset, num_classes: int) 
         )
 
 
-def report_oddities(dataset: Dataset, found: Evaluation, num_classes: int) -> None:
+def report_oddities(dataset: Dataset[Any], found: Evaluation, num_classes: int) -> None:
     """Say on stderr what the figures omit or what limits them. Refuses the figures of a model that gives no numbers."""
     while not hasattr(dataset, "filename") and hasattr(dataset, "dataset"):
         dataset = dataset.dataset

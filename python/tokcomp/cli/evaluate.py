@@ -107,7 +107,7 @@ class _Job:
         found: torch.dtype = getattr(torch, name)
         return found
 
-    def dataset(self) -> Dataset:
+    def dataset(self) -> Dataset[Any]:
         """This process's share of the images; the whole of a stream."""
         from torch.utils.data import IterableDataset
 
@@ -120,7 +120,7 @@ class _Job:
             dataset = SpreadSubset(dataset, self.args.num_samples)
         return dataset if self.world.size == 1 else EveryNth(dataset, self.world.rank, self.world.size)
 
-    def batches(self, dataset: Dataset, config: dict[str, Any]) -> tuple[Iterator[Any], int | None]:
+    def batches(self, dataset: Dataset[Any], config: dict[str, Any]) -> tuple[Iterator[Any], int | None]:
         """Batches of images and labels, and how many images they hold if that is known."""
         from timm.data import create_loader
         from torch.utils.data import IterableDataset
@@ -143,7 +143,7 @@ class _Job:
         wanted = self.args.num_samples
         return islice(loader, None if wanted is None else -(-wanted // self.args.batch_size)), wanted
 
-    def evaluate(self, model: Any, dataset: Dataset, config: dict[str, Any]) -> Evaluation:
+    def evaluate(self, model: Any, dataset: Dataset[Any], config: dict[str, Any]) -> Evaluation:
         """Evaluate ``model`` with a progress bar on stderr, and say errors in the command's words."""
         from tqdm import tqdm
 

@@ -260,7 +260,7 @@ def _attach_branches(args: argparse.Namespace, model: nn.Module) -> dict[str, An
     return {"bottleneck": bottleneck, "scale": scale, "trained_parameters": trained}
 
 
-def _parts(args: argparse.Namespace, root: Path | None) -> tuple[Dataset, list[int] | None, Dataset]:
+def _parts(args: argparse.Namespace, root: Path | None) -> tuple[Dataset[Any], list[int] | None, Dataset[Any]]:
     """The data set, the indices to train on (None: all), and the images to validate on."""
     from tokcomp.runs.data import Part, split_off
 

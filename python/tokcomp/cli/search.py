@@ -273,7 +273,7 @@ def _targets(job: Job, model: nn.Module) -> dict[str, list[Budget]]:
 
 def _parts(
     args: argparse.Namespace, root: Path | None, num_classes: int, config: dict[str, Any]
-) -> tuple[Dataset, list[int], Dataset | None, int]:
+) -> tuple[Dataset[Any], list[int], Dataset[Any] | None, int]:
     """The data set, the images to search on, the images to monitor accuracy on, and the number of images in an
     epoch."""
     from tokcomp.data import num_images
@@ -289,7 +289,7 @@ def _parts(
     if other and args.held_out:
         raise UserError("--held-out and --val-data or --val-split both say where to take the accuracy; keep one")
     digits = args.dataset == "digits"
-    watched: Dataset | None = None
+    watched: Dataset[Any] | None = None
     indices = list(range(total))
     if other or (digits and args.held_out is None):
         watched = open_data(args, args.val_data or root, args.val_split or "validation")

@@ -206,14 +206,14 @@ class Job:
             check_batch_size(self.args.batch_size, self.world.size, self.pieces, mixes=mixes)
         seed_all(self.args.seed)
 
-    def batches(self, dataset: Dataset, **more: Any) -> LoaderBatches:
+    def batches(self, dataset: Dataset[Any], **more: Any) -> LoaderBatches:
         """The batches to train on; ``more`` is :class:`LoaderBatches`' own."""
         from tokcomp.runs.batches import LoaderBatches
 
         shared: dict[str, Any] = {"world": self.world, "pieces": self.pieces, **self._loading}
         return LoaderBatches(dataset, self.args.batch_size, self.args.seed, **shared, **more)
 
-    def held_out(self, dataset: Dataset) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+    def held_out(self, dataset: Dataset[Any]) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
         """Starts a pass over this process's share of the images to validate on."""
         from tokcomp.runs.batches import held_out_batches
 

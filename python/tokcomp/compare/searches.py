@@ -36,7 +36,7 @@ class SearchImages:
         pieces: parts in which a process computes its share of a batch.
     """
 
-    part: Callable[[int | None], Dataset]
+    part: Callable[[int | None], Dataset[Any]]
     epoch_images: int
     workers: int = 0
     pieces: int = 1

@@ -16,7 +16,7 @@ from tokcomp.data import IMAGE_SUFFIXES, num_images
 IGNORE = 255
 
 
-class MaskFolder(Dataset):
+class MaskFolder(Dataset[Any]):
     """ADE20k's layout: ``images/SPLIT/NAME.jpg`` and ``annotations/SPLIT/NAME.png``, a grey picture of class numbers.
 
     Gives (PIL image, mask [H, W] uint8); 255 means no class.
@@ -61,7 +61,7 @@ class MaskFolder(Dataset):
         return image, mask - 1 if self.reduce_zero_label else mask  # 0 - 1 is 255
 
 
-class Prepared(Dataset):
+class Prepared(Dataset[Any]):
     """Pairs as the model takes them: image [3, H, W] float32, normalised, and mask [H, W] int64.
 
     Args:
@@ -74,7 +74,7 @@ class Prepared(Dataset):
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset[Any],
         size: tuple[int, int],
         mean: Sequence[float],
         std: Sequence[float],
@@ -135,10 +135,10 @@ class WholeImages(Prepared):
         return self._normalised(image), torch.from_numpy(np.array(mask)).long()
 
 
-class InMemory(Dataset):
+class InMemory(Dataset[Any]):
     """A data set read once: for generated pictures, which take longer to draw than a small model takes to train on."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset[Any]) -> None:
         self.pairs = [cast("tuple[Any, np.ndarray]", dataset[index]) for index in range(num_images(dataset))]
 
     def __len__(self) -> int:

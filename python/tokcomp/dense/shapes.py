@@ -27,7 +27,7 @@ _TRAIN_SHARE = 0.6  # of a photograph's width
 _TRAIN, _HELD_OUT = 1, 2
 
 
-class ShapesDataset(Dataset):
+class ShapesDataset(Dataset[Any]):
     """Pictures with five kinds of shapes in five textures: (PIL image, mask [H, W] uint8), one per index and seed.
 
     A shape's radius is 20 to 46 pixels whatever the picture's size, so larger pictures hold more of them. Shapes may

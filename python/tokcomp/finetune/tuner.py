@@ -225,10 +225,10 @@ class FineTuner:
             self._scaler.load_state_dict(state["scaler"])
         self.step_number = state["step"]
 
-    def _autocast(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.device.type, self.amp_dtype)
 
-    def _held_back(self, hold: bool) -> AbstractContextManager:
+    def _held_back(self, hold: bool) -> AbstractContextManager[Any]:
         """Exchange gradients only with the last piece."""
         return self._parallel.no_sync() if hold and self._parallel is not None else nullcontext()
 

@@ -113,7 +113,14 @@ class LoaderBatches(Batches):
     """
 
     def __init__(
-        self, dataset: Dataset, batch_size: int, seed: int, *, workers: int = 0, pin_memory: bool = False, **others: Any
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        seed: int,
+        *,
+        workers: int = 0,
+        pin_memory: bool = False,
+        **others: Any,
     ) -> None:
         super().__init__(num_images(dataset), batch_size, seed, **others)
         self._dataset = _Seeded(dataset, seed)
@@ -176,10 +183,10 @@ def _whole(others: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in others.items() if name == "repeats"}
 
 
-class _Seeded(Dataset):
+class _Seeded(Dataset[Any]):
     """A data set by key (index, earlier occurrences), which seeds what its transform draws."""
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self._dataset, self._seed = dataset, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
@@ -207,10 +214,10 @@ def _heed_parent_alone(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-class _Still(Dataset):
+class _Still(Dataset[Any]):
     """A data set whose images, if drawn at random, are the same each time."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset[Any]) -> None:
         self._dataset = dataset
 
     def __len__(self) -> int:
@@ -222,7 +229,7 @@ class _Still(Dataset):
 
 
 def held_out_batches(
-    dataset: Dataset, batch_size: int, *, workers: int = 0, pin_memory: bool = False, world: World = ALONE
+    dataset: Dataset[Any], batch_size: int, *, workers: int = 0, pin_memory: bool = False, world: World = ALONE
 ) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
     """A function that starts a pass over a data set in order; each process gets every world.size-th image.
 

@@ -26,7 +26,7 @@ def open_dataset(
     download: bool = False,
     batch_size: int = 1,
     unreadable: str = "next",
-) -> Dataset:
+) -> Dataset[Any]:
     """One of timm's data sets, or the digits that come with tokcomp.
 
     Args:
@@ -49,7 +49,7 @@ def open_dataset(
         except ImportError as error:
             raise ValueError("--dataset digits needs scikit-learn; pip install 'tokcomp[demo]'") from error
     try:
-        dataset: Dataset = create_dataset(
+        dataset: Dataset[Any] = create_dataset(
             name,
             root=None if root is None else str(root),
             split=split,
@@ -66,7 +66,7 @@ def open_dataset(
     return ReadableImages(dataset, unreadable) if type(dataset) is ImageDataset else dataset
 
 
-def labels_of(dataset: Dataset) -> Tensor | None:
+def labels_of(dataset: Dataset[Any]) -> Tensor | None:
     """The labels of a data set [n], int64, if it knows them without reading its images."""
     if isinstance(dataset, Part):
         labels = labels_of(dataset.dataset)
@@ -80,7 +80,7 @@ def labels_of(dataset: Dataset) -> Tensor | None:
     return torch.as_tensor([-1 if label is None else int(label) for label in found], dtype=torch.int64)
 
 
-def check_labels(dataset: Dataset, num_classes: int) -> None:
+def check_labels(dataset: Dataset[Any], num_classes: int) -> None:
     """Refuse data that cannot train a head of ``num_classes``, before anything is done with it.
 
     Raises:
@@ -117,7 +117,7 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
         )
 
 
-class Part(Dataset):
+class Part(Dataset[Any]):
     """Some images of a data set, as RGB, with a transform applied: (image, label).
 
     Args:
@@ -127,7 +127,7 @@ class Part(Dataset):
     """
 
     def __init__(
-        self, dataset: Dataset, indices: Sequence[int] | None = None, transform: Callable[[Any], Any] | None = None
+        self, dataset: Dataset[Any], indices: Sequence[int] | None = None, transform: Callable[[Any], Any] | None = None
     ) -> None:
         self.dataset, self.transform = dataset, transform
         self.indices = list(range(num_images(dataset))) if indices is None else list(indices)
@@ -142,7 +142,7 @@ class Part(Dataset):
         return (image if self.transform is None else self.transform(image)), int(label)
 
 
-def spread_sample(dataset: Dataset, count: int, seed: int) -> list[int]:
+def spread_sample(dataset: Dataset[Any], count: int, seed: int) -> list[int]:
     """``count`` indices of a data set, drawn by ``seed`` and spread over its classes as the whole set is, ascending.
 
     Images are drawn without repetition. If the labels are unknown, they are spread over the set's order.
@@ -161,14 +161,14 @@ def spread_sample(dataset: Dataset, count: int, seed: int) -> list[int]:
     return sorted(order[places].tolist())
 
 
-def split_off(dataset: Dataset, count: int, seed: int) -> tuple[list[int], list[int]]:
+def split_off(dataset: Dataset[Any], count: int, seed: int) -> tuple[list[int], list[int]]:
     """A data set's indices as (the others, ``count`` held out and spread over the classes)."""
     held_out = spread_sample(dataset, count, seed)
     chosen = set(held_out)
     return [index for index in range(num_images(dataset)) if index not in chosen], held_out
 
 
-def training_part(dataset: Dataset, indices: Sequence[int] | None, recipe: Recipe, config: dict[str, Any]) -> Part:
+def training_part(dataset: Dataset[Any], indices: Sequence[int] | None, recipe: Recipe, config: dict[str, Any]) -> Part:
     """Images to train on, augmented as the recipe says. The digits are not, since they are drawn anew each time, and
     mirroring and cropping would turn them into something else.
 

@@ -102,7 +102,7 @@ class Run(ABC):
         """Each log: its CSV file, its columns, and its folder for TensorBoard."""
         return []
 
-    def running(self) -> AbstractContextManager:
+    def running(self) -> AbstractContextManager[Any]:
         """Entered while steps are taken."""
         return nullcontext()
 

@@ -324,7 +324,7 @@ class SearchRun(Run):
             self.model.train(training)
         return found.top1
 
-    def _autocast(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.device.type, torch.bfloat16 if self.told.amp else None)
 
     def finish(self) -> None:

@@ -222,5 +222,5 @@ class Distiller:
             raise ValueError(f"the state must be of the same plugin and optimizer, got another's: {error}") from error
         self.step_number = state["step"]
 
-    def _autocast(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.device.type, self._amp_dtype)

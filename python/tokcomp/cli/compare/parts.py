@@ -109,7 +109,7 @@ def _search_images(args: argparse.Namespace, root: Path | None, recipe: Any, mod
         check_labels(dataset, model.num_classes)
     config = data_config(args, model)
 
-    def part(count: int | None) -> Dataset:
+    def part(count: int | None) -> Dataset[Any]:
         indices = None if count is None else spread_sample(dataset, count, args.seed)
         return training_part(dataset, indices, recipe, config)
 

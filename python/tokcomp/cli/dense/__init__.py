@@ -174,7 +174,7 @@ def open_data(
     from tokcomp.dense.shapes import CLASSES, ShapesDataset
 
     count = args.train_images if train else args.num_samples
-    dataset: Dataset
+    dataset: Dataset[Any]
     if args.data_dir is None:
         if args.reduce_zero_label:
             raise UserError("--reduce-zero-label belongs to --data-dir, got generated pictures; leave it out")
