@@ -67,6 +67,30 @@ def run(capsys: pytest.CaptureFixture[str]):
     return run
 
 
+@pytest.fixture
+def ran(run):
+    """Run a command line that has to succeed; returns (stdout, stderr)."""
+
+    def ran(*argv: object) -> tuple[str, str]:
+        status, out, err = run(*argv)
+        assert status == 0, err
+        return out, err
+
+    return ran
+
+
+@pytest.fixture
+def refused(run):
+    """Run a command line that has a mistake; returns what is said of it."""
+
+    def refused(*argv: object) -> str:
+        status, _, err = run(*argv)
+        assert status == 2, err
+        return err
+
+    return refused
+
+
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
 def goes_on_exactly(request, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """goes_on_exactly(cls, command, names, other): a signal during the second of three steps of ``cls`` stops the

@@ -16,14 +16,13 @@ SEARCH = ("--steps", "1", "--search-batch-size", "4", "--search-images", "8", "-
 
 
 @pytest.mark.slow
-def test_one_command_compares_and_goes_on(run, tmp_path, monkeypatch):
+def test_one_command_compares_and_goes_on(run, ran, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "images_per_second", partial(comparison.images_per_second, rounds=1))
     folder = tmp_path / "out"
     argv = (*DIGITS, "--pretrained", *FAST[:2], "--speed-batch", "2", "--pictures", "1", *SEARCH, "-o", folder)
     argv += ("--refine-candidates", "6", "--refine-images", "8")
     methods = ("--methods", "search", "tome", "refine", "random:2", "published")
-    status, out, err = run(*argv, *methods)
-    assert status == 0, err
+    out, err = ran(*argv, *methods)
     assert "compare step 1/7: uncompressed: top-1" in err and "random, median of 2" in out
     results = json.loads((folder / "results.json").read_text())
     assert results["finished"] and results["num_images"] == 24
@@ -73,11 +72,10 @@ def test_one_command_compares_and_goes_on(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_counts_that_differ_from_image_to_image_cost_their_mean(run, tmp_path):
+def test_counts_that_differ_from_image_to_image_cost_their_mean(ran, tmp_path):
     folder = tmp_path / "out"
     argv = (*DIGITS, "--pretrained", "--gflops", "0.009", "--speed-batch", "0", "--pictures", "1", "--methods", "dtome")
-    status, _, err = run(*argv, "-o", folder)
-    assert status == 0, err
+    ran(*argv, "-o", folder)
     (row,) = json.loads((folder / "results.json").read_text())["budgets"][0]["rows"]
     assert row["gflops"] == pytest.approx(0.009, rel=0.02) and row["method"].startswith("DToMe(thresholds=(0.")
     assert row["kept"] == sorted(row["kept"], reverse=True) and row["kept"][-1] < 30 and "schedule" not in row
@@ -99,11 +97,10 @@ def test_time_that_is_up_ends_it_between_cells(run, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text())["finished"]
 
 
-def test_a_backbone_gets_a_head(run, tmp_path):
+def test_a_backbone_gets_a_head(run, ran, tmp_path):
     argv = (*DIGITS, "--pretrained", *FAST, "--methods", "tome", "--json", "-o", tmp_path)
     assert json.loads(run(*argv)[1])["uncompressed"]["top1"] > 90
-    status, out, err = run(*argv, "--probe", "60")
-    assert status == 0, err
+    out, _ = ran(*argv, "--probe", "60")
     found = json.loads(out)
     # The trunk is trained, and sixty drawings tell its features apart; the model's own head is not used.
     assert found["uncompressed"]["top1"] > 60 and "head fitted on 60 images" in found["facts"]["weights"]

@@ -57,11 +57,10 @@ def test_report_is_self_contained(outcome):
     assert "random weights" in html
 
 
-def test_output_is_checked_first(run, tmp_path, monkeypatch):
+def test_output_is_checked_first(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "digits_model", lambda: pytest.fail("work began"))
     (tmp_path / "file").write_text("")
-    status, _, err = run("demo", "--output", tmp_path / "file")
-    assert status == 2
+    err = refused("demo", "--output", tmp_path / "file")
     assert "--output must be a folder" in err and "is a file; choose another name" in err
 
 
@@ -72,15 +71,13 @@ def test_interrupt_leaves_nothing(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_weights_are_named(run, tmp_path, monkeypatch):
+def test_missing_weights_are_named(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "photo_model", Mock(side_effect=OSError("no network")))
-    status, _, err = run("demo", "--pretrained", "--output", tmp_path / "out", "--device", "cpu")
-    assert status == 2
+    err = refused("demo", "--pretrained", "--output", tmp_path / "out", "--device", "cpu")
     assert "--pretrained: the weights of deit_small_patch16_224 could not be loaded (OSError: no network)" in err
 
 
-def test_missing_scikit_learn_is_named(run, tmp_path, monkeypatch):
+def test_missing_scikit_learn_is_named(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("tokcomp.cli.demo.find_spec", lambda name: None)
-    status, _, err = run("demo", "--output", tmp_path / "out")
-    assert status == 2
+    err = refused("demo", "--output", tmp_path / "out")
     assert "demo needs scikit-learn for its images; pip install 'tokcomp[demo]'" in err

@@ -70,7 +70,7 @@ def test_image_folder_and_results_file(run, image_folder, tmp_path):
     assert f"written: {target}" in out and "random" in out
 
 
-def test_samples_are_spread_over_the_classes(run, image_folder):
+def test_samples_are_spread_over_the_classes(image_folder):
     from timm.data import create_dataset
     from tokcomp.data import SpreadSubset
 
@@ -138,19 +138,17 @@ def test_mistakes_are_named(run, options, message):
     assert "Traceback" not in err and out == ""
 
 
-def test_unknown_model_is_refused_with_a_suggestion(run):
-    status, _, err = run("evaluate", "--dataset", "digits", "-m", "deit_smal_patch16_224")
-    assert status == 2
+def test_unknown_model_is_refused_with_a_suggestion(refused):
+    err = refused("evaluate", "--dataset", "digits", "-m", "deit_smal_patch16_224")
     assert (
         "--model must be a name that timm knows, got 'deit_smal_patch16_224'; did you mean deit_small_patch16_224"
         in err
     )
 
 
-def test_unsupported_model_is_refused_by_name(run):
+def test_unsupported_model_is_refused_by_name(refused):
     argv = ("evaluate", "--dataset", "digits", "-m", "resnet18", "--method", "tome", "--r", "4", "--device", "cpu")
-    status, _, err = run(*argv)
-    assert status == 2
+    err = refused(*argv)
     assert "--model 'resnet18': " in err and "ResNet" in err
 
 
@@ -160,19 +158,17 @@ def test_broken_schedule_is_named(run, tmp_path):
     assert status == 2 and "--schedule: " in err and "bad.json: a schedule must be a JSON object" in err
 
 
-def test_empty_folder_is_named(run, tmp_path):
-    status, _, err = run(*TINY, tmp_path)
-    assert status == 2
+def test_empty_folder_is_named(refused, tmp_path):
+    err = refused(*TINY, tmp_path)
     assert f"DATA '{tmp_path}' could not be opened as a data set" in err
 
 
-def test_output_is_checked_before_the_work(run, tmp_path, monkeypatch):
+def test_output_is_checked_before_the_work(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("timm.create_model", lambda *a, **k: pytest.fail("work began"))
-    status, _, err = run(*DIGITS, "--results-file", tmp_path)
-    assert status == 2 and "--results-file must be a file, got the folder" in err
+    assert "--results-file must be a file, got the folder" in refused(*DIGITS, "--results-file", tmp_path)
 
 
-def test_interrupt_writes_nothing(run, tmp_path, monkeypatch, capsys):
+def test_interrupt_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tokcomp.measure.evaluate.evaluate", Mock(side_effect=KeyboardInterrupt))
     target = tmp_path / "result.json"
     assert main([*DIGITS, "--results-file", str(target)]) == 130

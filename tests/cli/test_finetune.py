@@ -15,9 +15,8 @@ SHORT = ("-b", "256", "--epochs", "0.6", "--method", "tome", "--r", "12")
 
 
 @pytest.mark.slow
-def test_digits(run, tmp_path, few_images):
-    status, out, err = run(*DIGITS, *SHORT, "-o", tmp_path, "--log-interval", "1")
-    assert status == 0, err
+def test_digits(ran, tmp_path, few_images):
+    out, _ = ran(*DIGITS, *SHORT, "-o", tmp_path, "--log-interval", "1")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 3 and summary["gflops"] < 0.5 * summary["uncompressed_gflops"]
     assert summary["settings"]["recipe"]["lr"] == 2e-5 and summary["settings"]["recipe"]["epochs"] == 0.6
@@ -62,11 +61,10 @@ def test_a_loss_that_is_not_finite_is_reported(run, tmp_path, few_images, monkey
     assert (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "summary.json").exists()
 
 
-def test_from_scratch_takes_the_recipe_of_deit(run, tmp_path, training_folder):
+def test_from_scratch_takes_the_recipe_of_deit(ran, tmp_path, training_folder):
     options = ("--from-scratch", "-b", "4", "--num-classes", "2", "--epochs", "1", "--method", "evit")
     extra = ("--keep-rate", "0.7", "--grad-checkpointing", "--grad-accum-steps", "2", "--amp")
-    status, _, err = run(*MODEL, training_folder, *options, *extra, "--keep-blocks", "1,3", "-o", tmp_path / "run")
-    assert status == 0, err
+    ran(*MODEL, training_folder, *options, *extra, "--keep-blocks", "1,3", "-o", tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     recipe = summary["settings"]["recipe"]
     assert recipe["lr"] == pytest.approx(5e-4 * 4 / 512) and recipe["min_lr"] == recipe["lr"] / 100
@@ -76,15 +74,13 @@ def test_from_scratch_takes_the_recipe_of_deit(run, tmp_path, training_folder):
     assert (tmp_path / "run" / "last_ema.safetensors").exists()
 
 
-def test_a_part_of_the_training_images_can_be_held_out(run, tmp_path, training_folder):
+def test_a_part_of_the_training_images_can_be_held_out(run, refused, ran, tmp_path, training_folder):
     (training_folder / "validation").rename(tmp_path / "elsewhere")
     command = (*MODEL, training_folder, "--from-scratch", "--num-classes", "2", "-b", "4", "--epochs", "1")
     command = (*command, "-o", tmp_path / "run")
-    status, _, err = run(*command)
-    assert status == 2 and "DATA must have folders 'train' and 'validation', got " in err
+    assert "DATA must have folders 'train' and 'validation', got " in refused(*command)
     assert run(*command, "--held-out", "16")[0] == 2
-    status, _, err = run(*command, "--held-out", "4")
-    assert status == 0, err
+    ran(*command, "--held-out", "4")
     settings = json.loads((tmp_path / "run" / "summary.json").read_text())["settings"]
     assert (settings["train_images"], settings["val_images"]) == (12, 4)
 
@@ -121,11 +117,10 @@ def test_mistakes_are_named_before_anything_is_written(run, tmp_path, arguments,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_to_is_found_before_the_first_step(run, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_first_step(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("timm.create_model", lambda *args, **kwargs: pytest.fail("work began"))
     (tmp_path / "file").write_text("")
-    status, _, err = run(*DIGITS, "-o", tmp_path / "file" / "run")
-    assert status == 2 and "--output must be a folder, got" in err
+    assert "--output must be a folder, got" in refused(*DIGITS, "-o", tmp_path / "file" / "run")
 
 
 def test_data_without_images_or_labels_is_refused(run, tmp_path):
@@ -137,20 +132,17 @@ def test_data_without_images_or_labels_is_refused(run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dynamicvit"])
-def test_trained_parts_come_along(run, tmp_path, few_images, method):
+def test_trained_parts_come_along(run, ran, tmp_path, few_images, method):
     """A run makes them, its checkpoint has them, and evaluate and another run go on with them."""
     options = ("--method", method, "--keep-rate", "0.6")
     short = (*options, "-b", "32", "--epochs", "0.03", "--mixup", "0", "--cutmix", "0")
-    status, _, err = run(*DIGITS, *short, "-o", tmp_path / "one")
-    assert status == 0, err
+    ran(*DIGITS, *short, "-o", tmp_path / "one")
     weights = tmp_path / "one" / "last.safetensors"
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
     data = ("--dataset", "digits", "-m", "tokcomp_digits_vit", "--device", "cpu", "-j", "0")
-    status, out, err = run("evaluate", *data, "--checkpoint", weights, *options, "--num-samples", "20", "--json")
-    assert status == 0, err
+    out, _ = ran("evaluate", *data, "--checkpoint", weights, *options, "--num-samples", "20", "--json")
     assert json.loads(out)["gflops"] == pytest.approx(summary["gflops"])
-    status, _, err = run(*MODEL, "--dataset", "digits", "--checkpoint", weights, *short, "-o", tmp_path / "two")
-    assert status == 0, err
+    ran(*MODEL, "--dataset", "digits", "--checkpoint", weights, *short, "-o", tmp_path / "two")
     second = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert second["before"] == summary["last"] and second["settings"]["teacher"] == f"weights from {weights}"
     status, _, err = run(*DIGITS, *short, "--torchcompile", "-o", tmp_path / "three")

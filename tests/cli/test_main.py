@@ -34,15 +34,13 @@ def test_version(run):
     assert run("--version") == (0, f"tokcomp {__version__}\n", "")
 
 
-def test_unknown_command_suggests_the_nearest(run):
-    status, _, err = run("evalute")
-    assert status == 2
+def test_unknown_command_suggests_the_nearest(refused):
+    err = refused("evalute")
     assert "COMMAND must be one of demo, info" in err and "got 'evalute'; did you mean 'evaluate'?" in err
 
 
-def test_unknown_option_is_refused_in_two_lines(run):
-    status, _, err = run("info", "--jsonn")
-    assert status == 2
+def test_unknown_option_is_refused_in_two_lines(refused):
+    err = refused("info", "--jsonn")
     assert err.splitlines() == [
         "tokcomp info: error: unrecognized arguments: --jsonn",
         "Try 'tokcomp info --help'.",

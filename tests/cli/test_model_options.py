@@ -26,22 +26,19 @@ def weights(tmp_path):
     return tmp_path / "mae.pth"
 
 
-def test_an_average_pooled_classifier_is_evaluated(run, weights):
+def test_an_average_pooled_classifier_is_evaluated(ran, weights):
     """Its logits are those of the model that was saved."""
     options = (*DIGITS, *MAE, *KWARGS, "--gp", "avg", "--num-classes", "10", "--num-samples", "16", "--json")
-    status, out, err = run("evaluate", "--checkpoint", weights, *options)
-    assert status == 0, err
+    out, _ = ran("evaluate", "--checkpoint", weights, *options)
     found = json.loads(out)
     assert found["model_settings"] == {"global_pool": "avg", **SHAPE}
-    status, out, err = run("evaluate", "--checkpoint", weights, *options, "--method", "tome", "--r", "2")
-    assert status == 0, err
+    out, _ = ran("evaluate", "--checkpoint", weights, *options, "--method", "tome", "--r", "2")
     assert json.loads(out)["gflops"] < found["gflops"]
 
 
-def test_the_error_names_the_options_that_are_missing(run, weights):
+def test_the_error_names_the_options_that_are_missing(run, refused, weights):
     given = ("evaluate", "--checkpoint", weights, *DIGITS, *MAE)
-    status, _, err = run(*given, *KWARGS)
-    assert status == 2
+    err = refused(*given, *KWARGS)
     assert "does not fit vit_base_patch16_224.mae as it was built: its norm comes after pooling (fc_norm)" in err
     assert "it has 10 classes; add --gp avg --num-classes 10" in err
     shallow = (*KWARGS[:2], "depth=3", *KWARGS[3:])

@@ -70,9 +70,8 @@ def state_of(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_compare(run, tmp_path, both):
-    status, _, err = run(*COMPARE, *PIECES, "-o", tmp_path)
-    assert status == 0, err
+def test_compare(ran, tmp_path, both):
+    ran(*COMPARE, *PIECES, "-o", tmp_path)
     folder, printed = both
     assert printed["compare"].count("compare.html") == 1
     found = [json.loads((path / "results.json").read_text()) for path in (tmp_path, folder / "compare")]
@@ -88,9 +87,8 @@ def test_compare(run, tmp_path, both):
 
 
 @pytest.mark.slow
-def test_search_and_refine(run, tmp_path, both):
-    status, _, err = run(*SEARCH, *PIECES, "-o", tmp_path)
-    assert status == 0, err
+def test_search_and_refine(ran, tmp_path, both):
+    ran(*SEARCH, *PIECES, "-o", tmp_path)
     folder = both[0] / "search"
     for name in ("schedule.json", "refined.json"):
         ours, theirs = (json.loads((path / name).read_text()) for path in (tmp_path, folder))
@@ -99,10 +97,9 @@ def test_search_and_refine(run, tmp_path, both):
 
 
 @pytest.mark.slow
-def test_finetune(run, tmp_path, both):
+def test_finetune(ran, tmp_path, both):
     """Two processes draw what one process draws in two pieces, and count every validation image once."""
-    status, _, err = run(*TUNE, *PIECES, "-o", tmp_path)
-    assert status == 0, err
+    ran(*TUNE, *PIECES, "-o", tmp_path)
     folder, printed = both
     assert printed["finetune"].count("written:") == 1
     alone, together = (json.loads((path / "summary.json").read_text()) for path in (tmp_path, folder / "finetune"))
@@ -111,9 +108,8 @@ def test_finetune(run, tmp_path, both):
 
 
 @pytest.mark.slow
-def test_tocom_train(run, tmp_path, both):
-    status, _, err = run(*PLUGIN, *PIECES, "-o", tmp_path)
-    assert status == 0, err
+def test_tocom_train(ran, tmp_path, both):
+    ran(*PLUGIN, *PIECES, "-o", tmp_path)
     folder, printed = both
     assert printed["tocom"].count("written:") == 1
     alone, together = (load_file(path / "tocom.safetensors") for path in (tmp_path, folder / "tocom"))
