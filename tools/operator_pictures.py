@@ -52,7 +52,8 @@ class Drawing:
         edge = 'stroke="currentColor" stroke-dasharray="3 3" fill-opacity="0.25"' if dashed else ""
         self.add(f'<rect x="{x:g}" y="{y}" width="{SIDE}" height="{SIDE}" rx="6" fill="{colour}" {edge}/>')
         size = 14 if len(label) < 4 else 10
-        self.text(x + SIDE / 2, y + 20 + size * 0.4, label, extra=f'fill="#111" font-size="{size}"')
+        ink = "currentColor" if dashed else "#111"  # a pale square shows the page, which may be dark
+        self.text(x + SIDE / 2, y + 20 + size * 0.4, label, extra=f'fill="{ink}" font-size="{size}"')
 
     def line(self, start: float, top: float, end: float, bottom: float, *, merged: bool) -> None:
         x, to = (LEFT + place * STEP + SIDE / 2 for place in (start, end))

@@ -62,7 +62,8 @@ def operator_sections() -> dict[str, str]:
 def operator_page(name: str, section: str) -> str:
     """The page of an operator: picture, shapes and rules, where its function is, what was measured and predicted."""
     section = re.sub(r"\]\(#", "](operators.md#", section)
-    parts = [f"# {name}", f"<div class='operator'>{(PICTURES / f'{name}.svg').read_text('utf-8').strip()}</div>"]
+    picture = (PICTURES / f"{name}.svg").read_text("utf-8").strip()
+    parts = [f"# {name}", f"<div class='operator' data-search-exclude>{picture}</div>"]
     parts.append(rewritten(section, "docs/operators.md", here=f"operators/{name}.md").strip())
     function = f"[`tokcomp_kernels.{name}`](../api/operators.md#tokcomp_kernels.{name})"
     parts.append(f"In Python: {function}. [Rules for all operators](../operators.md#rules-for-all-operators).")
