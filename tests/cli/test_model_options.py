@@ -46,6 +46,16 @@ def test_the_error_names_the_options_that_are_missing(run, refused, weights):
     assert "it has 2 blocks, it is for images of 32 x 32; add --img-size 32 --model-kwargs depth=2" in err
 
 
+def test_pretrained_weights_that_do_not_fit_are_not_blamed_on_the_network(run):
+    given = ("evaluate", *DIGITS, "-m", "tokcomp_digits_vit", "--pretrained", "--num-samples", "8")
+    status, _, err = run(*given, "--gp", "avg")
+    assert status == 2 and "'tokcomp_digits_vit' do not fit it as it was built (Missing key(s) in state_dict" in err
+    assert "add --model-kwargs fc_norm=False, which leaves a ViT's norm before its pooling" in err
+    assert run(*given, "--gp", "avg", "--model-kwargs", "fc_norm=False")[0] == 0
+    _, _, err = run(*given, "--model-kwargs", "depth=7")
+    assert "do not fit it as it was built" in err and "leave out the options that make it another model" in err
+
+
 CURES = {
     "--gp token": ({"global_pool": "token"}, {"global_pool": "avg"}),
     "--model-kwargs reg_tokens=4": ({"reg_tokens": 4}, {}),

@@ -195,7 +195,16 @@ def build_model(args: argparse.Namespace, **more: Any) -> Any:
             raise UserError(
                 f"--gp must be a pooling that {args.model} knows (a ViT: token, avg, max, avgmax, map), got '{args.gp}'"
             ) from error
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        first, *details = str(error).splitlines() or [""]
+        reason = f"{type(error).__name__}: {first}"
+        if args.pretrained and details and "loading state_dict" in first:
+            cure = "leave out the options that make it another model"
+            if args.gp is not None:
+                cure = "add --model-kwargs fc_norm=False, which leaves a ViT's norm before its pooling, or omit --gp"
+            raise UserError(
+                f"--pretrained: the weights of '{args.model}' do not fit it as it was built ({details[0].strip()}); "
+                f"{cure}"
+            ) from error
         if args.pretrained:
             raise UserError(
                 f"--pretrained: the weights of '{args.model}' could not be loaded ({reason}); "
