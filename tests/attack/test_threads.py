@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.attack.parts import MINUTES, Part
 from tests.threads import in_threads
+from tests.tocom.conftest import lively_plugin
 
 DEGREES = [0, 2, 4]
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -28,10 +29,7 @@ CALLS = 40 if MINUTES else 6
 def make_switchable(make_vit: Any) -> Callable[[], tokcomp.Switchable]:
     """Makes Switchables of one model."""
     model = make_vit()
-    plugin = tokcomp.ToCom(model, max_degree=4)
-    with torch.no_grad():
-        for parameter in plugin.parameters():
-            parameter.normal_(generator=torch.Generator().manual_seed(1))
+    plugin = lively_plugin(model, std=1.0)
     return lambda: tokcomp.Switchable(model, plugin, degrees=DEGREES)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokcomp
 import torch
 from safetensors.torch import load_file
 
@@ -20,6 +19,7 @@ from benchmarks.reproduce.tocom.plan import HALVES, QUICK, Run, Settings, ablati
 from benchmarks.reproduce.tocom.summary import summarize
 from benchmarks.reproduce.tocom.tables import all_tables
 from benchmarks.reproduce.tocom.units import all_units
+from tests.tocom.conftest import lively_plugin
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +27,6 @@ def model() -> Any:
     model = training.new_model(3, 5, 0.0).eval().requires_grad_(False)
     torch.nn.init.normal_(model.head.weight)  # it starts at zero, and then no answer depends on the rest
     return model
-
-
-def random_plugin(model: Any) -> tokcomp.ToCom:
-    """Rank 1, degrees 0 to 4, random matrices."""
-    torch.manual_seed(0)
-    plugin = tokcomp.ToCom(model, 1, 4)
-    with torch.no_grad():
-        for parameter in plugin.parameters():
-            parameter.normal_()
-    return plugin
 
 
 def test_the_halves_share_no_digit_and_labels_start_at_zero() -> None:
@@ -85,7 +75,7 @@ def test_a_measurement_leaves_the_model_as_it_was(model: Any) -> None:
     images = data.held_out_pictures("low", 3)[0]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plain = logits_of(model, method_of(4, 4), images)
-    found = compensated_logits(model, method_of(4, 4), images, random_plugin(model), 0, 4, 0.1)
+    found = compensated_logits(model, method_of(4, 4), images, lively_plugin(model, std=1.0, rank=1), 0, 4, 0.1)
     assert not torch.allclose(plain, found)
     assert torch.equal(plain, logits_of(model, method_of(4, 4), images))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

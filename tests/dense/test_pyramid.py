@@ -27,6 +27,7 @@ from tokcomp.tocom.distill import Distiller
 
 from tests.cli.conftest import run  # noqa: F401
 from tests.library.small_caformer import DIFFRATE, caformer, images_of, register_small
+from tests.tocom.conftest import lively_plugin
 
 NAME = register_small()
 
@@ -220,10 +221,7 @@ def test_the_command(run, trained, tmp_path):  # noqa: F811
 def test_a_plugin_s_step_compares_the_pyramid_s_answers(segmenter):
     segmenter = copy.deepcopy(segmenter).double().requires_grad_(False)
     encoder, images = segmenter.encoder, images_of(batch=2).double()
-    plugin = tokcomp.ToCom(encoder, max_degree=3)
-    with torch.no_grad():
-        for parameter in plugin.parameters():
-            parameter.normal_()
+    plugin = lively_plugin(encoder, std=1.0, max_degree=3)
     recipe = replace(TOCOM_RECIPE, mixup=0.0, cutmix=0.0, opt="sgd", sched="none", weight_decay=0.0)
     places = dict(total_steps=2, steps_per_epoch=2, device=torch.device("cpu"))
     asked = dict(call=pyramid_maps, read=segmenter.patch_answers)

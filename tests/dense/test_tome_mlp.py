@@ -13,6 +13,7 @@ from tokcomp.tocom.plugin import method_name
 
 from tests.library.small_caformer import caformer
 from tests.oracle import rules
+from tests.tocom.conftest import lively_plugin
 
 SIDE = 64  # 64 patches
 
@@ -214,12 +215,8 @@ def test_a_plugin_knows_it_by_its_name(vit):
 
 
 def test_folded_applied_and_switched_agree(vit):
-    plugin = tokcomp.ToCom(vit, max_degree=8)
+    plugin = lively_plugin(vit, seed=2, std=0.3, max_degree=8)
     plugin.method = "tome_mlp"
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in plugin.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     methods = {degree: tokcomp.ToMeMLP(4 * degree) for degree in range(9)}
     switchable = tokcomp.Switchable(vit, plugin, degrees=[0, 4, 8], method=methods)
     plain = switchable(images(), degree=8)

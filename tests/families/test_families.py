@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.families.table import FAMILIES, support_table
+from tests.tocom.conftest import lively_plugin
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 IDS = [f"{family.library}: {family.name}" for family in FAMILIES]
@@ -216,18 +217,10 @@ def test_flops_are_those_of_a_counted_run(model):
     assert tokcomp.flops(model) == counter.get_total_flops() // 2 + prefix
 
 
-def plugin_for(model, std=0.3):
-    plugin = tokcomp.ToCom(model, rank=2, max_degree=4)
-    assert len(plugin.q_down) == 4
-    with torch.no_grad():
-        for parameter in plugin.parameters():
-            parameter.normal_(std=std)
-    return plugin
-
-
 @torch.no_grad()
 def test_tocom_folds_and_unfolds(model):
-    tocom, images = plugin_for(model), images_for(model)
+    tocom, images = lively_plugin(model, std=0.3), images_for(model)
+    assert len(tocom.q_down) == 4
     state = {name: one.clone() for name, one in model.state_dict().items()}
     for method in (None, tokcomp.ToMe(3)):
         before = logits(model if method is None else tokcomp.compress(model, method), images)
@@ -253,7 +246,7 @@ def test_tocom_folds_and_unfolds(model):
 )
 def test_a_plugin_is_trained_and_switched(name):
     model = build(name)
-    plugin, images = plugin_for(model), images_for(model)
+    plugin, images = lively_plugin(model, std=0.3), images_for(model)
     own = {parameter.data_ptr() for parameter in model.parameters()}
     switchable = tokcomp.Switchable(model, plugin, degrees=(0, 2), scale=0.5)
     answers = [find_adapter(model).logits(switchable(images, degree)) for degree in (0, 2)]

@@ -13,6 +13,8 @@ from tokcomp.adapters import find_adapter
 from tokcomp.dense.segmenter import Segmenter
 from tokcomp.in_flight import thread_in
 
+from tests.tocom.conftest import lively_plugin
+
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 REFUSED = r"the model must not be called while it is changed, got a call in thread 'server'"
 
@@ -49,11 +51,7 @@ class Call:
 
 @pytest.fixture
 def plugin(make_vit):
-    plugin = tokcomp.ToCom(make_vit(), max_degree=4)
-    with torch.no_grad():
-        for parameter in plugin.parameters():
-            parameter.normal_(generator=torch.Generator().manual_seed(1))
-    return plugin
+    return lively_plugin(make_vit(), std=1.0)
 
 
 CHANGES = {

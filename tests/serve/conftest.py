@@ -9,6 +9,7 @@ import tokcomp
 import torch
 
 from tests.library.conftest import make_vit, meta_model, published  # noqa: F401
+from tests.tocom.conftest import lively_plugin
 
 DEGREES = [0, 2, 4]
 IMAGES = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -18,12 +19,7 @@ IMAGES = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 def switchable(make_vit):  # noqa: F811
     """The model at degrees 0, 2 and 4, each with weights of its own."""
     model = make_vit()
-    plugin = tokcomp.ToCom(model, max_degree=4)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in plugin.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return tokcomp.Switchable(model, plugin, degrees=DEGREES)
+    return tokcomp.Switchable(model, lively_plugin(model, seed=1, std=1.0), degrees=DEGREES)
 
 
 class Held:

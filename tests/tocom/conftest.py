@@ -12,19 +12,19 @@ from tests.library.conftest import images_for, make_vit, meta_model, published  
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
+def lively_plugin(model: nn.Module, seed: int = 0, std: float = 0.5, **kwargs: int | str) -> tokcomp.ToCom:
+    """A plugin for a model with random matrices, as if trained; ``kwargs`` are arguments of ToCom."""
+    plugin = tokcomp.ToCom(model, **{"rank": 2, "max_degree": 4, **kwargs})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in plugin.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return plugin
+
+
 @pytest.fixture
 def make_plugin():
-    """A plugin for a model with random matrices, as if trained: make_plugin(model, seed, std, **arguments of ToCom)."""
-
-    def make(model: nn.Module, seed: int = 0, std: float = 0.5, **kwargs: int | str) -> tokcomp.ToCom:
-        plugin = tokcomp.ToCom(model, **{"rank": 2, "max_degree": 4, **kwargs})
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in plugin.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-        return plugin
-
-    return make
+    return lively_plugin
 
 
 def qkv_weights(model: nn.Module) -> list[torch.Tensor]:

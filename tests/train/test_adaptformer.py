@@ -18,6 +18,7 @@ from tokcomp.runs.recipe import ADAPTFORMER_RECIPE, Recipe
 
 from tests.library.conftest import make_vit, meta_model, published  # noqa: F401
 from tests.library.small_caformer import caformer
+from tests.tocom.conftest import lively_plugin
 from tests.train.conftest import StopAfter
 from tests.train.test_finetune import make_run
 
@@ -160,12 +161,7 @@ def test_multiply_adds(make_vit):  # noqa: F811
 
 @pytest.fixture
 def plugin(make_vit):  # noqa: F811
-    plugin = tokcomp.ToCom(make_vit(), max_degree=4)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in plugin.parameters():
-            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-    return plugin
+    return lively_plugin(make_vit(), seed=1)
 
 
 def test_with_a_plugin(adapted, plugin):
