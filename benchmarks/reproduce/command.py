@@ -81,8 +81,20 @@ def _compact(record: object) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_command(study: Study, argv: Sequence[str] | None = None) -> int:
-    """``python -m benchmarks.reproduce.<name>``; returns the exit status."""
+def run_command(
+    study: Study,
+    argv: Sequence[str] | None = None,
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    adjust: Callable[[Any, argparse.Namespace], Any] = lambda settings, args: settings,
+) -> int:
+    """``python -m benchmarks.reproduce.<name>``; returns the exit status.
+
+    Args:
+        study: what runs.
+        argv: the command's arguments; None: the process's own.
+        add_options: adds a study's own options.
+        adjust: the settings that those ask for, of the study's.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.reproduce.{study.name}",
         description=study.description,
@@ -94,12 +106,14 @@ def run_command(study: Study, argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a minute of everything, too small to show anything")
+    add_options(parser)
     args = parser.parse_args(argv)
     try:
         check_output_folder("--output", args.output)
         if args.jobs < 1:
             raise UserError(f"--jobs must be at least 1, got {args.jobs}")
-        written = reproduce(study, args.output, study.quick if args.quick else study.settings, args.jobs)
+        settings = adjust(study.quick if args.quick else study.settings, args)
+        written = reproduce(study, args.output, settings, args.jobs)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,46 +9,33 @@ from seeds. Stop it with Ctrl-C and start it again: it goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from tokcomp.cli.errors import UserError, check_output_folder
-from tokcomp.files import write_whole
-from tokcomp.measure.provenance import provenance
+from tokcomp.cli.errors import UserError
 
+from benchmarks.reproduce.command import Study, run_command
 from benchmarks.reproduce.dense_units import DEGREES, QUICK, DenseSettings, all_units, tokens
-from benchmarks.reproduce.runner import load_result, result_path, run_units
+from benchmarks.reproduce.runner import load_result
 
-DEFAULT_OUTPUT = Path("reproduce-output/dense")
 MERGED = "merged residual, plugin, kl"
 ROWS = ("tome_mlp", "plugin, kl", "plugin, features", "merged residual", MERGED, "ToMe")
 
 
-def reproduce(folder: Path, settings: DenseSettings, jobs: int) -> list[Path]:
-    """Run what is not yet done, and write results.json and tables.md; returns their paths."""
-    units = all_units(settings)
-    run_units(folder, units, jobs, lambda line: print(line, flush=True))
-    seconds = sum(json.loads(result_path(folder, unit.name).read_text())["core_seconds"] for unit in units)
+def summarize(folder: Path, settings: DenseSettings) -> dict[str, Any]:
     results = {head: [_result(folder, head, seed) for seed in range(settings.seeds)] for head in settings.heads}
-    speed = load_result(folder, "speed")
-    record = {
-        "provenance": provenance(torch.device("cpu")),
-        "settings": asdict(settings),
-        "core_seconds": round(seconds),
-        "heads": results,
-        "speed": speed,
-    }
-    write_whole(folder / "results.json", json.dumps(record, indent=1) + "\n")
-    tables = [_tables(head, found, settings) for head, found in results.items()]
-    write_whole(folder / "tables.md", "\n".join([*tables, _speed_table(speed, settings)]))
-    return [folder / "results.json", folder / "tables.md"]
+    return {"settings": asdict(settings), "heads": results, "speed": load_result(folder, "speed")}
+
+
+def all_tables(summary: Mapping[str, Any]) -> str:
+    settings = DenseSettings(**summary["settings"])
+    tables = [_tables(head, found, settings) for head, found in summary["heads"].items()]
+    return "\n".join([*tables, _speed_table(summary["speed"], settings)])
 
 
 def _result(folder: Path, head: str, seed: int) -> dict[str, Any]:
@@ -112,39 +99,21 @@ def _with_spread(text: str, values: list[float], differences: bool = False) -> s
     return f"{text} ({statistics.fmean(values):+.2f} ± {spread:.2f})" if differences else f"{text} ± {spread:.2f}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reproduce.dense",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, default=DEFAULT_OUTPUT, help="folder of all results (default: %(default)s)"
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, help="models of each kind (default: 3)")
-    parser.add_argument("--heads", nargs="+", choices=("linear", "mask_transformer"), help="default: both")
-    parser.add_argument("--quick", action="store_true", help="seconds of everything, too small to show anything")
-    args = parser.parse_args(argv)
-    settings = QUICK if args.quick else DenseSettings()
-    try:
-        check_output_folder("--output", args.output)
-        for option in ("jobs", "seeds"):
-            if (value := getattr(args, option)) is not None and value < 1:
-                raise UserError(f"--{option} must be at least 1, got {value}")
-        if args.seeds is not None:
-            settings = replace(settings, seeds=args.seeds)
-        if args.heads is not None:
-            settings = replace(settings, heads=tuple(args.heads))
-        written = reproduce(args.output, settings, args.jobs)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    print("written: " + ", ".join(map(str, written)))
-    return 0
+STUDY = Study("dense", __doc__ or "", DenseSettings(), QUICK, all_units, summarize, all_tables, lambda *_: [])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--seeds", type=int, help="models of each kind (default: 3)")
+        parser.add_argument("--heads", nargs="+", choices=("linear", "mask_transformer"), help="default: both")
+
+    def adjust(settings: DenseSettings, args: argparse.Namespace) -> DenseSettings:
+        if args.seeds is not None and args.seeds < 1:
+            raise UserError(f"--seeds must be at least 1, got {args.seeds}")
+        given = {"seeds": args.seeds, "heads": args.heads and tuple(args.heads)}
+        return replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+    return run_command(STUDY, argv, add_options, adjust)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from tokcomp.dense import Segmenter
 from tokcomp.runs.recipe import TOCOM_RECIPE
 from tokcomp.tocom.distill import Distiller
 
-from benchmarks.reproduce.dense import reproduce
+from benchmarks.reproduce.command import reproduce
+from benchmarks.reproduce.dense import STUDY
 from benchmarks.reproduce.dense_units import QUICK, all_units
 from benchmarks.reproduce.runner import keys_of, run_unit
+from tests.tocom.conftest import lively_plugin
 
 PLAIN = replace(TOCOM_RECIPE, mixup=0.0, cutmix=0.0, opt="sgd", sched="none", weight_decay=0.0)
 
@@ -24,11 +26,7 @@ PLAIN = replace(TOCOM_RECIPE, mixup=0.0, cutmix=0.0, opt="sgd", sched="none", we
 def test_a_step_compares_what_the_segmenter_says(make_vit, head, loss):
     encoder = make_vit(num_classes=0, global_pool="", img_size=64).double()
     segmenter = Segmenter(encoder, 5, head).double().eval().requires_grad_(False)
-    plugin = tokcomp.ToCom(encoder, max_degree=3)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in plugin.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    plugin = lively_plugin(encoder, std=1.0, max_degree=3)
     distiller = Distiller(
         encoder,
         plugin,
@@ -39,7 +37,7 @@ def test_a_step_compares_what_the_segmenter_says(make_vit, head, loss):
         device=torch.device("cpu"),
         read=segmenter.patch_answers if loss == "kl" else None,
     )
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=generator)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = [parameter.clone() for parameter in plugin.parameters()]
     found = distiller.step(images.clone())
@@ -67,7 +65,7 @@ def test_the_study_at_toy_size(tmp_path):
     keys = keys_of(units)
     for unit in units:  # here rather than in processes of its own
         run_unit(tmp_path, unit, keys[unit.name])
-    results, tables = reproduce(tmp_path, settings, jobs=1)
+    results, tables = reproduce(STUDY, tmp_path, settings, jobs=1)
     rows = json.loads(results.read_text())["heads"]["linear"][0]["own size"]
     assert rows["8"]["flops"] < rows["4"]["flops"] < rows["0"]["flops"]
     same = [rows["0"]["rows"][name]["mean_iou"] for name in ("tome_mlp", "plugin, kl", "merged residual", "ToMe")]
