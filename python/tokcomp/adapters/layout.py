@@ -25,7 +25,8 @@ class Layout:
     """Names of a block's and its attention's parts, timm's unless told otherwise; None where there is no such part.
 
     The block computes ``x + drop1(scale1(attention(norm1(x))))`` and then ``x + drop2(scale2(mlp(norm2(x))))``. A scale
-    is a module or a parameter to multiply by. A family that differs otherwise overrides a method or two.
+    is a module or a parameter to multiply by. A family that differs otherwise overrides a method or two. :meth:`split`,
+    :meth:`join` and :meth:`add_mlp` take each token for itself: they may get those of all images as [1, T, C].
     """
 
     norm1: str = "norm1"
