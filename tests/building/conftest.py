@@ -53,8 +53,13 @@ def fake_torch(tmp_path: Path) -> Callable[..., Path]:
 def configure(cmake: str, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs CMake's configuration for nothing but the decisions: ``configure(TOKCOMP_CPU_ARCH="avx2", env={...})``."""
 
+    import native
+
+    ninja = native.program("ninja")  # as the build driver does: a machine with a compiler need not have make
+    generator = {"CMAKE_GENERATOR": "Ninja", "CMAKE_MAKE_PROGRAM": ninja} if ninja else {}
+
     def run(env: dict[str, str] | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
-        settings = {"TOKCOMP_PYTHON_MODULE": "OFF", "Python_EXECUTABLE": sys.executable, **settings}
+        settings = {"TOKCOMP_PYTHON_MODULE": "OFF", "Python_EXECUTABLE": sys.executable, **generator, **settings}
         command = [cmake, "-S", str(ROOT), "-B", str(tmp_path / "configured")]
         command += [f"-D{name}={value}" for name, value in settings.items()]
         base = {name: value for name, value in os.environ.items() if name not in ("CUDACXX", "CUDA_HOME")}
