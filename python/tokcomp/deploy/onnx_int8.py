@@ -35,7 +35,7 @@ def in_int8(proto: Any) -> Any:
     quantization = quantiser()
     key, value = _PREPARED
     proto.metadata_props.add(key=key, value=value)
-    # Shapes are inferred anew: up to version 1.23 the quantiser transposes weights, and then stumbles over the old ones.
+    # Shapes are inferred anew: the quantiser of 1.23 transposes weights, and then stumbles over their old ones.
     del proto.graph.value_info[:]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
