@@ -14,7 +14,7 @@ from tokcomp.methods import Evidence
 
 from benchmarks.reproduce.pretrained import __main__ as pretrained
 from benchmarks.reproduce.pretrained import exported as exported_files
-from benchmarks.reproduce.pretrained import importance
+from benchmarks.reproduce.pretrained import importance, methods
 from benchmarks.reproduce.pretrained.images import FashionMNIST, read_idx
 from benchmarks.reproduce.pretrained.page import BEGIN, END, keep_results
 from benchmarks.reproduce.pretrained.plan import QUICK, Settings, entries_for
@@ -193,8 +193,29 @@ def test_importances_in_small(tmp_path, capsys):
     assert importance.section(record) in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_methods_in_small(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(methods, "METHODS", ("tome", "ats", "published"))
+    path, page = tmp_path / "methods.json", tmp_path / "page.md"
+    assert methods.main(["--quick", "-o", str(path)]) == 0
+    record, text = json.loads(path.read_text()), capsys.readouterr().out
+    names = [[row["name"] for row in budget["rows"]] for budget in record["budgets"]]
+    assert names == [["tome", "ats", "published"]] * 2 and record["recommended"]["name"] in names[0]
+    for budget in record["budgets"]:
+        assert all(row["gflops"] == pytest.approx(budget["target"], rel=0.02) for row in budget["rows"])
+        best = next(row for row in budget["rows"] if row["name"] == budget["recommended"]["best"])
+        assert f"**{best['top1']:.2f} %** |" in text
+    page.write_text(f"Before.\n{methods.BEGIN}\n{methods.END}\nAfter.\n")
+    methods.draw(path, page)
+    assert methods.table(record) in text and methods.table(record) in page.read_text()
+
+
+def test_the_page_has_the_methods_that_are_kept():
+    assert methods.table(json.loads(methods.KEPT.read_text())) in methods.PAGE.read_text()
+
+
 def test_missing_files_are_named(tmp_path, capsys):
-    for command in (importance, exported_files):
+    for command in (importance, exported_files, methods):
         assert command.main(["--weights", str(tmp_path / "none.onnx"), "-o", str(tmp_path / "out")]) == 2
         assert "--weights must be the file vit_s_focus.onnx" in capsys.readouterr().err
     assert pretrained.main(["--weights", str(tmp_path / "none.onnx"), "-o", str(tmp_path / "out")]) == 2

@@ -65,6 +65,7 @@ def run_command(
     run: Callable[[Sources, Settings, int], dict[str, Any]],
     text: Callable[[dict[str, Any]], str],
     argv: Sequence[str] | None,
+    settings: Settings = SETTINGS,
 ) -> int:
     """Writes the record of ``run`` into the file --output, and prints its ``text``."""
     args = parser.parse_args(argv)
@@ -73,7 +74,7 @@ def run_command(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    record = run(sources, QUICK, QUICK.sizes[0]) if args.quick else run(sources, SETTINGS, SIZE)
+    record = run(sources, QUICK, QUICK.sizes[0]) if args.quick else run(sources, settings, SIZE)
     write_whole(args.output, json.dumps(record, indent=1) + "\n")
     print(text(record))
     return 0
