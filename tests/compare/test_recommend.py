@@ -15,7 +15,7 @@ COUNT = 100
 
 
 def row(name, top1, half, speed=None, best=90.0, **more):
-    speeds = {} if speed is None else {"images_per_second": speed}
+    speeds = {} if speed is None else {"speedup": speed}
     return {"name": name, "top1": top1, "less_best": [top1 - best, half], **speeds, **more}
 
 
@@ -24,7 +24,7 @@ def test_the_fastest_of_those_as_good_as_the_best():
     found = recommend(rows)
     assert found == {"name": "near", "best": "slow", "as_good": ["slow", "near"], "by_speed": True}
     assert sentence(found) == (
-        "Recommended: near, the fastest of those that these images do not tell from the best: slow; near."
+        "Recommended: near, the fastest of those that these images cannot tell from the best: slow; near."
     )
     found = recommend([{**one, "less_best": [one["less_best"][0], 0.1]} for one in rows])
     assert found["name"] == "slow" and sentence(found).endswith("no other is within its interval.")
@@ -53,7 +53,7 @@ def test_the_best_on_average():
     means = [torch.stack([one[name] for one in budgets]).double().mean(0) for name in ("m0", "m1")]
     assert paired(*means)[0] == pytest.approx(-5) and -5 + paired(*means)[1] > 0
     assert found["as_good"] == ["m1", "m0"]  # m2's 5.5 points are told apart
-    assert overall_sentence(found).endswith("80.00 %; these images do not tell it from m0.")
+    assert overall_sentence(found).endswith("80.00 %; these images cannot tell it from m0.")
     assert best_overall(budgets[:1]) is None and best_overall([]) is None
     assert best_overall([hits(1), {"other": torch.ones(COUNT, dtype=torch.bool)}]) is None
 

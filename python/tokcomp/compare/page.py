@@ -19,8 +19,8 @@ from tokcomp.visualize import draw_blocks, join_rows
 
 _NOTES = (
     "Less the best: top-1 minus that of the best row at this budget, in points, with its paired 95 % interval over the "
-    "images: an interval that reaches 0 means that these images do not tell the two apart.",
-    "Recommended: of the rows whose interval reaches the best, as good as that, the one of most images per second.",
+    "images: an interval that reaches 0 means that these images cannot tell the two apart.",
+    "Recommended: of the rows whose interval reaches the best, as good as that, the one that is fastest beside the uncompressed model.",
     "Same answers: images that get the same class as from the uncompressed model. Images per second: measured on this "
     "device in turns with the uncompressed model; faster: the median of the turns' ratios.",
 )

@@ -12,11 +12,12 @@ from tokcomp.compare.answers import paired
 
 
 def recommend(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The fastest of the rows whose top-1 the images do not tell from the best row's; the best if no speed is known.
+    """The fastest of the rows whose top-1 the images cannot tell from the best row's; the best if no speed is known.
 
     Args:
         rows: of one budget, with ``name``, ``top1``, ``less_best`` (top-1 less the best row's and half the width of its
-            95 % interval) and perhaps ``images_per_second``. Random schedules, with ``random``, are not recommended.
+            95 % interval) and perhaps ``speedup``, measured in turns with the uncompressed model. Random schedules, with
+            ``random``, are not recommended.
 
     Returns:
         JSON data: the ``name``, the ``best`` row, the rows ``as_good`` as the best, itself among them, from the highest
@@ -29,8 +30,8 @@ def recommend(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     best = max(rows, key=lambda row: row["top1"])
     if best not in good:  # a random schedule is better than all of them
         good.insert(0, best)
-    by_speed = len(good) > 1 and all("images_per_second" in row for row in good)
-    chosen = max(good, key=lambda row: row["images_per_second"]) if by_speed else best
+    by_speed = len(good) > 1 and all("speedup" in row for row in good)
+    chosen = max(good, key=lambda row: row["speedup"]) if by_speed else best
     return {
         "name": chosen["name"],
         "best": best["name"],
@@ -66,11 +67,11 @@ def sentence(found: Mapping[str, Any]) -> str:
     if len(found["as_good"]) == 1:
         return f"Recommended: {name}, the best by top-1; no other is within its interval."
     which = "the fastest" if found["by_speed"] else "the best by top-1"
-    return f"Recommended: {name}, {which} of those that these images do not tell from the best: {good}."
+    return f"Recommended: {name}, {which} of those that these images cannot tell from the best: {good}."
 
 
 def overall_sentence(found: Mapping[str, Any]) -> str:
     """What :func:`best_overall` found, in words."""
     others = [one for one in found["as_good"] if one != found["name"]]
     text = f"Over all budgets: {found['name']} has the highest top-1 on average, {found['top1']:.2f} %"
-    return text + (f"; these images do not tell it from {'; '.join(others)}." if others else ".")
+    return text + (f"; these images cannot tell it from {'; '.join(others)}." if others else ".")

@@ -51,7 +51,7 @@ Every method at every budget, at equal cost, on your model and your images: the 
 Searched schedules are fitted to the very budget, and all are kept in the output folder for 'tokcomp evaluate'. Each
 row has top-1, its difference from the best with a paired 95 % interval, the share of images that get the uncompressed
 model's answer, cross entropy, and images per second measured on this device in turns with the uncompressed model.
-Recommended at a budget is the fastest of the methods that the images do not tell from the best.
+Recommended at a budget is the fastest of the methods that the images cannot tell from the best.
 
 DATA is a folder that contains 'train' and 'val' with one sub-folder per class, or --dataset names any of timm's data
 sets. The output folder gets results.json, written after each cell, compare.html, and explore.html, which steps through
