@@ -20,7 +20,7 @@ from tokcomp.visualize import draw_blocks, join_rows
 _NOTES = (
     "Less the best: top-1 minus that of the best row at this budget, in points, with its paired 95 % interval over the "
     "images: an interval that reaches 0 means that these images cannot tell the two apart.",
-    "Recommended: of the rows whose interval reaches the best, as good as that, the one that is fastest beside the uncompressed model.",
+    "Recommended: of the rows whose interval reaches the best, the one that is fastest beside the uncompressed model.",
     "Same answers: images that get the same class as from the uncompressed model. Images per second: measured on this "
     "device in turns with the uncompressed model; faster: the median of the turns' ratios.",
 )

@@ -16,7 +16,7 @@ def recommend(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
     Args:
         rows: of one budget, with ``name``, ``top1``, ``less_best`` (top-1 less the best row's and half the width of its
-            95 % interval) and perhaps ``speedup``, measured in turns with the uncompressed model. Random schedules, with
+            95 % interval) and perhaps ``speedup``, in turns with the uncompressed model. Random schedules, with
             ``random``, are not recommended.
 
     Returns:
