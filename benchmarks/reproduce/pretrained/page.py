@@ -69,7 +69,11 @@ _TOCOM = """## ToCom on the backbone
 A linear head is fitted on the features at one degree (ToMe merging as many tokens in every block) and answers on those
 at another, as they are and with a plugin from the one to the other: the mean over the plugins of all seeds, and the
 gain with its paired 95 % interval over the images. The plugins have seen Fashion-MNIST's training pictures without
-labels, and nothing of the digits. `{settings}`
+labels, and nothing of the digits.
+
+The wider the gap, the more a plugin wins back, in both directions, as in the paper: of the 3.5 points that a head
+fitted without merging loses at degree 5, 1.5. On digits the gains point the same way, but 360 pictures are too few to
+tell more than one of them from chance. `{settings}`
 """
 
 
