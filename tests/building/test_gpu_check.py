@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +42,30 @@ def test_a_step(tmp_path: Path, code: str, limit: int, status: str):
     assert step.seconds < 60
 
 
-def test_an_interrupted_pytest_still_reports(tmp_path: Path):
-    tests = tmp_path / "test_slow.py"
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["", "in the background"])
+def test_an_interrupted_pytest_still_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handler: Any):
+    """The limit comes while its second test runs, however long it took to get there. A shell's jobs ignore SIGINT."""
+    tests, started = tmp_path / "test_slow.py", tmp_path / "started"
     tests.write_text(
-        "import time\n\ndef test_a():\n    assert 1 == 2, 'one is not two'\n\ndef test_b():\n    time.sleep(600)\n"
+        "import pathlib, time\n\ndef test_a():\n    assert 1 == 2, 'one is not two'\n\n"
+        f"def test_b():\n    pathlib.Path({str(started)!r}).touch()\n    time.sleep(600)\n"
     )
+
+    class Started(subprocess.Popen):
+        def wait(self, timeout: float | None = None) -> int:
+            while timeout == 10 and self.poll() is None and not started.exists():
+                time.sleep(0.05)
+            return super().wait(0.1 if timeout == 10 else timeout)
+
+    monkeypatch.setattr(steps.subprocess, "Popen", Started)
     report = tmp_path / "report.xml"
     command = plans.pytest_command(str(tests), f"--junitxml={report}", f"--rootdir={tmp_path}", "-c", os.devnull)
     quick = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    step = steps.run(Step("tests", command), tmp_path / "log", 10, quick)
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        step = steps.run(Step("tests", command), tmp_path / "log", 10, quick)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     steps.read_junit(step, report)
     assert step.status == "stopped after 10 s", (tmp_path / "log").read_text()
     assert step.counts["failures"] == 1
