@@ -42,9 +42,8 @@ def test_a_step(tmp_path: Path, code: str, limit: int, status: str):
     assert step.seconds < 60
 
 
-@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["", "in the background"])
-def test_an_interrupted_pytest_still_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handler: Any):
-    """The limit comes while its second test runs, however long it took to get there. A shell's jobs ignore SIGINT."""
+def test_an_interrupted_pytest_still_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The limit comes while its second test runs, however long it took to get there."""
     tests, started = tmp_path / "test_slow.py", tmp_path / "started"
     tests.write_text(
         "import pathlib, time\n\ndef test_a():\n    assert 1 == 2, 'one is not two'\n\n"
@@ -61,7 +60,8 @@ def test_an_interrupted_pytest_still_reports(tmp_path: Path, monkeypatch: pytest
     report = tmp_path / "report.xml"
     command = plans.pytest_command(str(tests), f"--junitxml={report}", f"--rootdir={tmp_path}", "-c", os.devnull)
     quick = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    previous = signal.signal(signal.SIGINT, handler)
+    # As the check does: where this suite is a shell's background job, its processes would ignore interrupts.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         step = steps.run(Step("tests", command), tmp_path / "log", 10, quick)
     finally:
@@ -154,7 +154,8 @@ def test_what_there_is_no_time_for_is_named(
     """Two steps, the first of which uses the time up. Its records are in the summary and in results.json, its log in
     the archive, and nothing else comes back."""
     missing = {"suite": "models", "model": "deit", "batch": 256, "name": "timm-compiled", "reason": "no compiler"}
-    record = json.dumps({"rows": [ROW], "not_measured": [missing]})
+    rows = [ROW, {**ROW, "name": "tokcomp-int8", "share_of_ideal": None}]
+    record = json.dumps({"rows": rows, "not_measured": [missing]})
     script = f"import pathlib, sys, time; pathlib.Path(sys.argv[1], 'a.json').write_text({record!r}); time.sleep(2)"
     chosen = (Plan("models", 60, module="graphs"), Plan("search", 60), Plan("none", 60, needs="no-such-program"))
     monkeypatch.setattr(plans, "PLANS", chosen)
@@ -170,14 +171,27 @@ def test_what_there_is_no_time_for_is_named(
     assert "--only search`" in text
     assert "| none | skipped: no no-such-program here |" in text
     assert "| deit 2.3G | 256 | tokcomp | 1234 | 4.00x | 2.25x | 75% | 97.0% |  |" in text
+    assert "| deit 2.3G | 256 | tokcomp-int8 | 1234 | 4.00x | 2.25x |  | 97.0% |  |" in text
     assert "- models, deit, batch 256, timm-compiled: no compiler" in text
     assert {path.name for path in tmp_path.iterdir()} == {"summary.md", "results.json", "details.tar.gz"}
     with tarfile.open(tmp_path / "details.tar.gz") as tar:
         assert {"logs/models.log", "records/a.json"} < set(tar.getnames())
     results = json.loads((tmp_path / "results.json").read_text())
     assert [step["status"] for step in results["steps"]][:2] == ["passed", summary.NO_TIME]
-    assert results["records"][0]["rows"] == [ROW]
+    assert results["records"][0]["rows"] == rows
     assert "models: passed" in capsys.readouterr().out
+
+
+def test_a_summary_that_fails_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    chosen = (Plan("models", 60, module="graphs"), Plan("search", 60, module="graphs"))
+    monkeypatch.setattr(plans, "PLANS", chosen)
+    monkeypatch.setattr(gpu_check, "machine", lambda: FACTS)
+    monkeypatch.setattr(gpu_check, "command_of", lambda *_: [sys.executable, "-c", ""])
+    monkeypatch.setattr(gpu_check, "summary", lambda *_: 1 / 0)
+    assert gpu_check.main(["--out", str(tmp_path)]) == 1
+    assert "ZeroDivisionError" in (tmp_path / "summary.md").read_text()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [step["status"] for step in results["steps"]] == ["passed", "passed"]
 
 
 def operator_row(operator: str, backend: str, microseconds: float, block: str = "deit-s-2.3G-197to192to180") -> Any:

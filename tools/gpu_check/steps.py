@@ -40,13 +40,7 @@ def run(step: Step, log: Path, limit: float, environment: dict[str, str]) -> Ste
     start = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
-            step.command,
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_hear_interrupts,
+            step.command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             code = process.wait(max(limit, 1))
@@ -61,11 +55,6 @@ def run(step: Step, log: Path, limit: float, environment: dict[str, str]) -> Ste
         process.wait()
     step.seconds = round(time.monotonic() - start, 1)
     return step
-
-
-def _hear_interrupts() -> None:
-    """A shell's background jobs ignore SIGINT, and hand that on."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def read_junit(step: Step, path: Path) -> None:

@@ -36,8 +36,9 @@ def model_lines(records: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         cells = [f"{row['model']} {row['budget']}G", str(row["batch"]), row["name"], f"{row['images_per_second']:.0f}"]
         ratios = [f"{row[key][0]:.2f}x" if row[key] else "" for key in ("speedup", "over_timm_compiled")]
+        ideal = "" if row["share_of_ideal"] is None else format(row["share_of_ideal"], ".0%")
         shares = [f"{row[key][0]:.1%}" if row[key] else "" for key in ("efficiency", "tax")]
-        lines.append(f"| {' | '.join([*cells, *ratios, format(row['share_of_ideal'], '.0%'), *shares])} |")
+        lines.append(f"| {' | '.join([*cells, *ratios, ideal, *shares])} |")
     return lines
 
 
