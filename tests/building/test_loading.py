@@ -74,10 +74,10 @@ def test_broken_module(package: Path):
 
 
 def test_another_torch(package: Path):
-    put_module(package, torch="2.10.0+cpu")
+    put_module(package, torch="2.9.0+cpu")
     assert load_error(package) == (
-        f"_C{SUFFIX}: built for torch 2.10.0+cpu, running torch {torch.__version__}: "
-        "pip install torch==2.10.0, or rebuild with pip install -e . (or make build)"
+        f"_C{SUFFIX}: built for torch 2.9.0+cpu, running torch {torch.__version__}: "
+        "pip install torch==2.9.0, or rebuild with pip install -e . (or make build)"
     )
     other = f"{torch.__version__.partition('+')[0]}+other"
     put_module(package, torch=other)

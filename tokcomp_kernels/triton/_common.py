@@ -13,6 +13,11 @@ from tokcomp_kernels._checks import refuse
 from tokcomp_kernels._library import DEPENDENT_LAUNCH
 from tokcomp_kernels._numbers import MIN_SIZE
 
+if triton.knobs.runtime.interpret:
+    from tokcomp_kernels.triton._interpreter import take_indices_from_arrays
+
+    take_indices_from_arrays()
+
 #: The interpreter multiplies bfloat16 bit patterns as integers, and rounds towards zero to bfloat16.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _MIN_SIZE = tl.constexpr(MIN_SIZE)
