@@ -49,6 +49,7 @@ class Plan:
 
 
 _MODELS = "benchmarks/test_models.py::test_model"
+_SEARCH = "benchmarks/test_search.py"
 _ON_CPU = (_MODELS, "-k", "deit-s-1-float32")
 PLANS = (
     Plan("build", 180, stage="compile"),
@@ -67,7 +68,7 @@ PLANS = (
     Plan("graphs-dependent", 35, (), "graphs", "auto", switch="TOKCOMP_DEPENDENT_LAUNCH"),
     Plan("graphs-embedding", 35, (), "graphs", "auto", switch="TOKCOMP_FUSED_EMBEDDING"),
     Plan("operator-tests", 120, ("tests/ops",)),
-    Plan("search", 60, ("benchmarks/test_search.py",)),
+    Plan("search", 60, (_SEARCH,), rehearsal=(_SEARCH, "-k", "4-float32")),
     Plan("vit-l", 90, (_MODELS, "-k", "vit-l-256"), rehearsal=_ON_CPU),
     Plan("other-operators", 240, ("benchmarks/test_ops.py", "-k", f"not ({IN_EVERY_BLOCK})")),
     Plan("tests", 600, ("tests",)),
