@@ -76,12 +76,13 @@ class Check:
         failed = [step.name for step in self.steps if not step.passed and step.status != NO_TIME]
         try:
             text = summary(self.facts, self.steps, records) + "\n".join(owners_lines(gpu, owners, failed))
+            compared = list(comparisons(self.facts["gpu"], records))
         except Exception:  # for a figure that nobody foresaw: the steps to come, and results.json, matter more
-            text, self.told = traceback.format_exc(), False
-        for line in comparisons(self.facts["gpu"], records):
+            text, compared, self.told = traceback.format_exc(), [], False
+        for line in compared:
             if line not in self.said:
                 print(line, flush=True)
-        self.said.update(comparisons(self.facts["gpu"], records))
+        self.said.update(compared)
         results = {"machine": self.facts, "steps": [asdict(step) for step in self.steps], "records": records}
         (self.work / "summary.md").write_text(text.rstrip("\n") + "\n")
         (self.work / "results.json").write_text(json.dumps({**results, "owners": owners}, indent=1) + "\n")
