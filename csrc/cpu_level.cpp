@@ -39,7 +39,7 @@ std::vector<Level> known_levels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   return {{"default", true}, {"avx2", avx2}, {"avx512", avx512}, {"avx512_bf16", bfloat16}};
 }
 

@@ -1,17 +1,17 @@
-"""Products of int8 on CPU: activations to bytes with a scale for each row, oneDNN's product, and back.
+"""Linear layers of int8 on CPU: activations to bytes with a scale for each row, exact products of integers, and back.
 
 A row x of activations is ``scale * (q - zero)`` with ``scale = max |x| / levels``, ``zero = levels + 1`` and q in 1 to
-``2 * levels + 1``; a weight has a scale for each output. oneDNN multiplies exact integers. The scale per row keeps an
-image's result apart from what else is in its batch.
+``2 * levels + 1``; a weight has a scale for each output. The scale per row keeps an image's result apart from what else
+is in its batch.
 
-The three steps around the product, here in plain PyTorch, have compiled kernels in csrc/cpu/int8.
+The compiled kernels are in csrc/cpu/int8. Where there are none for this CPU, the products are oneDNN's, and what lies
+around them is plain PyTorch.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,20 @@ from tokcomp_kernels import _library as _loads_the_compiled_kernels  # noqa: F40
 #: The greatest magnitude of a quantised weight.
 WEIGHT_LEVELS = 127
 _LIBRARY = torch.library.Library("tokcomp_int8", "DEF")
+_LIBRARY.define("levels() -> int")
 _LIBRARY.define("quantize_rows(Tensor x, int levels) -> (Tensor q, Tensor scale)")
-_LIBRARY.define("rescale_rows(Tensor(a!) product, Tensor scale, Tensor? bias, Tensor? residual) -> Tensor(a!)")
-_LIBRARY.define(
-    "requantize_gelu_rows(Tensor product, Tensor scale, Tensor? bias, int levels) -> (Tensor q, Tensor scale)"
-)
+_LIBRARY.define("pack(Tensor weight) -> Tensor")
+_LAYER = "Tensor x, Tensor? row_scale, Tensor weight, Tensor scale, Tensor sums, Tensor? bias"
+_LIBRARY.define(f"linear({_LAYER}, Tensor? residual, int levels) -> Tensor")
+_LIBRARY.define(f"linear_gelu({_LAYER}, int levels) -> (Tensor q, Tensor scale)")
+
+
+def _compiled(name: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"tokcomp_int8::{name}", "CPU")
+
+
+#: Whether the compiled kernels multiply as well, not only quantise.
+MULTIPLIES: bool = _compiled("linear")
 
 
 def quantize_rows_reference(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -42,32 +51,8 @@ def quantize_rows_reference(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     return q.to(torch.uint8), torch.where(normal | ~scale.isfinite(), scale, 0)
 
 
-def rescale_rows_reference(product: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """``product * scale + bias + residual`` into product [..., C]; scale is [...]."""
-    product *= scale[..., None]
-    for term in (bias, residual):
-        if term is not None:
-            product += term
-    return product
-
-
-def requantize_gelu_rows_reference(
-    product: Tensor, scale: Tensor, bias: Tensor | None, levels: int
-) -> tuple[Tensor, Tensor]:
-    """GELU of :func:`rescale_rows_reference`, then :func:`quantize_rows_reference`, in one pass."""
-    return quantize_rows_reference(F.gelu(rescale_rows_reference(product.clone(), scale, bias, None)), levels)
-
-
-REFERENCES: dict[str, Callable[..., Any]] = {
-    "quantize_rows": quantize_rows_reference,
-    "rescale_rows": rescale_rows_reference,
-    "requantize_gelu_rows": requantize_gelu_rows_reference,
-}
-#: Whether compiled kernels were loaded.
-IS_NATIVE: bool = torch._C._dispatch_has_kernel_for_dispatch_key("tokcomp_int8::quantize_rows", "CPU")
-if not IS_NATIVE:
-    for _name, _function in REFERENCES.items():
-        _LIBRARY.impl(_name, _function, "CPU")
+if not _compiled("quantize_rows"):
+    _LIBRARY.impl("quantize_rows", quantize_rows_reference, "CPU")
 
 
 class Rows(NamedTuple):
@@ -78,11 +63,11 @@ class Rows(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A quantised weight: ``packed`` for oneDNN, of [out, in] int8; a scale for each output; their zeros."""
+    """A quantised weight [out, in], packed for the kernels or for oneDNN; a scale and a sum for each output."""
 
     packed: Tensor
     scale: Tensor
-    zero: Tensor
+    sums: Tensor
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,30 +78,66 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.int8), scale
 
 
+def quantize_rows(x: Tensor, levels: int) -> Rows:
+    """Activations [..., C] of float32 as bytes, as :func:`quantize_rows_reference` has it."""
+    return Rows(*torch.ops.tokcomp_int8.quantize_rows(x, levels))
+
+
 def pack_weight(weight: Tensor) -> Weight:
-    """A float32 weight [out, in] for :func:`product`."""
+    """A float32 weight [out, in] for :func:`linear` and :func:`linear_gelu`."""
     q, scale = quantize_weight(weight)
-    packed = torch.ops.onednn.qlinear_prepack(q, None)
-    return Weight(packed, scale, torch.zeros(len(scale), dtype=torch.int64))
+    packed = torch.ops.tokcomp_int8.pack(q) if MULTIPLIES else torch.ops.onednn.qlinear_prepack(q, None)
+    return Weight(packed, scale, q.sum(1, dtype=torch.int32))
 
 
-def product(rows: Rows, weight: Weight, levels: int) -> Tensor:
-    """Rows [..., in] times a weight [out, in], transposed, in float32 [..., out], but for the rows' scales."""
-    found = _multiply(rows.q, weight.packed, weight.scale, weight.zero, levels + 1)
-    return found.view(*rows.q.shape[:-1], len(weight.scale))  # oneDNN forgets the dimensions of an empty batch
+def linear(
+    x: Tensor | Rows, weight: Weight, bias: Tensor | None, levels: int, *, residual: Tensor | None = None
+) -> Tensor:
+    """``x @ weight.T + bias + residual`` of x [..., in] in float32, or quantised already: float32 [..., out].
+
+    Products are added up exactly, in 32 bits.
+    """
+    if MULTIPLIES:
+        rows = x if isinstance(x, Rows) else (x, None)
+        return torch.ops.tokcomp_int8.linear(*rows, *weight, bias, residual, levels)
+    return linear_reference(x, weight, bias, levels, residual=residual)
 
 
-def _multiply(q: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, x_zero: int) -> Tensor:
+def linear_gelu(x: Tensor | Rows, weight: Weight, bias: Tensor | None, levels: int) -> Rows:
+    """An erf-GELU of :func:`linear`, quantised for the layer that follows. The GELU is within 2e-6 |x|."""
+    if MULTIPLIES:
+        rows = x if isinstance(x, Rows) else (x, None)
+        return Rows(*torch.ops.tokcomp_int8.linear_gelu(*rows, *weight, bias, levels))
+    return quantize_rows(F.gelu(linear_reference(x, weight, bias, levels)), levels)
+
+
+def linear_reference(
+    x: Tensor | Rows, weight: Weight, bias: Tensor | None, levels: int, *, residual: Tensor | None = None
+) -> Tensor:
+    """:func:`linear` by oneDNN and plain PyTorch, for a weight packed for oneDNN."""
+    rows = x if isinstance(x, Rows) else quantize_rows(x, levels)
+    found = _multiply(rows.q, weight.packed, weight.scale, levels + 1)
+    found = found.view(*rows.q.shape[:-1], len(weight.scale))  # oneDNN forgets the dimensions of an empty batch
+    found *= rows.scale[..., None]
+    for term in (bias, residual):
+        if term is not None:
+            found += term
+    return found
+
+
+def _multiply(q: Tensor, packed: Tensor, scale: Tensor, zero: int) -> Tensor:
+    """oneDNN's product of bytes about ``zero``, in float32, but for the rows' scales."""
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
     found: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        q, 1.0, x_zero, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+        q, 1.0, zero, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return found
 
 
 def unavailable() -> str | None:
     """Why products of int8 cannot be computed on this CPU, or None."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_prepack"):
-        return "this PyTorch has no oneDNN products of int8"
+    if not MULTIPLIES and not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")):
+        return "tokcomp's kernels are not compiled for it, and this PyTorch has no oneDNN products of int8"
     return None
 
 
@@ -124,13 +145,15 @@ def unavailable() -> str | None:
 def activation_levels() -> int:
     """127; or 63 where the processor adds pairs of products in 16 bits, which more could exceed.
 
-    x86 without VNNI does so. The processor itself is asked, with products that would exceed them: a limit that is set
-    on oneDNN counts as well.
+    x86 without VNNI does so. The compiled kernels know for which they were compiled. oneDNN is asked with products that
+    would exceed them: a limit that is set on it counts as well.
     """
+    if MULTIPLIES:
+        found: int = torch.ops.tokcomp_int8.levels()
+        return found
     count, width = 16, 64
     weight = torch.full((count, width), WEIGHT_LEVELS, dtype=torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
-    ones, zeros = torch.ones(count), torch.zeros(count, dtype=torch.int64)
     q = torch.full((count, width), 255, dtype=torch.uint8)
-    found = _multiply(q, packed, ones, zeros, 128)
-    return 127 if bool((found == 127 * WEIGHT_LEVELS * width).all()) else 63
+    products = _multiply(q, packed, torch.ones(count), 128)
+    return 127 if bool((products == 127 * WEIGHT_LEVELS * width).all()) else 63

@@ -65,14 +65,24 @@ constexpr int64_t kPanelVectors = 4;
 constexpr int64_t kPanelVectors = 2;
 #endif
 
-// Calls panel(first, width) for runs of vectors of near equal width: 13 are cut in 4, 3, 3, 3.
+// Vectors are cut into panels, runs of near equal width: 13 in 4, 3, 3, 3.
+constexpr int64_t count_panels(int64_t num_vectors) { return (num_vectors + kPanelVectors - 1) / kPanelVectors; }
+
+struct Panel {
+  Panel(int64_t num_vectors, int64_t index) {
+    const int64_t count = count_panels(num_vectors), wider = num_vectors % count;
+    width = num_vectors / count + (index < wider);
+    first = num_vectors / count * index + std::min(index, wider);
+  }
+  int64_t first, width;  // in vectors
+};
+
+// Calls panel(first, width) for every panel.
 template <typename F>
 inline void for_each_panel(int64_t num_vectors, F&& panel) {
-  const int64_t num_panels = (num_vectors + kPanelVectors - 1) / kPanelVectors;
-  for (int64_t i = 0, first = 0; i < num_panels; ++i) {
-    const int64_t width = num_vectors / num_panels + (i < num_vectors % num_panels);
-    panel(first, width);
-    first += width;
+  for (int64_t i = 0; i < count_panels(num_vectors); ++i) {
+    const Panel one(num_vectors, i);
+    panel(one.first, one.width);
   }
 }
 
@@ -105,6 +115,18 @@ TOKCOMP_INLINE void gemm_tile(const unit_t* a, int64_t a_row_stride, int64_t a_d
   for (int64_t row = 0; row < kTileRows; ++row) store(row, sum[row]);
 }
 
+// gemm_tile in a panel of that width, in vectors.
+template <typename unit_t, typename Store>
+TOKCOMP_INLINE void gemm_tile_of(int64_t width, const unit_t* a, int64_t a_row_stride, int64_t a_depth_stride,
+                                 const unit_t* b, int64_t depth, Store&& store) {
+  switch (width) {
+    case 1: gemm_tile<unit_t, 1>(a, a_row_stride, a_depth_stride, b, depth, store); break;
+    case 2: gemm_tile<unit_t, 2>(a, a_row_stride, a_depth_stride, b, depth, store); break;
+    case 3: gemm_tile<unit_t, 3>(a, a_row_stride, a_depth_stride, b, depth, store); break;
+    default: gemm_tile<unit_t, 4>(a, a_row_stride, a_depth_stride, b, depth, store); break;
+  }
+}
+
 // Calls store(row, first_vector, sums) with runs of vectors of each row's sums over `depth` units. Rows go up to `rows`
 // rounded up to kTileRows, so `a` must be readable, and what store writes writable, up to there.
 // a: unit (row, step) is at a[row * a_row_stride + step * a_depth_stride]; b: panels of `depth` units.
@@ -113,17 +135,11 @@ inline void gemm(const unit_t* a, int64_t a_row_stride, int64_t a_depth_stride, 
                  int64_t num_vectors, int64_t depth, Store&& store) {
   constexpr int64_t lanes = kLanes<typename UnitTraits<unit_t>::acc_t>;
   for_each_panel(num_vectors, [&](int64_t first, int64_t width) {
-    const unit_t* panel = b + first * lanes * depth;
     for (int64_t top = 0; top < rows; top += kTileRows) {
-      const unit_t* tile = a + top * a_row_stride;
       const auto tile_store = [&](int64_t row, const auto& sums)
                                   __attribute__((always_inline)) { store(top + row, first, sums); };
-      switch (width) {
-        case 1: gemm_tile<unit_t, 1>(tile, a_row_stride, a_depth_stride, panel, depth, tile_store); break;
-        case 2: gemm_tile<unit_t, 2>(tile, a_row_stride, a_depth_stride, panel, depth, tile_store); break;
-        case 3: gemm_tile<unit_t, 3>(tile, a_row_stride, a_depth_stride, panel, depth, tile_store); break;
-        default: gemm_tile<unit_t, 4>(tile, a_row_stride, a_depth_stride, panel, depth, tile_store); break;
-      }
+      gemm_tile_of<unit_t>(width, a + top * a_row_stride, a_row_stride, a_depth_stride, b + first * lanes * depth,
+                           depth, tile_store);
     }
   });
 }

@@ -1,4 +1,4 @@
-"""The steps around a product of int8: compiled kernels against their plain forms, and the product against integers."""
+"""Linear layers of int8: quantised rows against their plain form, layers against integers and float64."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from tokcomp_kernels import int8
 pytestmark = pytest.mark.skipif(int8.unavailable() is not None, reason=str(int8.unavailable()))
 
 SHAPES = [(3, 33, 48), (1, 1, 1), (2, 5, 33), (0, 4, 8), (2, 3, 0), (1, 2, 257)]
+#: Rows x, inputs, outputs: tiles of rows and of depth whole and not, blocks of rows, panels of every width, one thread
+#: and more.
+LAYERS = [((1,), 1, 1), ((2,), 33, 5), ((0, 3), 8, 4), ((2, 3), 4, 0), ((197,), 384, 48), ((33,), 1536, 7)]
+LAYERS += [((1, 577), 384, 80), ((13, 2), 6, 144), ((129,), 68, 1000)]
 EPS = torch.finfo(torch.float32).eps
 steps = torch.ops.tokcomp_int8
 
@@ -42,78 +46,143 @@ def test_ties_go_to_the_even_number() -> None:
     assert (q.int() - 128).tolist() == [[127, 0, 2, 0, -2, 2]]
 
 
+def extreme_layer(rows: tuple[int, ...], width: int, outputs: int) -> tuple[int8.Rows, Tensor]:
+    """As many levels as this CPU allows, at their extremes, where sums are largest."""
+    levels = int8.activation_levels()
+    q = torch.randint(1, 2 * levels + 2, (*rows, width), dtype=torch.uint8)
+    q[: len(q) // 2] = 2 * levels + 1
+    weight = torch.randint(-127, 128, (outputs, width)).float()
+    weight[:1] = 127
+    weight[:, :1] = 127  # so that integers are quantised as they are
+    return int8.Rows(q, torch.rand(rows)), weight
+
+
+@pytest.mark.parametrize(("rows", "width", "outputs"), LAYERS)
+def test_products_are_exact_but_for_their_scales(rows: tuple[int, ...], width: int, outputs: int) -> None:
+    """An integer becomes a float, is scaled twice, and joins bias and residual: five roundings, of terms no larger than
+    their sum. oneDNN with AMX rounds the sum of the bytes to float32 before what the zero adds is taken away."""
+    torch.manual_seed(3)
+    levels = int8.activation_levels()
+    x, weight = extreme_layer(rows, width, outputs)
+    packed = int8.pack_weight(weight)
+    quantised, scale = int8.quantize_weight(weight)
+    both = scale.double() * x.scale.double()[..., None]
+    product = F.linear(x.q.double() - levels - 1, quantised.double()) * both
+    raw = 0 if int8.MULTIPLIES else EPS * F.linear(x.q.double(), quantised.double()) * both
+    bias, residual = torch.randn(outputs), torch.randn(*rows, outputs)
+    for more in ((None, None), (bias, None), (None, residual), (bias, residual.mT.contiguous().mT)):
+        added = [one.double() for one in more if one is not None]
+        exact, terms = sum(added, product), sum((one.abs() for one in added), product.abs())
+        found = int8.linear(x, packed, more[0], levels, residual=more[1])
+        assert found.shape == exact.shape and found.dtype == torch.float32
+        assert ((found - exact).abs() <= 2.5 * EPS * terms + raw).all()
+
+
+@pytest.mark.parametrize(("rows", "width", "outputs"), LAYERS)
+def test_what_is_not_quantised_yet_is_quantised_first(rows: tuple[int, ...], width: int, outputs: int) -> None:
+    torch.manual_seed(4)
+    levels = int8.activation_levels()
+    x, bias = torch.randn(*rows, width), torch.randn(outputs)
+    packed = int8.pack_weight(torch.randn(outputs, width))
+    quantised = int8.quantize_rows(x, levels)
+    odd = torch.randn(width, *rows).movedim(0, -1)
+    assert torch.equal(int8.linear(x, packed, bias, levels), int8.linear(quantised, packed, bias, levels))
+    assert torch.equal(int8.linear(odd, packed, bias, levels), int8.linear(odd.contiguous(), packed, bias, levels))
+    for one, other in zip(
+        int8.linear_gelu(x, packed, bias, levels), int8.linear_gelu(quantised, packed, bias, levels), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("rows", "width", "outputs"), [layer for layer in LAYERS if layer[2] > 0])
+def test_gelu_and_the_next_quantisation(rows: tuple[int, ...], width: int, outputs: int) -> None:
+    torch.manual_seed(2)
+    levels = int8.activation_levels()
+    x, bias, weight = torch.randn(*rows, width), torch.randn(outputs), torch.randn(outputs, width)
+    packed = int8.pack_weight(weight)
+    before = int8.linear(x, packed, bias, levels).double()
+    exact = F.gelu(before)
+    bound = (2e-6 + 4 * EPS) * before.abs()
+    q, found = int8.linear_gelu(x, packed, bias, levels)
+    assert q.shape == exact.shape and found.shape == exact.shape[:-1]
+    assert ((found * levels - exact.abs().amax(-1)).abs() <= 2 * bound.amax(-1) + EPS * exact.abs().amax(-1)).all()
+    step = found[..., None].double()
+    assert ((step * (q.double() - levels - 1) - exact).abs() <= step * (0.5 + levels * EPS) + bound).all()
+
+
 def test_no_nan_and_no_infinity_is_silent() -> None:
+    levels = int8.activation_levels()
     x = torch.ones(4, 40)
     x[1, 39], x[2, 0], x[3] = float("nan"), float("inf"), 1e-44
     weight = int8.pack_weight(torch.eye(40) + 0.5)
     for quantize in (steps.quantize_rows, int8.quantize_rows_reference):
-        q, scale = quantize(x, 63)
-        assert scale.isfinite().tolist() == [True, False, False, True]
-        product = int8.product(int8.Rows(q, scale), weight, 63)
-        out = steps.rescale_rows(product, scale, None, None)
-        assert out.isfinite().all(1).tolist() == [True, False, False, True]
-        again = steps.requantize_gelu_rows(product, scale, None, 63)[1]
+        rows = int8.Rows(*quantize(x, levels))
+        assert rows.scale.isfinite().tolist() == [True, False, False, True]
+        assert int8.linear(rows, weight, None, levels).isfinite().all(1).tolist() == [True, False, False, True]
+        again = int8.linear_gelu(rows, weight, None, levels).scale
         assert again.isfinite().tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_products_are_scaled_as_the_plain_form_says(shape: tuple[int, ...]) -> None:
-    """Three roundings of float32, of terms no larger than their sum."""
-    torch.manual_seed(1)
-    product, scale, bias, residual = values(*shape), torch.rand(shape[:-1]), torch.randn(shape[-1]), values(*shape)
-    for more in ((None, None), (bias, None), (None, residual), (bias, residual)):
-        exact = int8.rescale_rows_reference(
-            product.double(), scale.double(), *(one if one is None else one.double() for one in more)
-        )
-        terms = (product * scale[..., None]).abs() + sum(one.abs() for one in more if one is not None)
-        out = product.clone()
-        assert steps.rescale_rows(out, scale, *more).data_ptr() == out.data_ptr()
-        assert ((out - exact).abs() <= 3 * EPS * terms).all()
+def test_an_image_s_result_does_not_depend_on_its_batch_or_threads() -> None:
+    torch.manual_seed(5)
+    levels, x, bias = int8.activation_levels(), torch.randn(5, 197, 132), torch.randn(1537)
+    packed = int8.pack_weight(torch.randn(1537, 132))
+    whole, hidden = int8.linear(x, packed, bias, levels), int8.linear_gelu(x, packed, bias, levels)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for index, image in enumerate(x):
+            assert torch.equal(int8.linear(image, packed, bias, levels), whole[index])
+            for one, other in zip(int8.linear_gelu(image, packed, bias, levels), hidden, strict=True):
+                assert torch.equal(one, other[index])
+    finally:
+        torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("levels", [63, 127])
-def test_gelu_and_the_next_quantisation_in_one_pass(levels: int) -> None:
-    torch.manual_seed(2)
-    product, scale, bias = values(3, 17, 45), torch.rand(3, 17), torch.randn(45)
-    exact = F.gelu(product.double() * scale[..., None] + bias)
-    bound = 8 * EPS * (product.abs() * scale[..., None] + bias.abs())
-    for function in (steps.requantize_gelu_rows, int8.requantize_gelu_rows_reference):
-        q, found = function(product, scale, bias, levels)
-        assert ((found * levels - exact.abs().amax(-1)).abs() <= bound.amax(-1) * 2).all()
-        step = found[..., None].double()
-        assert ((step * (q.double() - levels - 1) - exact).abs() <= step * (0.5 + levels * EPS) + bound).all()
+@pytest.mark.skipif(not int8.MULTIPLIES, reason="oneDNN's products stand in")
+def test_what_does_not_fit_is_refused() -> None:
+    levels, packed = int8.activation_levels(), int8.pack_weight(torch.randn(6, 8))
+    for x, more, message in (
+        (torch.zeros(2, 12), {}, r"weight must be packed of \[6, 12\]"),
+        (torch.zeros(2, 8).double(), {}, "x must be float32"),
+        (torch.zeros(2, 8), {"bias": torch.zeros(5)}, "bias must be Float of 6 elements"),
+        (torch.zeros(2, 8), {"residual": torch.zeros(3, 6)}, "residual must be Float of 12 elements"),
+        (int8.Rows(torch.zeros(2, 8, dtype=torch.uint8), torch.zeros(3)), {}, "row_scale must be Float of 2 elements"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            int8.linear(x, packed, more.get("bias"), levels, residual=more.get("residual"))
+    with pytest.raises(ValueError, match="levels must be 1 to"):
+        int8.linear(torch.zeros(2, 8), packed, None, levels + 1)
+    with pytest.raises(ValueError, match="weight must be int8"):
+        steps.pack(torch.zeros(2, 8))
 
 
-@pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 1, 1), (2, 33, 5), (197, 384, 48), (33, 1536, 7)])
-def test_the_product_is_exact_but_for_float32(rows: int, width: int, outputs: int) -> None:
-    """With as many levels as this CPU allows, at their extremes, where its sums are largest.
+def test_onednn_stands_in_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a processor that saturates: it gets fewer levels, with which no pair of products can exceed 16 bits."""
+    if not hasattr(torch.ops.onednn, "qlinear_prepack"):
+        pytest.skip("this PyTorch has no oneDNN products of int8")
+    torch.manual_seed(6)
+    x, weight, bias = torch.randn(3, 20, 48), torch.randn(33, 48), torch.randn(33)
+    residual = torch.randn(3, 20, 33)
 
-    With AMX the sum of the bytes is rounded to float32 before what the zero adds is taken away, elsewhere after.
-    """
-    torch.manual_seed(3)
-    levels = int8.activation_levels()
-    q = torch.randint(1, 2 * levels + 2, (rows, width), dtype=torch.uint8)
-    q[: rows // 2] = 2 * levels + 1
-    weight = torch.randint(-127, 128, (outputs, width)).float()
-    weight[0] = 127
-    packed = int8.pack_weight(weight)
-    quantised, scale = int8.quantize_weight(weight)
-    whole = (q.long() - levels - 1) @ quantised.long().T
-    found = int8.product(int8.Rows(q, torch.ones(rows)), packed, levels).double()
-    exact, raw = whole * scale.double(), (q.long() @ quantised.long().T) * scale.double()
-    assert ((found - exact).abs() <= 2 * EPS * exact.abs() + EPS * raw.abs()).all()
+    def both_layers() -> tuple[Tensor, int8.Rows]:
+        packed = int8.pack_weight(weight)
+        return int8.linear(x, packed, bias, 63, residual=residual), int8.linear_gelu(x, packed, bias, 63)
 
+    expected, others = both_layers()
+    monkeypatch.setattr(int8, "MULTIPLIES", False)
+    found, rows = both_layers()
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(rows.scale, others.scale, atol=0, rtol=1e-5)
+    assert (rows.q.int() - others.q.int()).abs().max() <= 1
+    assert int8.activation_levels.__wrapped__() in (63, 127)
 
-def test_a_processor_that_saturates_gets_fewer_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What such a processor would say: two products of bytes, added in 16 bits, are at most 32767."""
-
-    def saturating(q: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, x_zero: int) -> Tensor:
+    def saturating(q: Tensor, packed: Tensor, scale: Tensor, zero: int) -> Tensor:
         pairs = (q.int() * int8.WEIGHT_LEVELS).unflatten(1, (-1, 2)).sum(2).clamp(-32768, 32767).sum(1)
-        return (pairs - x_zero * int8.WEIGHT_LEVELS * q.shape[1]).float()[:, None].expand(-1, len(scale))
+        return (pairs - zero * int8.WEIGHT_LEVELS * q.shape[1]).float()[:, None].expand(-1, len(scale))
 
     monkeypatch.setattr(int8, "_multiply", saturating)
     assert int8.activation_levels.__wrapped__() == 63
-    # With those no pair can exceed 16 bits.
     assert 2 * (2 * 63 + 1) * int8.WEIGHT_LEVELS <= 32767
 
 

@@ -6,7 +6,7 @@ between the products stays float32. The model's own weights are left as they are
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tokcomp.fastpath.packing import Layer, PackedWeights
 from tokcomp_kernels import int8, tiles
 
-_steps = torch.ops.tokcomp_int8
 #: Attribute of a tower whose products are in int8.
 _MARK = "_tokcomp_int8"
 
@@ -41,25 +40,19 @@ class Int8Weights(PackedWeights):
         """``F.gelu(layer(x), approximate=approximate)``, quantised for the layer that follows."""
         levels, entry = int8.activation_levels(), self._layers[layer]
         if approximate != "none":
-            return self._quantised(F.gelu(self._linear(layer, x, None), approximate=approximate), levels)
-        rows = self._quantised(x, levels)
+            return int8.quantize_rows(F.gelu(self._linear(layer, x, None), approximate=approximate), levels)
         if isinstance(entry.packed, tiles.Int8Weight):
-            return self._quantised(tiles.linear_int8(rows, entry.packed, entry.bias, levels, gelu=True), levels)
-        product = int8.product(rows, entry.packed, levels)
-        return int8.Rows(*_steps.requantize_gelu_rows(product, rows.scale, entry.bias, levels))
+            rows = int8.quantize_rows(x, levels)
+            return int8.quantize_rows(tiles.linear_int8(rows, entry.packed, entry.bias, levels, gelu=True), levels)
+        return int8.linear_gelu(x, entry.packed, entry.bias, levels)
 
     def _linear(self, layer: Layer, x: Tensor | int8.Rows, residual: Tensor | None) -> Tensor:
         levels, entry = int8.activation_levels(), self._layers[layer]
-        rows = self._quantised(x, levels)
         if isinstance(entry.packed, tiles.Int8Weight):
+            rows = int8.quantize_rows(x, levels) if isinstance(x, Tensor) else x
             out = tiles.linear_int8(rows, entry.packed, entry.bias, levels)
             return out if residual is None else out.add_(residual)
-        product = int8.product(rows, entry.packed, levels)
-        return cast(Tensor, _steps.rescale_rows(product, rows.scale, entry.bias, residual))
-
-    @staticmethod
-    def _quantised(x: Tensor | int8.Rows, levels: int) -> int8.Rows:
-        return int8.Rows(*_steps.quantize_rows(x, levels)) if isinstance(x, Tensor) else x
+        return int8.linear(x, entry.packed, entry.bias, levels, residual=residual)
 
 
 def set_int8(tower: nn.Module, wanted: bool) -> None:

@@ -50,9 +50,9 @@ def products_of(model: Any, images: Tensor) -> Products | None:
     """
     if not is_int8(model):
         return _products_of(model, images, PackedWeights)
-    why = int8_refusal(model)
-    products = None if why else _products_of(model, images, Int8Weights)
-    if products is None:
+    products = _products_of(model, images, Int8Weights)
+    if not isinstance(products, Int8Weights) or not all(has_products(block, products) for block in model.blocks):
+        why = int8_refusal(model)
         why = why or "gradients, autocast, torch.compile, export and tracing are not; use torch.inference_mode()"
         raise RuntimeError(f"the model was quantised to int8, for plain inference on CPU in float32 alone: {why}")
     return products
