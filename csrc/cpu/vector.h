@@ -45,27 +45,37 @@ class Scratch {
   std::unique_ptr<T, Free> data_;
 };
 
-// 2^x for x <= 0 or little above it (and NaN). Relative error about 1e-7 in float; what is below float's normal numbers,
-// as 2^-inf is, may be 0.
+// 2^x for x <= 0 or little above it (and NaN). Relative error about 1e-7 in float; what is below float's normal
+// numbers, as 2^-inf is, may be 0.
 template <typename T>
 TOKCOMP_INLINE Vec<T> exp2_nonpositive(const Vec<T>& x) {
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<T, float>) {
-    // Where an operand is NaN, max gives the second one. A lane whose result would not be a normal number is left out:
-    // some CPUs take hundreds of cycles for it, and there is one in most rows, beyond the last key.
-    const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-125.f), _CMP_NLT_UQ);
-    const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-125.f), x);
-    const __m512 whole = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 rest = _mm512_sub_ps(clamped, whole);
+    // A lane whose result would not be a normal number is left out: some CPUs take hundreds of cycles for it, and there
+    // is one in most rows, beyond the last key. Where an operand is NaN, max gives the second one.
+    constexpr float kLeast = -125.f;
+#if defined(CPU_CAPABILITY_AVX512)
+    const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kLeast), _CMP_NLT_UQ);
+    const Vec<float> clamped = _mm512_max_ps(_mm512_set1_ps(kLeast), x);
+#else
+    const __m256 normal = _mm256_cmp_ps(x, _mm256_set1_ps(kLeast), _CMP_NLT_UQ);
+    const Vec<float> clamped = _mm256_max_ps(_mm256_set1_ps(kLeast), x);
+#endif
+    const Vec<float> whole = clamped.round(), rest = clamped - whole;
     // The polynomial of degree 6 with the least relative error on [-1/2, 1/2], 1.9e-9 before rounding.
-    __m512 power = _mm512_set1_ps(1.53458121613e-4f);
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.33999311772e-3f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(9.61848895633e-3f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(5.55032877711e-2f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(2.40226468906e-1f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(6.93147205737e-1f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.f));
+    Vec<float> power(1.53458121613e-4f);
+    power = at::vec::fmadd(power, rest, Vec<float>(1.33999311772e-3f));
+    power = at::vec::fmadd(power, rest, Vec<float>(9.61848895633e-3f));
+    power = at::vec::fmadd(power, rest, Vec<float>(5.55032877711e-2f));
+    power = at::vec::fmadd(power, rest, Vec<float>(2.40226468906e-1f));
+    power = at::vec::fmadd(power, rest, Vec<float>(6.93147205737e-1f));
+    power = at::vec::fmadd(power, rest, Vec<float>(1.f));
+#if defined(CPU_CAPABILITY_AVX512)
     return _mm512_maskz_scalef_ps(normal, power, whole);
+#else
+    const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
+    return _mm256_and_ps(normal, _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(power), exponent)));
+#endif
   }
 #endif
   return x.exp2();
