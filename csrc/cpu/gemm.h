@@ -86,15 +86,19 @@ inline void for_each_panel(int64_t num_vectors, F&& panel) {
   }
 }
 
+// The same for units that need registers of their own.
+template <typename unit_t>
+constexpr int64_t kRowsOf = kTileRows;
+
 template <typename unit_t, int kVectors, typename Store>
 TOKCOMP_INLINE void gemm_tile(const unit_t* a, int64_t a_row_stride, int64_t a_depth_stride, const unit_t* b,
                               int64_t depth, Store&& store) {
   using Unit = UnitTraits<unit_t>;
   using acc_t = typename Unit::acc_t;
   constexpr int64_t lanes = kLanes<acc_t>;
-  Vec<acc_t> sum[kTileRows][kVectors];
+  Vec<acc_t> sum[kRowsOf<unit_t>][kVectors];
 #pragma GCC unroll 8
-  for (int64_t row = 0; row < kTileRows; ++row) {
+  for (int64_t row = 0; row < kRowsOf<unit_t>; ++row) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[row][v] = Vec<acc_t>(acc_t(0));
   }
@@ -103,7 +107,7 @@ TOKCOMP_INLINE void gemm_tile(const unit_t* a, int64_t a_row_stride, int64_t a_d
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) right[v] = Unit::load(b + v * lanes);
 #pragma GCC unroll 8
-    for (int64_t row = 0; row < kTileRows; ++row) {
+    for (int64_t row = 0; row < kRowsOf<unit_t>; ++row) {
       const typename Unit::reg_t left = Unit::broadcast(a + row * a_row_stride);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[row][v] = Unit::multiply_add(left, right[v], sum[row][v]);
@@ -112,7 +116,7 @@ TOKCOMP_INLINE void gemm_tile(const unit_t* a, int64_t a_row_stride, int64_t a_d
     b += kVectors * lanes;
   }
 #pragma GCC unroll 8
-  for (int64_t row = 0; row < kTileRows; ++row) store(row, sum[row]);
+  for (int64_t row = 0; row < kRowsOf<unit_t>; ++row) store(row, sum[row]);
 }
 
 // gemm_tile in a panel of that width, in vectors.

@@ -44,6 +44,8 @@ struct UnitTraits<ByteQuad> {
 constexpr int64_t kByteLevels = 127;
 #else
 constexpr int64_t kByteLevels = 63;
+template <>
+inline constexpr int64_t kRowsOf<ByteQuad> = 4;  // with sums of 16 bits and ones beside them
 #endif
 
 template <>

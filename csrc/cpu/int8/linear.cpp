@@ -27,6 +27,7 @@ using int8::Floats;
 using Integers = Vec<int32_t>;
 
 constexpr int64_t kQuad = UnitTraits<ByteQuad>::kElements;
+constexpr int64_t kTile = kRowsOf<ByteQuad>;
 constexpr int64_t kOutputs = kLanes<int32_t>;  // of a vector
 constexpr int64_t kPanelOutputs = kPanelVectors * kOutputs;
 constexpr int64_t kBlockBytes = 192 * 1024;   // of a block of rows
@@ -113,15 +114,15 @@ void multiply_panel(const ByteRows& rows, int64_t first, int64_t last, const Byt
                     ByteQuad* edge, PanelWriter& write) {
   const int64_t depth = layer.depth(), quads = panel.width * kOutputs * depth;
   const ByteQuad* right = layer.panels + panel.first * kOutputs * depth;
-  const int64_t tiles = (last - first + kTileRows - 1) / kTileRows;
+  const int64_t tiles = (last - first + kTile - 1) / kTile;
   const bool has_next = panel.first + panel.width < layer.vectors();
   write.enter(panel);
   for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t top = first + i * kTileRows, count = std::min(kTileRows, last - top);
+    const int64_t top = first + i * kTile, count = std::min(kTile, last - top);
     const uint8_t* tile = rows.data + top * rows.width;
-    if (count < kTileRows || rows.width % kQuad != 0) {
+    if (count < kTile || rows.width % kQuad != 0) {
       // A tile whose rows are not all there, or end within four bytes, is filled up with zeros.
-      std::memset(static_cast<void*>(edge), 0, kTileRows * depth * kQuad);
+      std::memset(static_cast<void*>(edge), 0, kTile * depth * kQuad);
       for (int64_t row = 0; row < count; ++row) {
         std::memcpy(static_cast<void*>(edge + row * depth), tile + row * rows.width, rows.width);
       }
@@ -138,7 +139,7 @@ void multiply_panel(const ByteRows& rows, int64_t first, int64_t last, const Byt
 
 // As many rows as a block of `bytes` holds, in whole tiles.
 constexpr int64_t rows_within(int64_t bytes, int64_t row_bytes) {
-  return std::max<int64_t>(1, bytes / row_bytes / kTileRows) * kTileRows;
+  return std::max<int64_t>(1, bytes / row_bytes / kTile) * kTile;
 }
 
 void multiply(const ByteRows& rows, const ByteLayer& layer, const float* residual, float* out) {
@@ -147,7 +148,7 @@ void multiply(const ByteRows& rows, const ByteLayer& layer, const float* residua
   const int64_t blocks = (rows.count + block - 1) / block;
   at::parallel_for(0, blocks * panels, kLeastPanels, [&](int64_t begin, int64_t end) {
     PanelWriter write(rows, layer, residual, out);
-    const Scratch<ByteQuad> edge(kTileRows * layer.depth());
+    const Scratch<ByteQuad> edge(kTile * layer.depth());
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / panels * block, last = std::min(first + block, rows.count);
       multiply_panel(rows, first, last, layer, Panel(vectors, task % panels), edge.get(), write);
@@ -296,7 +297,7 @@ std::tuple<Tensor, Tensor> linear_gelu_cpu(const Tensor& x, const OptionalTensor
   }
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     const Scratch<float> hidden(block * width);
-    const Scratch<ByteQuad> edge(kTileRows * layer.depth());
+    const Scratch<ByteQuad> edge(kTile * layer.depth());
     for (int64_t first = begin * block; first < std::min(end * block, count); first += block) {
       const ByteRows rows = input.rows().part(first, std::min(first + block, count));
       PanelWriter write(rows, layer, nullptr, hidden.get());
