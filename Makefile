@@ -57,7 +57,7 @@ bench: rebuild
 
 # The same CPU twice: as it is, and held to AVX2, for which kernels of every level are built. MKL knows no such setting.
 # Inductor's cache does not tell the two apart, and gives NaN where it meets the other's kernels.
-HELD_TO_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 TOKCOMP_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=build/inductor-avx2
+HELD_TO_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 TOKCOMP_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=build/inductor-avx2
 RECORD := $(BIN)/python -m pytest benchmarks/test_models.py --benchmark-only --device cpu -p no:cacheprovider
 cpu-records: .venv/installed  ## DeiT-S against every rival with and without AVX-512; needs an idle machine, some 15 minutes
 	$(BIN)/python -m pip install 'onnx>=1.16' 'onnxruntime>=1.20' 'openvino>=2024.6'

@@ -21,7 +21,7 @@ def found(cpu: str, torch: str, onednn: str, tokcomp: str) -> dict[str, str]:
     ("sets", "level", "suffix", "words"),
     [
         (found("avx512", "avx512", "avx512", "avx512"), "avx512", "", "AVX-512"),
-        (found("avx512", "avx512", "avx512", "avx512") | {"tiles": "amx"}, "avx512", "", "AMX"),
+        (found("avx512", "avx512", "avx512", "avx512") | {"tiles": "amx"}, "avx512", "-amx", "AMX"),
         (found("avx512", "avx2", "avx2", "avx2"), "avx2", "-avx2", "AVX-512 switched off"),
         (found("avx2", "avx2", "avx2", "avx2"), "avx2", "-avx2-only", "AVX2 at most"),
         (found("avx512", "default", "default", "default"), "default", "-default", "held to no AVX2"),

@@ -33,9 +33,9 @@ brackets; the uncompressed model runs in the same stack. *Against multiply-adds*
 refined for as large a share of the multiply-adds, in points, with its paired 95 % interval.
 
 On this CPU the two budgets ask for nearly the same schedules: a block's time is close to a constant and its
-multiply-adds. The constant is what keeps batch 1 from gaining as much as batch 16. Where refined schedules and ToMe lose
-2 to 3 points, the staircase rule, which prunes all at once, loses 12. Refined for time or for multiply-adds, a schedule
-is as good as ToMe down to 55 %, and some 17 points better at 40 %.
+multiply-adds. The constant is what keeps batch 1 from gaining as much as batch 16. Where refined schedules and ToMe
+lose 2 to 3 points, the staircase rule, which prunes all at once, loses 12. Refined for time or for multiply-adds, a
+schedule is as good as ToMe down to 55 %, and some 17 points better at 40 %.
 """
 
 

@@ -50,11 +50,11 @@ def level_in_force(found: Mapping[str, str]) -> str | None:
 
 
 def folder_suffix(found: Mapping[str, str]) -> str:
-    """What tells records of one CPU name apart: nothing with AVX-512 in force, "-avx2" where it was switched off,
-    "-avx2-only" where the CPU has no more, "-mixed" where the libraries differ."""
+    """What tells records of one CPU name apart: nothing with AVX-512 in force, "-amx" with tiles as well, "-avx2" where
+    AVX-512 was switched off, "-avx2-only" where the CPU has no more, "-mixed" where the libraries differ."""
     level = level_in_force(found)
     if level in (None, "avx512"):
-        return ""
+        return "-amx" if level == "avx512" and found.get("tiles") == "amx" else ""
     return f"-{level}-only" if level == found["cpu"] else f"-{level}"
 
 
