@@ -1,16 +1,18 @@
 """In which type a product of matrices is computed on CPU: in its operands' own only where the processor has one for it.
 
 PyTorch takes bfloat16 and float16 on every CPU, but where the processor has no instructions for them it emulates them,
-at a fifth of float32's speed or less, and oneDNN refuses to pack such weights. There float32 is both faster and more
-exact. Whoever computes products asks here; nothing else looks at the processor.
+at a fifth of float32's speed or less, and oneDNN refuses to pack such weights; and some have slow ones. There float32
+is both faster and more exact. Whoever computes products asks here; nothing else looks at the processor.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +39,9 @@ def _of_bfloat16() -> ProductType:
     multiplies = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if limited or (torch.cpu._is_avx512_supported() and not multiplies):
         return ProductType(torch.float32, f"AVX-512 without bfloat16 instructions{_limit()}; oneDNN would emulate them")
+    # As measured on a virtual machine that hides its tiles: half of float32's speed. AMD's have twice of it.
+    if torch.cpu._is_avx512_supported() and _is_intel() and not torch.cpu._is_amx_tile_supported():
+        return ProductType(torch.float32, "Intel's bfloat16 instructions are slower than float32's without tiles (AMX)")
     return ProductType(torch.bfloat16, "oneDNN multiplies bfloat16 in hardware")
 
 
@@ -44,6 +49,13 @@ def _of_float16() -> ProductType:
     if not _onednn_says("_is_mkldnn_fp16_supported"):
         return ProductType(torch.float32, f"oneDNN has no float16 on this CPU{_limit()}; PyTorch would emulate it")
     return ProductType(torch.float16, "oneDNN multiplies float16 in hardware")
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return "GenuineIntel" in platform.processor()
 
 
 def _onednn_says(question: str) -> bool:

@@ -29,21 +29,24 @@ def test_what_is_multiplied_in_hardware_can_be_packed(dtype):
 
 
 @pytest.mark.parametrize(
-    ("onednn", "avx512", "instructions", "limit", "chosen"),
+    ("onednn", "avx512", "instructions", "intel", "tiles", "limit", "chosen"),
     [
-        (False, False, False, "", torch.float32),  # AVX2
-        (True, False, False, "", torch.bfloat16),  # AVX2 with conversions, or another architecture
-        (True, True, True, "", torch.bfloat16),
-        (True, True, False, "", torch.float32),  # AVX-512 of the first years
-        (True, True, True, "AVX512_CORE", torch.float32),
-        (False, True, True, "AVX2", torch.float32),
+        (False, False, False, False, False, "", torch.float32),  # AVX2
+        (True, False, False, True, False, "", torch.bfloat16),  # AVX2 with conversions, or another architecture
+        (True, True, True, False, False, "", torch.bfloat16),
+        (True, True, True, True, True, "", torch.bfloat16),
+        (True, True, True, True, False, "", torch.float32),  # tiles that a virtual machine hides
+        (True, True, False, True, False, "", torch.float32),  # AVX-512 of the first years
+        (True, True, True, False, False, "AVX512_CORE", torch.float32),
+        (False, True, True, False, False, "AVX2", torch.float32),
     ],
 )
-def test_bfloat16_is_chosen_where_it_is_fast(monkeypatch, onednn, avx512, instructions, limit, chosen):
+def test_bfloat16_is_chosen_where_it_is_fast(monkeypatch, onednn, avx512, instructions, intel, tiles, limit, chosen):
     monkeypatch.setattr(product_types, "_onednn_says", lambda question: onednn)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(product_types, "_is_intel", lambda: intel)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     answer = product_types._of_bfloat16()
     assert answer.dtype == chosen and (not limit or f"ONEDNN_MAX_CPU_ISA={limit}" in answer.reason)
