@@ -92,7 +92,8 @@ def test_the_best_level_that_the_cpu_has(choose: Callable[..., Callable[..., str
     assert choice(None, "") == "default"
     assert choice(None, " avx2 ") == "default", "fused multiply-add belongs to the level"
     assert choice(None, AVX2) == "avx2"
-    assert choice(None, AVX512 + "avx512bf16") == "avx512_bf16"
+    assert choice(None, AVX512 + "avx512bf16 avx512vnni") == "avx512_bf16"
+    assert choice(None, AVX512 + "avx512bf16") == "avx512", "products of bytes belong to the level"
     assert choice("avx2", AVX512) == "avx2"
     assert choice("avx512_bf16", AVX512) == (
         "TOKCOMP_CPU_CAPABILITY=avx512_bf16 needs instructions that this CPU lacks: unset it, or choose of "
