@@ -100,7 +100,7 @@ def linear(
     if MULTIPLIES:
         rows = x if isinstance(x, Rows) else (x, None)
         return torch.ops.tokcomp_int8.linear(*rows, *weight, bias, residual, levels)
-    return linear_reference(x, weight, bias, levels, residual=residual)
+    return _linear_by_onednn(x, weight, bias, levels, residual=residual)
 
 
 def linear_gelu(x: Tensor | Rows, weight: Weight, bias: Tensor | None, levels: int) -> Rows:
@@ -108,13 +108,13 @@ def linear_gelu(x: Tensor | Rows, weight: Weight, bias: Tensor | None, levels: i
     if MULTIPLIES:
         rows = x if isinstance(x, Rows) else (x, None)
         return Rows(*torch.ops.tokcomp_int8.linear_gelu(*rows, *weight, bias, levels))
-    return quantize_rows(F.gelu(linear_reference(x, weight, bias, levels)), levels)
+    return quantize_rows(F.gelu(_linear_by_onednn(x, weight, bias, levels)), levels)
 
 
-def linear_reference(
+def _linear_by_onednn(
     x: Tensor | Rows, weight: Weight, bias: Tensor | None, levels: int, *, residual: Tensor | None = None
 ) -> Tensor:
-    """:func:`linear` by oneDNN and plain PyTorch, for a weight packed for oneDNN."""
+    """:func:`linear` where no kernels are compiled for this CPU: oneDNN's product, and plain PyTorch around it."""
     rows = x if isinstance(x, Rows) else quantize_rows(x, levels)
     found = _multiply(rows.q, weight.packed, weight.scale, levels + 1)
     found = found.view(*rows.q.shape[:-1], len(weight.scale))  # oneDNN forgets the dimensions of an empty batch

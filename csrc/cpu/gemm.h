@@ -86,7 +86,7 @@ inline void for_each_panel(int64_t num_vectors, F&& panel) {
   }
 }
 
-// The same for units that need registers of their own.
+// A tile's rows for units of a type, which may need registers of their own.
 template <typename unit_t>
 constexpr int64_t kRowsOf = kTileRows;
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,20 @@ LAYERS = [((1,), 1, 1), ((2,), 33, 5), ((0, 3), 8, 4), ((2, 3), 4, 0), ((197,), 
 LAYERS += [((1, 577), 384, 80), ((13, 2), 6, 144), ((129,), 68, 1000)]
 EPS = torch.finfo(torch.float32).eps
 steps = torch.ops.tokcomp_int8
+
+
+@pytest.fixture(params=["own", "onednn"], autouse=True)
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Our own products, and oneDNN's, which stand in where none are compiled."""
+    if request.param == "own" and not int8.MULTIPLIES:
+        pytest.skip("no kernels are compiled for this CPU")
+    if request.param == "onednn":
+        if not hasattr(torch.ops.onednn, "qlinear_prepack"):
+            pytest.skip("this PyTorch has no oneDNN products of int8")
+        monkeypatch.setattr(int8, "MULTIPLIES", False)
+    int8.activation_levels.cache_clear()
+    yield request.param
+    int8.activation_levels.cache_clear()
 
 
 def values(*shape: int) -> Tensor:
@@ -139,8 +155,9 @@ def test_an_image_s_result_does_not_depend_on_its_batch_or_threads() -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(not int8.MULTIPLIES, reason="oneDNN's products stand in")
-def test_what_does_not_fit_is_refused() -> None:
+def test_what_does_not_fit_is_refused(products: str) -> None:
+    if products == "onednn":
+        pytest.skip("oneDNN has words of its own")
     levels, packed = int8.activation_levels(), int8.pack_weight(torch.randn(6, 8))
     for x, more, message in (
         (torch.zeros(2, 12), {}, r"weight must be packed of \[6, 12\]"),
@@ -157,32 +174,18 @@ def test_what_does_not_fit_is_refused() -> None:
         steps.pack(torch.zeros(2, 8))
 
 
-def test_onednn_stands_in_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also a processor that saturates: it gets fewer levels, with which no pair of products can exceed 16 bits."""
-    if not hasattr(torch.ops.onednn, "qlinear_prepack"):
-        pytest.skip("this PyTorch has no oneDNN products of int8")
-    torch.manual_seed(6)
-    x, weight, bias = torch.randn(3, 20, 48), torch.randn(33, 48), torch.randn(33)
-    residual = torch.randn(3, 20, 33)
-
-    def both_layers() -> tuple[Tensor, int8.Rows]:
-        packed = int8.pack_weight(weight)
-        return int8.linear(x, packed, bias, 63, residual=residual), int8.linear_gelu(x, packed, bias, 63)
-
-    expected, others = both_layers()
-    monkeypatch.setattr(int8, "MULTIPLIES", False)
-    found, rows = both_layers()
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
-    torch.testing.assert_close(rows.scale, others.scale, atol=0, rtol=1e-5)
-    assert (rows.q.int() - others.q.int()).abs().max() <= 1
-    assert int8.activation_levels.__wrapped__() in (63, 127)
+def test_a_processor_that_saturates_gets_fewer_levels(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What oneDNN would say there: two products of bytes, added in 16 bits, are at most 32767."""
 
     def saturating(q: Tensor, packed: Tensor, scale: Tensor, zero: int) -> Tensor:
         pairs = (q.int() * int8.WEIGHT_LEVELS).unflatten(1, (-1, 2)).sum(2).clamp(-32768, 32767).sum(1)
         return (pairs - zero * int8.WEIGHT_LEVELS * q.shape[1]).float()[:, None].expand(-1, len(scale))
 
+    assert int8.activation_levels() in (63, 127)
     monkeypatch.setattr(int8, "_multiply", saturating)
-    assert int8.activation_levels.__wrapped__() == 63
+    int8.activation_levels.cache_clear()
+    assert int8.activation_levels() == (63 if products == "onednn" else steps.levels())
+    # With those no pair can exceed 16 bits.
     assert 2 * (2 * 63 + 1) * int8.WEIGHT_LEVELS <= 32767
 
 

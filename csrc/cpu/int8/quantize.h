@@ -46,7 +46,7 @@ TOKCOMP_INLINE Floats load(const float* from, std::integral_constant<int64_t, kL
 }
 TOKCOMP_INLINE Floats load(const float* from, int64_t count) { return Floats::loadu(from, static_cast<int>(count)); }
 
-// The nearest whole numbers, ties to even, plus `zero`, as bytes. What is no number becomes whatever it may.
+// The nearest whole numbers, ties to even, plus `zero`, as bytes.
 TOKCOMP_INLINE void store_bytes(const Floats& values, int32_t zero, uint8_t* to) {
 #if defined(CPU_CAPABILITY_AVX512)
   const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(values), _mm512_set1_epi32(zero));
